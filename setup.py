@@ -1,0 +1,33 @@
+"""Packaging of megatron_coe. `apex` is left out on purpose: the index's package of that name is another project."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-coe",
+    version="0.1.0",
+    description="Chain-of-Experts as a Megatron-Core model provider",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["megatron_coe", "megatron_coe.*"]),
+    install_requires=[
+        "torch>=2.10",  # torch.nn.functional.grouped_mm
+        "megatron-core>=0.16.1,<0.17",
+        "sentencepiece",
+        "nltk",
+        "omegaconf>=2.3",
+        "psutil",  # megatron.core.dist_checkpointing imports it without declaring it
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        "data": ["pyarrow", "reasoning-gym"],
+        "hf": ["transformers>=4.57", "safetensors"],
+        "plot": ["matplotlib"],
+        "test": ["pytest", "ruff", "safetensors", "pyarrow", "reasoning-gym", "matplotlib"],
+    },
+)
