@@ -1,0 +1,238 @@
+"""`CoEConfig`: Megatron's transformer configuration plus what a chain of experts adds to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.utils import init_method_normal
+
+from megatron_coe import sizes
+
+RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
+"""How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
+
+STREAM_MODES = ("outer", "inner_outer")
+"""The modes whose layer adds the residual stream h to the chain's result."""
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "quick_gelu": quick_gelu,
+    "squared_relu": squared_relu,
+}
+
+
+@dataclass
+class CoEConfig(MLATransformerConfig):
+    """Configuration of a Chain-of-Experts transformer; all inherited fields keep Megatron's names.
+
+    Megatron's own defaults describe a 2020 GPT; those overridden here are the paper's model
+    (DeepSeek-V2-Lite shape, arXiv 2506.18945) as far as they do not depend on the size.
+
+    The residual modes, for x(0) = norm(h), f_t = routed and shared experts of iteration t, and the
+    residual stream h after attention (paper, section 3 and equation 10):
+
+    | mode          | x(t)               | layer output |
+    |---------------|--------------------|--------------|
+    | `inner`       | x(t-1) + f_t(x(t-1)) | x(C)       |
+    | `outer`       | f_t(x(t-1))        | h + x(C)     |
+    | `addinit`     | x(0) + f_t(x(t-1)) | x(C)         |
+    | `inner_outer` | x(t-1) + f_t(x(t-1)) | h + x(C)   |
+    | `none`        | f_t(x(t-1))        | x(C)         |
+
+    Raises:
+        ValueError: a field is out of range or does not fit another; the message names the field,
+            its value and what would be legal.
+    """
+
+    coe_iterations: int = 2
+    """C: how often a token passes through the layer's experts. 1 is a plain mixture of experts."""
+
+    coe_residual: str = "inner"
+    """How iterations are joined, one of RESIDUAL_MODES."""
+
+    coe_independent_gate: bool = True
+    """True: a router per iteration. False: one router for all, asked again on every x(t-1)."""
+
+    vocab_size: int = 0
+    """Number of token ids. 0 while it is not known: the tables then count nothing."""
+
+    make_vocab_size_divisible_by: int = 128
+    """The embedding tables are padded to a multiple of this and of the tensor-parallel size."""
+
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output head to the embedding table."""
+
+    # Megatron's fields with the defaults of this family of models.
+    add_bias_linear: bool = False
+    gated_linear_unit: bool = True
+    activation_func: Callable | str = "silu"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    layernorm_epsilon: float = 1e-6
+    q_lora_rank: int | None = None
+    qk_layernorm: bool | None = None
+    """None: as the attention is usually built, with the latent norm for MLA, without otherwise."""
+    rope_type: str | None = None
+    """None: `yarn` for MLA and `rope` otherwise, the only type plain attention has here."""
+    mscale: float = 0.707
+    mscale_all_dim: float = 0.707
+    moe_grouped_gemm: bool = True
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_router_topk: int = 4
+    moe_router_pre_softmax: bool = True
+    moe_router_dtype: str | None = "fp32"
+    moe_router_load_balancing_type: str | list[str] = "seq_aux_loss"
+    moe_aux_loss_coeff: float | list[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.activation_func, str):
+            self.activation_func = _one_of("activation_func", self.activation_func, ACTIVATIONS)
+        self._check_chain()
+        self._check_experts()
+        self._check_supported()
+        if self.qk_layernorm is None:
+            self.qk_layernorm = self.multi_latent_attention
+        if self.rope_type is None:
+            self.rope_type = "yarn" if self.multi_latent_attention else "rope"
+        self._check_rope()
+        if self.output_layer_init_method is None:
+            # The authors draw every linear with one std; Megatron would scale the output ones down.
+            self.output_layer_init_method = init_method_normal(self.init_method_std)
+        super().__post_init__()
+
+    # -- what it describes -------------------------------------------------------------------
+
+    @property
+    def adds_stream(self) -> bool:
+        """Whether the layer's output is h + x(C) (True) or x(C) alone."""
+        return self.coe_residual in STREAM_MODES
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding tables; the same for every layout whose TP divides the padding."""
+        multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def moe_layer_pattern(self) -> list[int]:
+        """1 for each CoE layer and 0 for each dense one, as `moe_layer_freq` says [L]."""
+        if isinstance(self.moe_layer_freq, int):
+            return [int(i % self.moe_layer_freq == 0) for i in range(self.num_layers)]
+        return list(self.moe_layer_freq)
+
+    def num_params(self, embeddings: bool = True) -> int:
+        """Number of parameters, with or without embedding table and output head."""
+        return sizes.body_work(self).stored + embeddings * sizes.embedding_params(self)
+
+    def num_active_params(self, embeddings: bool = True) -> int:
+        """Number of parameters that one token can touch, each counted once.
+
+        A token reaches at most C * K distinct routed experts of a layer: that bound is counted.
+        """
+        return sizes.body_work(self).active + embeddings * sizes.embedding_params(self)
+
+    def flops_per_token(self, seq_length: int) -> int:
+        """Floating-point operations of training on one token (forward and backward)."""
+        return sizes.flops_per_token(self, seq_length)
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def _check_chain(self) -> None:
+        _positive("coe_iterations", self.coe_iterations, "1 is a plain mixture of experts")
+        _one_of("coe_residual", self.coe_residual, dict.fromkeys(RESIDUAL_MODES))
+        if self.hidden_dropout > 0 and not self.adds_stream:
+            raise ValueError(
+                f"hidden_dropout={self.hidden_dropout} with coe_residual={self.coe_residual!r}: the "
+                "layer's output is the stream itself, which dropout would destroy. Set "
+                f"hidden_dropout=0, or coe_residual to one of {STREAM_MODES}."
+            )
+
+    def _check_experts(self) -> None:
+        N, K, EP = self.num_moe_experts, self.moe_router_topk, self.expert_model_parallel_size
+        if N is None:
+            raise ValueError(
+                "num_moe_experts=None: a chain of experts needs the number of routed experts."
+            )
+        _positive("num_moe_experts", N, "it counts the routed experts, without the shared one")
+        _positive("moe_router_topk", K, "it is the number of experts a token takes per iteration")
+        _positive("num_layers", self.num_layers)
+        _positive("hidden_size", self.hidden_size)
+        _positive("num_attention_heads", self.num_attention_heads)
+        if K > N:
+            raise ValueError(
+                f"moe_router_topk={K} is larger than num_moe_experts={N} (routed experts, the "
+                f"shared one not counted): choose at most {N}."
+            )
+        if N % EP:
+            legal = [size for size in range(1, N + 1) if N % size == 0]
+            raise ValueError(
+                f"num_moe_experts={N} is not divisible by expert_model_parallel_size={EP}: legal "
+                f"sizes are {', '.join(map(str, legal))}. Choose one of them, or another number of "
+                "routed experts (64 divides by 2, 4, 8, 16, 32 and 64)."
+            )
+        if not isinstance(self.moe_layer_freq, int) and (
+            len(self.moe_layer_freq) != self.num_layers or set(self.moe_layer_freq) - {0, 1}
+        ):
+            raise ValueError(
+                f"moe_layer_freq={self.moe_layer_freq}: give an integer, or a list of "
+                f"num_layers={self.num_layers} entries, 1 for a CoE layer and 0 for a dense one."
+            )
+
+    def _check_supported(self) -> None:
+        """Refuse what Megatron offers and a re-entered layer would get wrong."""
+        refused = {
+            "moe_latent_size": "its projections stand outside the chain",
+            "overlap_moe_expert_parallel_comm": "its schedule runs a single iteration of the layer",
+            "moe_use_legacy_grouped_gemm": "the legacy grouped GEMM is deprecated by Megatron",
+        }
+        for field, reason in refused.items():
+            if getattr(self, field):
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} is not supported by a CoE layer: {reason}. "
+                    "Unset it."
+                )
+        if self.add_bias_linear:
+            raise ValueError(
+                "add_bias_linear=True: experts and routers have no biases here. Set it to false "
+                "(add_qkv_bias gives the attention its own)."
+            )
+        if self.moe_router_load_balancing_type == "sinkhorn":
+            raise ValueError(
+                "moe_router_load_balancing_type='sinkhorn' is not supported by a CoE layer: choose "
+                "'seq_aux_loss', 'aux_loss', 'global_aux_loss' or 'none'."
+            )
+        scopes = {getattr(scope, "name", scope) for scope in self.cuda_graph_scope or ()}
+        if self.coe_iterations > 1 and scopes & {"moe", "moe_router", "moe_preprocess"}:
+            raise ValueError(
+                f"cuda_graph_scope={self.cuda_graph_scope}: a graph of part of a MoE layer would "
+                "hold one iteration of several. Leave the moe scopes out."
+            )
+
+    def _check_rope(self) -> None:
+        legal = ("rope", "yarn") if self.multi_latent_attention else ("rope",)
+        if self.rope_type not in legal:
+            raise ValueError(
+                f"rope_type={self.rope_type!r} with "
+                f"multi_latent_attention={self.multi_latent_attention}: choose "
+                f"{' or '.join(map(repr, legal))}."
+            )
+
+
+def _positive(field: str, value: int, meaning: str = "") -> None:
+    if type(value) is not int or value < 1:  # type(): a bool is no count
+        raise ValueError(
+            f"{field}={value!r}: give an integer >= 1" + (f" ({meaning})." if meaning else ".")
+        )
+
+
+def _one_of(field: str, value: str, choices: dict):
+    if value not in choices:
+        raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(choices)}.")
+    return choices[value]
