@@ -1,0 +1,147 @@
+"""Mends of what Megatron-Core 0.16.1 gets wrong where Transformer Engine is absent, on any device.
+
+Its modules each guess for themselves whether Transformer Engine and Apex are there, and some guess
+wrong: names stay undefined, or a package that happens to be called ``apex`` is taken for NVIDIA's.
+:func:`install` corrects the guesses. With Transformer Engine present nothing is changed, save that
+a foreign ``apex`` is still kept out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+def have_te() -> bool:
+    """Whether Transformer Engine's PyTorch part can be imported."""
+    return _importable("transformer_engine.pytorch")
+
+
+def have_apex() -> bool:
+    """Whether NVIDIA's Apex is here with its CUDA extensions.
+
+    The package index's ``apex`` is an unrelated toolkit of the same name, so the name says nothing:
+    what counts are the two modules that Megatron uses.
+    """
+    return _importable("apex.multi_tensor_apply") and _importable("amp_C")
+
+
+def install() -> None:
+    """Correct what Megatron's modules guessed about the packages around them. Idempotent.
+
+    Works whether or not Megatron's modules were imported before. Warns once (``RuntimeWarning``)
+    about an importable ``apex`` that is not NVIDIA's.
+    """
+    if _importable("apex") and not have_apex():
+        _warn_of_foreign_apex()
+        MENDS["foreign_apex"]()
+    if not have_te():
+        for name, mend in MENDS.items():
+            if name != "foreign_apex":
+                mend()
+
+
+@functools.cache
+def _importable(name: str) -> bool:
+    """Whether ``import name`` works; whatever a broken package raises means that it does not."""
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
+
+
+@functools.cache
+def _warn_of_foreign_apex() -> None:
+    location = getattr(sys.modules["apex"], "__file__", None) or "a namespace package"
+    warnings.warn(
+        f"the importable package 'apex' ({location}) is not NVIDIA Apex with its CUDA extensions "
+        "(it lacks apex.multi_tensor_apply or amp_C); it is ignored and PyTorch's norms and "
+        "optimizers are used. `pip uninstall apex` silences this",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+# Modules that decide at import, and must have decided before their decision can be corrected.
+_DECIDING = (
+    "megatron.core.models.backends",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.transformer.attention",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.multi_latent_attention",
+    "megatron.core.transformer.transformer_block",
+)
+
+
+def _megatron_modules() -> Iterator[types.ModuleType]:
+    for name in _DECIDING:
+        importlib.import_module(name)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and module is not None:
+            yield module
+
+
+def _mend_have_te() -> None:
+    """``multi_latent_attention`` imports only Megatron's wrappers, which import without Transformer
+    Engine (as ``None``), and concludes that it is there: ``isinstance(x, None)`` follows."""
+    for module in _megatron_modules():
+        if getattr(module, "HAVE_TE", False):
+            module.HAVE_TE = False
+
+
+def _mend_router_gemm() -> None:
+    """``moe_utils`` leaves ``te_general_gemm`` undefined, then compares it with ``None``."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils.te_general_gemm = None
+
+
+def _mend_selective_recompute() -> None:
+    """``CheckpointWithoutOutput(fp8=False)``, its default, means "with fp8" and calls Transformer
+    Engine; only ``None`` means without."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    cls = random.CheckpointWithoutOutput
+    if cls.__init__.__defaults__ == (False,):
+        cls.__init__.__defaults__ = (None,)
+
+
+def _mend_foreign_apex() -> None:
+    """Any importable ``apex`` makes Megatron choose its FusedLayerNorm, which then refuses."""
+    apex_norm = importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
+    torch_norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    for module in _megatron_modules():
+        if getattr(module, "HAVE_APEX", False):
+            module.HAVE_APEX = False
+        for name in ("LNImpl", "LayerNormImpl"):
+            if getattr(module, name, None) is apex_norm:
+                setattr(module, name, torch_norm)
+    if not have_te():
+        _use_torch_optimizers()
+
+
+def _use_torch_optimizers() -> None:
+    """An Apex built without its extensions still offers ``FusedAdam``, which then refuses."""
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    distributed.Adam = torch.optim.Adam
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = False
+
+
+MENDS: dict[str, Callable[[], None]] = {
+    "have_te": _mend_have_te,
+    "router_gemm": _mend_router_gemm,
+    "selective_recompute": _mend_selective_recompute,
+    "foreign_apex": _mend_foreign_apex,
+}
+"""One row per fault. Removing a row brings its symptom back (see the tests)."""

@@ -1,0 +1,316 @@
+"""Run Megatron-Core 0.16.1 on a CPU with gloo: an execution backend for development, tests and
+small runs.
+
+Megatron-Core's Python code assumes CUDA in a handful of spots (a literal ``device="cuda"``, a
+stream, the CUDA generator, ``"torch.cuda.FloatTensor"``). Its mathematics does not. Each row of
+:data:`COVERS` makes one kind of spot work on a CPU; :func:`install` applies them all. Nothing is
+covered at import, and nothing ever is where CUDA is available.
+
+No cover stands in a hot path: a literal device is rewritten by giving the few modules that hold
+one their own view of ``torch``, so every other call costs what it costs in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+_installed = False
+
+
+def install() -> None:
+    """Apply every cover of :data:`COVERS`; later calls do nothing.
+
+    Works whether or not Megatron's modules were imported before.
+
+    Raises:
+        RuntimeError: CUDA is available, where the covers would send GPU work to the CPU.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "megatron_coe.backends.cpu.install() is for machines without CUDA, but "
+            f"torch.cuda.is_available() is true ({torch.cuda.device_count()} device(s)): leave it "
+            "out, or hide the devices with CUDA_VISIBLE_DEVICES="
+        )
+    if _installed:
+        return
+    for cover in COVERS.values():
+        cover()
+    _installed = True
+
+
+# --- torch.cuda -----------------------------------------------------------------------------------
+
+
+class Event:
+    """A ``torch.cuda.Event`` for a device that runs everything in order, at once."""
+
+    def __init__(self, enable_timing: bool = False, **_: bool):
+        self._recorded_s = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._recorded_s = time.perf_counter()
+
+    def elapsed_time(self, end_event: Event) -> float:
+        """Milliseconds between the two records, as ``torch.cuda.Event`` gives them."""
+        return (end_event._recorded_s - self._recorded_s) * 1e3
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self, stream: Stream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Stream:
+    """A ``torch.cuda.Stream`` for a device that has one queue: there is nothing to wait for."""
+
+    def __init__(self, device: torch.device | int | None = None, priority: int = 0, **_: int):
+        self.device = CPU
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def wait_stream(self, stream: Stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+_DEFAULT_STREAM = Stream()
+
+
+def _current_device() -> torch.device:
+    # Megatron only ever passes the answer on as `device=`, where a torch.device does as well as
+    # an index.
+    return CPU
+
+
+def _stream_context(stream: Stream | None) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _default_stream(device: torch.device | int | None = None) -> Stream:
+    return _DEFAULT_STREAM
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    pass
+
+
+def _cover_current_device() -> None:
+    torch.cuda.current_device = _current_device
+
+
+def _cover_streams() -> None:
+    torch.cuda.Stream = Stream
+    torch.cuda.Event = Event
+    torch.cuda.stream = _stream_context
+    torch.cuda.current_stream = _default_stream
+    torch.cuda.default_stream = _default_stream
+    torch.cuda.synchronize = _nothing
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def _get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: object = None) -> None:
+    torch.default_generator.set_state(new_state)
+
+
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _set_tracked_rng_state(
+    new_state: torch.Tensor, device: object = -1, graph_safe: bool = False
+) -> None:
+    torch.default_generator.set_state(new_state)
+
+
+def _not_about_the_shared_generator(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+def _cover_rng() -> None:
+    """The one CPU generator plays the CUDA generator's part, for seeds and for the tracker."""
+    for namespace in (torch.cuda, torch.cuda.random):
+        namespace.get_rng_state = _get_rng_state
+        namespace.set_rng_state = _set_rng_state
+        namespace.manual_seed = _manual_seed
+    # Without CUDA this function queues itself for a CUDA start that never comes.
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    _rebind(random._set_cuda_rng_state, _set_tracked_rng_state)
+    # The tracker warns when the CPU generator moves inside a fork; here that is its purpose.
+    logging.getLogger(random.__name__).addFilter(_not_about_the_shared_generator)
+
+
+# --- literal devices ------------------------------------------------------------------------------
+
+# Modules of the training path that write device="cuda" out.
+_LITERAL_CUDA = (
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.mapping",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.rerun_state_machine",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.utils",
+    "megatron.core.utils",
+)
+_FACTORIES = frozenset({"empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like"})
+
+
+class _TorchOnCpu(types.ModuleType):
+    """``torch`` itself, but its tensor factories read ``device="cuda"`` as the CPU."""
+
+    def __getattr__(self, name: str) -> object:
+        value = getattr(torch, name)
+        return _on_cpu(value) if name in _FACTORIES else value
+
+
+@functools.cache
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: object, **kwargs: object) -> torch.Tensor:
+        if torch.device(kwargs.get("device") or CPU).type == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cover_literal_devices() -> None:
+    view = _TorchOnCpu("torch")
+    for name in _LITERAL_CUDA:
+        importlib.import_module(name).torch = view
+
+
+def _cover_tensor_cuda() -> None:
+    def cuda(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return self
+
+    torch.Tensor.cuda = cuda
+
+
+# --- single functions -----------------------------------------------------------------------------
+
+
+class _CudaTypeStrings(TorchFunctionMode):
+    """``Tensor.type()`` answers as it would for the same tensor on a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(answer, str):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+
+def _with_cuda_type_strings(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        with _CudaTypeStrings():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _cover_type_strings() -> None:
+    """The optimizers sort parameters by ``"torch.cuda.FloatTensor"`` and its like.
+
+    All three run once at set-up or once per step, so the mode costs training nothing.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    for cls in (optimizer.Float16OptimizerWithFloat16Params, distributed.DistributedOptimizer):
+        cls.__init__ = _with_cuda_type_strings(cls.__init__)
+    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    function = clip.clip_grad_by_total_norm_fp32
+    _rebind(function, _with_cuda_type_strings(function))
+
+
+def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _cover_split_sizes() -> None:
+    """The dispatcher turns split sizes into numbers only where they are CUDA tensors."""
+    importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    _rebind(moe_utils.maybe_move_tensor_to_cpu, _to_host)
+
+
+# Where torch.compile leaves the function it was given.
+_COMPILED_FROM = "_torchdynamo_orig_callable"
+
+
+def _cover_fusions() -> None:
+    """Megatron's ``jit_fuser`` is ``torch.compile``: on a CPU that is a C++ build per function and
+    process, and a new one as routing changes the shapes. Its functions run eagerly instead."""
+    jit = importlib.import_module("megatron.core.jit")
+    _rebind(jit.jit_fuser, jit.noop_decorator)
+    for module in _megatron_modules():
+        classes = [v for v in vars(module).values() if isinstance(v, type)]
+        for namespace in (module, *(c for c in classes if c.__module__ == module.__name__)):
+            for name, value in list(vars(namespace).items()):
+                if isinstance(value, types.FunctionType) and hasattr(value, _COMPILED_FROM):
+                    setattr(namespace, name, getattr(value, _COMPILED_FROM))
+
+
+COVERS: dict[str, Callable[[], None]] = {
+    "current_device": _cover_current_device,
+    "streams": _cover_streams,
+    "rng": _cover_rng,
+    "literal_devices": _cover_literal_devices,
+    "tensor_cuda": _cover_tensor_cuda,
+    "type_strings": _cover_type_strings,
+    "split_sizes": _cover_split_sizes,
+    "fusions": _cover_fusions,
+}
+"""One row per kind of CUDA-only spot. Removing a row brings its symptom back (see the tests)."""
+
+
+def _megatron_modules() -> Iterator[types.ModuleType]:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and module is not None:
+            yield module
+
+
+def _rebind(original: object, replacement: object) -> None:
+    """Replace ``original`` under every name that a Megatron module has imported it by."""
+    for module in _megatron_modules():
+        for name, value in list(vars(module).items()):
+            if value is original:
+                setattr(module, name, replacement)

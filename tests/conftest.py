@@ -1,0 +1,37 @@
+"""Fixtures shared by every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Megatron-Core made ready for this machine, once; the device to test on."""
+    from megatron_coe.backends import prepare
+
+    return prepare()
+
+
+@pytest.fixture(scope="module")
+def single_rank(device: torch.device) -> Iterator[torch.device]:
+    """One rank with Megatron's parallel state and seeds; all of it is gone afterwards.
+
+    The rendezvous is in memory: no port, no file.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1234)
+        yield device
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
