@@ -1,0 +1,251 @@
+"""Routers of a CoE layer: Megatron's `TopKRouter`, one per iteration.
+
+Plugs into megatron/core/transformer/moe/router.py. Three things differ from the parent, each
+because the parent's numbers would depart from the objective of this package
+(`sum of cross-entropy / valid tokens + coefficient * mean over sequences of the balance losses`):
+scores keep fp64 when asked for it, the balance losses carry the right weight also with per-token
+loss and whatever the layout, and they are logged per layer and iteration.
+
+Axis letters: S sequence, B batch, T = S * B tokens, H hidden, N routed experts, K chosen,
+C iterations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_router_token_dropping,
+    group_limited_topk,
+    save_to_aux_losses_tracker,
+    topk_routing_with_score_function,
+    z_loss_func,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_coe.config import CoEConfig
+from megatron_coe.moe.balance import iteration_key
+
+NORMALISING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
+
+
+class CoERouter(TopKRouter):
+    """Chooses K of N experts for each token of one iteration.
+
+    With `coe_independent_gate` each iteration owns one; otherwise one serves them all and is told
+    with each call which iteration is asking.
+    """
+
+    def __init__(
+        self, config: CoEConfig, pg_collection: ProcessGroupCollection | None = None
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.iteration = 0
+        self.num_tokens: int | Tensor = 0  # tokens of the latest call that count for the loss
+
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform with a = sqrt(5), as the authors leave torch's default (not std 0.02)."""
+        super().reset_parameters()
+        if self.config.perform_initialization:
+            torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Route x(t-1) [S, B, H] of iteration t = `iteration` + 1.
+
+        Returns:
+            probs [T, N], the weight of each chosen expert and 0 elsewhere, in the router's dtype;
+            routing_map [T, N], bool.
+        """
+        self.iteration = iteration
+        return super().forward(input, padding_mask)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scores, choice, balance losses; the parent's steps in its order.
+
+        Args:
+            logits: [S, B, N] in the router's dtype.
+            padding_mask: [S, B], bool, True at padding, which is then left out of the balance.
+        """
+        S, B = logits.shape[:2]
+        logits_TN = logits.view(-1, self.num_experts)
+        if padding_mask is not None:
+            padding_mask = padding_mask.reshape(-1)
+        self.num_tokens = S * B if padding_mask is None else (~padding_mask).sum()
+
+        logits_TN = self.apply_z_loss(logits_TN, padding_mask=padding_mask)
+        probs, routing_map = self.select(logits_TN)
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, routing_map = apply_router_token_dropping(
+                probs,
+                routing_map,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
+        if self.training and torch.is_grad_enabled():
+            if self.is_aux_loss_enabled():
+                probs = self.attach_balance_losses(probs, logits_TN, S, B, padding_mask)
+            if self.enable_expert_bias:
+                counted = (
+                    routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]
+                )
+                self.local_tokens_per_expert += counted.detach().sum(dim=0)
+        return probs, routing_map
+
+    def scores(self, logits_TN: Tensor) -> Tensor:
+        """Scores of all experts [T, N], in at least fp32 and returned in the logits' dtype.
+
+        Megatron's function computes them in fp32 even from fp64 logits.
+        """
+        dtype = torch.promote_types(logits_TN.dtype, torch.float32)
+        if self.score_function == "softmax":
+            return torch.softmax(logits_TN, dim=-1, dtype=dtype).type_as(logits_TN)
+        return torch.sigmoid(logits_TN.to(dtype)).type_as(logits_TN)
+
+    def select(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """The K best experts of each token: (probs [T, N], routing_map [T, N] bool).
+
+        Follows `topk_routing_with_score_function` (megatron/core/transformer/moe/moe_utils.py).
+        """
+        config = self.config
+        if config.moe_router_fusion:
+            return topk_routing_with_score_function(
+                logits_TN,
+                self.topk,
+                use_pre_softmax=config.moe_router_pre_softmax,
+                num_groups=config.moe_router_num_groups,
+                group_topk=config.moe_router_group_topk,
+                scaling_factor=config.moe_router_topk_scaling_factor,
+                score_function=self.score_function,
+                expert_bias=self.expert_bias,
+                fused=True,
+            )
+        renormalised = self.score_function == "softmax" and not config.moe_router_pre_softmax
+        scores = logits_TN if renormalised else self.scores(logits_TN)
+        biased = scores if self.expert_bias is None else scores + self.expert_bias
+        chosen_TK = self.best(biased)
+        probs_TK = scores.gather(1, chosen_TK)
+        if renormalised:
+            probs_TK = self.scores(probs_TK)
+        elif self.score_function == "sigmoid" and self.topk > 1:
+            probs_TK = probs_TK / (probs_TK.sum(dim=-1, keepdim=True) + NORMALISING_EPS)
+        if config.moe_router_topk_scaling_factor:
+            probs_TK = probs_TK * config.moe_router_topk_scaling_factor
+        probs_TN = torch.zeros_like(logits_TN).scatter(1, chosen_TK, probs_TK)
+        return probs_TN, as_map(chosen_TK, self.num_experts)
+
+    def best(self, scores_TN: Tensor) -> Tensor:
+        """Indices of the K best experts [T, K], within the best groups where groups are limited."""
+
+        def choose(scores, topk, num_groups=None, group_topk=None):
+            if group_topk is None:
+                return scores.topk(topk, dim=1)
+            return group_limited_topk(
+                scores, topk, scores.shape[0], scores.shape[1], num_groups, group_topk
+            )
+
+        groups = (self.config.moe_router_num_groups, self.config.moe_router_group_topk)
+        if self.router_replay is not None:
+            replayed = self.router_replay.get_replay_topk(scores_TN, self.topk, *groups, choose)
+            return replayed[1]
+        return choose(scores_TN, self.topk, *groups)[1]
+
+    # -- balance losses ------------------------------------------------------------------------
+
+    def attach_balance_losses(
+        self, probs: Tensor, logits_TN: Tensor, S: int, B: int, padding_mask: Tensor | None
+    ) -> Tensor:
+        """Hang the configured balance losses of this iteration on `probs`' gradient."""
+        scores = self.scores(logits_TN)
+        if self.score_function == "sigmoid":
+            scores = scores / (scores.sum(dim=-1, keepdim=True) + NORMALISING_EPS)
+        routing_map = as_map(scores.topk(self.topk, dim=1).indices, self.num_experts)
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask[:, None]
+            scores = scores * ~padding_mask[:, None]
+        masked = padding_mask is not None
+        probs = self._apply_aux_loss(probs, scores, routing_map, masked)
+        probs = self._apply_seq_aux_loss(probs, scores, routing_map, S, B, masked)
+        return self._apply_global_aux_loss(probs, scores, routing_map, masked)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Hang ST-MoE's z-loss (arXiv 2202.08906) on the logits' gradient [T, N]."""
+        coeff = self.config.moe_z_loss_coeff
+        if coeff is None or not self.training or not torch.is_grad_enabled():
+            return logits
+        z_loss = z_loss_func(logits, coeff / self.tp_cp_group.size(), padding_mask=padding_mask)
+        return self.attach_and_log_load_balancing_loss(
+            logits, coeff, z_loss, "z_loss", self.tp_cp_group
+        )
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        reduce_group: torch.distributed.ProcessGroup,
+        reduce_group_has_dp: bool = False,
+        valid_token_count: int | Tensor | None = None,
+    ) -> Tensor:
+        """Weigh this rank's share of a balance loss, hang it on `activation` and log it.
+
+        `aux_loss` is a share: the ranks of `reduce_group` together make up the whole loss. Megatron
+        then divides gradients by micro-batches and data-parallel ranks, or with
+        `calculate_per_token_loss` by the global batch's tokens; its own factor for the latter
+        counts S tokens where a micro-batch has S * B, and only this rank's of a sequence split over
+        TP and CP (router.py, lines 366, 466, 498).
+        """
+        weight = reduce_group.size() // self.tp_cp_group.size()  # > 1 if the share is one of DP too
+        if self.calculate_per_token_loss:
+            weight = weight * self.num_tokens * self.tp_cp_group.size()
+        activation = MoEAuxLossAutoScaler.apply(activation, aux_loss * weight)
+        for name in (aux_loss_name, iteration_key(aux_loss_name, self.iteration)):
+            save_to_aux_losses_tracker(
+                name,
+                aux_loss / aux_loss_coeff,
+                self.layer_number,
+                self.config.num_layers + (self.config.mtp_num_layers or 0),
+                reduce_group=reduce_group,
+                reduce_group_has_dp=reduce_group_has_dp,
+            )
+        return activation
+
+
+class IterationRouters(torch.nn.ModuleList):
+    """One `CoERouter` per iteration, in place of a layer's single router (`MoESubmodules.router`).
+
+    Parameters are named `router.{t}.weight`, t counting from 0 as in the authors' checkpoints.
+    """
+
+    def __init__(
+        self, config: CoEConfig, pg_collection: ProcessGroupCollection | None = None
+    ) -> None:
+        super().__init__(
+            CoERouter(config=config, pg_collection=pg_collection)
+            for _ in range(config.coe_iterations)
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Tell every router its layer, counted from 1; without it nothing would be logged."""
+        for router in self:
+            router.set_layer_number(layer_number)
+
+    def forward(
+        self, input: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Route x(t-1) with the router of iteration t = `iteration` + 1; see `CoERouter.forward`."""
+        return self[iteration](input, padding_mask, iteration)
+
+
+def as_map(chosen_TK: Tensor, num_experts: int) -> Tensor:
+    """Indices of chosen experts [T, K] as a boolean map [T, N]."""
+    shape = (chosen_TK.shape[0], num_experts)
+    return torch.zeros(shape, dtype=torch.bool, device=chosen_TK.device).scatter(1, chosen_TK, True)
