@@ -149,8 +149,8 @@ class CoEConfig(MLATransformerConfig):
         _one_of("coe_residual", self.coe_residual, dict.fromkeys(RESIDUAL_MODES))
         if self.hidden_dropout > 0 and not self.adds_stream:
             raise ValueError(
-                f"hidden_dropout={self.hidden_dropout} with coe_residual={self.coe_residual!r}: the "
-                "layer's output is the stream itself, which dropout would destroy. Set "
+                f"hidden_dropout={self.hidden_dropout} with coe_residual={self.coe_residual!r}: "
+                "the layer's output is the stream itself, which dropout would destroy. Set "
                 f"hidden_dropout=0, or coe_residual to one of {STREAM_MODES}."
             )
 

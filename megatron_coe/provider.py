@@ -1,7 +1,7 @@
 """`CoEModelProvider`: a configuration that builds its own Megatron `GPTModel`.
 
-The protocol (`provide(pre_process, post_process, vp_stage)`) is the one that Megatron-Bridge's model
-providers follow, so a CoE model goes where theirs do.
+The protocol (`provide(pre_process, post_process, vp_stage)`) is the one that Megatron-Bridge's
+model providers follow, so a CoE model goes where theirs do.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class ReferenceCoE:
         return routed if self.shared is None else routed + swiglu(x_SBH, *self.shared)
 
     def balance_loss(self, score_SBN: Tensor) -> Tensor:
-        """DeepSeek's sequence-level loss: sum_i count_i / (S K / N) * mean_s score_i, mean over B."""
+        """DeepSeek's `seq_aux`: sum_i count_i / (S K / N) * mean_s score_i, then mean over B."""
         S, _, N = score_SBN.shape
         chosen_SBK = score_SBN.topk(self.topk, dim=-1).indices
         count_BN = F.one_hot(chosen_SBK, N).sum(dim=(0, 2)).to(score_SBN.dtype)

@@ -1,9 +1,9 @@
 """`CoELayer`: a Megatron MoE layer whose tokens pass through its experts C times in sequence.
 
-Plugs into megatron/core/transformer/moe/moe_layer.py by overriding `forward` over the parent's named
-phases (route, preprocess, dispatch, routed_experts_compute, combine, postprocess). One dispatcher
-serves all iterations: autograd keeps each pass's permutation and split sizes, and between two
-passes nothing reads what the dispatcher remembers of the former.
+Plugs into megatron/core/transformer/moe/moe_layer.py by overriding `forward` over the parent's
+named phases (route, preprocess, dispatch, routed_experts_compute, combine, postprocess). One
+dispatcher serves all iterations: autograd keeps each pass's permutation and split sizes, and
+between two passes nothing reads what the dispatcher remembers of the former.
 
 Axis letters: S sequence, B batch, H hidden, C iterations.
 """
@@ -14,17 +14,33 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from torch import Tensor
+
+from megatron_coe.config import CoEConfig
 
 
 class CoELayer(MoELayer):
     """C iterations x(t) = base + f_t(x(t-1)) over one pool of experts (paper, section 3).
 
-    f_t is a whole MoE pass: router t, K routed experts per token, and the shared expert. What `base`
-    is depends on `config.coe_residual` (see `CoEConfig`); whether the stream h joins the result is
-    the layer spec's business (`megatron_coe.specs`).
+    f_t is a whole MoE pass: router t, K routed experts per token, and the shared expert. What
+    `base` is depends on `config.coe_residual` (see `CoEConfig`); whether the stream h joins the
+    result is the layer spec's business (`megatron_coe.specs`).
     """
+
+    def __init__(
+        self,
+        config: CoEConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, pg_collection)
+        for parameter in self.experts.parameters():
+            # Megatron reduces expert gradients over all replicas only if EP > 1; at TP > 1 with
+            # EP = ETP = 1 it forgets the TP ranks (tensor_parallel/layers.py, line 829).
+            parameter.allreduce = False
 
     def forward(
         self,

@@ -93,10 +93,10 @@ class CoERouter(TopKRouter):
             if self.is_aux_loss_enabled():
                 probs = self.attach_balance_losses(probs, logits_TN, S, B, padding_mask)
             if self.enable_expert_bias:
-                counted = (
-                    routing_map if padding_mask is None else routing_map & ~padding_mask[:, None]
-                )
-                self.local_tokens_per_expert += counted.detach().sum(dim=0)
+                counted = routing_map
+                if padding_mask is not None:
+                    counted = routing_map & ~padding_mask[:, None]
+                self.local_tokens_per_expert += counted.sum(dim=0)
         return probs, routing_map
 
     def scores(self, logits_TN: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ class IterationRouters(torch.nn.ModuleList):
     def forward(
         self, input: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Route x(t-1) with the router of iteration t = `iteration` + 1; see `CoERouter.forward`."""
+        """Route x(t-1) with its iteration's router; see `CoERouter.forward`."""
         return self[iteration](input, padding_mask, iteration)
 
 
