@@ -18,7 +18,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "sentencepiece",
         "nltk",
-        "omegaconf>=2.3",
+        "omegaconf>=2.4",
         "psutil",  # megatron.core.dist_checkpointing imports it without declaring it
         "tensorboard",
         "tqdm",

@@ -1,0 +1,1 @@
+"""Training: settings, the objective, the loop, checkpoints and metrics."""

@@ -1,0 +1,46 @@
+"""Loss curves of a run, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_coe.training.metrics import read_records
+
+
+def plot_losses(
+    metrics: Path, output: Path, title: str = "", baseline: tuple[str, float] | None = None
+) -> None:
+    """Draw training and validation loss (nats per token) over steps into `output`.
+
+    The suffix of `output` chooses the format. `baseline` is a name and a value drawn as a level
+    line, such as the text's unigram entropy.
+
+    Raises:
+        ValueError: the file holds no losses, or matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plots need matplotlib; pip install 'megatron-coe[plot]'") from error
+
+    records = read_records(metrics)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    drawn = False
+    for name, label, style in (
+        ("train_loss", "training", {"linewidth": 1, "alpha": 0.8}),
+        ("valid_loss", "validation", {"linewidth": 2, "marker": "o", "markersize": 3}),
+    ):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+            drawn = True
+    if not drawn:
+        raise ValueError(f"{metrics}: holds no losses to draw")
+    if baseline is not None:
+        axes.axhline(baseline[1], color="grey", linestyle="--", linewidth=1, label=baseline[0])
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150)

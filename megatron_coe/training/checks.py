@@ -1,0 +1,136 @@
+"""What can be said about settings before Megatron is imported or a process group made."""
+
+from __future__ import annotations
+
+from megatron_coe.training.settings import DataSettings, LogSettings, Settings
+
+
+def check_values(settings: Settings) -> None:
+    """Raise ValueError for a value that no layout could run with."""
+    _more_than_zero(
+        settings,
+        *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+        *("parallel.virtual_pipeline_model_parallel_size", "parallel.context_parallel_size"),
+        *("parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"),
+        *("train.steps", "train.stop_step", "train.micro_batch_size", "train.global_batch_size"),
+        *("train.lr", "train.adam_eps", "train.eval_samples", "checkpoint.keep", "log.interval"),
+    )
+    _zero_or_more(
+        settings,
+        *("train.seed", "train.min_lr", "train.weight_decay", "train.clip_grad"),
+        *("train.eval_interval", "checkpoint.save_interval"),
+    )
+    train = settings.train
+    for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
+        if not 0 <= getattr(train, name) < 1:
+            raise ValueError(f"train.{name}={getattr(train, name)}: give a number in [0, 1)")
+    if train.min_lr > train.lr:
+        raise ValueError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}")
+    _check_data(settings.data)
+    _check_profile(settings.log)
+
+
+def check_layout(settings: Settings, world_size: int) -> None:
+    """Raise ValueError when `world_size` processes cannot hold the layout or share the batch."""
+    parallel = settings.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
+    etp = parallel.expert_tensor_parallel_size or tp
+    if world_size % (tp * pp * cp):
+        raise ValueError(
+            f"parallel: tensor ({tp}) x pipeline ({pp}) x context ({cp}) parallel sizes make "
+            f"{tp * pp * cp}, which does not divide the number of processes, {world_size}: start "
+            "a multiple with torchrun --nproc-per-node, or choose smaller sizes"
+        )
+    if world_size % (etp * ep * pp):
+        raise ValueError(
+            f"parallel: expert tensor ({etp}) x expert model ({ep}) x pipeline ({pp}) parallel "
+            f"sizes make {etp * ep * pp}, which does not divide the number of processes, "
+            f"{world_size}: start a multiple of it, or choose smaller sizes"
+        )
+    if tp > 1 and parallel.sequence_parallel is False:
+        raise ValueError(
+            f"parallel.sequence_parallel=false with tensor_model_parallel_size={tp}: Megatron "
+            "trains mixture-of-experts layers only with it; set it to true or leave it out"
+        )
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        raise ValueError(
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true"
+        )
+    _check_batch(settings, world_size)
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    if vpp is not None and pp == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline_model_parallel_size={vpp} needs "
+            "parallel.pipeline_model_parallel_size > 1"
+        )
+    if vpp is not None and num_microbatches(settings, world_size) % pp:
+        raise ValueError(
+            f"parallel.virtual_pipeline_model_parallel_size={vpp}: the interleaved schedule needs "
+            f"a number of micro-batches ({num_microbatches(settings, world_size)}) that is a "
+            f"multiple of pipeline_model_parallel_size ({pp}); change train.global_batch_size or "
+            "train.micro_batch_size"
+        )
+
+
+def data_parallel_size(settings: Settings, world_size: int) -> int:
+    """Number of replicas that read different sequences (context-parallel ranks share theirs)."""
+    parallel = settings.parallel
+    return world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def num_microbatches(settings: Settings, world_size: int) -> int:
+    """Micro-batches that each replica runs per step."""
+    replicas = data_parallel_size(settings, world_size)
+    return settings.train.global_batch_size // (settings.train.micro_batch_size * replicas)
+
+
+def _check_batch(settings: Settings, world_size: int) -> None:
+    train, replicas = settings.train, data_parallel_size(settings, world_size)
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size ({train.micro_batch_size}) x data-parallel size ({replicas})"
+        )
+
+
+def _check_data(data: DataSettings) -> None:
+    weights = data.train_weights
+    if weights is None:
+        return
+    if len(weights) != len(data.train):
+        raise ValueError(
+            f"data.train_weights has {len(weights)} value(s) for the {len(data.train)} set(s) of "
+            "data.train: give one for each"
+        )
+    if any(not weight > 0 for weight in weights):
+        raise ValueError(f"data.train_weights={weights}: each must be greater than 0")
+
+
+def _check_profile(log: LogSettings) -> None:
+    window = log.profile_steps
+    if window is not None and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        raise ValueError(f"log.profile_steps={window}: give [first, last] with 1 <= first <= last")
+
+
+def _value(settings: Settings, key: str) -> float | None:
+    section, name = key.split(".")
+    return getattr(getattr(settings, section), name)
+
+
+def _more_than_zero(settings: Settings, *keys: str) -> None:
+    for key in keys:
+        value = _value(settings, key)
+        if value is not None and not value > 0:
+            raise ValueError(f"{key}={value}: must be greater than 0")
+
+
+def _zero_or_more(settings: Settings, *keys: str) -> None:
+    for key in keys:
+        value = _value(settings, key)
+        if value is not None and not value >= 0:
+            raise ValueError(f"{key}={value}: must be 0 or more")

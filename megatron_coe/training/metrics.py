@@ -1,0 +1,155 @@
+"""Where a run's figures go: console, metrics.jsonl, TensorBoard and, when asked for, W&B."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from megatron_coe.training.settings import LogSettings
+
+METRICS_FILE = "metrics.jsonl"
+
+# name in the record -> (label on the console, format)
+_CONSOLE = {
+    "train_loss": ("loss", ".4f"),
+    "valid_loss": ("valid loss", ".4f"),
+    "lr": ("lr", ".3e"),
+    "grad_norm": ("grad norm", ".3f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+}
+_BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
+
+
+class Reporter:
+    """Writes records of the run from one process (make it on rank 0 only).
+
+    A record is a flat dictionary of floats with its step. `metrics.jsonl` holds one per line, in
+    order of steps, and survives a resume: records past the step resumed from are dropped, for they
+    are about to be made again.
+    """
+
+    def __init__(
+        self,
+        log: LogSettings,
+        total_steps: int,
+        completed_steps: int,
+        config: dict[str, object],
+        stream: TextIO = sys.stdout,
+    ) -> None:
+        self.directory = Path(log.dir)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.path = self.directory / METRICS_FILE
+        drop_records_after(self.path, completed_steps)
+        self._stream = stream
+        self._width = len(str(total_steps))
+        self._total_steps = total_steps
+        self._tensorboard = SummaryWriter(
+            str(self.directory / "tensorboard"),
+            purge_step=completed_steps + 1 if completed_steps else None,
+        )
+        self._wandb = _start_wandb(log, config) if log.wandb_project else None
+        self._bar = (
+            tqdm(
+                total=total_steps,
+                initial=completed_steps,
+                unit="step",
+                file=stream,
+                dynamic_ncols=True,
+            )
+            if stream.isatty()
+            else None
+        )
+
+    def say(self, text: str) -> None:
+        """One line on the console, above the progress bar if there is one."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Sends one record everywhere."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        self.say(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def console_line(values: dict[str, float]) -> str:
+    """The record as the console shows it: known figures in a fixed order, then the balance."""
+    parts = [
+        f"{label} {values[name]:{form}}"
+        for name, (label, form) in _CONSOLE.items()
+        if name in values
+    ]
+    balance = [f"{value:.3f}" for name, value in values.items() if _BALANCE.fullmatch(name)]
+    if balance:
+        parts.append(f"balance {' '.join(balance)}")
+    return " | ".join(parts)
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """All records of a metrics.jsonl; ValueError names file and line of a broken one."""
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                record["step"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path}:{number}: not a record of a run: {line.strip()[:80]!r}"
+                ) from error
+            records.append(record)
+    return records
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Keeps the records up to and including `step`; a last line cut short by a crash goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _start_wandb(log: LogSettings, config: dict[str, object]):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"log.wandb_project={log.wandb_project!r} needs the package wandb: pip install wandb"
+        ) from error
+    return wandb.init(project=log.wandb_project, name=log.wandb_name, dir=log.dir, config=config)

@@ -1,0 +1,72 @@
+"""Reports: records on disk, on the console, and after a resume."""
+
+from __future__ import annotations
+
+import io
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from megatron_coe.training.metrics import (
+    Reporter,
+    console_line,
+    drop_records_after,
+    read_records,
+)
+from megatron_coe.training.settings import LogSettings
+
+
+def test_records_go_to_file_console_and_tensorboard(tmp_path):
+    stream = io.StringIO()
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 0, {}, stream)
+    reporter.record(1, {"train_loss": 2.5, "lr": 1e-3})
+    reporter.record(10, {"train_loss": 2.0, "valid_loss": 2.25})
+    reporter.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train_loss": 2.5, "lr": 1e-3},
+        {"step": 10, "train_loss": 2.0, "valid_loss": 2.25},
+    ]
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "step  1/20 | loss 2.5000 | lr 1.000e-03",
+        "step 10/20 | loss 2.0000 | valid loss 2.2500",
+    ]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_the_console_shows_balance_by_iteration_but_not_by_layer():
+    line = console_line(
+        {
+            "balance/seq_aux_loss/iteration_1": 1.0625,
+            "balance/seq_aux_loss/iteration_1/layer_1": 9.0,
+            "balance/seq_aux_loss/iteration_2": 1.25,
+            "tokens_per_second": 12345.6,
+        }
+    )
+    assert line == "tokens/s 12,346 | balance 1.062 1.250"
+
+
+def test_a_resume_drops_what_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 5, 10, 15)) + '{"step": 2')
+    Reporter(LogSettings(dir=str(tmp_path)), 20, 10, {}, io.StringIO()).close()
+    assert [record["step"] for record in read_records(path)] == [1, 5, 10]
+    drop_records_after(path, 0)
+    assert read_records(path) == []
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record"):
+        read_records(path)
+    drop_records_after(path, 7)
+    assert read_records(path) == [{"step": 1}]
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_asked_for_but_missing_is_explained(tmp_path):
+    log = LogSettings(dir=str(tmp_path), wandb_project="p")
+    with pytest.raises(ValueError, match=r"log\.wandb_project='p' needs the package wandb"):
+        Reporter(log, 1, 0, {}, io.StringIO())
