@@ -1,0 +1,29 @@
+"""Transformer Engine's modules behind Megatron's ``BackendSpecProvider``.
+
+Megatron's own provider, narrowed to what chains of experts use: Transformer Engine's grouped
+linear layers, and never the legacy grouped experts, which need another CUDA source build.
+"""
+
+from __future__ import annotations
+
+from megatron.core.extensions import transformer_engine_spec_provider as megatron_te
+from megatron.core.transformer.mlp import MLPSubmodules
+
+
+class TESpecProvider(megatron_te.TESpecProvider):
+    """Modules for Megatron's layer specs, from Transformer Engine."""
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
+    ) -> tuple[type, MLPSubmodules | None]:
+        """`TEGroupedMLP`, or Megatron's loop over expert modules if no grouped GEMM is wanted.
+
+        Raises:
+            ValueError: Transformer Engine is too old for grouped linear layers.
+        """
+        if moe_use_grouped_gemm and megatron_te.TEColumnParallelGroupedLinear is None:
+            raise ValueError(
+                "moe_grouped_gemm=True needs Transformer Engine 1.9 or newer, not "
+                f"{megatron_te.get_te_version()}: upgrade it, or set moe_grouped_gemm=False"
+            )
+        return super().grouped_mlp_modules(moe_use_grouped_gemm, False)
