@@ -1,0 +1,67 @@
+"""What the command lines over this package share."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from megatron_coe.data.records import Fields
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say where texts come from; `fields_of` reads them."""
+    parser.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl, .jsonl.gz, .parquet, or .txt with one text per line",
+    )
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--json-keys",
+        nargs="+",
+        metavar="KEY",
+        help="keys (or columns) that hold text; each is a text by itself (default: text)",
+    )
+    keys.add_argument(
+        "--qa-keys",
+        nargs=2,
+        metavar=("QUERY", "RESPONSE"),
+        help="two keys, joined to one text: query : {QUERY} response : {RESPONSE}",
+    )
+
+
+def fields_of(options: argparse.Namespace) -> Fields:
+    """Raises: ValueError for keys that cannot be."""
+    if options.qa_keys:
+        return Fields(tuple(options.qa_keys), question_answer=True)
+    return Fields(tuple(options.json_keys or ["text"]))
+
+
+def run(main: Callable[[], None]) -> int:
+    """The exit status of `main`: 2 after an error of the user's or the disk's, told in one line."""
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # the same way out as Ctrl-C: temporary files and workers are removed

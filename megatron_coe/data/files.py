@@ -1,0 +1,39 @@
+"""Files that appear under their name only when they are complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written until it is complete; the process id keeps two writers apart."""
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+@contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """An OSError inside says that `path` cannot be written, and why (a full disk does not)."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`, renamed to it on success and removed on any failure.
+
+    Raises: OSError naming `path`, e.g. when the disk is full.
+    """
+    temporary = partial_path(path)
+    try:
+        with naming_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

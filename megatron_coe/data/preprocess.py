@@ -1,0 +1,309 @@
+"""Texts to Megatron's `.bin/.idx` token files, on several processes.
+
+One process reads and writes, the others parse and tokenise. Results are written in the order of the
+input whatever the number of workers, so the files are the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+
+from megatron_coe.data.files import naming_errors, partial_path
+from megatron_coe.data.progress import Progress
+from megatron_coe.data.records import (
+    Chunk,
+    Fields,
+    RecordError,
+    check_inputs,
+    is_blank,
+    read_chunks,
+)
+from megatron_coe.data.sentences import SentenceSplitter, load_splitter
+from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
+
+CHUNKS_PER_WORKER = 4  # in flight, which bounds the memory
+BAD_LINES_SHOWN = 10
+
+
+@dataclass
+class Summary:
+    """What a run wrote, and what it left out.
+
+    Attributes:
+        tokens: per output prefix.
+        documents: per output prefix.
+        empty: texts without any token, which are left out.
+        bad_lines: broken records that were skipped.
+        splitter: where sentence splitting came from, if it was asked for.
+    """
+
+    tokens: dict[str, int]
+    documents: dict[str, int]
+    empty: int = 0
+    bad_lines: int = 0
+    splitter: str | None = None
+
+
+@dataclass
+class _Encoded:
+    """A chunk in tokens: for each output all its ids, and each document's sentence lengths."""
+
+    ids: list[np.ndarray]
+    documents: list[list[list[int]]]
+    empty: int
+    bad_lines: list[str]
+    position: int
+
+
+class _Encoder:
+    """Raw records to tokens; each worker has one."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        fields: Fields,
+        append_eod: bool,
+        splitter: SentenceSplitter | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._fields = fields
+        self._tail = [tokenizer.eod] if append_eod else []
+        self._splitter = splitter
+
+    @property
+    def dtype(self) -> type[np.integer]:
+        """As Megatron's `DType.optimal_dtype`, whose import is too slow for a worker."""
+        return np.uint16 if self._tokenizer.vocab_size < 65500 else np.int32
+
+    def __call__(self, chunk: Chunk) -> _Encoded:
+        ids: list[list[int]] = [[] for _ in range(self._fields.outputs)]
+        documents: list[list[list[int]]] = [[] for _ in ids]
+        empty, bad_lines = 0, []
+        for offset, record in enumerate(chunk.records):
+            if is_blank(record):
+                continue
+            try:
+                texts = self._fields.texts(record, plain=chunk.plain)
+            except RecordError as error:
+                bad_lines.append(f"{chunk.place(offset)}: {error}")
+                continue
+            for output, text in enumerate(texts):
+                lengths = self._append(text, ids[output])
+                if lengths:
+                    documents[output].append(lengths)
+                else:
+                    empty += 1
+        arrays = [np.array(tokens, dtype=self.dtype) for tokens in ids]
+        return _Encoded(arrays, documents, empty, bad_lines, chunk.position)
+
+    def _append(self, text: str, ids: list[int]) -> list[int]:
+        """Adds a document's tokens to `ids`; the length of each of its sentences, [] if empty."""
+        lengths = []
+        for sentence in self._splitter.tokenize(text) if self._splitter else [text]:
+            tokens = self._tokenizer.tokenize(sentence)
+            if tokens:
+                ids += tokens
+                lengths.append(len(tokens))
+        if lengths and self._tail:
+            ids += self._tail
+            lengths[-1] += 1
+        return lengths
+
+
+class _Writer:
+    """One `.bin/.idx` pair, under temporary names until `commit`."""
+
+    def __init__(self, prefix: str, dtype: type[np.integer]) -> None:
+        # Megatron is imported here, and so never in a worker.
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        self._paths = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
+        self._partial = [partial_path(path) for path in self._paths]
+        with naming_errors(self._paths[0]):
+            self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+            self._builder = IndexedDatasetBuilder(str(self._partial[0]), dtype)
+
+    def add(self, ids: np.ndarray, documents: list[list[int]]) -> None:
+        start = 0
+        for lengths in documents:
+            end = start + sum(lengths)
+            with naming_errors(self._paths[0]):
+                self._builder.add_document(ids[start:end], lengths)
+            start = end
+
+    def finish(self) -> None:
+        """Everything on disk, still under the temporary names."""
+        with naming_errors(self._paths[0]):
+            self._builder.finalize(str(self._partial[1]))
+
+    def commit(self) -> None:
+        # Without the old index in between, a new .bin is never read with the old .idx.
+        with naming_errors(self._paths[0]):
+            self._paths[1].unlink(missing_ok=True)
+            for partial, path in zip(self._partial, self._paths, strict=True):
+                os.replace(partial, path)
+
+    def discard(self) -> None:
+        with suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._builder.data_file.close()
+        for partial in self._partial:
+            partial.unlink(missing_ok=True)
+
+
+def output_prefixes(prefix: Path, fields: Fields, split_sentences: bool = False) -> list[str]:
+    """Paths of the outputs without suffix: Megatron-LM's `{prefix}_{key}_document` for each key
+    (`_sentence` when sentences are split), or `{prefix}` itself for questions and answers."""
+    if fields.question_answer:
+        return [str(prefix)]
+    level = "sentence" if split_sentences else "document"
+    return [f"{prefix}_{key}_{level}" for key in fields.keys]
+
+
+def preprocess(
+    inputs: Sequence[Path],
+    prefix: Path,
+    tokenizer_path: Path,
+    *,
+    fields: Fields,
+    workers: int = 1,
+    append_eod: bool = False,
+    split_sentences: bool = False,
+    skip_bad_lines: bool = False,
+    quiet: bool = False,
+) -> Summary:
+    """Tokenises input files into Megatron's `.bin/.idx` pairs (see `output_prefixes`).
+
+    Existing outputs are replaced at the end; a run that fails leaves nothing behind. More than one
+    worker are spawned processes: call it from under `if __name__ == "__main__":`.
+
+    Args:
+        workers: processes that tokenise; 1 does it in this process.
+        append_eod: end each document with the tokenizer's end-of-document token.
+        split_sentences: store each sentence as a sequence of its own within its document.
+        skip_bad_lines: report and count broken records instead of stopping at the first.
+
+    Raises: ValueError for arguments, or naming file and line of the first broken record; OSError
+    when writing fails.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers}: at least 1 is needed")
+    if prefix.name in ("", "..") or prefix.is_dir():
+        raise ValueError(f"output prefix {prefix} is a folder: add a name for the files")
+    check_inputs(inputs, fields)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if append_eod and tokenizer.eod < 0:
+        raise ValueError(f"append_eod: tokenizer {tokenizer_path} has no end-of-document token")
+    splitter, origin = None, None
+    if split_sentences:
+        splitter, origin = load_splitter(_sound_texts(inputs, fields))
+    encoder = _Encoder(tokenizer, fields, append_eod, splitter)
+    names = output_prefixes(prefix, fields, split_sentences)
+    summary = Summary(dict.fromkeys(names, 0), dict.fromkeys(names, 0), splitter=origin)
+    chunks = _encode(read_chunks(inputs, fields), encoder, workers)
+    with (
+        Progress(sum(map(os.path.getsize, inputs)), quiet=quiet) as progress,
+        _writers(names, encoder.dtype) as writers,
+        closing(chunks),
+    ):
+        for encoded in chunks:
+            if encoded.bad_lines and not skip_bad_lines:
+                raise ValueError(f"{encoded.bad_lines[0]} (--skip-bad-lines leaves such lines out)")
+            for line in encoded.bad_lines[: max(0, BAD_LINES_SHOWN - summary.bad_lines)]:
+                progress.note(f"skipped {line}")
+            _account(encoded, names, summary)
+            for writer, ids, documents in zip(writers, encoded.ids, encoded.documents, strict=True):
+                writer.add(ids, documents)
+            progress.advance(encoded.position, f"{max(summary.documents.values()):,} documents")
+        if not all(summary.documents.values()):
+            nothing = [name for name, count in summary.documents.items() if count == 0]
+            raise ValueError(f"nothing to write to {nothing[0]}: the input holds no text for it")
+    return summary
+
+
+def _account(encoded: _Encoded, names: list[str], summary: Summary) -> None:
+    summary.empty += encoded.empty
+    summary.bad_lines += len(encoded.bad_lines)
+    for name, ids, documents in zip(names, encoded.ids, encoded.documents, strict=True):
+        summary.tokens[name] += ids.size
+        summary.documents[name] += len(documents)
+
+
+@contextmanager
+def _writers(prefixes: list[str], dtype: type[np.integer]) -> Iterator[list[_Writer]]:
+    """Writers whose files get their names together, once the body has succeeded."""
+    writers: list[_Writer] = []
+    with ExitStack() as cleanup:
+        for prefix in prefixes:
+            writers.append(_Writer(prefix, dtype))
+            cleanup.callback(writers[-1].discard)
+        yield writers
+        for writer in writers:
+            writer.finish()
+        for writer in writers:
+            writer.commit()
+
+
+def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterator[_Encoded]:
+    """The chunks in tokens, in their order, by `workers` processes (1: in this one)."""
+    if workers == 1:
+        yield from map(encoder, chunks)
+        return
+    # Spawned, not forked: this process has threads (torch's), and a fork would copy their locks.
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
+    )
+    pending: deque[Future[_Encoded]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) == workers * CHUNKS_PER_WORKER:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError("a worker process died (out of memory?): try fewer workers") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_encoder: _Encoder
+
+
+def _start_worker(encoder: _Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    # Ctrl-C reaches every process of the terminal; the parent alone ends the work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work for ever, also when its parent has been killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_in_worker(chunk: Chunk) -> _Encoded:
+    return _worker_encoder(chunk)
+
+
+def _sound_texts(inputs: Sequence[Path], fields: Fields) -> Iterator[str]:
+    """Every text, without the broken records."""
+    for chunk in read_chunks(inputs, fields):
+        for record in chunk.records:
+            with suppress(RecordError):
+                yield from fields.texts(record, plain=chunk.plain)

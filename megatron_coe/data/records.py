@@ -1,0 +1,239 @@
+"""Texts out of .jsonl, .jsonl.gz, .parquet and .txt files, with the place of every record.
+
+The work is in two halves so that it can be shared out: `read_chunks` cuts files into runs of raw
+records (cheap, one process), and `Fields.texts` turns one raw record into texts (any process).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+CHUNK_RECORDS = 512
+CHUNK_BYTES = 1 << 20
+
+# One line of a text file, or the values of the wanted columns of one row of a parquet file.
+RawRecord = bytes | tuple[bytes | None, ...]
+
+
+class RecordError(ValueError):
+    """One record that cannot be used; the message says why, without its place."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which values of a record are text, and whether they stand alone or form one example.
+
+    Args:
+        keys: names of JSON keys or parquet columns. A line of a .txt file is a text by itself.
+        question_answer: join the two keys as `query : {first} response : {second}`, the form of
+            the paper's recipe, instead of one text per key.
+    """
+
+    keys: tuple[str, ...] = ("text",)
+    question_answer: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError("keys is empty: name at least one key that holds text")
+        if len(set(self.keys)) != len(self.keys):
+            raise ValueError(f"keys={list(self.keys)} repeats a key: name each once")
+        if self.question_answer and len(self.keys) != 2:
+            raise ValueError(f"qa_keys={list(self.keys)}: give the query's key and the response's")
+
+    @property
+    def outputs(self) -> int:
+        """How many texts a record gives."""
+        return 1 if self.question_answer else len(self.keys)
+
+    def texts(self, raw: RawRecord, *, plain: bool = False) -> tuple[str, ...]:
+        """The texts of one record: one per key, or a single one for question and answer.
+
+        Args:
+            raw: a line (JSON, or the text itself if `plain`), or the values of a parquet row.
+
+        Raises: RecordError when the record is broken.
+        """
+        if plain:
+            return (_decode(raw.rstrip(b"\r\n")),)
+        if isinstance(raw, bytes):
+            values = self._from_json(_decode(raw))
+        else:
+            values = tuple(self._from_cell(*cell) for cell in zip(self.keys, raw, strict=True))
+        if self.question_answer:
+            return ("query : {} response : {}".format(*values),)
+        return values
+
+    def _from_json(self, line: str) -> tuple[str, ...]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise RecordError(f"a JSON object is needed, this is a {type(record).__name__}")
+        for key in self.keys:
+            if key not in record:
+                raise RecordError(f"no key {key!r} (it has {_listed(record)})")
+            if not isinstance(record[key], str):
+                raise RecordError(f"key {key!r} is a {type(record[key]).__name__}, not a string")
+            _check_unicode(key, record[key])
+        return tuple(record[key] for key in self.keys)
+
+    @staticmethod
+    def _from_cell(key: str, value: bytes | None) -> str:
+        if value is None:
+            raise RecordError(f"column {key!r} is null, not a string")
+        return _decode(value)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of raw records of one file.
+
+    Attributes:
+        first: number of the first record, counted from 1 (line of the file, or row of the table).
+        plain: each record is a text by itself (.txt).
+        position: bytes on disk read up to the end of this chunk, over all files.
+    """
+
+    path: Path
+    first: int
+    records: list[RawRecord]
+    position: int
+    plain: bool = False
+
+    def place(self, offset: int) -> str:
+        """`file:number` of the record at `offset` in this chunk."""
+        return f"{self.path}:{self.first + offset}"
+
+
+def check_inputs(paths: Sequence[Path], fields: Fields) -> None:
+    """Raises: ValueError for a file that is missing or of an unfit kind, before any work."""
+    if not paths:
+        raise ValueError("no input file: name at least one")
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"input {path} is not a file")
+        if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")):
+            raise ValueError(f"input {path} is not named .jsonl, .jsonl.gz, .parquet or .txt")
+        if path.suffix == ".txt" and (fields.question_answer or fields.outputs > 1):
+            raise ValueError(f"input {path}: a text file has no keys {', '.join(fields.keys)}")
+
+
+def read_chunks(paths: Sequence[Path], fields: Fields) -> Iterator[Chunk]:
+    """The records of several files in order.
+
+    Raises: ValueError naming the file when it is damaged as a whole (gzip, parquet) or lacks a
+    column.
+    """
+    before = 0
+    for path in paths:
+        chunks = _parquet_chunks if path.suffix == ".parquet" else _text_file_chunks
+        for chunk in chunks(path, fields.keys):
+            yield replace(chunk, position=before + chunk.position)
+        before += path.stat().st_size
+
+
+def read_texts(paths: Sequence[Path], fields: Fields) -> Iterator[str]:
+    """Every text of several files, in order.
+
+    Raises: ValueError with file and line number at the first broken record.
+    """
+    for chunk in read_chunks(paths, fields):
+        for offset, record in enumerate(chunk.records):
+            if is_blank(record):
+                continue
+            try:
+                yield from fields.texts(record, plain=chunk.plain)
+            except RecordError as error:
+                raise ValueError(f"{chunk.place(offset)}: {error}") from error
+
+
+def is_blank(record: RawRecord) -> bool:
+    """A line of white space, such as editors leave at the end of a file: no record at all."""
+    return isinstance(record, bytes) and not record.strip()
+
+
+def _text_file_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
+    with path.open("rb") as raw:
+        if path.suffix != ".gz":
+            yield from _line_chunks(path, raw, raw)
+            return
+        try:
+            with gzip.GzipFile(fileobj=raw) as lines:
+                yield from _line_chunks(path, raw, lines)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged gzip file ({error})") from error
+
+
+def _line_chunks(path: Path, raw: BinaryIO, lines: BinaryIO) -> Iterator[Chunk]:
+    first, size = 1, 0
+    records: list[RawRecord] = []
+    plain = path.suffix == ".txt"
+    for line in lines:
+        records.append(line)
+        size += len(line)
+        if len(records) == CHUNK_RECORDS or size >= CHUNK_BYTES:
+            yield Chunk(path, first, records, raw.tell(), plain)
+            first, size, records = first + len(records), 0, []
+    if records:
+        yield Chunk(path, first, records, raw.tell(), plain)
+
+
+def _parquet_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path}: parquet needs `pip install megatron-coe[data]`") from error
+    file_bytes, first = path.stat().st_size, 1
+    try:
+        with pq.ParquetFile(path) as table:
+            for key in keys:
+                if key not in table.schema_arrow.names:
+                    columns = _listed(table.schema_arrow.names)
+                    raise ValueError(f"{path} has no column {key!r} (it has {columns})")
+            for batch in table.iter_batches(batch_size=CHUNK_RECORDS, columns=list(keys)):
+                # As bytes: a string column may hold bytes that are not UTF-8, which then counts as
+                # one broken record instead of a broken file.
+                columns = [_as_bytes(path, key, batch.column(key)).to_pylist() for key in keys]
+                records = list(zip(*columns, strict=True))
+                position = file_bytes * (first + len(records) - 1) // table.metadata.num_rows
+                yield Chunk(path, first, records, position)
+                first += len(records)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is a damaged parquet file ({error})") from error
+
+
+def _as_bytes(path: Path, key: str, column: pyarrow.Array) -> pyarrow.Array:  # noqa: F821
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{path}: column {key!r} is of type {column.type}, not string")
+    return column.cast(kind).cast(pa.large_binary())
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"not UTF-8 (byte {error.start}: {error.reason})") from error
+
+
+def _check_unicode(key: str, text: str) -> None:
+    # JSON may escape half of a surrogate pair, which no tokenizer can encode.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"key {key!r} holds a lone surrogate at {error.start}") from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") or "none"

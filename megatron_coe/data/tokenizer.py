@@ -1,0 +1,194 @@
+"""One small interface over SentencePiece models and Hugging Face tokenizer folders.
+
+Megatron has wrappers of its own (`megatron.core.tokenizers`). They are not used because importing
+them costs about 4 s and 360 MB in every preprocessing worker, their SentencePiece and Hugging Face
+classes have no `eod`, which `GPTDataset` reads, and they identify a tokenizer by its path alone.
+The classes here offer what `GPTDatasetConfig(tokenizer=…)` uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_coe.data.files import atomic_path
+from megatron_coe.data.records import Fields, check_inputs, read_texts
+
+NO_TOKEN = -1  # what SentencePiece and Megatron's datasets use for "there is none"
+
+# SentencePiece writes its number of threads into the model and sums scores per thread: with a fixed
+# number the same texts give the same bytes on any machine.
+TRAINER_THREADS = 4
+SPECIAL_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        path: file or folder it was loaded from.
+        vocab_size: ids are in [0, vocab_size).
+        eod: id of the end-of-document token, -1 if there is none.
+        bos: id of the beginning-of-sequence token, -1 if there is none.
+        pad: id of the padding token, -1 if there is none or another special token stands in for it
+            (Megatron would mask that other token out of the loss).
+        unique_identifiers: what Megatron's index caches are named after; independent of the path.
+    """
+
+    def __init__(
+        self, path: Path, *, vocab_size: int, eod: int, bos: int, pad: int, digest: str
+    ) -> None:
+        self.path = path
+        self.vocab_size = vocab_size
+        self.eod = eod
+        self.bos = bos
+        self.pad = NO_TOKEN if pad in (eod, bos) else pad
+        self.unique_identifiers = OrderedDict(kind=type(self).__name__, sha256=digest)
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text; no special token is added (the paper's recipe)."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids; padding and other control tokens give nothing."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model` file."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: ValueError when the file is not a SentencePiece model."""
+        model = path.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            vocab_size = self._processor.get_piece_size()
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer {path} is not a SentencePiece model") from error
+        if vocab_size == 0:
+            raise ValueError(f"tokenizer {path} is not a SentencePiece model (it holds no piece)")
+        super().__init__(
+            path,
+            vocab_size=vocab_size,
+            eod=self._processor.eos_id(),
+            bos=self._processor.bos_id(),
+            pad=self._processor.pad_id(),
+            digest=hashlib.sha256(model).hexdigest(),
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(token) for token in ids])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A folder saved by `transformers` (extra `hf`): read locally, without running its code."""
+
+    FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+    def __init__(self, path: Path) -> None:
+        """Raises: ValueError when the folder holds no tokenizer, or transformers is missing."""
+        if not any((path / name).is_file() for name in self.FILES):
+            raise ValueError(f"tokenizer {path}: the folder holds none of {', '.join(self.FILES)}")
+        try:
+            from transformers import AutoTokenizer
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"tokenizer {path} is a Hugging Face folder: `pip install megatron-coe[hf]`"
+            ) from error
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # it raises whatever the files make its parsers raise
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"tokenizer {path} cannot be loaded ({reason})") from error
+        vocabulary = self._tokenizer.get_vocab()
+        super().__init__(
+            path,
+            vocab_size=max(vocabulary.values()) + 1,
+            eod=_id_or_none(self._tokenizer.eos_token_id),
+            bos=_id_or_none(self._tokenizer.bos_token_id),
+            pad=_id_or_none(self._tokenizer.pad_token_id),
+            digest=hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest(),
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a SentencePiece model file or a Hugging Face folder.
+
+    Raises: ValueError when there is none at `path`, or it cannot be read.
+    """
+    if not str(path):
+        raise ValueError("no tokenizer: give a SentencePiece .model file or a tokenizer folder")
+    path = Path(path)
+    if path.is_dir():
+        return HuggingFaceTokenizer(path)
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path} does not exist")
+    return SentencePieceTokenizer(path)
+
+
+def train_tokenizer(
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    fields: Fields,
+    vocab_size: int = 4096,
+    model_type: str = "bpe",
+) -> SentencePieceTokenizer:
+    """Trains a SentencePiece model on all texts of the input files and writes it to `output`.
+
+    Text comes back unchanged from its tokens: nothing is normalised, and characters outside the
+    vocabulary are spelled in bytes. Digits are always single tokens, which helps with arithmetic.
+
+    Raises: ValueError for broken input, no text, or a vocabulary the texts cannot fill.
+    """
+    check_inputs(inputs, fields)
+    # All at once, because SentencePiece would swallow an error raised while it reads. It keeps the
+    # texts in memory in any case.
+    texts = [text for text in read_texts(inputs, fields) if text.strip()]
+    if not texts:
+        raise ValueError(f"no text in {', '.join(map(str, inputs))}")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=1 << 30,  # longer texts would be left out without a word
+            num_threads=TRAINER_THREADS,
+            minloglevel=2,
+            **SPECIAL_IDS,
+        )
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1].strip()
+        raise ValueError(f"vocab_size={vocab_size}, {model_type}: {reason}") from error
+    with atomic_path(output) as temporary:
+        temporary.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(output)
+
+
+def _id_or_none(token: int | None) -> int:
+    return NO_TOKEN if token is None else token
