@@ -267,7 +267,8 @@ def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterato
     pending: deque[Future[_Encoded]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            with _interrupts_held():
+                pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) == workers * CHUNKS_PER_WORKER:
                 yield pending.popleft().result()
         while pending:
@@ -278,14 +279,23 @@ def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterato
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the body is done. A worker started in it inherits this, for good: Ctrl-C
+    reaches every process of the terminal, and the parent alone ends the work."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker_encoder: _Encoder
 
 
 def _start_worker(encoder: _Encoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
-    # Ctrl-C reaches every process of the terminal; the parent alone ends the work.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

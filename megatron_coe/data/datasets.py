@@ -1,0 +1,265 @@
+"""Training and validation samples out of `.bin/.idx` files.
+
+Two modes over the same files. Either way a sample has S = seq_length input positions, and is a dict
+of `tokens`, `labels`, `position_ids` (int64 [S]) and `loss_mask` (float32 [S]), as Megatron's
+`GPTDataset` gives it. There is no attention mask: attention is causal in the kernel.
+
+    packed      Megatron's `GPTDataset`: documents joined, cut every S tokens; a sample reads S + 1
+                tokens and has S loss terms.
+    examples    one document per sample, the paper's way: the first S tokens, padded on the right.
+                A document of n tokens has min(n, S) - 1 loss terms: the token after a cut is not
+                a target, just as where a model is given S tokens and shifts them itself (the
+                authors' 512 inputs have 511 loss terms). Megatron's S + 1 would add one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+from torch.utils.data import Dataset, Subset
+
+from megatron_coe.data.indexed import IndexedFile, check_token_ids, inspect
+from megatron_coe.data.tokenizer import Tokenizer
+
+Mode = Literal["packed", "examples"]
+
+# Validation samples must not move with the seed of a run.
+VALIDATION_SEED = 0
+MAX_SEED = 2**32 - 1  # numpy's
+
+
+class ExampleDataset(MegatronDataset):
+    """One document per sample, cut on the right at S tokens and padded (see the module's text).
+
+    Training visits every document once per epoch, in an order that depends on the seed and the
+    epoch; validation goes through the documents in their order. Takes the arguments of
+    `MegatronDataset`, so that `BlendedMegatronDatasetBuilder` builds and blends it;
+    `indexed_indices` are documents, and the length is exactly `num_samples` (None: one epoch).
+    """
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str | None,
+        indexed_indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(
+            indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
+        )
+        self._order = self._document_order()
+        # Embeddings are looked up at padded positions too, so the id has to exist.
+        self._padding = max(config.tokenizer.pad, 0)
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        """Number of documents, the unit that is split and shuffled."""
+        return len(low_level_dataset.document_indices) - 1
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        seq_length = self.config.sequence_length
+        ids = torch.from_numpy(self._read(int(self._order[idx]), seq_length))
+        tokens = torch.full((seq_length,), self._padding, dtype=torch.int64)
+        labels = tokens.clone()
+        loss_mask = torch.zeros(seq_length, dtype=torch.float32)
+        tokens[: len(ids)] = ids
+        labels[: len(ids) - 1] = ids[1:]
+        loss_mask[: len(ids) - 1] = 1.0
+        position_ids = torch.arange(seq_length, dtype=torch.int64)
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": position_ids,
+        }
+
+    def _read(self, document: int, length: int) -> np.ndarray:
+        """The first `length` tokens of a document, which may be several sequences (sentences)."""
+        first, end = self.dataset.document_indices[document : document + 2]
+        parts: list[np.ndarray] = []
+        for sequence in range(first, end):
+            parts.append(self.dataset.get(sequence)[:length])
+            length -= len(parts[-1])
+            if length == 0:
+                break
+        return np.concatenate(parts).astype(np.int64)
+
+    def _document_order(self) -> np.ndarray:
+        """Document of each sample, int32 [number of samples]."""
+        samples = len(self.indices) if self.num_samples is None else self.num_samples
+        epochs = []
+        for epoch in range(math.ceil(samples / len(self.indices))):
+            documents = self.indices.astype(np.int32)
+            if self.index_split is Split.train:
+                # RandomState: numpy keeps its streams the same for ever.
+                np.random.RandomState([self.config.random_seed, epoch]).shuffle(documents)
+            epochs.append(documents)
+        return np.concatenate(epochs)[:samples]
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """Megatron's builder, which in 0.16.1 cannot blend outside of torch.distributed with a cache:
+    `BlendedDataset` then asks for its rank. Its index is quickly built again, so it goes without.
+    """
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: type[Dataset] | Callable[..., Dataset],
+        is_built_on_rank: Callable[[], bool],
+        synchronize_ranks: bool,
+        *args: object,
+    ) -> Dataset | None:
+        if cls is BlendedDataset and not torch.distributed.is_initialized():
+            *arguments, config = args
+            args = (*arguments, replace(config, path_to_cache=None))
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(
+            cls, is_built_on_rank, synchronize_ranks, *args
+        )
+
+
+def build_datasets(
+    *,
+    train: Sequence[str | tuple[str, float]],
+    valid: Sequence[str],
+    tokenizer: Tokenizer,
+    seq_length: int,
+    mode: Mode,
+    num_samples: tuple[int, int | None],
+    seed: int,
+    cache_dir: str | Path | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """The training and the validation set; the same on every rank, whatever the layout.
+
+    With torch.distributed initialised all ranks must call it.
+
+    Args:
+        train: prefixes of `.bin/.idx` pairs, each with its weight in the blend, or none with one:
+            then each is drawn in proportion to its size (documents for `examples`, otherwise
+            tokens).
+        valid: prefixes of the held-out sets; none: no validation set.
+        seq_length: S, input positions of a sample.
+        num_samples: training samples, for which the data is repeated as often as it takes (the set
+            may come out slightly longer); validation samples, at most one epoch (None: all of it).
+        seed: order of the training samples; validation does not depend on it.
+        cache_dir: where packed mode and blends keep their indices; None: `index_cache` beside the
+            first data set. Data that is written anew is indexed anew.
+
+    Raises: ValueError naming the argument or the file that cannot be used.
+    """
+    if mode not in ("packed", "examples"):
+        raise ValueError(f"mode={mode!r}: choose packed or examples")
+    if seq_length < 2:
+        raise ValueError(f"seq_length={seq_length}: a loss term needs at least 2 tokens")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed={seed}: give a number from 0 to {MAX_SEED}")
+    if num_samples[0] < 1 or (num_samples[1] is not None and num_samples[1] < 1):
+        raise ValueError(f"num_samples={num_samples}: at least 1 of each is needed")
+    files, weights = _training_blend(train, mode)
+    valid_files = [inspect(prefix) for prefix in valid]
+    for file in files + valid_files:
+        check_token_ids(file, tokenizer)
+        _check_fits(file, mode)
+    for file in valid_files:
+        if mode == "packed" and file.tokens <= seq_length:
+            raise ValueError(
+                f"{file.prefix} has {file.tokens} tokens, too few for one packed sample of "
+                f"seq_length={seq_length} (it takes {seq_length + 1}); shorten it, or use examples"
+            )
+    cache = Path(cache_dir) if cache_dir else Path(files[0].prefix).parent / "index_cache"
+
+    def config(split: Split, chosen: Sequence[IndexedFile], **options: object) -> GPTDatasetConfig:
+        blend = ([file.prefix for file in chosen], weights if split is Split.train else None)
+        return GPTDatasetConfig(
+            random_seed=seed if split is Split.train else VALIDATION_SEED,
+            sequence_length=seq_length,
+            blend_per_split=[blend if split is which else None for which in Split],
+            path_to_cache=str(cache / _fingerprint(chosen)),
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            **options,
+        )
+
+    kind = GPTDataset if mode == "packed" else ExampleDataset
+    surplus = _surplus(weights, num_samples[0])
+    train_config = config(Split.train, files, mid_level_dataset_surplus=surplus)
+    train_set = _build(kind, Split.train, num_samples[0], train_config)
+    if not valid_files:
+        return train_set, None
+    valid_set = _build(kind, Split.valid, None, config(Split.valid, valid_files))
+    if num_samples[1] is not None and num_samples[1] < len(valid_set):
+        valid_set = Subset(valid_set, range(num_samples[1]))
+    return train_set, valid_set
+
+
+def _build(
+    kind: type[MegatronDataset], split: Split, size: int | None, config: GPTDatasetConfig
+) -> Dataset:
+    sizes = [size if split is which else 0 for which in Split]
+    return _Builder(kind, sizes, lambda: True, config).build()[split.value]
+
+
+def _training_blend(
+    train: Sequence[str | tuple[str, float]], mode: Mode
+) -> tuple[list[IndexedFile], list[float]]:
+    if not train:
+        raise ValueError("train is empty: name at least one data set")
+    weighted = [source for source in train if not isinstance(source, str)]
+    if len(weighted) not in (0, len(train)):
+        raise ValueError(f"train={list(train)}: give every data set a weight, or none")
+    for prefix, weight in weighted:
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"train: the weight of {prefix} is {weight}, it must be above 0")
+    if weighted:
+        return [inspect(prefix) for prefix, _ in weighted], [float(w) for _, w in weighted]
+    files = [inspect(prefix) for prefix in train if isinstance(prefix, str)]
+    return files, [float(f.documents if mode == "examples" else f.tokens) for f in files]
+
+
+def _check_fits(file: IndexedFile, mode: Mode) -> None:
+    if mode == "packed" and file.sequences != file.documents:
+        raise ValueError(
+            f"{file.prefix} has its sentences split: packed mode would shuffle them one by one; "
+            "preprocess without --split-sentences, or use examples"
+        )
+
+
+def _surplus(weights: Sequence[float], size: int) -> float:
+    """How many more samples per data set the builder prepares than its share, relatively.
+
+    The blend has up to len(weights) samples more than asked for, of which it may take one more from
+    a set than its share. Megatron's fixed 0.5% is less than that for small sizes, and fails.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    return max((share * len(weights) + 1) / max(1.0, share * size) for share in shares)
+
+
+def _fingerprint(files: Sequence[IndexedFile]) -> str:
+    """Name of a cache folder; Megatron's cached indices know the path of the data only, and would
+    be taken for files written anew under the same name."""
+    stamps = repr([file.stamp for file in files]).encode()
+    return hashlib.sha256(stamps).hexdigest()[:16]
