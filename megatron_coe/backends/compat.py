@@ -114,6 +114,24 @@ def _mend_selective_recompute() -> None:
         cls.__init__.__defaults__ = (None,)
 
 
+def _mend_distributed_optimizer_load() -> None:
+    """Torch's Adam keeps a step count per parameter, which the distributed optimizer restores
+    first, then leaves out of a checkpoint's tensors and asks for all the same (``KeyError``)."""
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    set_states = module.DistributedOptimizer._set_main_param_and_optimizer_states
+    if hasattr(set_states, "__wrapped__"):
+        return
+
+    @functools.wraps(set_states)
+    def keep_step(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        restored = {"step": state["step"]} if "step" in state else {}
+        set_states(self, model_param, {**restored, **tensors})
+
+    module.DistributedOptimizer._set_main_param_and_optimizer_states = keep_step
+
+
 def _mend_foreign_apex() -> None:
     """Any importable ``apex`` makes Megatron choose its FusedLayerNorm, which then refuses."""
     apex_norm = importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
@@ -142,6 +160,7 @@ MENDS: dict[str, Callable[[], None]] = {
     "have_te": _mend_have_te,
     "router_gemm": _mend_router_gemm,
     "selective_recompute": _mend_selective_recompute,
+    "distributed_optimizer_load": _mend_distributed_optimizer_load,
     "foreign_apex": _mend_foreign_apex,
 }
 """One row per fault. Removing a row brings its symptom back (see the tests)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_coe.training.settings import DataSettings, LogSettings, Settings
 
 
@@ -71,6 +73,16 @@ def check_layout(settings: Settings, world_size: int) -> None:
             f"multiple of pipeline_model_parallel_size ({pp}); change train.global_batch_size or "
             "train.micro_batch_size"
         )
+
+
+def smallest_world_size(settings: Settings) -> int:
+    """The fewest processes that hold the layout."""
+    parallel = settings.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    etp = parallel.expert_tensor_parallel_size or tp
+    return math.lcm(
+        tp * pp * parallel.context_parallel_size, etp * pp * parallel.expert_model_parallel_size
+    )
 
 
 def data_parallel_size(settings: Settings, world_size: int) -> int:

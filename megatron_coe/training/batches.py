@@ -1,0 +1,56 @@
+"""Which sequences a rank reads at which step: a function of the samples consumed, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from megatron_coe.training.objective import Batch
+
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Micro-batches of one replica out of a dataset that every replica can index.
+
+    The sequences of a step do not depend on the number of replicas or the micro-batch size, only
+    their distribution does. Every rank of a replica reads the same ones, so nothing is broadcast.
+    """
+
+    dataset: Dataset
+    micro_batch_size: int
+    rank: int
+    """Of the replica, among `replicas`."""
+    replicas: int
+    device: torch.device
+
+    def training(self, first: int, num_microbatches: int) -> list[Batch]:
+        """The replica's share of the global batch whose first sequence is number `first`."""
+        stride = self.micro_batch_size * self.replicas
+        starts = [
+            first + index * stride + self.rank * self.micro_batch_size
+            for index in range(num_microbatches)
+        ]
+        return [self._batch(range(start, start + self.micro_batch_size)) for start in starts]
+
+    def validation(self, samples: int, num_microbatches: int) -> Iterator[Batch]:
+        """The replica's share of the first `samples` sequences, each read by one replica only.
+
+        Positions past the last sequence are filled up with the first one, masked out of the loss.
+        """
+        for index in range(num_microbatches):
+            start = (index * self.replicas + self.rank) * self.micro_batch_size
+            numbers = range(start, start + self.micro_batch_size)
+            batch = self._batch([number if number < samples else 0 for number in numbers])
+            batch["loss_mask"][[number >= samples for number in numbers]] = 0
+            yield batch
+
+    def _batch(self, numbers: range | list[int]) -> Batch:
+        """Token ids, labels and positions [B, S] (int64), and loss mask [B, S] (float32)."""
+        items = [self.dataset[number] for number in numbers]
+        batch = default_collate([{name: item[name] for name in FIELDS} for item in items])
+        return {name: values.to(self.device) for name, values in batch.items()}

@@ -1,0 +1,202 @@
+"""Saving and resuming the whole state of a run with Megatron's distributed checkpoints.
+
+    <save>/step_00000100/   model, optimizer, schedule, RNG and data position; config.yaml
+    <save>/latest           name of the newest one, for people and scripts
+
+A checkpoint is written under another name and renamed when it is complete, so a folder `step_…`
+with Megatron's `metadata.json` (the last file it writes) is whole. The state is sharded: another
+layout of the same model can load it, but then without RNG states, which belong to ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_coe.training.setup import Trainee, complete_state
+
+CONFIG_FILE = "config.yaml"
+LATEST_FILE = "latest"
+_NAME = re.compile(r"step_(\d{8})")
+_HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps", "lr_mult")
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Completed updates of the weights."""
+    samples: int = 0
+    """Training sequences consumed: where in the data to go on."""
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, the newest first."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    complete = [path for path in named if (path / "metadata.json").is_file()]
+    return sorted(complete, key=lambda path: path.name, reverse=True)
+
+
+def save_checkpoint(
+    folder: Path, trainee: Trainee, progress: Progress, config: str, keep: int
+) -> Path:
+    """Write a checkpoint and drop all but the `keep` newest. A collective of all ranks.
+
+    Args:
+        config: the resolved settings as YAML, kept inside.
+    """
+    final = folder / f"step_{progress.step:08d}"
+    partial = folder / f".partial_{final.name}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with _gathered_parameters(trainee):
+        state = _model_state(trainee)
+        state["optimizer"] = trainee.optimizer.sharded_state_dict(state, metadata=_metadata())
+    state |= {
+        "schedule": trainee.schedule.state_dict(),
+        "progress": {"step": progress.step, "samples": progress.samples},
+        "layout": _layout(),
+        "rng": _sharded_rng(_rng_state()),
+    }
+    dist_checkpointing.save(state, str(partial))
+    if dist.get_rank() == 0:
+        (partial / CONFIG_FILE).write_text(config, encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        pointer = folder / f".{LATEST_FILE}"
+        pointer.write_text(final.name + "\n", encoding="utf-8")
+        os.replace(pointer, folder / LATEST_FILE)
+        for old in find_checkpoints(folder)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
+    """Bring a new trainee to the state of a checkpoint. A collective of all ranks.
+
+    Hyperparameters stay those of the present settings: what is restored is what training changed.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    progress = Progress(**common["progress"])
+    state = _model_state(trainee)
+    if progress.step > 0:  # before the first step there is no optimizer state to speak of
+        state["optimizer"] = trainee.optimizer.sharded_state_dict(
+            state, is_loading=True, metadata=_metadata()
+        )
+    same_layout = common["layout"] == _layout()
+    if same_layout:
+        state["rng"] = _sharded_rng(None)
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except (CheckpointingException, CheckpointException) as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise ValueError(f"checkpoint {path} does not fit this model: {reason}") from error
+    for key, chunk in _chunks(trainee):
+        chunk.load_state_dict(loaded[key])
+    if progress.step > 0:
+        _load_optimizer(trainee.optimizer, loaded["optimizer"])
+    else:
+        trainee.optimizer.reload_model_params()
+    trainee.schedule.step(progress.step - trainee.schedule.num_steps)
+    if same_layout:
+        _set_rng_state(loaded["rng"])
+    return progress
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    present = [{k: g[k] for k in _HYPERPARAMETERS if k in g} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, present, strict=True):
+        group.update(values)
+    complete_state(optimizer)
+
+
+def _chunks(trainee: Trainee) -> list[tuple[str, GPTModel]]:
+    """The bare model chunks of a rank by Megatron's names: `model`, or `model0`, `model1`, …"""
+    modules = unwrap_model(trainee.chunks)
+    if len(modules) == 1:
+        return [("model", modules[0])]
+    return [(f"model{index}", module) for index, module in enumerate(modules)]
+
+
+def _model_state(trainee: Trainee) -> dict[str, Any]:
+    return {key: chunk.sharded_state_dict(metadata=_metadata()) for key, chunk in _chunks(trainee)}
+
+
+def _metadata() -> dict[str, Any]:
+    """How states are cut up: the distributed optimizer's too, independent of the layout."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+@contextmanager
+def _gathered_parameters(trainee: Trainee) -> Iterator[None]:
+    """Weights whose gathering overlaps the next forward pass are stale until then: gather them."""
+    overlapped = [chunk for chunk in trainee.chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()
+
+
+def _layout() -> dict[str, int]:
+    """The sizes that give a rank number its meaning."""
+    return {
+        "world": dist.get_world_size(),
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    """Generators that a step may draw from (data are drawn by position, not by a generator)."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)

@@ -1,0 +1,118 @@
+"""From settings to a model configuration: section `model` checked against `CoEModelProvider`."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training.settings import ParallelSettings, Settings, suggestion
+
+# Fields of Megatron's configuration that other settings decide.
+_DECIDED_ELSEWHERE = {
+    **{f.name: f"parallel.{f.name}" for f in fields(ParallelSettings)},
+    **dict.fromkeys(
+        ("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype", "enable_autocast"),
+        "train.precision",
+    ),
+    "deterministic_mode": "train.deterministic",
+    "calculate_per_token_loss": "the training loop, whose loss is per token of the global batch",
+    "batch_p2p_comm": "parallel.virtual_pipeline_model_parallel_size",
+    "overlap_p2p_comm": "parallel.virtual_pipeline_model_parallel_size",
+}
+
+
+def build_provider(
+    settings: Settings, device: torch.device, tokenizer_vocab_size: int | None = None
+) -> CoEModelProvider:
+    """The model that `settings` describe, as a provider with its layout and precision.
+
+    Args:
+        device: what the model will run on; it decides `train.precision=auto`.
+        tokenizer_vocab_size: number of ids of the tokenizer, the vocabulary of a model that names
+            none of its own; a model may know more ids than the tokenizer makes, not fewer.
+
+    Raises:
+        ValueError: a field of section `model` is unknown, of the wrong type or out of range.
+    """
+    model = dict(settings.model)
+    _check_fields(model)
+    vocab_size = model.setdefault("vocab_size", tokenizer_vocab_size or 0)
+    if tokenizer_vocab_size is not None and 0 < vocab_size < tokenizer_vocab_size:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is smaller than the {tokenizer_vocab_size} ids of the "
+            f"tokenizer {settings.data.tokenizer}: raise it, or leave it out"
+        )
+    try:
+        return CoEModelProvider(
+            **model,
+            **_layout_fields(settings.parallel),
+            **_precision_fields(settings.train.precision, device),
+            deterministic_mode=settings.train.deterministic and device.type == "cuda",
+        )
+    except AssertionError as error:  # Megatron's own checks
+        raise ValueError(f"model: Megatron refuses these settings: {error}") from error
+
+
+def _layout_fields(parallel: ParallelSettings) -> dict[str, Any]:
+    given = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    layout = {f.name: getattr(parallel, f.name) for f in fields(parallel) if f.name not in given}
+    if parallel.sequence_parallel is None:
+        layout["sequence_parallel"] = parallel.tensor_model_parallel_size > 1
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        # With Megatron's defaults (False, True) the interleaved schedule computes garbage.
+        layout |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return layout
+
+
+def _precision_fields(precision: str, device: torch.device) -> dict[str, Any]:
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return {"bf16": bf16, "params_dtype": dtype, "pipeline_dtype": dtype}
+
+
+def _check_fields(model: Mapping[str, Any]) -> None:
+    hints = get_type_hints(CoEModelProvider)
+    known = {f.name for f in fields(CoEModelProvider) if f.init} - _DECIDED_ELSEWHERE.keys()
+    for name, value in model.items():
+        if name in _DECIDED_ELSEWHERE:
+            raise ValueError(f"model.{name} is decided by {_DECIDED_ELSEWHERE[name]}: remove it")
+        if name not in known:
+            raise ValueError(f"unknown key 'model.{name}'{suggestion(name, known)}")
+        if not _fits(value, hints[name]):
+            raise ValueError(f"model.{name}={value!r}: must be {_describe(hints[name])}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value read from YAML is of the annotated type (classes of Megatron's never are)."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return type(value) is int
+    return hint in (bool, str, type(None)) and isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    args = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if get_origin(hint) is list:
+        return f"a list of {_describe(args[0])}"
+    plain = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "left out (it cannot be set from a file)"
+    return plain.get(hint, "null" if hint is type(None) else "left out (not for files)")

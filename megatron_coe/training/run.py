@@ -1,0 +1,130 @@
+"""From settings to a trainer at its next step, and to what a dry run prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+from megatron_coe import backends
+from megatron_coe.data.datasets import build_datasets
+from megatron_coe.data.indexed import inspect
+from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_coe.training import setup
+from megatron_coe.training.batches import BatchSource
+from megatron_coe.training.checkpoint import (
+    CONFIG_FILE,
+    Progress,
+    find_checkpoints,
+    load_checkpoint,
+)
+from megatron_coe.training.estimate import describe_sizes
+from megatron_coe.training.loop import Trainer, Validation
+from megatron_coe.training.metrics import Reporter
+from megatron_coe.training.model import build_provider
+from megatron_coe.training.settings import Settings
+
+
+def describe(settings: Settings, world_size: int) -> str:
+    """Settings, sizes and data of a run. Raises as `trainer` does, without building anything."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    provider = build_provider(settings, device, tokenizer.vocab_size)
+    sizes = describe_sizes(provider, settings, world_size)
+    return "\n".join([settings.to_yaml(), sizes, "", *_describe_data(settings, tokenizer)])
+
+
+@contextmanager
+def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
+    """A trainer at the newest checkpoint, or at step 0; its process groups last as long as it.
+
+    Args:
+        must_resume: there has to be a checkpoint.
+
+    Raises:
+        ValueError, OSError: settings, data or checkpoint cannot be used.
+    """
+    device = backends.prepare()
+    if settings.train.deterministic and device.type == "cuda":
+        setup.use_deterministic_kernels()
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    provider = build_provider(settings, device, tokenizer.vocab_size)
+    checkpoint = _newest_checkpoint(settings, must_resume)
+    with setup.process_groups(settings.parallel, device):
+        setup.seed_everything(settings.train.seed)
+        train_set, valid_set = _build_data(settings, tokenizer, provider.seq_length)
+        trainee = setup.build_trainee(provider, settings, device)
+        progress = load_checkpoint(checkpoint, trainee) if checkpoint else Progress()
+        train = _source(train_set, settings, device)
+        validation = None
+        if valid_set is not None:
+            validation = Validation(_source(valid_set, settings, device), len(valid_set))
+        reporter = _open_reports(settings, progress) if dist.get_rank() == 0 else None
+        if reporter and checkpoint:
+            reporter.say(f"resumed from {checkpoint}")
+        try:
+            yield Trainer(settings, trainee, train, validation, progress, reporter)
+        finally:
+            if reporter:
+                reporter.close()
+
+
+def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
+    data = settings.data
+    yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
+    for split, prefixes in (("training", data.train), ("validation", data.valid)):
+        for prefix in prefixes:
+            file = inspect(prefix)
+            yield f"{split} {prefix}: {file.documents:,} documents, {file.tokens:,} tokens"
+    sequences = settings.train.steps * settings.train.global_batch_size
+    yield f"{sequences:,} sequences in {settings.train.steps:,} steps, mode {data.mode}"
+
+
+def _build_data(
+    settings: Settings, tokenizer: Tokenizer, seq_length: int
+) -> tuple[Dataset, Dataset | None]:
+    data, train = settings.data, settings.train
+    sources = data.train
+    if data.train_weights is not None:
+        sources = list(zip(data.train, data.train_weights, strict=True))
+    return build_datasets(
+        train=sources,
+        valid=data.valid,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        mode=data.mode,
+        num_samples=(train.steps * train.global_batch_size, train.eval_samples),
+        seed=train.seed,
+        cache_dir=data.cache,
+    )
+
+
+def _newest_checkpoint(settings: Settings, must_resume: bool) -> Path | None:
+    folder = settings.checkpoint.save
+    found = find_checkpoints(Path(folder)) if folder else []
+    if must_resume and not found:
+        raise ValueError(f"checkpoint.save={folder}: holds no complete checkpoint to start from")
+    return found[0] if found else None
+
+
+def _source(dataset: Dataset, settings: Settings, device: torch.device) -> BatchSource:
+    return BatchSource(
+        dataset,
+        micro_batch_size=settings.train.micro_batch_size,
+        rank=parallel_state.get_data_parallel_rank(),
+        replicas=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def _open_reports(settings: Settings, progress: Progress) -> Reporter:
+    config = OmegaConf.to_container(OmegaConf.structured(settings))
+    reporter = Reporter(settings.log, settings.train.steps, progress.step, config)
+    (reporter.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+    return reporter

@@ -1,0 +1,190 @@
+"""What a run needs before its first step: processes, seeds, model, optimizer and schedule."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What a step changes."""
+
+    provider: CoEModelProvider
+    chunks: list[DistributedDataParallel]
+    """This pipeline stage's part of the model: one chunk, or several under interleaving."""
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+
+def world_size() -> int:
+    """Number of processes of this run, as torchrun says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_groups(parallel: ParallelSettings, device: torch.device) -> Iterator[None]:
+    """Torch's process group and Megatron's parallel groups, taken down at the end.
+
+    Under torchrun its rendezvous is used; a single process needs no port.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def use_deterministic_kernels() -> None:
+    """On a GPU, sums of a fixed order in torch, cuBLAS and Transformer Engine (call it first)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators; pipeline stages differ, so that their layers start differently."""
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+
+
+def build_trainee(provider: CoEModelProvider, settings: Settings, device: torch.device) -> Trainee:
+    """Model, optimizer and schedule, wired to one another the way Megatron's schedules expect."""
+    chunks = build_model(provider, settings.parallel, device)
+    optimizer = build_optimizer(provider, chunks, settings)
+    # Megatron's forward-backward functions find these on the configuration.
+    provider.finalize_model_grads_func = finalize_model_grads
+    provider.grad_scale_func = optimizer.scale_loss
+    if settings.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        provider.no_sync_func = no_sync[0] if len(chunks) == 1 else no_sync
+    return Trainee(provider, chunks, optimizer, build_schedule(optimizer, settings.train))
+
+
+def build_model(
+    provider: CoEModelProvider, parallel: ParallelSettings, device: torch.device
+) -> list[DistributedDataParallel]:
+    """This rank's model chunks, on the device, in the run's precision, wrapped for DDP."""
+    stages = parallel.virtual_pipeline_model_parallel_size
+    modules = [provider.provide(vp_stage=stage) for stage in (range(stages) if stages else [None])]
+    modules = [module.to(device) for module in modules]
+    if provider.bf16:
+        modules = [Float16Module(provider, module) for module in modules]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    chunks = [
+        DistributedDataParallel(
+            config=provider,
+            ddp_config=ddp_config,
+            module=module,
+            # Later chunks finish their backward first: only the first one's buckets can overlap.
+            disable_bucketing=index > 0,
+        )
+        for index, module in enumerate(modules)
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
+    return chunks
+
+
+def build_optimizer(
+    provider: CoEModelProvider, chunks: list[DistributedDataParallel], settings: Settings
+) -> MegatronOptimizer:
+    """AdamW over fp32 main weights."""
+    train, parallel = settings.train, settings.parallel
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=provider.bf16,
+        params_dtype=provider.params_dtype,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    # None leaves one-dimensional parameters and biases without decay; {} overrides nothing.
+    overrides = {} if train.decay_all_parameters else None
+    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    complete_state(optimizer)
+    return optimizer
+
+
+def complete_state(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter of torch's AdamW all its state, and a step count of its own.
+
+    Torch makes the state at the first step, and before it Megatron's distributed optimizer can be
+    neither saved nor loaded (0.16.1 asserts one common step count in `state_dict`). On loading, the
+    distributed optimizer gives all parameters the same tensor as step count, which then counts once
+    per parameter and step: wrong updates, without a word. Transformer Engine's needs nothing.
+    """
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                state["step"] = state.get("step", torch.tensor(0.0)).clone()
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(parameter)
+
+
+def build_schedule(optimizer: MegatronOptimizer, train: TrainSettings) -> OptimizerParamScheduler:
+    """Learning rate over steps: linear warm-up from 0, then constant, linear or cosine decay."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=int(train.lr_warmup_fraction * train.steps),
+        lr_decay_steps=train.steps,
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=train.steps,
+        wd_incr_style="constant",
+    )

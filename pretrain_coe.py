@@ -1,0 +1,94 @@
+"""Train a Chain-of-Experts model: settings in, checkpoints and curves out.
+
+    python pretrain_coe.py --config examples/quickstart.yaml train.steps=100
+    torchrun --nproc-per-node 8 pretrain_coe.py --config examples/paper/coe-2_4-64.yaml
+
+Run again, the same command goes on from its newest checkpoint. Exit status: 0 done, 2 a mistake in
+settings, data or checkpoint (said in one line), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_coe.training.loop import Trainer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        with ExitStack() as stack:
+            try:
+                trainer = prepare(options, stack)
+            except (ValueError, OSError) as error:
+                return complain(error)
+            if trainer is None:
+                return 0
+            if options.eval_only:
+                trainer.validate()
+            else:
+                trainer.run()
+    except KeyboardInterrupt:
+        print("\npretrain_coe.py: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    return 0
+
+
+def prepare(options: argparse.Namespace, stack: ExitStack) -> Trainer | None:
+    """The trainer, ready for its first step (nothing after a dry run).
+
+    Raises ValueError or OSError for whatever the user can mend.
+    """
+    # Megatron and torch are imported only after what can be said without them: they take seconds.
+    from megatron_coe.training.checks import check_layout, check_values, smallest_world_size
+    from megatron_coe.training.settings import load_settings
+
+    settings = load_settings(options.config, options.overrides)
+    check_values(settings)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.dry_run:  # one process can look at a layout for many
+        world_size = max(world_size, smallest_world_size(settings))
+    check_layout(settings, world_size)
+    # Megatron says this in every module; the setting `model.backend` says what stands in.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    from megatron_coe.training import run
+
+    if options.dry_run:
+        print(run.describe(settings, world_size))
+        return None
+    return stack.enter_context(run.trainer(settings, must_resume=options.eval_only))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--dry-run", action="store_true", help="print settings, sizes and data, and stop"
+    )
+    mode.add_argument(
+        "--eval-only", action="store_true", help="validate the newest checkpoint, and stop"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def complain(error: Exception) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
+        print(f"pretrain_coe.py: error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

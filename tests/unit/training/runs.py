@@ -1,0 +1,88 @@
+"""Small runs in one process, on sequences made up on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+from megatron_coe.training import setup
+from megatron_coe.training.batches import BatchSource
+from megatron_coe.training.checkpoint import Progress
+from megatron_coe.training.loop import Trainer, Validation
+from megatron_coe.training.model import build_provider
+from megatron_coe.training.settings import Settings
+from tests.builders import BALANCE_COEFF, TINY
+
+SEQ_LENGTH = 12
+MODEL = {
+    **TINY,
+    "seq_length": SEQ_LENGTH,
+    "coe_iterations": 2,
+    "multi_latent_attention": True,
+    "moe_aux_loss_coeff": BALANCE_COEFF,
+}
+
+
+class Sequences:
+    """Endless random sequences, each a function of its number, padded to different lengths."""
+
+    def __init__(self, seed: int, empty: frozenset[int] = frozenset()) -> None:
+        self.seed = seed
+        self.empty = empty
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + number)
+        ids = torch.randint(MODEL["vocab_size"], (SEQ_LENGTH + 1,), generator=generator)
+        valid = int(torch.randint(1, SEQ_LENGTH + 1, (), generator=generator))
+        mask = (torch.arange(SEQ_LENGTH) < (0 if number in self.empty else valid)).float()
+        return {
+            "tokens": ids[:-1],
+            "labels": ids[1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(SEQ_LENGTH),
+        }
+
+
+def make_settings(folder: object = None, **sections: Mapping[str, Any]) -> Settings:
+    """A run of the tiny model; `train={...}` and so on set fields of a section."""
+    settings = Settings(model=dict(MODEL))
+    settings.train.steps, settings.train.global_batch_size = 20, 4
+    settings.train.lr = 1e-2
+    settings.checkpoint.save = None if folder is None else str(folder)
+    settings.model |= sections.pop("model", {})
+    for section, values in sections.items():
+        for name, value in values.items():
+            assert hasattr(getattr(settings, section), name), name
+            setattr(getattr(settings, section), name, value)
+    return settings
+
+
+def make_trainer(
+    settings: Settings,
+    device: torch.device,
+    sequences: object | None = None,
+    held_out: int = 0,
+    reporter: object = None,
+) -> Trainer:
+    """A trainer at step 0, freshly initialised."""
+    get_moe_layer_wise_logging_tracker().clear()  # sized for the first model it sees
+    setup.seed_everything(settings.train.seed)
+    trainee = setup.build_trainee(build_provider(settings, device), settings, device)
+    micro = settings.train.micro_batch_size
+    source = BatchSource(sequences or Sequences(1), micro, 0, 1, device)
+    validation = None
+    if held_out:
+        validation = Validation(BatchSource(Sequences(2), micro, 0, 1, device), held_out)
+    return Trainer(settings, trainee, source, validation, Progress(), reporter)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """A copy of every parameter, by name."""
+    return {
+        name: parameter.detach().clone()
+        for chunk in trainer.trainee.chunks
+        for name, parameter in chunk.named_parameters()
+    }

@@ -1,0 +1,45 @@
+"""Parameters, work per token and memory of the model of a configuration; nothing is built.
+
+python tools/estimate.py --config examples/paper/coe-2_4-64.yaml [section.key=value …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_coe.data.command_line import run
+from megatron_coe.training.checks import check_layout, check_values, smallest_world_size
+from megatron_coe.training.settings import load_settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--world-size", type=int, help="processes; by default the fewest that hold the layout"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda", help="decides train.precision=auto"
+    )
+    options = parser.parse_intermixed_args()
+    settings = load_settings(options.config, options.overrides)
+    check_values(settings)
+    world_size = options.world_size or smallest_world_size(settings)
+    check_layout(settings, world_size)
+    # Only now, because they take seconds.
+    import torch
+
+    from megatron_coe.training.estimate import describe_sizes
+    from megatron_coe.training.model import build_provider
+
+    provider = build_provider(settings, torch.device(options.device))
+    print(describe_sizes(provider, settings, world_size))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,34 @@
+"""Draw the training and validation loss of a run.
+
+python tools/plot_curves.py runs/quickstart/metrics.jsonl --output runs/quickstart/loss.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_coe.analysis.curves import plot_losses
+from megatron_coe.data.command_line import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("metrics", type=Path, help="metrics.jsonl of a run")
+    parser.add_argument("--output", type=Path, required=True, help="picture (.png, .svg, .pdf)")
+    parser.add_argument("--title", default="")
+    parser.add_argument(
+        "--baseline", type=float, help="a level to compare with, such as the unigram entropy"
+    )
+    parser.add_argument("--baseline-name", default="unigram entropy")
+    options = parser.parse_args()
+    baseline = None if options.baseline is None else (options.baseline_name, options.baseline)
+    plot_losses(options.metrics, options.output, options.title, baseline)
+    print(options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
