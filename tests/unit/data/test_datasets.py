@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import multiprocessing
+from torch.utils.data import Dataset
+
+from megatron_coe.data.datasets import VALIDATION_SEED, build_datasets
+from megatron_coe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from tests.unit.data.texts import random_texts
+
+MakeData = Callable[..., str]
+S = 16
+
+
+def build(
+    tokenizer: SentencePieceTokenizer,
+    train: Sequence[str | tuple[str, float]],
+    valid: Sequence[str] = (),
+    **changes: object,
+) -> tuple[Dataset, Dataset | None]:
+    options = {"seq_length": S, "mode": "examples", "num_samples": (50, None), "seed": 7}
+    return build_datasets(train=train, valid=valid, tokenizer=tokenizer, **(options | changes))
+
+
+def padded(ids: list[int], length: int) -> list[int]:
+    return ids + [3] * (length - len(ids))
+
+
+def loss_terms(item: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    """(input, target) of every position that counts."""
+    rows = zip(item["tokens"], item["labels"], item["loss_mask"], strict=True)
+    return [(int(token), int(label)) for token, label, counts in rows if counts]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_examples_are_documents_cut_padded_and_masked(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer, split: bool
+) -> None:
+    # Around the cut: 1, S - 1, S, S + 1 and many tokens ("12" is a space and two digits).
+    texts = ["x", "1" * (S - 2), "1" * (S - 1), "1" * S, "1" * 60, *random_texts(40, 1)]
+    prefix = make_data("a", texts, split_sentences=split)
+    _, valid = build(tokenizer, [prefix], [prefix])
+    assert len(valid) == len(texts)
+    lengths = set()
+    for text, item in zip(texts, valid, strict=True):
+        # Each of these texts is one sentence.
+        ids = tokenizer.tokenize(text.strip() if split else text)
+        lengths.add(len(ids))
+        kept = ids[:S]
+        terms = min(len(ids), S) - 1
+        assert list(item) == ["tokens", "labels", "loss_mask", "position_ids"]
+        assert item["tokens"].tolist() == padded(kept, S)
+        assert item["labels"].tolist() == padded(kept[1:], S)
+        assert item["loss_mask"].tolist() == [1.0] * terms + [0.0] * (S - terms)
+        assert item["position_ids"].tolist() == list(range(S))
+        assert loss_terms(item) == list(itertools.pairwise(kept))
+        dtypes = [value.dtype for value in item.values()]
+        assert dtypes == [torch.int64, torch.int64, torch.float32, torch.int64]
+    assert lengths >= {S - 1, S, S + 1}
+
+
+def test_examples_join_the_sentences_of_a_document(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    sentences = ["One apple.", "Two pears.", "Ten minus three."]
+    prefix = make_data("a", [" ".join(sentences), "One."], split_sentences=True)
+    ids = [token for sentence in sentences for token in tokenizer.tokenize(sentence)]
+    for seq_length in (4, len(ids) - 1, len(ids) + 5):
+        _, valid = build(tokenizer, [prefix], [prefix], seq_length=seq_length)
+        assert len(valid) == 2
+        assert valid[0]["tokens"].tolist() == padded(ids[:seq_length], seq_length)
+    with pytest.raises(ValueError, match="has its sentences split"):
+        build(tokenizer, [prefix], mode="packed")
+
+
+def test_padding_follows_the_position_not_the_token(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    prefix = make_data("a", ["one two"])
+    for pad, filler in ((-1, 0), (tokenizer.tokenize("one two")[0],) * 2):
+        other = load_tokenizer(tokenizer.path)
+        other.pad = pad
+        _, valid = build(other, [prefix], [prefix])
+        ids = tokenizer.tokenize("one two")
+        assert valid[0]["tokens"].tolist() == ids + [filler] * (S - len(ids))
+        assert valid[0]["loss_mask"].sum() == len(ids) - 1
+
+
+def order(dataset: Dataset, tokenizer: SentencePieceTokenizer) -> list[str]:
+    """The texts of a dataset of short documents."""
+    return [tokenizer.detokenize(dataset[n]["tokens"].tolist()) for n in range(len(dataset))]
+
+
+def test_training_order_is_a_fresh_permutation_per_epoch(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    texts = [f"{number}" for number in range(100, 120)]
+    prefix = make_data("a", texts)
+    read, valid = build(tokenizer, [prefix], [prefix], num_samples=(50, None))
+    first = order(read, tokenizer)
+    assert len(first) == 50
+    assert sorted(first[:20]) == sorted(first[20:40]) == texts
+    assert first[:20] != texts
+    assert first[:20] != first[20:40]
+    assert len(set(first[40:])) == 10
+    # The same seed gives the same order, and more samples only go on from it.
+    longer, _ = build(tokenizer, [prefix], num_samples=(75, None))
+    assert order(longer, tokenizer)[:50] == first
+    other, other_valid = build(tokenizer, [prefix], [prefix], seed=8)
+    assert order(other, tokenizer) != first
+    # Validation: the documents in their order, whatever the seed.
+    assert order(valid, tokenizer) == order(other_valid, tokenizer) == texts
+    _, part = build(tokenizer, [prefix], [prefix], num_samples=(50, 7))
+    assert order(part, tokenizer) == texts[:7]
+    _, capped = build(tokenizer, [prefix], [prefix], num_samples=(50, 700))
+    assert order(capped, tokenizer) == texts
+
+
+def packed_by_hand(documents: list[list[int]], epochs: int, seed: int) -> list[list[int]]:
+    """All samples of S + 1 tokens of a stream of shuffled documents, in shuffled order."""
+    rng = np.random.RandomState(seed)
+    numbers = list(range(len(documents))) * epochs
+    rng.shuffle(numbers)
+    stream = [token for number in numbers for token in documents[number]]
+    samples = [stream[at : at + S + 1] for at in range(0, len(stream) - S, S)]
+    places = list(range(len(samples)))
+    rng.shuffle(places)
+    return [samples[place] for place in places]
+
+
+def test_packed_samples_equal_a_plain_recomputation(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    texts = random_texts(80, 4)
+    prefix = make_data("a", texts, append_eod=True)
+    documents = [[*tokenizer.tokenize(text), tokenizer.eod] for text in texts]
+    tokens = sum(map(len, documents))
+    wanted = 2 * (tokens // S) - 1  # nearly all of a second epoch: shuffled as one
+    read, valid = build(tokenizer, [prefix], [prefix], mode="packed", num_samples=(wanted, None))
+    for dataset, epochs, seed in ((read, 2, 7), (valid, 1, VALIDATION_SEED)):
+        expected = packed_by_hand(documents, epochs, seed)
+        assert len(dataset) == len(expected)
+        for item, sample in zip((dataset[n] for n in range(len(dataset))), expected, strict=True):
+            assert list(item) == ["tokens", "labels", "loss_mask", "position_ids"]
+            assert item["tokens"].tolist() == sample[:-1]
+            assert item["labels"].tolist() == sample[1:]
+            assert item["loss_mask"].tolist() == [1.0] * S
+            assert item["position_ids"].tolist() == list(range(S))
+
+
+def test_data_written_anew_is_indexed_anew(
+    tmp_path: Path, make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    for seed in (5, 6):
+        prefix = make_data("a", random_texts(30, seed))
+        documents = [tokenizer.tokenize(text) for text in random_texts(30, seed)]
+        _, valid = build(tokenizer, [prefix], [prefix], mode="packed", cache_dir=tmp_path / "cache")
+        samples = [item["tokens"].tolist() for item in (valid[n] for n in range(len(valid)))]
+        assert samples == [s[:-1] for s in packed_by_hand(documents, 1, VALIDATION_SEED)]
+
+
+def test_index_files_stay_in_one_folder(
+    tmp_path: Path, make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    a, b = make_data("a", random_texts(30, 5)), make_data("b", random_texts(30, 6))
+    before = sorted(tmp_path.iterdir())
+    build(tokenizer, [a, b], [a, b], mode="examples")
+    assert sorted(tmp_path.iterdir()) == before
+    build(tokenizer, [a, b], [a, b], mode="packed", cache_dir=tmp_path / "elsewhere" / "cache")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "elsewhere"])
+    build(tokenizer, [a, b], [a, b], mode="packed")
+    assert (tmp_path / "index_cache").is_dir()
+
+
+def sources(dataset: Dataset, tokenizer: SentencePieceTokenizer) -> Counter[str]:
+    """How many samples begin with each set's letter."""
+    return Counter(text[0] for text in order(dataset, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("weights", "samples"), [((1, 1), 40), ((3, 1), 400), ((0.98, 0.01, 0.01), 10), ((5, 2), 1)]
+)
+def test_blend_follows_the_weights(
+    make_data: MakeData,
+    tokenizer: SentencePieceTokenizer,
+    weights: tuple[float, ...],
+    samples: int,
+) -> None:
+    sizes = (10, 50, 7)
+    prefixes = [
+        make_data(letter, [f"{letter}{number}" for number in range(size)])
+        for letter, size in zip("abc", sizes, strict=True)
+    ][: len(weights)]
+    pairs = list(zip(prefixes, weights, strict=True))
+    read, _ = build(tokenizer, pairs, num_samples=(samples, None))
+    assert samples <= len(read) <= samples + len(weights)
+    counts = sources(read, tokenizer)
+    for letter, weight in zip("abc", weights, strict=False):
+        assert abs(counts[letter] - len(read) * weight / sum(weights)) <= 1
+    again, _ = build(tokenizer, pairs, num_samples=(samples, None))
+    assert order(again, tokenizer) == order(read, tokenizer)
+
+
+def test_blend_without_weights_is_by_size_and_repeats(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    a = make_data("a", [f"a{number}" for number in range(30)])
+    b = make_data("b", [f"b{number}" for number in range(10)])
+    read, valid = build(tokenizer, [a, b], [a, b], num_samples=(200, None))
+    assert sources(read, tokenizer) == {"a": 150, "b": 50}
+    assert Counter(order(valid, tokenizer)) == Counter(
+        [f"a{n}" for n in range(30)] + [f"b{n}" for n in range(10)]
+    )
+
+
+def test_errors(make_data: MakeData, tokenizer: SentencePieceTokenizer) -> None:
+    a, b = make_data("a", ["one two three"]), make_data("b", ["ten"])
+    for message, train, changes in (
+        ("mode='both'", [a], {"mode": "both"}),
+        ("seq_length=1", [a], {"seq_length": 1}),
+        ("seed=-1", [a], {"seed": -1}),
+        ("num_samples", [a], {"num_samples": (0, None)}),
+        ("num_samples", [a], {"num_samples": (1, 0)}),
+        ("train is empty", [], {}),
+        ("a weight, or none", [(a, 1.0), b], {}),
+        ("weight of .* is 0", [(a, 1.0), (b, 0)], {}),
+        ("weight of .* is nan", [(a, float("nan"))], {}),
+        ("too few for one packed sample", [a], {"mode": "packed", "valid": [b]}),
+        ("does not exist", [a], {"valid": [b + "x"]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(tokenizer, train, **changes)
+
+
+def read_all(folder: Path, prefixes: list[str], model: str) -> list[list[list[int]]]:
+    """The tokens of every sample, for both modes, alone and blended."""
+    samples = []
+    for mode in ("packed", "examples"):
+        for train in ([prefixes[0]], [(prefixes[0], 1.0), (prefixes[1], 1.0)]):
+            for dataset in build(
+                load_tokenizer(model), train, prefixes, mode=mode, cache_dir=folder / "cache"
+            ):
+                samples.append([dataset[n]["tokens"].tolist() for n in range(len(dataset))])
+    return samples
+
+
+def _read_on_rank(rank: int, folder: Path, prefixes: list[str], model: str) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    samples = read_all(folder, prefixes, model)
+    (folder / f"rank{rank}.json").write_text(json.dumps(samples))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_reads_what_one_process_reads(
+    tmp_path: Path, make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    prefixes = [make_data("a", random_texts(40, 8)), make_data("b", random_texts(60, 9))]
+    model = str(tokenizer.path)
+    multiprocessing.spawn(_read_on_rank, (tmp_path, prefixes, model), nprocs=2)
+    (tmp_path / "alone").mkdir()
+    alone = read_all(tmp_path / "alone", prefixes, model)
+    assert len(alone) == 8
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == alone
