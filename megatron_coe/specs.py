@@ -14,6 +14,7 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -81,6 +82,7 @@ def _local_substitutes(backend: BackendSpecProvider, rms_norm: bool) -> dict[typ
     return {
         local.layer_norm(rms_norm=rms_norm): backend.layer_norm(rms_norm=rms_norm),
         local.core_attention(): backend.core_attention(),
+        MLASelfAttention: backend.mla_self_attention(),
         local.column_parallel_linear(): backend.column_parallel_linear(),
         local.row_parallel_linear(): backend.row_parallel_linear(),
     }

@@ -25,10 +25,12 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     get_cuda_rng_tracker,
 )
+from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -57,6 +59,10 @@ class TorchSpecProvider(BackendSpecProvider):
 
     def core_attention(self) -> type:
         return SDPACoreAttention
+
+    def mla_self_attention(self) -> type:
+        """What must stand in specs for Megatron's `MLASelfAttention` (no part of the protocol)."""
+        return TensorParallelMLA
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
@@ -249,6 +255,41 @@ class SDPACoreAttention(MegatronModule):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return context[..., :width]
+
+
+class TensorParallelMLA(MLASelfAttention):
+    """Megatron's MLA with the right gradient of the rotary keys under tensor parallelism.
+
+    All heads share the rotary half of the key, so its gradient is a sum over every rank's heads.
+    Megatron (transformer/multi_latent_attention.py) forms that sum where the latent projection is
+    Transformer Engine's; with `ColumnParallelLinear` it gathers the latents and keeps, going back,
+    each rank's own share: the projection and all before it get wrong gradients. Here the
+    projection hands on the whole latents of this rank's tokens, as Transformer Engine's does, by
+    one all-to-all instead of gathering them all. Weights and checkpoints are unchanged.
+
+    Raises:
+        ValueError: tensor parallelism without sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object):
+        super().__init__(config, *args, **kwargs)
+        if config.tensor_model_parallel_size == 1:
+            return
+        if not config.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel=False with tensor_model_parallel_size="
+                f"{config.tensor_model_parallel_size}: latent attention with backend='torch' needs "
+                "it; set sequence_parallel=True"
+            )
+        self.linear_kv_down_proj.register_forward_hook(self._own_tokens)
+
+    def _own_tokens(
+        self, _linear: torch.nn.Module, _args: tuple, output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """[S, B, width / TP] of all tokens -> [S / TP, B, width] of this rank's tokens."""
+        latents, bias = output
+        own_TW = all_to_all_hp2sp(latents, group=self.pg_collection.tp)
+        return own_TW.unflatten(0, (-1, latents.shape[1])), bias
 
 
 def _visible_keys(

@@ -1,0 +1,232 @@
+"""Megatron's GPTModel of plain-PyTorch modules, in every layout of two ranks, against one rank.
+
+The one-rank run saves its start; each layout loads that and trains two steps on the same global
+batch. The second step's loss and the gradient norms tell whether gradients were right: among others
+for TP=2 with EP=1, where Megatron's own experts miss the sum over tensor-parallel ranks, and for
+MLA under TP=2, where its keys miss another.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.distributed.launch import launch
+
+VOCAB, SEQ, BATCH, LAYERS, EXPERTS = 64, 16, 4, 2, 4
+
+LAYOUTS = {
+    "tp2_sp": {"tensor": 2},
+    "tp2_sp_etp2": {"tensor": 2, "expert_tensor": 2},
+    "tp2_sp_ep2": {"tensor": 2, "expert": 2},
+    "ep2": {"expert": 2},
+    "ep2_allgather": {"expert": 2, "dispatcher": "allgather"},
+    "pp2": {"pipeline": 2},
+    "dp2": {},
+    "dp2_overlap": {"overlap": True},
+    "dp2_distributed_optimizer": {"distributed_optimizer": True},
+    "ep2_distributed_optimizer_overlap": {
+        "expert": 2,
+        "distributed_optimizer": True,
+        "overlap": True,
+    },
+    "recompute": {"recompute": True},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    start = str(tmp_path_factory.mktemp("start"))
+    function = "tests.distributed.test_backends:train_layouts"
+    (reference,) = launch(function, 1, start, {"reference": {"saves": True}})
+    ranks = launch(function, 2, start, LAYOUTS)
+    return reference["reference"], ranks
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_like_one_rank(runs, name):
+    reference, ranks = runs
+    # The last pipeline stage has the losses; the other reports none.
+    losses, norms = ranks[-1][name]
+    assert len(losses) == 2 and reference[0][1] < reference[0][0]
+    for got, want in zip(losses + norms, reference[0] + reference[1], strict=True):
+        assert got == pytest.approx(want, rel=2e-5)
+
+
+def train_layouts(start: str, layouts: dict) -> dict:
+    """{layout: (losses, gradient norms)} of two training steps from the saved start."""
+    from megatron.core import parallel_state
+
+    results = {}
+    for name, layout in layouts.items():
+        parallel_state.initialize_model_parallel(
+            layout.get("tensor", 1),
+            layout.get("pipeline", 1),
+            expert_model_parallel_size=layout.get("expert", 1),
+            expert_tensor_parallel_size=layout.get("expert_tensor", 1),
+        )
+        results[name] = _train(start, layout)
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def _train(start: str, layout: dict) -> tuple[list[float], list[float]]:
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    config = _config(layout)
+    model = _model(config)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    if layout.get("saves"):
+        dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), start)
+    model.load_state_dict(
+        dist_checkpointing.load(model.sharded_state_dict(metadata=metadata), start)
+    )
+
+    overlap, distributed = layout.get("overlap", False), layout.get("distributed_optimizer", False)
+    model = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and distributed,
+            use_distributed_optimizer=distributed,
+        ),
+        model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=0.02,
+            weight_decay=0.01,
+            clip_grad=1.0,
+            use_distributed_optimizer=distributed,
+            overlap_param_gather=overlap and distributed,
+        ),
+        [model],
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = model.no_sync if overlap else None
+
+    replicas = parallel_state.get_data_parallel_world_size()
+    losses, norms = [], []
+    for _ in range(2):
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        reported = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter(_micro_batches(parallel_state.get_data_parallel_rank(), replicas)),
+            model=[model],
+            num_microbatches=BATCH // replicas,
+            seq_length=SEQ,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        _, norm, _ = optimizer.step()
+        norms.append(float(norm))
+        if reported:
+            total = torch.stack([r["loss"] for r in reported]).sum()
+            torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+            losses.append(total.item() / BATCH)
+    return losses, norms
+
+
+def _config(layout: dict):
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    recompute = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    return MLATransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=32,
+        num_attention_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=4,
+        v_head_dim=8,
+        rope_type="rope",
+        rotary_percent=1.0,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        num_moe_experts=EXPERTS,
+        moe_ffn_hidden_size=24,
+        moe_grouped_gemm=True,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type=layout.get("dispatcher", "alltoall"),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.get("tensor", 1),
+        sequence_parallel=layout.get("tensor", 1) > 1,
+        pipeline_model_parallel_size=layout.get("pipeline", 1),
+        expert_model_parallel_size=layout.get("expert", 1),
+        expert_tensor_parallel_size=layout.get("expert_tensor", 1),
+        pipeline_dtype=torch.float32,
+        **(recompute if layout.get("recompute") else {}),
+    )
+
+
+def _model(config):
+    """Megatron's model and layer spec, with this package's modules in the places for them."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from megatron_coe.backends import resolve_backend
+
+    backend = resolve_backend("torch")
+    spec = get_gpt_layer_local_spec(
+        num_experts=EXPERTS,
+        multi_latent_attention=True,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+    )
+    norm = backend.layer_norm(rms_norm=True)
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    layer.self_attention.module = backend.mla_self_attention()
+    layer.self_attention.submodules.kv_layernorm = norm
+    layer.self_attention.submodules.core_attention = backend.core_attention()
+    module, submodules = backend.grouped_mlp_modules(True)
+    layer.mlp.submodules.experts = ModuleSpec(module=module, submodules=submodules)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    return GPTModel(
+        config,
+        TransformerBlockSubmodules([spec] * (LAYERS // stages), layer_norm=norm),
+        VOCAB,
+        SEQ,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+    )
+
+
+def _micro_batches(replica: int, replicas: int) -> list[torch.Tensor]:
+    tokens = torch.randint(
+        0, VOCAB, (BATCH, 1, SEQ + 1), generator=torch.Generator().manual_seed(3)
+    )
+    return list(tokens[replica::replicas])
+
+
+def _forward_step(batches, model):
+    tokens = next(batches)
+    positions = torch.arange(SEQ)[None]
+    losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:])
+    return losses, lambda output: (output.mean(), {"loss": output.detach().mean()})
