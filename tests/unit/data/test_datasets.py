@@ -186,7 +186,7 @@ def sources(dataset: Dataset, tokenizer: SentencePieceTokenizer) -> Counter[str]
 
 
 @pytest.mark.parametrize(
-    ("weights", "samples"), [((1, 1), 40), ((3, 1), 400), ((0.98, 0.01, 0.01), 10), ((5, 2), 1)]
+    ("weights", "samples"), [((1, 1), 40), ((3, 1), 400), ((8, 1, 0.5, 0.5), 1), ((5, 2), 1)]
 )
 def test_blend_follows_the_weights(
     make_data: MakeData,
@@ -194,16 +194,16 @@ def test_blend_follows_the_weights(
     weights: tuple[float, ...],
     samples: int,
 ) -> None:
-    sizes = (10, 50, 7)
+    sizes = (10, 50, 7, 2)
     prefixes = [
         make_data(letter, [f"{letter}{number}" for number in range(size)])
-        for letter, size in zip("abc", sizes, strict=True)
+        for letter, size in zip("abcd", sizes, strict=True)
     ][: len(weights)]
     pairs = list(zip(prefixes, weights, strict=True))
     read, _ = build(tokenizer, pairs, num_samples=(samples, None))
     assert samples <= len(read) <= samples + len(weights)
     counts = sources(read, tokenizer)
-    for letter, weight in zip("abc", weights, strict=False):
+    for letter, weight in zip("abcd", weights, strict=False):
         assert abs(counts[letter] - len(read) * weight / sum(weights)) <= 1
     again, _ = build(tokenizer, pairs, num_samples=(samples, None))
     assert order(again, tokenizer) == order(read, tokenizer)
