@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
@@ -90,6 +90,7 @@ class CoEConfig(MLATransformerConfig):
     moe_router_dtype: str | None = "fp32"
     moe_router_load_balancing_type: str | list[str] = "seq_aux_loss"
     moe_aux_loss_coeff: float | list[float] = 1e-3
+    cuda_graph_scope: str | list = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if isinstance(self.activation_func, str):
@@ -208,7 +209,9 @@ class CoEConfig(MLATransformerConfig):
                 "moe_router_load_balancing_type='sinkhorn' is not supported by a CoE layer: choose "
                 "'seq_aux_loss', 'aux_loss', 'global_aux_loss' or 'none'."
             )
-        scopes = {getattr(scope, "name", scope) for scope in self.cuda_graph_scope or ()}
+        scopes = self.cuda_graph_scope
+        scopes = scopes.split(",") if isinstance(scopes, str) else scopes
+        scopes = {getattr(scope, "name", scope) for scope in scopes}
         if self.coe_iterations > 1 and scopes & {"moe", "moe_router", "moe_preprocess"}:
             raise ValueError(
                 f"cuda_graph_scope={self.cuda_graph_scope}: a graph of part of a MoE layer would "

@@ -1,0 +1,167 @@
+"""Faults to plant: each one line that a tired engineer could have written, and who must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LAYER = "megatron_coe/moe/layer.py"
+ROUTER = "megatron_coe/moe/router.py"
+EXPERTS = "megatron_coe/moe/experts.py"
+SPECS = "megatron_coe/specs.py"
+CONFIG = "megatron_coe/config.py"
+OBJECTIVE = "megatron_coe/training/objective.py"
+
+OF_LAYER = ("tests/unit/moe/test_layer.py",)
+OF_ROUTER = ("tests/unit/moe/test_router.py",)
+OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/unit/test_config.py")
+OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Replace `old`, which stands once in `file`, by `new`; some of `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = [
+    Fault(
+        "second iteration's balance loss dropped",
+        ROUTER,
+        "if self.is_aux_loss_enabled():",
+        "if self.is_aux_loss_enabled() and self.iteration != 1:",
+        OF_LAYER,
+    ),
+    Fault(
+        "balance loss averaged over iterations",
+        ROUTER,
+        "MoEAuxLossAutoScaler.apply(activation, aux_loss * weight)",
+        "MoEAuxLossAutoScaler.apply(\n"
+        "            activation, aux_loss * weight / self.config.coe_iterations\n        )",
+        OF_LAYER,
+    ),
+    Fault(
+        "balance loss counts S tokens, not S x B",
+        ROUTER,
+        "self.num_tokens = S * B if",
+        "self.num_tokens = S if",
+        OF_ROUTER,
+    ),
+    Fault(
+        "logged under the same iteration",
+        ROUTER,
+        "        self.iteration = iteration\n",
+        "        self.iteration = 0\n",
+        OF_ROUTER,
+    ),
+    Fault(
+        "one router used twice",
+        ROUTER,
+        "return self[iteration](input, padding_mask, iteration)",
+        "return self[max(iteration - 1, 0)](input, padding_mask, iteration)",
+        OF_LAYER,
+    ),
+    Fault(
+        "scores renormalised over the chosen",
+        ROUTER,
+        'elif self.score_function == "sigmoid" and self.topk > 1:',
+        "elif self.topk > 1:",
+        OF_LAYER,
+    ),
+    Fault(
+        "scaling factor forgotten",
+        ROUTER,
+        "if config.moe_router_topk_scaling_factor:",
+        "if False:",
+        OF_LAYER,
+    ),
+    Fault(
+        "softmax in fp32 also for fp64",
+        ROUTER,
+        "dtype = torch.promote_types(logits_TN.dtype, torch.float32)",
+        "dtype = torch.float32",
+        OF_ROUTER,
+    ),
+    Fault(
+        "expert bias counts the last iteration only",
+        ROUTER,
+        "self.local_tokens_per_expert += counted.sum(dim=0)",
+        "self.local_tokens_per_expert.copy_(counted.sum(dim=0))",
+        OF_ROUTER,
+    ),
+    Fault(
+        "routers start like other linears",
+        ROUTER,
+        "torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))",
+        "pass",
+        OF_LAYER,
+    ),
+    Fault(
+        "residual of the wrong mode",
+        LAYER,
+        "x = x_0 + update",
+        "x = x + update",
+        OF_LAYER,
+    ),
+    Fault(
+        "residual of `none` for `inner_outer`",
+        LAYER,
+        'if residual in ("inner", "inner_outer"):',
+        'if residual == "inner":',
+        OF_LAYER,
+    ),
+    Fault(
+        "router reads x(0) in every iteration",
+        LAYER,
+        "update = self._iterate(t, x, padding_mask)",
+        "update = self._iterate(t, x_0, padding_mask)",
+        OF_LAYER,
+    ),
+    Fault(
+        "one iteration too few",
+        LAYER,
+        "for t in range(self.config.coe_iterations):",
+        "for t in range(max(1, self.config.coe_iterations - 1)):",
+        OF_LAYER,
+    ),
+    Fault(
+        "stale dispatcher state: the first pass's routing map",
+        LAYER,
+        "hidden_states, probs = self.preprocess(x, probs, routing_map)",
+        "self.first = routing_map if t == 0 else self.first\n"
+        "        hidden_states, probs = self.preprocess(x, probs, self.first)",
+        OF_LAYER,
+    ),
+    Fault(
+        "shared expert in the first iteration only",
+        LAYER,
+        "return self.postprocess(output, shared_output)",
+        "return self.postprocess(output, shared_output if t == 0 else None)",
+        OF_LAYER,
+    ),
+    Fault(
+        "stream added in the paper's mode",
+        SPECS,
+        "get_bias_dropout_add if config.adds_stream else keep_chain_output",
+        "get_bias_dropout_add",
+        OF_MODEL,
+    ),
+    Fault(
+        "every layer edits the same spec",
+        SPECS,
+        "block.layer_specs = [deepcopy(spec) for spec in block.layer_specs]",
+        "block.layer_specs = list(block.layer_specs)",
+        OF_MODEL,
+    ),
+    Fault(
+        "output layers start smaller, as Megatron's",
+        CONFIG,
+        "self.output_layer_init_method = init_method_normal(self.init_method_std)",
+        "pass",
+        OF_MODEL,
+    ),
+]

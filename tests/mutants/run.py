@@ -1,0 +1,96 @@
+"""Plant one fault at a time in a copy of the package and see the tests catch it.
+
+    python tests/mutants/run.py [NAME ...]
+
+Exit status 0 when the tests pass without a fault and fail with each; 1 otherwise. A fault counts as
+caught when tests *fail*: a run that could not even be collected proves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+
+from tests.mutants.faults import FAULTS, Fault  # noqa: E402
+
+PASSED, FAILED = 0, 1  # pytest's exit statuses; anything else is neither
+COPIED = ("megatron_coe", "tests", "examples", "tools", "pretrain_coe.py", "pyproject.toml")
+
+
+def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Run `tests` in `tree`; returns pytest's exit status and the last lines of its output."""
+    shared = os.environ.get("MEGATRON_COE_SHARED", str(REPO.parent / "shared"))
+    environment = {**os.environ, "PYTHONPATH": str(tree), "MEGATRON_COE_SHARED": shared}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(
+        command,
+        cwd=tree,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return done.returncode, "\n".join(done.stdout.splitlines()[-3:])
+
+
+def copy_tree(target: Path) -> None:
+    for name in COPIED:
+        source = REPO / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+
+
+def plant(fault: Fault, tree: Path) -> None:
+    path = tree / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        raise SystemExit(
+            f"{fault.name}: {fault.file} has {text.count(fault.old)} places like {fault.old!r}, "
+            "not one: the source has changed, write the fault anew"
+        )
+    path.write_text(text.replace(fault.old, fault.new))
+
+
+def survives(fault: Fault) -> bool:
+    """Whether the tests miss the fault; prints one line."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        copy_tree(tree)
+        plant(fault, tree)
+        status, tail = run_tests(tree, fault.tests)
+    verdict = {PASSED: "SURVIVED", FAILED: "caught"}.get(status, f"NOT RUN (pytest {status})")
+    print(f"{verdict:10} {fault.name:45} {time.monotonic() - start:5.0f} s", flush=True)
+    if status != FAILED:
+        print(tail)
+    return status != FAILED
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - {fault.name for fault in FAULTS}
+    if unknown:
+        print(f"unknown faults: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    faults = [fault for fault in FAULTS if not names or fault.name in names]
+    tests = tuple(sorted({test for fault in faults for test in fault.tests}))
+    status, tail = run_tests(REPO, tests)
+    if status != PASSED:
+        print(f"the tests do not pass without a fault:\n{tail}")
+        return 1
+    missed = sum(survives(fault) for fault in faults)
+    print(f"{len(faults) - missed} of {len(faults)} planted faults caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
