@@ -12,6 +12,9 @@ VENV ?= .venv
 VENV_ARGS ?=
 OVERRIDES ?=
 
+# Threads that wait for others sleep, instead of keeping busy a core that another process could use.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PY := $(VENV)/bin/python
 RUN := runs/quickstart
 DATA := $(RUN)/data
@@ -35,8 +38,32 @@ $(VENV)/.installed-%: setup.py constraints.txt
 
 # --- quickstart ----------------------------------------------------------------------------------
 
+# Each file is made from those it names, and kept. A run that was stopped goes on from its newest
+# checkpoint; one that is done is only drawn again.
+
+QA := --qa-keys query response
+INSTALLED := $(VENV)/.installed-run
+
+$(DATA)/train.jsonl: | $(INSTALLED)
+	$(PY) tools/make_corpus.py --output-dir $(DATA)
+
+$(DATA)/tokenizer.model: $(DATA)/train.jsonl | $(INSTALLED)
+	$(PY) tools/train_tokenizer.py --input $< $(QA) --vocab-size 2048 --output $@
+
+$(DATA)/%.idx: $(DATA)/train.jsonl $(DATA)/tokenizer.model | $(INSTALLED)
+	$(PY) tools/preprocess_data.py --input $(DATA)/$*.jsonl $(QA) --append-eod \
+	    --tokenizer $(DATA)/tokenizer.model --output-prefix $(DATA)/$* --workers 2
+
+$(RUN)/.trained: examples/quickstart.yaml $(DATA)/train.idx $(DATA)/valid.idx | $(INSTALLED)
+	$(PY) pretrain_coe.py --config $< $(OVERRIDES)
+	@touch $@
+
+$(RUN)/loss.png: $(RUN)/.trained | $(INSTALLED)
+	$(PY) tools/plot_curves.py $(RUN)/metrics.jsonl --output $@ --title "quickstart: CoE-2"
+
 quickstart: $(RUN)/loss.png
-	@echo "Loss curve: $(RUN)/loss.png   metrics: $(RUN)/metrics.jsonl   checkpoints: $(RUN)/checkpoints"
+	@tail -n 1 $(RUN)/metrics.jsonl
+	@echo "curve $(RUN)/loss.png, metrics $(RUN)/metrics.jsonl, checkpoints $(RUN)/checkpoints"
 
 clean-quickstart:
 	rm -rf $(RUN)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    # Threads that wait for others sleep, instead of keeping busy a core that another could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with ExitStack() as stack:
             try:
@@ -56,8 +58,9 @@ def prepare(options: argparse.Namespace, stack: ExitStack) -> Trainer | None:
     if options.dry_run:  # one process can look at a layout for many
         world_size = max(world_size, smallest_world_size(settings))
     check_layout(settings, world_size)
-    # Megatron says this in every module; the setting `model.backend` says what stands in.
+    # Megatron says so in every module; the setting `model.backend` says what stands in.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")
     from megatron_coe.training import run
 
     if options.dry_run:

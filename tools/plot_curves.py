@@ -20,13 +20,8 @@ def main() -> None:
     parser.add_argument("metrics", type=Path, help="metrics.jsonl of a run")
     parser.add_argument("--output", type=Path, required=True, help="picture (.png, .svg, .pdf)")
     parser.add_argument("--title", default="")
-    parser.add_argument(
-        "--baseline", type=float, help="a level to compare with, such as the unigram entropy"
-    )
-    parser.add_argument("--baseline-name", default="unigram entropy")
     options = parser.parse_args()
-    baseline = None if options.baseline is None else (options.baseline_name, options.baseline)
-    plot_losses(options.metrics, options.output, options.title, baseline)
+    plot_losses(options.metrics, options.output, options.title)
     print(options.output)
 
 

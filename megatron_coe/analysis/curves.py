@@ -7,13 +7,11 @@ from pathlib import Path
 from megatron_coe.training.metrics import read_records
 
 
-def plot_losses(
-    metrics: Path, output: Path, title: str = "", baseline: tuple[str, float] | None = None
-) -> None:
+def plot_losses(metrics: Path, output: Path, title: str = "") -> None:
     """Draw training and validation loss (nats per token) over steps into `output`.
 
-    The suffix of `output` chooses the format. `baseline` is a name and a value drawn as a level
-    line, such as the text's unigram entropy.
+    The suffix of `output` chooses the format. The validation text's unigram entropy, which a
+    finished run records, is drawn as a level line: a model below it makes use of context.
 
     Raises:
         ValueError: the file holds no losses, or matplotlib is missing.
@@ -37,8 +35,10 @@ def plot_losses(
             drawn = True
     if not drawn:
         raise ValueError(f"{metrics}: holds no losses to draw")
-    if baseline is not None:
-        axes.axhline(baseline[1], color="grey", linestyle="--", linewidth=1, label=baseline[0])
+    for record in records[-1:]:
+        if "unigram_entropy" in record:
+            level = record["unigram_entropy"]
+            axes.axhline(level, color="grey", linestyle="--", linewidth=1, label="unigram entropy")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

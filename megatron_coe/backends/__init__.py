@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import torch
+# Not `import torch`: once the module beside this one is imported, that name means it.
+from torch import cuda, device
 
 from megatron_coe.backends import compat, cpu
 from megatron_coe.backends.compat import have_apex, have_te
@@ -18,7 +19,7 @@ __all__ = ["BACKENDS", "have_apex", "have_te", "prepare", "resolve_backend"]
 BACKENDS = ("auto", "torch", "te")
 
 
-def prepare() -> torch.device:
+def prepare() -> device:
     """Make Megatron-Core run on this machine as it is; call once, before building anything.
 
     Corrects what Megatron gets wrong without Transformer Engine (:mod:`.compat`) and, without
@@ -32,17 +33,17 @@ def prepare() -> torch.device:
         ValueError: ``LOCAL_RANK`` is not the index of a CUDA device.
     """
     compat.install()
-    if not torch.cuda.is_available():
+    if not cuda.is_available():
         cpu.install()
         return cpu.CPU
-    local_rank, devices = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+    local_rank, devices = os.environ.get("LOCAL_RANK", "0"), cuda.device_count()
     if not local_rank.isdecimal() or int(local_rank) >= devices:
         raise ValueError(
             f"LOCAL_RANK={local_rank} names no CUDA device: this machine shows {devices}. "
             f"Start at most {devices} process(es) per machine"
         )
-    torch.cuda.set_device(int(local_rank))
-    return torch.device("cuda", int(local_rank))
+    cuda.set_device(int(local_rank))
+    return device("cuda", int(local_rank))
 
 
 def resolve_backend(name: str) -> BackendSpecProvider:
@@ -57,7 +58,7 @@ def resolve_backend(name: str) -> BackendSpecProvider:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    te_usable = have_te() and torch.cuda.is_available()
+    te_usable = have_te() and cuda.is_available()
     if name == "te" and not te_usable:
         missing = "a CUDA device" if have_te() else "Transformer Engine, which is not installed"
         raise ValueError(f"backend='te' needs {missing}: set backend='torch' or 'auto'")

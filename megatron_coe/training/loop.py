@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_coe.data.indexed import unigram_entropy
 from megatron_coe.moe.balance import collect_balance
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress, save_checkpoint
@@ -95,6 +96,9 @@ class Trainer:
                 record |= self.figures(outcome)
             if step == train.steps or _due(step, train.eval_interval):
                 record |= self.evaluate()
+            if step == train.steps and self.validation and self.reporter:
+                # What a model without any context reaches, beside what this one has reached.
+                record["unigram_entropy"] = unigram_entropy(self.validation.source.dataset)
             if self.reporter is not None:
                 self.reporter.advance()
                 if record:

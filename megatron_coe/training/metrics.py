@@ -21,6 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 _CONSOLE = {
     "train_loss": ("loss", ".4f"),
     "valid_loss": ("valid loss", ".4f"),
+    "unigram_entropy": ("unigram entropy", ".4f"),
     "lr": ("lr", ".3e"),
     "grad_norm": ("grad norm", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
@@ -42,13 +43,13 @@ class Reporter:
         total_steps: int,
         completed_steps: int,
         config: dict[str, object],
-        stream: TextIO = sys.stdout,
+        stream: TextIO | None = None,
     ) -> None:
         self.directory = Path(log.dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.path = self.directory / METRICS_FILE
         drop_records_after(self.path, completed_steps)
-        self._stream = stream
+        self._stream = stream = stream or sys.stdout
         self._width = len(str(total_steps))
         self._total_steps = total_steps
         self._tensorboard = SummaryWriter(

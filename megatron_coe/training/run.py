@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from megatron_coe import backends
 from megatron_coe.data.datasets import build_datasets
-from megatron_coe.data.indexed import inspect
+from megatron_coe.data.indexed import data_summary
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.training import setup
 from megatron_coe.training.batches import BatchSource
@@ -78,10 +78,9 @@ def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
 def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
     data = settings.data
     yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
-    for split, prefixes in (("training", data.train), ("validation", data.valid)):
-        for prefix in prefixes:
-            file = inspect(prefix)
-            yield f"{split} {prefix}: {file.documents:,} documents, {file.tokens:,} tokens"
+    yield f"training data\n{data_summary(data.train)}"
+    if data.valid:
+        yield f"validation data\n{data_summary(data.valid)}"
     sequences = settings.train.steps * settings.train.global_batch_size
     yield f"{sequences:,} sequences in {settings.train.steps:,} steps, mode {data.mode}"
 

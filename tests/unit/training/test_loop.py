@@ -130,7 +130,7 @@ def test_validation_is_the_mean_over_all_held_out_tokens(single_rank, micro_batc
 
 
 def test_figures_of_a_step(single_rank):
-    trainer, measured, figures = run_one_step(single_rank, 2, Sequences(3))
+    _, measured, figures = run_one_step(single_rank, 2, Sequences(3))
     norm = math.sqrt(sum(gradient.double().square().sum() for gradient in measured.values()))
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert figures["lr"] == 0.0  # warm-up starts from 0
