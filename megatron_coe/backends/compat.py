@@ -39,13 +39,12 @@ def install() -> None:
     Works whether or not Megatron's modules were imported before. Warns once (``RuntimeWarning``)
     about an importable ``apex`` that is not NVIDIA's.
     """
-    if _importable("apex") and not have_apex():
+    foreign_apex = _importable("apex") and not have_apex()
+    if foreign_apex:
         _warn_of_foreign_apex()
-        MENDS["foreign_apex"]()
-    if not have_te():
-        for name, mend in MENDS.items():
-            if name != "foreign_apex":
-                mend()
+    for name, mend in MENDS.items():
+        if foreign_apex if name == "foreign_apex" else not have_te():
+            mend()
 
 
 @functools.cache

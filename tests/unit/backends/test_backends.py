@@ -1,0 +1,120 @@
+"""Choosing and preparing a backend."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from megatron_coe import backends
+from megatron_coe.backends import compat, cpu
+
+
+def test_preparing_twice_changes_nothing_more(device):
+    stream, optimizer_init = torch.cuda.Stream, _distributed_optimizer().__init__
+    assert backends.prepare() == device
+    assert torch.cuda.Stream is stream and _distributed_optimizer().__init__ is optimizer_init
+
+
+def _distributed_optimizer():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return DistributedOptimizer
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_auto_is_plain_pytorch_without_transformer_engine(device):
+    from megatron_coe.backends.torch import TorchSpecProvider
+
+    assert device == torch.device("cpu") and not backends.have_te()
+    assert isinstance(backends.resolve_backend("auto"), TorchSpecProvider)
+    assert isinstance(backends.resolve_backend("torch"), TorchSpecProvider)
+
+
+@pytest.mark.skipif(backends.have_te(), reason="Transformer Engine is installed")
+def test_transformer_engine_is_refused_where_it_is_missing(device):
+    with pytest.raises(ValueError, match="backend='te' needs Transformer Engine"):
+        backends.resolve_backend("te")
+
+
+def test_an_unknown_backend_is_refused_with_the_choices(device):
+    with pytest.raises(
+        ValueError, match=r"backend='jax' is unknown: choose one of auto, torch, te"
+    ):
+        backends.resolve_backend("jax")
+
+
+def test_covers_refuse_to_hide_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match=r"torch\.cuda\.is_available\(\) is true"):
+        cpu.install()
+
+
+@pytest.mark.parametrize("local_rank", ["3", "-1", "first"])
+def test_a_local_rank_without_a_device_is_refused(monkeypatch, device, local_rank):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(ValueError, match=f"LOCAL_RANK={local_rank} names no CUDA device"):
+        backends.prepare()
+
+
+@pytest.fixture
+def fresh_imports():
+    yield
+    compat._importable.cache_clear()
+    compat._warn_of_foreign_apex.cache_clear()
+
+
+def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_imports):
+    import sys
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("apex", "apex.multi_tensor_apply", "amp_C"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    compat._importable.cache_clear()
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    assert not backends.have_apex()
+    with pytest.warns(RuntimeWarning, match="is not NVIDIA Apex") as caught:
+        compat.install()
+        compat.install()
+    assert len([w for w in caught if "NVIDIA Apex" in str(w.message)]) == 1
+
+    (tmp_path / "apex" / "multi_tensor_apply.py").write_text("")
+    (tmp_path / "amp_C.py").write_text("")
+    compat._importable.cache_clear()
+    compat._warn_of_foreign_apex.cache_clear()
+    import importlib
+
+    importlib.invalidate_caches()
+    assert backends.have_apex()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        compat.install()
+    for name in ("apex", "apex.multi_tensor_apply", "amp_C"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def test_a_package_that_breaks_on_import_counts_as_absent(tmp_path, monkeypatch, fresh_imports):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('no libcuda')")
+    compat._importable.cache_clear()
+    assert not backends.have_te()
+
+
+def test_transformer_engines_provider_never_offers_legacy_experts(device):
+    from megatron.core.extensions import transformer_engine_spec_provider as megatron_te
+    from megatron.core.transformer.moe.experts import GroupedMLP
+
+    from megatron_coe.backends.te import TESpecProvider
+
+    provider = TESpecProvider()
+    assert isinstance(provider, megatron_te.TESpecProvider)
+    if megatron_te.TEColumnParallelGroupedLinear is None:
+        with pytest.raises(ValueError, match="moe_grouped_gemm=True needs Transformer Engine"):
+            provider.grouped_mlp_modules(True, True)
+    else:
+        assert provider.grouped_mlp_modules(True, True)[0] is not GroupedMLP
