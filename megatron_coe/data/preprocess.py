@@ -281,9 +281,10 @@ def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterato
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the body is done. A worker started in it inherits this, for good: Ctrl-C
-    reaches every process of the terminal, and the parent alone ends the work."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Ctrl-C and SIGTERM wait until the body is done. A worker started in it inherits this, for
+    good: such signals often reach a whole group of processes, and the parent alone ends the work.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
