@@ -1,0 +1,33 @@
+"""Train several models with several seeds on the same data and compare validation losses.
+
+    python tools/compare.py examples/compare/moe_8-32.yaml examples/compare/coe-2_4-32.yaml \\
+        --seeds 1 2 3 --directory runs/compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_coe.analysis.comparison import as_table, compare
+from megatron_coe.data.command_line import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", type=Path, nargs="+", help="settings files, the baseline first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--directory", type=Path, default=Path("runs/compare"))
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="section.key=value", help="settings for all runs"
+    )
+    options = parser.parse_args()
+    losses = compare(options.configs, options.seeds, options.directory, options.set)
+    print(as_table(losses, options.seeds))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
