@@ -15,9 +15,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_coe.backends.torch import TorchSpecProvider
 from megatron_coe.config import CoEConfig
 from megatron_coe.moe.layer import CoELayer, keep_chain_output
 from megatron_coe.moe.router import CoERouter, IterationRouters
@@ -79,7 +81,10 @@ def _chain_experts(
 def _local_substitutes(backend: BackendSpecProvider, rms_norm: bool) -> dict[type, type]:
     """Megatron's TE-free modules and what `backend` has in their place."""
     local = LocalSpecProvider()
-    return {
+    attention = {}
+    if isinstance(backend, TorchSpecProvider):
+        attention[MLASelfAttention] = backend.mla_self_attention()
+    return attention | {
         local.layer_norm(rms_norm=rms_norm): backend.layer_norm(rms_norm=rms_norm),
         local.core_attention(): backend.core_attention(),
         MLASelfAttention: backend.mla_self_attention(),

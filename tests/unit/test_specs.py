@@ -60,5 +60,6 @@ def test_every_local_module_is_the_backends(backend) -> None:
     layer = block.layer_specs[0].submodules
     norm = backend.layer_norm(rms_norm=True)
     assert block.layer_norm is layer.input_layernorm is layer.pre_mlp_layernorm is norm
+    assert layer.self_attention.module is backend.mla_self_attention()
     assert layer.self_attention.submodules.kv_layernorm is norm
     assert layer.self_attention.submodules.core_attention is backend.core_attention()
