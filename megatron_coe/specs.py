@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -78,13 +77,10 @@ def _chain_experts(
     layer.mlp_bda = get_bias_dropout_add if config.adds_stream else keep_chain_output
 
 
-def _local_substitutes(backend: BackendSpecProvider, rms_norm: bool) -> dict[type, type]:
+def _local_substitutes(backend: TorchSpecProvider, rms_norm: bool) -> dict[type, type]:
     """Megatron's TE-free modules and what `backend` has in their place."""
     local = LocalSpecProvider()
-    attention = {}
-    if isinstance(backend, TorchSpecProvider):
-        attention[MLASelfAttention] = backend.mla_self_attention()
-    return attention | {
+    return {
         local.layer_norm(rms_norm=rms_norm): backend.layer_norm(rms_norm=rms_norm),
         local.core_attention(): backend.core_attention(),
         MLASelfAttention: backend.mla_self_attention(),
