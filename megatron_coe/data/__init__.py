@@ -1,7 +1,7 @@
 """Text to training samples: corpus, tokenizer, preprocessing, datasets.
 
     files.py         files that get their name only when they are complete
-    records.py       texts out of .jsonl, .jsonl.gz, .parquet and .txt, with the place of each record
+    records.py       texts out of .jsonl, .jsonl.gz, .parquet and .txt, each with its place
     sentences.py     sentence splitting with NLTK's Punkt, offline
     corpus.py        the generated maths corpus
     tokenizer.py     one small interface over SentencePiece and Hugging Face tokenizers
