@@ -78,6 +78,7 @@ def save_checkpoint(
         "schedule": trainee.schedule.state_dict(),
         "progress": {"step": progress.step, "samples": progress.samples},
         "layout": _layout(),
+        "distributed_optimizer": _is_distributed(trainee),
         "rng": _sharded_rng(_rng_state()),
     }
     dist_checkpointing.save(state, str(partial))
@@ -100,9 +101,15 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     Hyperparameters stay those of the present settings: what is restored is what training changed.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is of another model or another kind of optimizer.
     """
     common = dist_checkpointing.load_common_state_dict(str(path))
+    if common["distributed_optimizer"] != _is_distributed(trainee):
+        raise ValueError(
+            f"checkpoint {path} was made with parallel.use_distributed_optimizer="
+            f"{str(common['distributed_optimizer']).lower()}, whose state the other cannot read: "
+            "set it so again"
+        )
     progress = Progress(**common["progress"])
     state = _model_state(trainee)
     if progress.step > 0:  # before the first step there is no optimizer state to speak of
@@ -169,6 +176,10 @@ def _gathered_parameters(trainee: Trainee) -> Iterator[None]:
     yield
     for chunk in overlapped:
         chunk.enable_forward_pre_hook()
+
+
+def _is_distributed(trainee: Trainee) -> bool:
+    return trainee.chunks[0].ddp_config.use_distributed_optimizer
 
 
 def _layout() -> dict[str, int]:

@@ -54,18 +54,27 @@ def process_groups(parallel: ParallelSettings, device: torch.device) -> Iterator
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-            context_parallel_size=parallel.context_parallel_size,
-            expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        )
+        with parallel_groups(parallel):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def parallel_groups(parallel: ParallelSettings) -> Iterator[None]:
+    """Megatron's parallel groups over the processes that there are."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+    try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def use_deterministic_kernels() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from megatron_coe.training import setup
@@ -72,10 +73,12 @@ def make_trainer(
     setup.seed_everything(settings.train.seed)
     trainee = setup.build_trainee(build_provider(settings, device), settings, device)
     micro = settings.train.micro_batch_size
-    source = BatchSource(sequences or Sequences(1), micro, 0, 1, device)
+    rank = parallel_state.get_data_parallel_rank()
+    replicas = parallel_state.get_data_parallel_world_size()
+    source = BatchSource(sequences or Sequences(1), micro, rank, replicas, device)
     validation = None
     if held_out:
-        validation = Validation(BatchSource(Sequences(2), micro, 0, 1, device), held_out)
+        validation = Validation(BatchSource(Sequences(2), micro, rank, replicas, device), held_out)
     return Trainer(settings, trainee, source, validation, Progress(), reporter)
 
 

@@ -154,6 +154,14 @@ def test_present_hyperparameters_win_over_saved_ones(single_rank, tmp_path):
         assert group["betas"] == (0.9, 0.5)
 
 
+def test_a_checkpoint_of_the_other_kind_of_optimizer_is_refused(single_rank, tmp_path):
+    one_layer = {"num_layers": 1}
+    make_trainer(make_settings(tmp_path, model=one_layer), single_rank).save()
+    other = make_settings(model=one_layer, parallel={"use_distributed_optimizer": True})
+    with pytest.raises(ValueError, match="use_distributed_optimizer=false"):
+        load_checkpoint(find_checkpoints(tmp_path)[0], make_trainer(other, single_rank).trainee)
+
+
 def test_a_checkpoint_of_another_model_is_refused(single_rank, tmp_path):
     make_trainer(make_settings(tmp_path, model={"num_layers": 1}), single_rank).save()
     (path,) = find_checkpoints(tmp_path)
