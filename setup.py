@@ -10,7 +10,6 @@ setup(
     description="Chain-of-Experts as a Megatron-Core model provider",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_coe", "megatron_coe.*"]),
     install_requires=[
