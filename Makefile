@@ -58,12 +58,10 @@ $(RUN)/.trained: examples/quickstart.yaml $(DATA)/train.idx $(DATA)/valid.idx | 
 	$(PY) pretrain_coe.py --config $< $(OVERRIDES)
 	@touch $@
 
-$(RUN)/loss.png: $(RUN)/.trained | $(INSTALLED)
-	$(PY) tools/plot_curves.py $(RUN)/metrics.jsonl --output $@ --title "quickstart: CoE-2"
-
-quickstart: $(RUN)/loss.png
-	@tail -n 1 $(RUN)/metrics.jsonl
-	@echo "curve $(RUN)/loss.png, metrics $(RUN)/metrics.jsonl, checkpoints $(RUN)/checkpoints"
+quickstart: $(RUN)/.trained
+	$(PY) tools/plot_curves.py $(RUN)/metrics.jsonl --output $(RUN)/loss.png \
+	    --title "CoE-2 of examples/quickstart.yaml"
+	@echo "In $(RUN): loss.png, metrics.jsonl, tensorboard/, checkpoints/, data/"
 
 clean-quickstart:
 	rm -rf $(RUN)

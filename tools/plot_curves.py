@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_coe.analysis.curves import plot_losses
+from megatron_coe.analysis.curves import describe_end, plot_losses
 from megatron_coe.data.command_line import run
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--title", default="")
     options = parser.parse_args()
     plot_losses(options.metrics, options.output, options.title)
-    print(options.output)
+    print(f"{options.output}: {describe_end(options.metrics)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,18 @@ from pathlib import Path
 from megatron_coe.training.metrics import read_records
 
 
+def describe_end(metrics: Path) -> str:
+    """How low a run's validation loss came, beside the unigram entropy where it was recorded."""
+    ends = [record for record in read_records(metrics) if "valid_loss" in record]
+    if not ends:
+        return "no validation loss"
+    loss, entropy = ends[-1]["valid_loss"], ends[-1].get("unigram_entropy")
+    text = f"validation loss {loss:.4f} at step {ends[-1]['step']}"
+    if entropy is None:
+        return text
+    return f"{text}, {entropy - loss:.4f} nats below the text's unigram entropy of {entropy:.4f}"
+
+
 def plot_losses(metrics: Path, output: Path, title: str = "") -> None:
     """Draw training and validation loss (nats per token) over steps into `output`.
 

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from megatron_coe.analysis.curves import plot_losses
+from megatron_coe.analysis.curves import describe_end, plot_losses
 
 
 def write(path, records):
@@ -44,6 +44,14 @@ def test_each_curve_that_there_is_has_a_label(tmp_path, monkeypatch, records, cu
     names = {"training", "validation", "unigram entropy"} & set(texts)
     assert len(names) == curves
     assert "loss (nats per token)" in texts
+
+
+def test_the_end_of_a_run_is_told_beside_the_entropy(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    level = "2.0000 nats below the text's unigram entropy of 5.5000"
+    assert describe_end(write(path, RECORDS)) == f"validation loss 3.5000 at step 3, {level}"
+    assert describe_end(write(path, RECORDS[:2])) == "validation loss 4.5000 at step 2"
+    assert describe_end(write(path, RECORDS[:1])) == "no validation loss"
 
 
 def test_a_run_without_losses_is_refused(tmp_path):
