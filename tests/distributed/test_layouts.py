@@ -1,4 +1,4 @@
-"""Megatron's GPTModel of plain-PyTorch modules, in every layout of two ranks, against one rank.
+"""A CoE model of plain-PyTorch modules, in every layout of two ranks, against one rank.
 
 The one-rank run saves its start; each layout loads that and trains two steps on the same global
 batch. The second step's loss and the gradient norms tell whether gradients were right: among others
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.distributed.launch import launch
 
@@ -38,7 +37,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     start = str(tmp_path_factory.mktemp("start"))
-    function = "tests.distributed.test_backends:train_layouts"
+    function = "tests.distributed.test_layouts:train_layouts"
     (reference,) = launch(function, 1, start, {"reference": {"saves": True}})
     ranks = launch(function, 2, start, LAYOUTS)
     return reference["reference"], ranks
@@ -84,7 +83,7 @@ def _train(start: str, layout: dict) -> tuple[list[float], list[float]]:
 
     model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     config = _config(layout)
-    model = _model(config)
+    model = config.provide()
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     if layout.get("saves"):
         dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), start)
@@ -139,38 +138,32 @@ def _train(start: str, layout: dict) -> tuple[list[float], list[float]]:
 
 
 def _config(layout: dict):
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from megatron_coe.provider import CoEModelProvider
 
     recompute = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     }
-    return MLATransformerConfig(
+    return CoEModelProvider(
+        coe_iterations=2,
         num_layers=LAYERS,
         hidden_size=32,
         num_attention_heads=4,
-        q_lora_rank=None,
         kv_lora_rank=16,
         qk_head_dim=8,
         qk_pos_emb_head_dim=4,
         v_head_dim=8,
-        rope_type="rope",
-        rotary_percent=1.0,
-        qk_layernorm=True,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        vocab_size=VOCAB,
+        make_vocab_size_divisible_by=1,
+        seq_length=SEQ,
         num_moe_experts=EXPERTS,
         moe_ffn_hidden_size=24,
-        moe_grouped_gemm=True,
+        moe_shared_expert_intermediate_size=24,
         moe_router_topk=2,
-        moe_router_load_balancing_type="none",
-        moe_router_dtype="fp32",
+        moe_aux_loss_coeff=0.01,
         moe_token_dispatcher_type=layout.get("dispatcher", "alltoall"),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        backend="torch",
         tensor_model_parallel_size=layout.get("tensor", 1),
         sequence_parallel=layout.get("tensor", 1) > 1,
         pipeline_model_parallel_size=layout.get("pipeline", 1),
@@ -178,43 +171,6 @@ def _config(layout: dict):
         expert_tensor_parallel_size=layout.get("expert_tensor", 1),
         pipeline_dtype=torch.float32,
         **(recompute if layout.get("recompute") else {}),
-    )
-
-
-def _model(config):
-    """Megatron's model and layer spec, with this package's modules in the places for them."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-
-    from megatron_coe.backends import resolve_backend
-
-    backend = resolve_backend("torch")
-    spec = get_gpt_layer_local_spec(
-        num_experts=EXPERTS,
-        multi_latent_attention=True,
-        qk_layernorm=True,
-        normalization="RMSNorm",
-    )
-    norm = backend.layer_norm(rms_norm=True)
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = norm
-    layer.self_attention.module = backend.mla_self_attention()
-    layer.self_attention.submodules.kv_layernorm = norm
-    layer.self_attention.submodules.core_attention = backend.core_attention()
-    module, submodules = backend.grouped_mlp_modules(True)
-    layer.mlp.submodules.experts = ModuleSpec(module=module, submodules=submodules)
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    return GPTModel(
-        config,
-        TransformerBlockSubmodules([spec] * (LAYERS // stages), layer_norm=norm),
-        VOCAB,
-        SEQ,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
     )
 
 
