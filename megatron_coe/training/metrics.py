@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ class Reporter:
         config: dict[str, object],
         stream: TextIO | None = None,
     ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds; readers go without
+
         self.directory = Path(log.dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.path = self.directory / METRICS_FILE

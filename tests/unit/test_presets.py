@@ -138,6 +138,18 @@ def test_the_recipe_is_the_papers(name):
     assert not provider.bf16
 
 
+def test_the_quickstart_is_a_small_chain_that_learns_and_validates():
+    settings = load_settings(EXAMPLES / "quickstart.yaml")
+    check_values(settings)
+    check_layout(settings, world_size=1)
+    provider = build_provider(settings, torch.device("cpu"), tokenizer_vocab_size=2048)
+    assert provider.coe_iterations == 2 and provider.multi_latent_attention
+    assert provider.num_params() < 10_000_000
+    assert settings.data.valid and settings.train.eval_interval > 0
+    assert settings.log.dir == "runs/quickstart"
+    assert settings.checkpoint.save == "runs/quickstart/checkpoints"
+
+
 def test_a_built_model_has_the_size(single_rank):
     _, provider = preset("paper/coe-2_4-64")
     provider.perform_initialization = False  # shapes only: the memory is never touched

@@ -35,6 +35,22 @@ def test_records_go_to_file_console_and_tensorboard(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+def test_a_terminal_gets_a_progress_bar_and_the_same_lines(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 5, {}, stream)
+    for step in range(6, 21):
+        reporter.advance()
+        if step == 10:
+            reporter.record(10, {"train_loss": 2.0})
+    reporter.close()
+    assert "step 10/20 | loss 2.0000\n" in stream.getvalue()
+    assert " 5/20 " in stream.getvalue() and " 20/20 " in stream.getvalue()
+
+
 def test_the_console_shows_balance_by_iteration_but_not_by_layer():
     line = console_line(
         {
