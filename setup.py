@@ -1,4 +1,4 @@
-"""Packaging of megatron_coe. `apex` is left out on purpose: the index's package of that name is another project."""
+"""Packaging. `apex` is left out on purpose: the index's package of that name is another project."""
 
 from pathlib import Path
 

@@ -193,10 +193,10 @@ class CoEConfig(MLATransformerConfig):
             "overlap_moe_expert_parallel_comm": "its schedule runs a single iteration of the layer",
             "moe_use_legacy_grouped_gemm": "the legacy grouped GEMM is deprecated by Megatron",
         }
-        for field, reason in refused.items():
-            if getattr(self, field):
+        for name, reason in refused.items():
+            if getattr(self, name):
                 raise ValueError(
-                    f"{field}={getattr(self, field)!r} is not supported by a CoE layer: {reason}. "
+                    f"{name}={getattr(self, name)!r} is not supported by a CoE layer: {reason}. "
                     "Unset it."
                 )
         if self.add_bias_linear:
