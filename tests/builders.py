@@ -135,7 +135,8 @@ def randomise(module: torch.nn.Module, generator: torch.Generator, std: float = 
 
 def weigh_balance_losses(weight: float) -> None:
     """What Megatron's schedule does before each backward pass, for a layer used by itself."""
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(weight)
+    # The shape that the schedule gives it, and keeps: it stays set for whoever comes next.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), float(weight))
 
 
 class GapRecorder(ReferenceCoE):

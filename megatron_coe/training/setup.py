@@ -21,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings
@@ -95,6 +96,8 @@ def seed_everything(seed: int) -> None:
 
 def build_trainee(provider: CoEModelProvider, settings: Settings, device: torch.device) -> Trainee:
     """Model, optimizer and schedule, wired to one another the way Megatron's schedules expect."""
+    # Balance losses are logged in a table of the process, sized for the first model it saw.
+    get_moe_layer_wise_logging_tracker().clear()
     chunks = build_model(provider, settings.parallel, device)
     optimizer = build_optimizer(provider, chunks, settings)
     # Megatron's forward-backward functions find these on the configuration.

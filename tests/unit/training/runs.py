@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from torch.utils.data import Subset
 
 from megatron_coe.training import setup
 from megatron_coe.training.batches import BatchSource
@@ -69,7 +69,6 @@ def make_trainer(
     reporter: object = None,
 ) -> Trainer:
     """A trainer at step 0, freshly initialised."""
-    get_moe_layer_wise_logging_tracker().clear()  # sized for the first model it sees
     setup.seed_everything(settings.train.seed)
     trainee = setup.build_trainee(build_provider(settings, device), settings, device)
     micro = settings.train.micro_batch_size
@@ -78,7 +77,8 @@ def make_trainer(
     source = BatchSource(sequences or Sequences(1), micro, rank, replicas, device)
     validation = None
     if held_out:
-        validation = Validation(BatchSource(Sequences(2), micro, rank, replicas, device), held_out)
+        first = Subset(Sequences(2), range(held_out))
+        validation = Validation(BatchSource(first, micro, rank, replicas, device), held_out)
     return Trainer(settings, trainee, source, validation, Progress(), reporter)
 
 

@@ -187,4 +187,6 @@ def test_the_interval_of_reports(single_rank):
     shown = {step: ("train_loss" in r, "valid_loss" in r) for step, r in kept.records.items()}
     both, loss = (True, True), (True, False)
     assert shown == {1: loss, 2: loss, 4: both, 5: both}
+    entropies = [step for step, record in kept.records.items() if "unigram_entropy" in record]
+    assert entropies == [5]
     assert SEQ_LENGTH * 4 / kept.records[5]["tokens_per_second"] < 60
