@@ -7,19 +7,9 @@ Which kernel `grouping` chooses:
 
 - CUDA, 16-bit or fp32, rows of whole 16 bytes: PyTorch's `grouped_mm`, one launch for all experts,
   with the group sizes kept on the device.
-- otherwise a loop of plain matrix products. On a CPU it was as fast as `grouped_mm` at every shape
-  tried, and it takes fp64 too. It also adds weight gradients straight into Megatron's gradient
-  buffer: with few rows per expert, a gradient tensor of its own costs as much as the products.
-
-  GFLOP/s of forward and backward in fp32 on one core (AVX-512), torch 2.13:
-
-  | E x (I -> O), rows each | loop | `grouped_mm` | one dense product |
-  |---|---|---|---|
-  | 64 x (1024 -> 1408), 64 | 78 | 77 | 149 |
-  | 64 x (1024 -> 1408), 512 | 126 | 139 | 154 |
-  | 64 x (256 -> 352), 128 | 149 | 150 | 149 |
-  | 64 x (176 -> 256), 128 | 137 | 142 | 171 |
-  | 16 x (256 -> 256), 128 | 138 | 139 | 146 |
+- otherwise a loop of plain matrix products. On a CPU neither is faster at every shape (see
+  `docs/results.md`), and the loop takes fp64 too. It also adds weight gradients straight into
+  Megatron's gradient buffer, instead of writing a gradient tensor that is then added to it.
 
 Axis letters: T tokens, E experts, I input width, O output width.
 """
