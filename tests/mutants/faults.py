@@ -9,12 +9,17 @@ ROUTER = "megatron_coe/moe/router.py"
 EXPERTS = "megatron_coe/moe/experts.py"
 SPECS = "megatron_coe/specs.py"
 CONFIG = "megatron_coe/config.py"
+DATASETS = "megatron_coe/data/datasets.py"
 OBJECTIVE = "megatron_coe/training/objective.py"
+SETUP = "megatron_coe/training/setup.py"
 
 OF_LAYER = ("tests/unit/moe/test_layer.py",)
 OF_ROUTER = ("tests/unit/moe/test_router.py",)
 OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/unit/test_config.py")
+OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
+OF_SETUP = ("tests/unit/training/test_setup.py",)
+OF_DATA = ("tests/unit/data/test_datasets.py",)
 
 
 @dataclass(frozen=True)
@@ -163,5 +168,40 @@ FAULTS = [
         "self.output_layer_init_method = init_method_normal(self.init_method_std)",
         "pass",
         OF_MODEL,
+    ),
+    Fault(
+        "probabilities applied twice",
+        EXPERTS,
+        "return (activated * probs_T1).to(hidden_TF.dtype)",
+        "return (activated * probs_T1 * probs_T1).to(hidden_TF.dtype)",
+        OF_EXPERTS,
+    ),
+    Fault(
+        "padding in the loss",
+        OBJECTIVE,
+        "valid_BS = loss_mask_BS > 0",
+        "valid_BS = loss_mask_BS >= 0",
+        OF_OBJECTIVE,
+    ),
+    Fault(
+        "mean of the micro-batches' means",
+        OBJECTIVE,
+        "return kept_BS.sum() * scale,",
+        "return kept_BS.sum() / valid_BS.sum(),",
+        OF_OBJECTIVE,
+    ),
+    Fault(
+        "the token after the cut is predicted",
+        DATASETS,
+        "loss_mask[: len(ids) - 1] = 1.0",
+        "loss_mask[: len(ids)] = 1.0",
+        OF_DATA,
+    ),
+    Fault(
+        "norms without weight decay",
+        SETUP,
+        "overrides = {} if train.decay_all_parameters else None",
+        "overrides = None",
+        OF_SETUP,
     ),
 ]

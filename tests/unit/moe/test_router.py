@@ -192,10 +192,13 @@ def test_expert_bias_is_updated_for_each_router(single_rank, independent: bool) 
         router.register_forward_hook(lambda _, __, out: seen.append(out[1].sum(dim=0)))
     layer(random_input(11))
     assert len(seen) == 3
+    routers = list(layer.router) if independent else [layer.router]
+    counts = seen if independent else [sum(seen)]
+    for router, count in zip(routers, counts, strict=True):
+        torch.testing.assert_close(router.local_tokens_per_expert, count.float())
     _update_router_expert_bias([layer], config)
     reset_model_temporary_tensors(config, [layer])
-    counts = seen if independent else [sum(seen)]
-    for router, count in zip(layer.router if independent else [layer.router], counts, strict=True):
+    for router, count in zip(routers, counts, strict=True):
         expected = rate * torch.sign(count.float().mean() - count)
         torch.testing.assert_close(router.expert_bias, expected)
         assert not router.local_tokens_per_expert.any()
