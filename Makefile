@@ -1,6 +1,7 @@
 # make quickstart   from nothing to a trained Chain-of-Experts model and its loss curve, in runs/quickstart
 # make test         the fast tests           make test-all      the slow ones too
 # make lint         style                    make test-mutants  does the suite catch planted faults?
+# make test-gpu     what only a GPU can show
 #
 # Every target makes its own environment in .venv first, once; later runs need no network.
 #   PYTHON=python3.11                    the interpreter to make it with
@@ -20,7 +21,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-all test-mutants lint clean-quickstart
+.PHONY: quickstart test test-all test-gpu test-mutants lint clean-quickstart
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
@@ -68,11 +69,17 @@ clean-quickstart:
 
 # --- checks --------------------------------------------------------------------------------------
 
+# The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
+test test-all test-mutants: export CUDA_VISIBLE_DEVICES :=
+
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed-test
 	$(PY) -m pytest
+
+test-gpu: $(VENV)/.installed-test
+	$(PY) -m pytest tests/gpu
 
 test-mutants: $(VENV)/.installed-test
 	$(PY) tests/mutants/run.py

@@ -136,7 +136,9 @@ def randomise(module: torch.nn.Module, generator: torch.Generator, std: float = 
 def weigh_balance_losses(weight: float) -> None:
     """What Megatron's schedule does before each backward pass, for a layer used by itself."""
     # The shape that the schedule gives it, and keeps: it stays set for whoever comes next.
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), float(weight))
+    device = torch.cuda.current_device()
+    scale = torch.full((1,), float(weight), device=device)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = scale
 
 
 class GapRecorder(ReferenceCoE):

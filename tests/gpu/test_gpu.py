@@ -1,0 +1,67 @@
+"""What a CPU cannot show: the GPU's kernels, and the layer on them, against plain torch there.
+
+`make test-gpu` runs these; everything else is tested on the CPU, also on a machine with GPUs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_coe.moe.grouped_linear import grouped_linear, grouping
+from tests.builders import build_layer, randomise, reference_of, tiny_config, weigh_balance_losses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry; TF32 is off
+
+
+def error(ours: torch.Tensor, oracle: torch.Tensor) -> float:
+    return ((ours.double() - oracle.double()).abs().max() / oracle.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_grouped_mm_is_a_product_per_expert(device: torch.device, dtype: torch.dtype) -> None:
+    rows = torch.tensor([5, 0, 64, 17])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(86, 64, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(4, 32, 64, generator=generator).to(device, dtype).requires_grad_()
+    groups = grouping(x, rows.to(device), (32, 64))
+    assert isinstance(groups, torch.Tensor), "the sizes must stay on the device"
+    y = grouped_linear(x, weight, groups)
+    dy = torch.randn(86, 32, generator=generator).to(device, dtype)
+    grads = torch.autograd.grad(y, (x, weight), dy)
+
+    x_64, weight_64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    parts = zip(x_64.split(rows.tolist()), weight_64, strict=True)
+    expected = torch.cat([part @ w.t() for part, w in parts])
+    oracles = torch.autograd.grad(expected, (x_64, weight_64), dy.double())
+    for ours, oracle in zip((y, *grads), (expected, *oracles), strict=True):
+        assert error(ours, oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("residual", ["inner", "outer", "addinit"])
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_layer_is_the_reference(single_rank, dispatcher: str, residual: str) -> None:
+    config = tiny_config(
+        coe_iterations=3, coe_residual=residual, moe_token_dispatcher_type=dispatcher
+    )
+    layer = build_layer(config).to(single_rank)
+    generator = torch.Generator().manual_seed(1)
+    randomise(layer, generator, std=0.15)
+    x = torch.randn(16, 4, 32, generator=generator).to(single_rank).requires_grad_()
+    y_grad = torch.randn(16, 4, 32, generator=generator).to(single_rank)
+    weigh_balance_losses(1.0)
+    y, _ = layer(x)
+    y.backward(y_grad)
+
+    reference, pairs = reference_of(layer)
+    x_ref = x.detach().clone().requires_grad_()
+    expected, losses = reference.forward(x_ref)
+    ((expected * y_grad).sum() + config.moe_aux_loss_coeff * losses.sum()).backward()
+    assert error(y, expected) < 1e-4
+    assert error(x.grad, x_ref.grad) < 1e-4
+    for name, grad_of, oracle in pairs:
+        assert error(grad_of(), oracle.grad) < 1e-4, name
