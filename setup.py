@@ -27,6 +27,14 @@ setup(
         "data": ["pyarrow", "reasoning-gym"],
         "hf": ["transformers>=4.57", "safetensors"],
         "plot": ["matplotlib"],
-        "test": ["pytest", "ruff", "safetensors", "pyarrow", "reasoning-gym", "matplotlib"],
+        "test": [
+            "pytest",
+            "ruff",
+            "safetensors",
+            "transformers>=4.57",
+            "pyarrow",
+            "reasoning-gym",
+            "matplotlib",
+        ],
     },
 )
