@@ -48,6 +48,14 @@ class Progress:
     """Training sequences consumed: where in the data to go on."""
 
 
+MODEL_ONLY = {
+    "progress": {"step": 0, "samples": 0},
+    "layout": None,
+    "distributed_optimizer": None,
+}
+"""What is beside the weights in a checkpoint that no training run wrote: it starts one."""
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, the newest first."""
     if not folder.is_dir():
@@ -104,7 +112,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         ValueError: the checkpoint is of another model or another kind of optimizer.
     """
     common = dist_checkpointing.load_common_state_dict(str(path))
-    if common["distributed_optimizer"] != _is_distributed(trainee):
+    if common["distributed_optimizer"] not in (None, _is_distributed(trainee)):
         raise ValueError(
             f"checkpoint {path} was made with parallel.use_distributed_optimizer="
             f"{str(common['distributed_optimizer']).lower()}, whose state the other cannot read: "

@@ -1,0 +1,372 @@
+"""A model's configuration as Hugging Face has it (`config.json`), and as section `model` of a run.
+
+The keys are DeepSeek-V2's plus those of the authors' models (`inner_iter`, `use_igate`, and two
+spellings of the residual mode), so that code made for their checkpoints reads ours. Keys of our own
+stand only where theirs cannot say it: see `megatron_coe/hf/configuration_coe.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import torch.nn.functional as F
+
+from megatron_coe.config import CoEConfig
+
+JSON: TypeAlias = "str | int | float | bool | list[JSON] | dict[str, JSON] | None"
+Config: TypeAlias = "dict[str, JSON]"
+
+MODEL_TYPE = "coe_deepseekv2"
+IDENTITY: Config = {
+    "model_type": MODEL_TYPE,
+    "architectures": ["CoeForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_coe.CoeConfig",
+        "AutoModel": "modeling_coe.CoeModel",
+        "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM",
+    },
+}
+
+# Hugging Face key -> Megatron field, where both hold the same value.
+SAME = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "n_routed_experts": "num_moe_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "inner_iter": "coe_iterations",
+    "use_igate": "coe_independent_gate",
+}
+LATENT = {
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+PLAIN = {
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "qkv_bias": "add_qkv_bias",
+    "use_qk_norm": "qk_layernorm",
+}
+YARN = {
+    "factor": "rotary_scaling_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+}
+BOOLEANS = {  # residual mode -> (inner_residual, outer_residual)
+    "inner": (True, False),
+    "outer": (False, True),
+    "inner_outer": (True, True),
+    "none": (False, False),
+}
+NAMED_RESIDUALS = ("inner", "outer", "addinit", "none")
+OTHER_SPELLINGS = ("inner_residual", "outer_residual", "residual", "rope_parameters", "dtype")
+"""Keys that may say what other keys of an exported configuration say."""
+
+# Keys of our own, which stand only where they say something else than this.
+OWN: Config = {
+    "attention_type": "mla",
+    "head_dim": None,
+    "use_qk_norm": False,
+    "qkv_bias": False,
+    "latent_norm_eps": 1e-6,
+    "use_expert_bias": False,
+    "coe_upcycled": False,
+}
+
+# What a key means when it is absent, as DeepSeek-V2's configuration has it.
+DEFAULTS: Config = {
+    "inner_iter": 1,
+    "use_igate": True,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "q_lora_rank": None,
+    "n_shared_experts": None,
+    "attention_bias": False,
+    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "hidden_act": "silu",
+    "topk_method": "greedy",
+    **OWN,
+}
+
+# Megatron fields that change what the model computes, and the only value that can be said.
+_INEXPRESSIBLE = {
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
+    "linear_attention_freq": None,
+    "apply_query_key_layer_scaling": False,
+    "mtp_num_layers": None,
+    "moe_shared_expert_gate": False,
+    "moe_apply_probs_on_input": False,
+    "moe_expert_capacity_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_force_load_balancing": False,
+}
+
+
+def to_hf_config(config: CoEConfig) -> Config:
+    """`config.json` of a model, without what only a tokenizer knows.
+
+    Raises: ValueError naming a field that Hugging Face's format cannot express.
+    """
+    for field, value in _INEXPRESSIBLE.items():
+        if getattr(config, field) != value:
+            raise ValueError(
+                f"{field}={getattr(config, field)!r} cannot be expressed in the Hugging Face "
+                f"format, which knows {value!r} only"
+            )
+    result = IDENTITY | {key: getattr(config, field) for key, field in SAME.items()}
+    result |= _residual_keys(config.coe_residual)
+    result |= _attention_keys(config) | _expert_keys(config) | _router_keys(config)
+    result |= {"hidden_act": "silu", "use_cache": True}
+    return {key: value for key, value in result.items() if key not in OWN or value != OWN[key]}
+
+
+def to_model_fields(hf: Mapping[str, JSON], source: object) -> dict[str, JSON]:
+    """Section `model` of a run's settings for a Hugging Face configuration.
+
+    Args:
+        source: the file, for messages.
+
+    Raises: ValueError for a key that is missing, contradicts another or cannot be had in Megatron.
+    """
+    try:
+        return _to_model_fields({**DEFAULTS, **hf})
+    except KeyError as error:
+        raise ValueError(f"{source}: lacks key {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _to_model_fields(hf: Config) -> dict[str, JSON]:
+    if hf.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"model_type={hf.get('model_type')!r} is unknown: known is {MODEL_TYPE!r}")
+    if hf["hidden_act"] != "silu":
+        raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is known")
+    if isinstance(rope := hf.get("rope_parameters"), Mapping):  # as transformers 5 writes it
+        scaling = None if rope.get("rope_type", "default") == "default" else dict(rope)
+        hf = {**hf, "rope_theta": rope.get("rope_theta", hf["rope_theta"]), "rope_scaling": scaling}
+    fields = {field: hf[key] for key, field in SAME.items()}
+    fields["coe_residual"] = read_residual(hf)
+    return fields | _attention_fields(hf) | _expert_fields(hf) | _router_fields(hf)
+
+
+# --- residual modes ---------------------------------------------------------------------------
+
+
+def _residual_keys(mode: str) -> Config:
+    keys: Config = {}
+    if mode in BOOLEANS:
+        keys["inner_residual"], keys["outer_residual"] = BOOLEANS[mode]
+    if mode in NAMED_RESIDUALS:
+        keys["residual"] = mode
+    return keys
+
+
+def read_residual(hf: Mapping[str, JSON]) -> str:
+    """The residual mode that either spelling says; ValueError where they disagree."""
+    named = hf.get("residual")
+    if named is not None and named not in NAMED_RESIDUALS:
+        raise ValueError(f"residual={named!r}: known are {', '.join(NAMED_RESIDUALS)}")
+    booleans = (hf.get("inner_residual"), hf.get("outer_residual"))
+    if booleans == (None, None):
+        return named or "inner"
+    mode = next((mode for mode, pair in BOOLEANS.items() if pair == booleans), None)
+    if mode is None:
+        raise ValueError(
+            f"inner_residual={booleans[0]!r}, outer_residual={booleans[1]!r}: give true or false "
+            "for both"
+        )
+    if named not in (None, mode):
+        raise ValueError(
+            f"residual={named!r} disagrees with inner_residual={booleans[0]!r} and "
+            f"outer_residual={booleans[1]!r}, which say {mode!r}"
+        )
+    return mode
+
+
+# --- attention --------------------------------------------------------------------------------
+
+
+def _attention_keys(config: CoEConfig) -> Config:
+    if not config.multi_latent_attention:
+        keys = {key: getattr(config, field) for key, field in PLAIN.items()}
+        return {"attention_type": "mha", **keys, "attention_bias": False, "rope_scaling": None}
+    if config.add_qkv_bias:
+        raise ValueError("add_qkv_bias=True cannot be expressed with multi_latent_attention=True")
+    if not config.qk_layernorm:
+        raise ValueError("qk_layernorm=False cannot be expressed with multi_latent_attention=True")
+    keys = {key: getattr(config, field) for key, field in LATENT.items()}
+    keys |= {"num_key_value_heads": config.num_attention_heads, "attention_bias": False}
+    keys |= {"latent_norm_eps": config.layernorm_epsilon}
+    yarn = {key: getattr(config, field) for key, field in YARN.items()}
+    if config.rope_type == "yarn":
+        length = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+        return keys | {"rope_scaling": {"type": "yarn", **yarn}, "max_position_embeddings": length}
+    if yarn["factor"] > 1 and yarn["mscale_all_dim"]:
+        # Megatron's latent attention scales its scores by these whatever the rope_type.
+        raise ValueError(
+            f"rotary_scaling_factor={yarn['factor']} with rope_type='rope' and "
+            f"mscale_all_dim={yarn['mscale_all_dim']} cannot be expressed in the Hugging Face "
+            "format: with rope_type='rope', only rotary_scaling_factor=1 can"
+        )
+    return keys | {"rope_scaling": None}
+
+
+def _attention_fields(hf: Config) -> dict[str, JSON]:
+    scaling = hf["rope_scaling"]
+    if hf["attention_bias"]:
+        raise ValueError("attention_bias=true: only false is known (see qkv_bias)")
+    if hf["attention_type"] == "mha":
+        if scaling is not None:
+            raise ValueError(f"rope_scaling={scaling!r} with plain attention: only null is known")
+        hf = {"num_key_value_heads": hf["num_attention_heads"], **hf}
+        hf["head_dim"] = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+        fields = {field: hf[key] for key, field in PLAIN.items()}
+        return {"multi_latent_attention": False, "rope_type": "rope", **fields}
+    if hf["attention_type"] != "mla":
+        raise ValueError(f"attention_type={hf['attention_type']!r}: known are 'mla' and 'mha'")
+    if hf["latent_norm_eps"] != hf["rms_norm_eps"]:
+        raise ValueError(
+            f"latent_norm_eps={hf['latent_norm_eps']} differs from rms_norm_eps="
+            f"{hf['rms_norm_eps']}: Megatron has one epsilon for all norms"
+        )
+    fields = {field: hf[key] for key, field in LATENT.items()}
+    fields |= {"multi_latent_attention": True, "qk_layernorm": True}
+    if scaling is None:
+        return fields | {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind != "yarn":
+        raise ValueError(f"rope_scaling of type {kind!r}: known are 'yarn', or null for none")
+    yarn = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0, **scaling}
+    return fields | {"rope_type": "yarn"} | {field: yarn[key] for key, field in YARN.items()}
+
+
+# --- experts and layers -----------------------------------------------------------------------
+
+
+def _expert_keys(config: CoEConfig) -> Config:
+    size = config.moe_shared_expert_intermediate_size or 0
+    if size % config.moe_ffn_hidden_size:
+        raise ValueError(
+            f"moe_shared_expert_intermediate_size={size} cannot be expressed in the Hugging Face "
+            f"format: it must be a multiple of moe_ffn_hidden_size={config.moe_ffn_hidden_size}"
+        )
+    first, every = _dense_layers(config.moe_layer_pattern)
+    return {
+        "n_shared_experts": size // config.moe_ffn_hidden_size or None,
+        "first_k_dense_replace": first,
+        "moe_layer_freq": every,
+    }
+
+
+def _expert_fields(hf: Config) -> dict[str, JSON]:
+    first, every = hf["first_k_dense_replace"], hf["moe_layer_freq"]
+    layers = range(hf["num_hidden_layers"])
+    pattern = [int(layer >= first and layer % every == 0) for layer in layers]
+    return {
+        "moe_shared_expert_intermediate_size": (hf["n_shared_experts"] or 0)
+        * hf["moe_intermediate_size"]
+        or None,
+        "moe_layer_freq": pattern if first else every,
+    }
+
+
+def _dense_layers(pattern: list[int]) -> tuple[int, int]:
+    """(`first_k_dense_replace`, `moe_layer_freq`) of a pattern with 1 for each CoE layer."""
+    for first in range(len(pattern) + 1):
+        for every in range(1, len(pattern) + 1):
+            if pattern == [int(i >= first and i % every == 0) for i in range(len(pattern))]:
+                return first, every
+    raise ValueError(
+        f"moe_layer_freq={pattern} cannot be expressed in the Hugging Face format: dense layers "
+        "first, and then every n-th layer a CoE layer"
+    )
+
+
+# --- routers ----------------------------------------------------------------------------------
+
+
+def _router_keys(config: CoEConfig) -> Config:
+    softmax = config.moe_router_score_function == "softmax"
+    scaling = config.moe_router_topk_scaling_factor or 1.0
+    # Softmax over the chosen experts alone is softmax over all of them, renormalised. Sigmoid
+    # scores of several experts always are.
+    normalised = not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1
+    if softmax and normalised and scaling != 1:
+        raise ValueError(
+            f"moe_router_topk_scaling_factor={scaling} with moe_router_pre_softmax=False cannot be "
+            "expressed in the Hugging Face format, where norm_topk_prob excludes a factor"
+        )
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(kinds, str):
+        kinds, coefficients = [kinds], [coefficients]
+    losses = dict(zip(kinds, coefficients, strict=True))
+    per_sequence = "seq_aux_loss" in losses or not losses.get("aux_loss")
+    return {
+        "norm_topk_prob": normalised,
+        "routed_scaling_factor": scaling,
+        "scoring_func": config.moe_router_score_function,
+        "topk_method": "greedy",
+        "use_expert_bias": config.moe_router_enable_expert_bias,
+        "aux_loss_alpha": losses.get("seq_aux_loss" if per_sequence else "aux_loss", 0.0),
+        "seq_aux": per_sequence,
+    }
+
+
+def _router_fields(hf: Config) -> dict[str, JSON]:
+    for key, known in {"topk_method": ("greedy",), "scoring_func": ("softmax", "sigmoid")}.items():
+        if hf[key] not in known:
+            raise ValueError(f"{key}={hf[key]!r}: known here are {', '.join(known)}")
+    if hf["coe_upcycled"]:
+        raise ValueError("coe_upcycled=true: gates of upcycled models are not known here")
+    softmax, scaling = hf["scoring_func"] == "softmax", hf["routed_scaling_factor"]
+    normalised, alpha = hf["norm_topk_prob"], hf["aux_loss_alpha"]
+    balancing = "seq_aux_loss" if hf["seq_aux"] else "aux_loss"
+    return {
+        "moe_router_score_function": hf["scoring_func"],
+        "moe_router_pre_softmax": softmax and not normalised,
+        # DeepSeek-V2 scales only what it does not normalise.
+        "moe_router_topk_scaling_factor": None
+        if scaling == 1 or (softmax and normalised)
+        else scaling,
+        "moe_router_enable_expert_bias": hf["use_expert_bias"],
+        "moe_router_load_balancing_type": balancing if alpha else "none",
+        "moe_aux_loss_coeff": alpha or 0.0,
+    }

@@ -1,0 +1,245 @@
+"""One table of weight names, Megatron's and Hugging Face's, read both ways.
+
+A row says which Hugging Face weights (names of `coe_reference.md`: DeepSeek-V2's, with a gate per
+iteration) make up one tensor of a Megatron checkpoint. `weights` unrolls the table for a model: one
+`Weight` per Megatron tensor of each layer, with the exact shapes of its parts. The layout over
+ranks plays no part: Megatron's distributed checkpoints hold whole tensors, whoever wrote them.
+
+Axis letters: H hidden, V vocabulary, N routed experts, F feed-forward size of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_coe.config import CoEConfig
+
+Shape = tuple[int, ...]
+
+LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One tensor of a Megatron checkpoint (of one layer, if it belongs to one) and its parts."""
+
+    keys: tuple[str, ...]
+    """Its spellings in checkpoints, without the layer: by module, or fused with a linear layer as
+    Transformer Engine has it. The first is the one that is written."""
+    layer: int | None
+    parts: dict[str, Shape]
+    """Hugging Face names and shapes, in the order of `split`."""
+    split: Callable[[Tensor], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor]], Tensor]
+    experts: int = 0
+    """How many experts are stacked in it; 0: it is no expert's."""
+    padded: bool = False
+    """It has a row per token id, and further rows of padding in the checkpoint."""
+    keeps_fp32: bool = False
+    """It is never stored in a narrower type."""
+
+
+def weights(config: CoEConfig) -> list[Weight]:
+    """Every weight of a model, embedding first, then layer by layer."""
+    model = _Names(config, None, "", "")
+    result = [*_embedding(model)]
+    for layer, is_chain in enumerate(config.moe_layer_pattern):
+        names = _Names(config, layer, LAYERS, f"model.layers.{layer}.")
+        result += _latent_attention(names) if config.multi_latent_attention else _attention(names)
+        result += _chain(names) if is_chain else _dense(names)
+    return [*result, *_head(model)]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Makes the rows of one layer, or of what stands outside the layers."""
+
+    config: CoEConfig
+    layer: int | None
+    megatron: str
+    hf: str
+
+    def same(self, keys: str, name: str, *shape: int, **traits: bool) -> Weight:
+        """One weight under two names; `keys` may hold several spellings, separated by |."""
+        return self._row(keys, {name: shape}, lambda whole: [whole], lambda parts: parts[0], traits)
+
+    def rows(self, keys: str, parts: dict[str, Shape]) -> Weight:
+        """Parts that stand one over the other."""
+        sizes = [shape[0] for shape in parts.values()]
+        return self._row(keys, parts, lambda whole: whole.split(sizes), torch.cat)
+
+    def vocabulary(self, keys: str, name: str) -> Weight:
+        """A table with a row per token id, padded with zeros in Megatron."""
+        size, padding = self.config.vocab_size, self.config.padded_vocab_size
+        return self._row(
+            keys,
+            {name: (size, self.config.hidden_size)},
+            lambda whole: [whole[:size]],
+            lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding - size)),
+            {"padded": True},
+        )
+
+    def query_groups(self, keys: str, kind: str, *inputs: int) -> Weight:
+        """q, k and v, which Megatron interleaves: per group its queries, its key, its value."""
+        config = self.config
+        groups, width = config.num_query_groups, config.kv_channels
+        queries = config.num_attention_heads // groups
+        counts = (queries, 1, 1)
+        parts = {
+            f"self_attn.{letter}_proj.{kind}": (groups * count * width, *inputs)
+            for letter, count in zip("qkv", counts, strict=True)
+        }
+
+        def split(whole: Tensor) -> list[Tensor]:
+            grouped = whole.view(groups, queries + 2, width, *inputs)
+            return [part.reshape(-1, *inputs) for part in grouped.split(counts, dim=1)]
+
+        def join(parts: Sequence[Tensor]) -> Tensor:
+            grouped = [
+                part.view(groups, count, width, *inputs)
+                for part, count in zip(parts, counts, strict=True)
+            ]
+            return torch.cat(grouped, dim=1).reshape(-1, *inputs)
+
+        return self._row(keys, parts, split, join)
+
+    def experts(self, keys: str, matrices: Sequence[str], shape: Shape) -> Weight:
+        """A tensor [N, rows, columns]: per expert, one or more matrices over one another."""
+        count = self.config.num_moe_experts
+        parts = {
+            f"mlp.experts.{expert}.{matrix}.weight": shape
+            for expert in range(count)
+            for matrix in matrices
+        }
+        return self._row(
+            keys,
+            parts,
+            lambda whole: whole.reshape(-1, *shape).unbind(),
+            lambda parts: torch.stack(list(parts)).view(count, -1, shape[1]),
+            experts=count,
+        )
+
+    def _row(
+        self,
+        keys: str,
+        parts: dict[str, Shape],
+        split: Callable[[Tensor], Sequence[Tensor]],
+        join: Callable[[Sequence[Tensor]], Tensor],
+        traits: dict[str, bool] | None = None,
+        experts: int = 0,
+    ) -> Weight:
+        spellings = tuple(self.megatron + key for key in keys.split("|"))
+        named = {self.hf + name: shape for name, shape in parts.items()}
+        return Weight(spellings, self.layer, named, split, join, experts, **(traits or {}))
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+def _embedding(at: _Names) -> list[Weight]:
+    return [at.vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
+
+
+def _head(at: _Names) -> list[Weight]:
+    norm = at.same("decoder.final_layernorm.weight", "model.norm.weight", at.config.hidden_size)
+    if at.config.share_embeddings_and_output_weights:
+        return [norm]
+    return [norm, at.vocabulary("output_layer.weight", "lm_head.weight")]
+
+
+def _latent_attention(at: _Names) -> list[Weight]:
+    c, attn = at.config, "self_attention."
+    H, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
+    query = heads * (c.qk_head_dim + c.qk_pos_emb_head_dim)
+    rows = [at.same("input_layernorm.weight", "input_layernorm.weight", H)]
+    if c.q_lora_rank is None:
+        rows += [at.same(f"{attn}linear_q_proj.weight", "self_attn.q_proj.weight", query, H)]
+    else:
+        fused = f"{attn}linear_q_up_proj.layer_norm_weight"
+        up = f"{attn}linear_q_up_proj.weight"
+        rows += [
+            at.same(
+                f"{attn}linear_q_down_proj.weight", "self_attn.q_a_proj.weight", c.q_lora_rank, H
+            ),
+            at.same(
+                f"{attn}q_layernorm.weight|{fused}", "self_attn.q_a_layernorm.weight", c.q_lora_rank
+            ),
+            at.same(up, "self_attn.q_b_proj.weight", query, c.q_lora_rank),
+        ]
+    fused = f"{attn}linear_kv_up_proj.layer_norm_weight"
+    down = (rank + c.qk_pos_emb_head_dim, H)
+    up = (heads * (c.qk_head_dim + c.v_head_dim), rank)
+    return [
+        *rows,
+        at.same(f"{attn}linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", *down),
+        at.same(f"{attn}kv_layernorm.weight|{fused}", "self_attn.kv_a_layernorm.weight", rank),
+        at.same(f"{attn}linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", *up),
+        at.same(f"{attn}linear_proj.weight", "self_attn.o_proj.weight", H, heads * c.v_head_dim),
+    ]
+
+
+def _attention(at: _Names) -> list[Weight]:
+    c, attn = at.config, "self_attention."
+    H, width = c.hidden_size, c.kv_channels
+    rows = [
+        at.same(f"{attn}linear_qkv.layer_norm_weight", "input_layernorm.weight", H),
+        at.query_groups(f"{attn}linear_qkv.weight", "weight", H),
+    ]
+    if c.add_qkv_bias:
+        rows += [at.query_groups(f"{attn}linear_qkv.bias", "bias")]
+    if c.qk_layernorm:
+        rows += [
+            at.same(f"{attn}{letter}_layernorm.weight", f"self_attn.{letter}_norm.weight", width)
+            for letter in "qk"
+        ]
+    heads = c.num_attention_heads
+    return [
+        *rows,
+        at.same(f"{attn}linear_proj.weight", "self_attn.o_proj.weight", H, heads * width),
+    ]
+
+
+def _feed_forward(at: _Names, keys: str, name: str, size: int) -> list[Weight]:
+    H = at.config.hidden_size
+    gate_over_up = {f"{name}{half}_proj.weight": (size, H) for half in ("gate", "up")}
+    return [
+        at.rows(f"{keys}linear_fc1.weight", gate_over_up),
+        at.same(f"{keys}linear_fc2.weight", f"{name}down_proj.weight", H, size),
+    ]
+
+
+def _norm(at: _Names, modules_have_it: bool) -> Weight:
+    """The norm before the layer's second half; local plain attention gives it TE's fused name."""
+    spellings = ["pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"]
+    keys = "|".join(spellings if modules_have_it else reversed(spellings))
+    return at.same(keys, "post_attention_layernorm.weight", at.config.hidden_size)
+
+
+def _dense(at: _Names) -> list[Weight]:
+    norm = _norm(at, modules_have_it=at.config.multi_latent_attention)
+    return [norm, *_feed_forward(at, "mlp.", "mlp.", at.config.ffn_hidden_size)]
+
+
+def _chain(at: _Names) -> list[Weight]:
+    c = at.config
+    H, N, F = c.hidden_size, c.num_moe_experts, c.moe_ffn_hidden_size
+    rows = [_norm(at, modules_have_it=c.multi_latent_attention)]
+    iterations = [f"{t}." for t in range(c.coe_iterations)] if c.coe_independent_gate else [""]
+    for t in iterations:
+        rows += [at.same(f"mlp.router.{t}weight", f"mlp.gate.{t}weight", N, H)]
+        if c.moe_router_enable_expert_bias:
+            bias = f"mlp.gate.{t}e_score_correction_bias"
+            rows += [at.same(f"mlp.router.{t}expert_bias", bias, N, keeps_fp32=True)]
+    experts = "mlp.experts.experts."
+    rows += [
+        at.experts(f"{experts}linear_fc1.weight", ("gate_proj", "up_proj"), (F, H)),
+        at.experts(f"{experts}linear_fc2.weight", ("down_proj",), (H, F)),
+    ]
+    if c.moe_shared_expert_intermediate_size:
+        size, shared = c.moe_shared_expert_intermediate_size, "mlp.shared_experts."
+        rows += _feed_forward(at, shared, shared, size)
+    return rows

@@ -1,0 +1,140 @@
+"""Weights of a Hugging Face folder, one at a time: safetensors files, and an index over several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# How safetensors calls the types that weights may have.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class ShardReader:
+    """The weights of a folder by name; one file is open at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: ValueError for a missing or damaged file, naming it."""
+        self.folder = folder
+        self._file_of = self._read_index()
+        self._open_path: Path | None = None
+        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for path in sorted(set(self._file_of.values())):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing, which {folder / INDEX_FILE} names")
+            self._read_shapes(path)
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._shapes[name][1]
+
+    def file_of(self, name: str) -> Path:
+        return self._file_of[name]
+
+    def read(self, name: str) -> Tensor:
+        path = self._file_of[name]
+        if path != self._open_path:  # the files before it need not stay in memory
+            self._handle, self._open_path = _open(path), path
+        return self._handle.get_tensor(name)
+
+    def _read_index(self) -> dict[str, Path]:
+        single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {name: self.folder / Path(file).name for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index}: not an index of safetensors files") from error
+        if not single.is_file():
+            raise ValueError(f"{self.folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        return dict.fromkeys(_open(single).keys(), single)
+
+    def _read_shapes(self, path: Path) -> None:
+        handle = _open(path)
+        present = set(handle.keys())
+        for name, file in self._file_of.items():
+            if file != path:
+                continue
+            if name not in present:
+                raise ValueError(f"{path}: lacks {name}, which the index says it holds")
+            entry = handle.get_slice(name)
+            dtype = _DTYPES.get(entry.get_dtype())
+            if dtype is None:
+                raise ValueError(
+                    f"{path}: {name} has type {entry.get_dtype()}: known are {', '.join(_DTYPES)}"
+                )
+            self._shapes[name] = (tuple(entry.get_shape()), dtype)
+        for name in present - self._file_of.keys():
+            raise ValueError(f"{path}: holds {name}, which the index does not name")
+
+
+class ShardWriter:
+    """Collects weights and writes a file whenever the next one would make it too large."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._names: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """
+        Args:
+            tensor: kept as it is until its file is written; it must not be a view, which would
+                keep alive all that it looks into.
+        """
+        if self._pending and self._pending_bytes + tensor.nbytes > self._max_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Writes what is left and, over more than one file, the index."""
+        self._flush()
+        count = len(self._names)
+        if count == 1:
+            self._temporary(0).rename(self.folder / SINGLE_FILE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._names):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._temporary(number).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+    def _flush(self) -> None:
+        path = self._temporary(len(self._names))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"cannot write {path}: {error}") from error
+        self._names.append(list(self._pending))
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        """The name of a file while the number of files is not known."""
+        return self.folder / f"part-{number + 1:05d}.safetensors"
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
