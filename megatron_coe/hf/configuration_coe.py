@@ -35,6 +35,13 @@ OWN_KEYS = {
 OPTIONAL_KEYS = ("residual", "inner_residual", "outer_residual", "pad_token_id")
 """Keys that are written only if there is something to say."""
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_coe.CoeConfig",
+    "AutoModel": "modeling_coe.CoeModel",
+    "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM",
+}
+"""Where transformers and vLLM find the code in an exported folder."""
+
 LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -210,6 +217,7 @@ class CoeConfig(PretrainedConfig):
         self.inner_residual, self.outer_residual = BOOLEANS_OF_MODE.get(mode, (None, None))
         self.rope_parameters = _rope_parameters(rope_theta, rope_scaling, rope_parameters)
         self._check()
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

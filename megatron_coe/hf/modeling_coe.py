@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -327,8 +328,7 @@ class CoeAttention(nn.Module):
         if width < self.head_dim and kind not in ("eager", "sdpa", "flex_attention"):
             # Fused kernels want one width; columns of zeros add nothing, and are cut off below.
             value = F.pad(value, (0, self.head_dim - width))
-        attend = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
-        output, weights = attend(
+        output, weights = self._interface()(
             self,
             query,
             key,
@@ -341,6 +341,19 @@ class CoeAttention(nn.Module):
         shape = hidden_states.shape[:-1]
         output = output.reshape(*shape, -1, value.shape[-1])[..., :width].flatten(-2)
         return self.o_proj(output), weights
+
+    def _interface(self) -> Callable:
+        """The chosen implementation of attention.
+
+        Both calls are spelled as transformers 5 and 4 search them in a model's source, to find out
+        whether `set_attn_implementation` may be used with it.
+        """
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            kind = self.config._attn_implementation
+            return ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+        if self.config._attn_implementation == "eager":
+            return eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
 
 
 class CoeLatentAttention(CoeAttention):
