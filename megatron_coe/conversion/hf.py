@@ -46,6 +46,7 @@ from megatron_coe.training.settings import (
 )
 
 KEPT_FOLDER = "hf"
+TOKENIZER_FOLDER = "tokenizer"
 STEP_0 = "step_00000000"
 HF_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -129,8 +130,9 @@ def from_hf(folder: Path, checkpoint: Path) -> Path:
         kept.mkdir()
         step.mkdir()
         _write_json(kept / HF_CONFIG, config)
-        if copy_tokenizer(folder, kept):
-            settings.data.tokenizer = str(checkpoint / KEPT_FOLDER)
+        (kept / TOKENIZER_FOLDER).mkdir()
+        if copy_tokenizer(folder, kept / TOKENIZER_FOLDER):
+            settings.data.tokenizer = str(checkpoint / KEPT_FOLDER / TOKENIZER_FOLDER)
         _write_checkpoint(step, reader, table, provider)
         (step / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
         (partial / LATEST_FILE).write_text(STEP_0 + "\n", encoding="utf-8")
@@ -300,18 +302,17 @@ def _with_kept_keys(
 
 
 def _write_tokenizer_files(settings: Settings, kept: Path, folder: Path) -> dict[str, int]:
-    """Returns the special ids of a tokenizer that is not a Hugging Face one yet."""
-    if kept.is_dir() and copy_tokenizer(kept, folder):
+    """Returns the special ids of a tokenizer that the imported configuration does not know."""
+    path, imported = Path(settings.data.tokenizer), kept / TOKENIZER_FOLDER
+    named = bool(settings.data.tokenizer)
+    if named and path.exists() and path.resolve() != imported.resolve():
+        return write_tokenizer(path, folder)
+    if copy_tokenizer(imported, folder) or not named:
         return {}
-    if not settings.data.tokenizer:
-        return {}
-    path = Path(settings.data.tokenizer)
-    if not path.exists():
-        raise ValueError(
-            f"data.tokenizer={path} of the checkpoint does not exist here: run in the folder that "
-            "the model was trained in"
-        )
-    return write_tokenizer(path, folder)
+    raise ValueError(
+        f"data.tokenizer={path} of the checkpoint does not exist here: run in the folder that the "
+        "model was trained in"
+    )
 
 
 def _check_absent(folder: Path) -> None:

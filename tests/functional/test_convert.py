@@ -1,0 +1,142 @@
+"""tools/convert_checkpoint.py as a user runs it, and the exported folder as a user loads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.conversion.models import write_random_model
+
+ROOT = Path(__file__).parents[2]
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert not any(name.startswith("megatron") for name in sys.modules), "the code stands alone"
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model).__name__, tokenizer.encode("one two"), model.generation_config.eos_token_id)
+"""
+
+
+def run(home: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=home,
+    )
+
+
+def convert(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run(home, ROOT / "tools" / "convert_checkpoint.py", *arguments)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A folder with a tokenizer, and the checkpoint made of it by the command."""
+    from megatron_coe.conversion.tokenizer import write_tokenizer
+    from megatron_coe.data.records import Fields
+    from megatron_coe.data.tokenizer import train_tokenizer
+
+    home = tmp_path_factory.mktemp("home")
+    write_random_model(home / "hf", seed=1, vocab_size=300)
+    (home / "texts.txt").write_text("one two three\nfour five six\n" * 20)
+    model = home / "t.model"
+    train_tokenizer([home / "texts.txt"], model, fields=Fields(), vocab_size=285)
+    special = write_tokenizer(model, home / "hf")
+    path = home / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | special))
+    done = convert(home, "from-hf", "--load", "hf", "--save", "checkpoints")
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_there_and_back_and_loaded_with_remote_code(imported):
+    done = convert(
+        imported, "to-hf", "--load", "checkpoints", "--save", "again",
+        *("--dtype", "bf16"), *("--max-shard-size", "0.05MB"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "checkpoints/step_00000000 -> again" in done.stdout
+    original = load_file(imported / "hf" / "model.safetensors")
+    index = json.loads((imported / "again" / "model.safetensors.index.json").read_text())
+    files = {
+        name: load_file(imported / "again" / name) for name in set(index["weight_map"].values())
+    }
+    assert len(files) > 1
+    for name, file in index["weight_map"].items():
+        assert torch.equal(files[file][name], original[name].bfloat16()), name
+
+    loaded = run(imported, "-c", LOAD, "again")
+    assert loaded.returncode == 0, loaded.stderr
+    name, *ids, eos = loaded.stdout.split()
+    assert name == "CoeForCausalLM"
+    assert ids
+    assert eos == "2"
+
+
+def test_training_starts_from_an_imported_model(imported):
+    from megatron_coe.data.preprocess import preprocess
+    from megatron_coe.data.records import Fields
+
+    texts = imported / "texts.txt"
+    preprocess([texts], imported / "train", imported / "t.model", fields=Fields(), quiet=True)
+    config = imported / "checkpoints" / "step_00000000" / "config.yaml"
+    data = imported / "train_text_document"
+    done = run(
+        imported, ROOT / "pretrain_coe.py", "--config", config, f"data.train=[{data}]",
+        *(f"data.valid=[{data}]", "train.steps=2", "train.precision=fp32", "model.seq_length=8"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "resumed from checkpoints/step_00000000" in done.stdout
+    assert (imported / "checkpoints" / "step_00000002").is_dir()
+
+    done = convert(imported, "to-hf", "--load", "checkpoints", "--save", "trained")
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((imported / "hf" / "config.json").read_text())
+    exported = json.loads((imported / "trained" / "config.json").read_text())
+    assert exported["bos_token_id"] == kept["bos_token_id"] == 1
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        source, copy = imported / "hf" / name, imported / "trained" / name
+        assert source.read_bytes() == copy.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["to-hf", "--load", "nowhere", "--save", "out"], "nowhere: neither a checkpoint"),
+        (["from-hf", "--load", "nowhere", "--save", "out"], "nowhere/config.json"),
+        (["to-hf", "--load", "checkpoints", "--save", "hf"], "hf exists already"),
+    ],
+    ids=["no checkpoint", "no folder", "taken"],
+)
+def test_a_mistake_is_one_line(imported, arguments, told):
+    before = sorted(imported.iterdir())
+    done = convert(imported, *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert told in done.stderr
+    assert sorted(imported.iterdir()) == before
+
+
+def test_a_size_that_is_none_is_told(imported):
+    done = convert(
+        imported, "to-hf", "--load", "checkpoints", "--save", "out", "--max-shard-size", "big"
+    )
+    assert done.returncode == 2
+    assert "'big' is no size" in done.stderr

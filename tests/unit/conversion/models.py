@@ -1,0 +1,58 @@
+"""Hugging Face folders of random models, and what Megatron computes with a converted one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_coe.conversion.config import to_hf_config
+from megatron_coe.conversion.names import weights
+from megatron_coe.training.checkpoint import CONFIG_FILE, load_checkpoint
+from megatron_coe.training.settings import load_settings
+from tests.builders import tiny_provider
+from tests.unit.training.runs import make_trainer
+
+
+def write_random_model(folder: Path, seed: int, **changes) -> dict[str, Tensor]:
+    """A folder with `config.json` and weights of the tiny model with changed Megatron fields."""
+    provider = tiny_provider(**changes)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for weight in weights(provider):
+        for name, shape in weight.parts.items():
+            tensors[name] = _centre(name) + _spread(name) * torch.randn(shape, generator=generator)
+    write_folder(folder, {**to_hf_config(provider), "max_position_embeddings": 20}, tensors)
+    return tensors
+
+
+def _centre(name: str) -> float:
+    return 1.0 if "norm" in name else 0.0
+
+
+def _spread(name: str) -> float:
+    """Large enough for every weight to show, small enough for rounding errors not to grow."""
+    return 0.5 if "embed" in name else 0.12
+
+
+def write_folder(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def megatron_logits(step: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
+    """Logits [B, S, V] of a checkpoint, loaded the way training loads it."""
+    get_moe_layer_wise_logging_tracker().clear()
+    settings = load_settings(step / CONFIG_FILE)
+    trainer = make_trainer(settings, device)
+    assert load_checkpoint(step, trainer.trainee).step == 0
+    (model,) = trainer.trainee.chunks
+    positions = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+    with torch.no_grad():
+        logits = model.eval()(ids_BS.to(device), positions.to(device), None)
+    return logits[..., : settings.model["vocab_size"]].cpu()

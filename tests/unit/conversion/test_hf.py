@@ -1,0 +1,303 @@
+"""Conversion in both directions is exact, and what is wrong is named before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megatron_coe.conversion.hf import from_hf, to_hf
+from megatron_coe.hf import CoeForCausalLM
+from tests.golden import CASES, GOLDEN
+from tests.unit.conversion.models import megatron_logits, write_random_model
+from tests.unit.training.runs import make_settings, make_trainer
+
+TOLERANCE = 1e-5
+PLAIN = {"multi_latent_attention": False}
+MODELS = {
+    "one iteration": {"coe_iterations": 1, "coe_residual": "outer"},
+    "two": {"coe_iterations": 2},
+    "two, inner_outer, no shared expert": {
+        "coe_iterations": 2,
+        "coe_residual": "inner_outer",
+        "moe_shared_expert_intermediate_size": None,
+    },
+    "three, addinit, one gate": {
+        "coe_iterations": 3,
+        "coe_residual": "addinit",
+        "coe_independent_gate": False,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "four": {"coe_iterations": 4, "q_lora_rank": 12},
+    "two, none": {"coe_residual": "none"},
+    "dense layer first, sigmoid scores with biases": {
+        "moe_layer_freq": [0, 1],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "layernorm_epsilon": 1e-5,
+    },
+    "every other layer dense, no yarn": {
+        "moe_layer_freq": 2,
+        "rope_type": "rope",
+        "rotary_scaling_factor": 1.0,
+        "coe_residual": "outer",
+    },
+    "renormalised scores": {"moe_router_pre_softmax": False},
+    "scaled scores": {"moe_router_topk_scaling_factor": 1.5, "coe_residual": "outer"},
+    "plain attention": {**PLAIN, "coe_residual": "outer"},
+    "plain attention, grouped, tied, with biases and norms": {
+        **PLAIN,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "add_qkv_bias": True,
+        "qk_layernorm": True,
+        "share_embeddings_and_output_weights": True,
+        "moe_layer_freq": [0, 1],
+    },
+}
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    merged = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        content = load_file(path)
+        assert not merged.keys() & content.keys()
+        merged |= content
+    return merged
+
+
+def assert_same_bits(left, right) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_golden_model_goes_through_megatron_unchanged(single_rank, tmp_path, case):
+    step = from_hf(GOLDEN / case, tmp_path / "checkpoints")
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    logits = megatron_logits(step, expected["input_ids"].long(), single_rank)
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=TOLERANCE)
+
+    to_hf(tmp_path / "checkpoints", tmp_path / "hf")
+    assert_same_bits(weights_of(tmp_path / "hf"), weights_of(GOLDEN / case))
+    original = json.loads((GOLDEN / case / "config.json").read_text())
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
+    newer_spelling = {"residual"} if "inner_residual" in original else set()
+    assert original.items() <= exported.items()
+    assert exported.keys() - original.keys() <= newer_spelling
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_models_give_the_same_logits(single_rank, tmp_path, name):
+    write_random_model(tmp_path / "hf", seed=len(name), **MODELS[name])
+    step = from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    ids = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(1))
+    logits = megatron_logits(step, ids, single_rank)
+
+    model, report = CoeForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+    to_hf(tmp_path / "checkpoints", tmp_path / "again")
+    assert_same_bits(weights_of(tmp_path / "again"), weights_of(tmp_path / "hf"))
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text()).items()
+        >= {**json.loads((tmp_path / "hf" / "config.json").read_text())}.items()
+    )
+
+
+def test_a_trained_checkpoint_without_its_layout(single_rank, tmp_path):
+    """As training saves it, optimizer and all, with a padded vocabulary."""
+    changes = {"vocab_size": 90, "make_vocab_size_divisible_by": 64}
+    settings = make_settings(tmp_path / "run", model=changes, train={"steps": 2})
+    trainer = make_trainer(settings, single_rank)
+    trainer.run()
+    to_hf(tmp_path / "run", tmp_path / "hf")
+    (chunk,) = trainer.trainee.chunks
+    trained = dict(chunk.module.named_parameters())
+    exported = weights_of(tmp_path / "hf")
+    assert torch.equal(
+        exported["model.embed_tokens.weight"], trained["embedding.word_embeddings.weight"][:90]
+    )
+    # The parity tests compare every weight; here it is enough that it is the trained one.
+    assert torch.equal(
+        exported["model.layers.1.mlp.gate.1.weight"],
+        trained["decoder.layers.1.mlp.router.1.weight"],
+    )
+    from_hf(tmp_path / "hf", tmp_path / "back")
+    to_hf(tmp_path / "back", tmp_path / "again")
+    assert_same_bits(weights_of(tmp_path / "again"), exported)
+
+
+def test_small_files_hold_the_same_weights(single_rank, tmp_path):
+    weights = write_random_model(tmp_path / "hf", seed=3)
+    from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    limit = 20_000
+    to_hf(tmp_path / "checkpoints", tmp_path / "small", max_shard_size=limit)
+    files = sorted(path.name for path in (tmp_path / "small").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    for file in files:
+        content = load_file(tmp_path / "small" / file)
+        assert sum(tensor.nbytes for tensor in content.values()) <= limit
+    assert_same_bits(weights_of(tmp_path / "small"), weights)
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == weights.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
+
+    from_hf(tmp_path / "small", tmp_path / "back")
+    to_hf(tmp_path / "back", tmp_path / "one")
+    assert_same_bits(weights_of(tmp_path / "one"), weights)
+    loaded = CoeForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(loaded.lm_head.weight, weights["lm_head.weight"])
+
+
+def test_bf16_rounds_all_but_the_biases_of_routers(single_rank, tmp_path):
+    changes = MODELS["dense layer first, sigmoid scores with biases"]
+    weights = write_random_model(tmp_path / "hf", seed=4, **changes)
+    from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    to_hf(tmp_path / "checkpoints", tmp_path / "narrow", dtype=torch.bfloat16)
+    narrow = weights_of(tmp_path / "narrow")
+    for name, tensor in weights.items():
+        kept = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+        assert torch.equal(narrow[name], kept), name
+    assert (
+        json.loads((tmp_path / "narrow" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    )
+
+    from_hf(tmp_path / "narrow", tmp_path / "back")
+    to_hf(tmp_path / "back", tmp_path / "again")
+    assert_same_bits(weights_of(tmp_path / "again"), narrow)
+
+
+def change_weights(folder, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda weights: weights.pop(EXPERT), EXPERT),
+        (lambda weights: weights.update(surplus=torch.ones(2)), "surplus"),
+        (lambda weights: weights[EXPERT].zero_(), EXPERT),
+        (lambda weights: weights.update({EXPERT: torch.ones(3, 32)}), rf"{EXPERT}.*\[3, 32\]"),
+        (lambda weights: weights.update({EXPERT: torch.ones(16, 32).int()}), EXPERT),
+    ],
+    ids=["missing", "surplus", "zero expert", "shape", "type"],
+)
+def test_a_wrong_weight_is_named(tmp_path, change, told):
+    write_random_model(tmp_path / "hf", seed=5)
+    change_weights(tmp_path / "hf", change)
+    with pytest.raises(ValueError, match=told):
+        from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A folder in several files, and the checkpoint made of it."""
+    root = tmp_path_factory.mktemp("imported")
+    write_random_model(root / "hf", seed=6)
+    from_hf(root / "hf", root / "checkpoints")
+    to_hf(root / "checkpoints", root / "small", max_shard_size=20_000)
+    return root
+
+
+def test_damaged_files_are_named(imported, tmp_path):
+    first = "model-00001-of"
+    for damage, told in (
+        (lambda path: path.unlink(), rf"{first}.* is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), rf"{first}.*not a whole"),
+    ):
+        folder = tmp_path / "damaged"
+        shutil.copytree(imported / "small", folder)
+        damage(next(folder.glob(f"{first}*")))
+        with pytest.raises(ValueError, match=told):
+            from_hf(folder, tmp_path / "checkpoints")
+        shutil.rmtree(folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"residual": "outer"}, "residual='outer' disagrees"),
+        ({"n_routed_experts": 8}, r"experts\.7"),
+        ({"n_routed_experts": 6}, r"gate.*\[7, 32\].*\[6, 32\]|experts\.6"),
+        ({"inner_iter": 3}, r"gate\.2\.weight"),
+        ({"num_experts_per_tok": 9}, "moe_router_topk=9"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"kv_lora_rank": None}, "kv_lora_rank"),
+    ],
+)
+def test_a_configuration_that_disagrees_is_named(imported, tmp_path, change, told):
+    shutil.copytree(imported / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=told):
+        from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(imported, tmp_path):
+    shutil.copytree(imported / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "step_00000000" / "config.yaml"
+    original = path.read_text()
+    for pattern, change, told in (
+        (r"coe_iterations: \d", "coe_iterations: 3", r"lacks .*router\.2\.weight of layer 0"),
+        (r"coe_iterations: \d", "coe_iterations: 1", r"holds .*router\.1\.weight"),
+        (r"hidden_size: \d+", "hidden_size: 64", r"word_embeddings.*\[128, 32\].*\[128, 64\]"),
+        (r"rotary_base: \d+", "rotary_percent: 0.5", "rotary_percent=0.5"),
+    ):
+        changed, count = re.subn(rf"(?m)^  {pattern}$", f"  {change}", original)
+        assert count == 1, pattern
+        path.write_text(changed)
+        with pytest.raises(ValueError, match=told):
+            to_hf(tmp_path / "checkpoints", tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+def test_a_damaged_checkpoint_leaves_nothing(imported, tmp_path):
+    shutil.copytree(imported / "checkpoints", tmp_path / "checkpoints")
+    (data,) = (tmp_path / "checkpoints" / "step_00000000").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"\.distcp: .* cannot be read"):
+        to_hf(tmp_path / "checkpoints", tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
+
+
+def test_an_existing_folder_is_not_touched(imported, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    for convert, source in ((to_hf, "checkpoints"), (from_hf, "hf")):
+        with pytest.raises(ValueError, match="exists already"):
+            convert(imported / source, tmp_path / "mine")
+    assert (tmp_path / "mine" / "file").read_text() == "precious"
+
+
+def test_exported_files(imported):
+    """All that a user needs is there, and the code is the package's own."""
+    names = {path.name for path in (imported / "small").iterdir()}
+    assert {"config.json", "generation_config.json", "README.md"} <= names
+    for name in ("configuration_coe.py", "modeling_coe.py"):
+        assert "import megatron" not in (imported / "small" / name).read_text()
+    with safe_open(next((imported / "small").glob("*.safetensors")), framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
