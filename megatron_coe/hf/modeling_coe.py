@@ -76,7 +76,7 @@ class CoeMLP(nn.Module):
 
 
 class CoeGate(nn.Module):
-    """A router: chooses K of N experts for each token, always in fp32."""
+    """A router: chooses K of N experts for each token, in fp32 at least."""
 
     def __init__(self, config: CoeConfig) -> None:
         super().__init__()
@@ -94,9 +94,10 @@ class CoeGate(nn.Module):
             mode the balance loss (a scalar without coefficient), else None.
         """
         config = self.config
-        x_TH = hidden_states.flatten(0, -2).float()
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        x_TH = hidden_states.flatten(0, -2).to(dtype)
         with torch.autocast(x_TH.device.type, enabled=False):
-            logits_TN = F.linear(x_TH, self.weight.float())
+            logits_TN = F.linear(x_TH, self.weight.to(dtype))
         sigmoid = config.scoring_func == "sigmoid"
         scores_TN = logits_TN.sigmoid() if sigmoid else logits_TN.softmax(dim=-1)
         choice_TN = (
@@ -153,7 +154,8 @@ class CoeExperts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of each token's experts [T, H], for x [T, H], index and weights [T, K]."""
         result_TH = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-        for expert in top_k_index.unique().tolist():
+        # In training every expert takes part, so that each has a gradient in each step (DDP).
+        for expert in range(len(self)) if self.training else top_k_index.unique().tolist():
             token, rank = torch.where(top_k_index == expert)
             update = self[expert](hidden_states[token])
             result_TH = result_TH.index_add(0, token, update * top_k_weights[token, rank, None])

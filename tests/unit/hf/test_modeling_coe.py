@@ -1,0 +1,430 @@
+"""The Hugging Face model against the authors' numbers, transformers' own model and plain torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM
+
+from megatron_coe.hf import CoeForCausalLM
+from megatron_coe.hf.modeling_coe import CoeMoE, CoePlainAttention, CoeRotaryEmbedding
+from megatron_coe.reference import ReferenceCoE, swiglu
+from tests.golden import CASES, GOLDEN
+from tests.unit.hf.small import KINDS, randomise, small_config, small_model, tokens
+
+TOLERANCE = 1e-5
+MODES = ("inner", "outer", "addinit", "inner_outer", "none")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# --- the authors' numbers -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CASES, reason=f"no golden models in {GOLDEN}")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, attention):
+    expected = load_file(GOLDEN / case / "expected.safetensors")
+    ids = expected["input_ids"]
+    model = CoeForCausalLM.from_pretrained(GOLDEN / case, attn_implementation=attention).eval()
+    with torch.no_grad():
+        close(model(ids).logits, expected["logits"])
+    loss = model.train()(ids, labels=ids).loss
+    close(loss.reshape(1), expected["loss"])
+    loss.backward()
+    grads = {f"grad.{name}": weight.grad for name, weight in model.named_parameters()}
+    assert grads.keys() == {name for name in expected if name.startswith("grad.")}
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=0, atol=TOLERANCE)
+
+
+# --- the chain ------------------------------------------------------------------------------------
+
+
+def chain(seed: int = 0, **changes: object) -> CoeMoE:
+    """A layer in fp64: what differs from an oracle is then not rounding."""
+    moe = CoeMoE(small_config(**changes)).train().double()
+    randomise(moe, seeded(seed))
+    return moe
+
+
+def activations(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def matrices(mlp: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    return torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight
+
+
+def oracle(moe: CoeMoE) -> ReferenceCoE:
+    """The specification over the same weights, in its own layout."""
+    config = moe.config
+    experts = [matrices(expert) for expert in moe.experts]
+    gates = [gate.weight for gate in moe.gate] if config.use_igate else [moe.gate.weight]
+    return ReferenceCoE(
+        gates=gates if config.use_igate else gates * config.inner_iter,
+        gate_up=torch.stack([gate_up for gate_up, _ in experts]),
+        down=torch.stack([down for _, down in experts]),
+        shared=matrices(moe.shared_experts) if config.n_shared_experts else None,
+        topk=config.num_experts_per_tok,
+        residual=config.residual_mode,
+        scaling=config.routed_scaling_factor,
+    )
+
+
+def compare_with_gradients(moe: CoeMoE, expected_of) -> None:
+    """Same output, and same gradients of a random projection of it."""
+    x_BSH, weigh = activations(2, 5, 32), activations(2, 5, 32, seed=4)
+    grads = []
+    for forward in (moe, expected_of):
+        x = x_BSH.clone().requires_grad_()
+        output = forward(x)
+        inputs = [x, *moe.parameters()]
+        grad = torch.autograd.grad((output * weigh).sum(), inputs, materialize_grads=True)
+        grads.append((output, *grad))
+    for actual, expected in zip(*grads, strict=True):
+        close(actual, expected, 1e-9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_igate": False, "n_shared_experts": None}])
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_chain_is_the_specification(mode, C, changes):
+    booleans = {"inner_residual": True, "outer_residual": True}
+    residual = booleans if mode == "inner_outer" else {"residual": mode}
+    moe = chain(inner_iter=C, routed_scaling_factor=1.7, **residual, **changes)
+    reference = oracle(moe)
+    compare_with_gradients(moe, lambda x: reference.forward(x.transpose(0, 1))[0].transpose(0, 1))
+
+
+def test_balance_loss_is_the_specification():
+    model = small_model(
+        inner_iter=3, aux_loss_alpha=0.5, n_routed_experts=9, first_k_dense_replace=1
+    )
+    ids = tokens(3, 11)
+    seen = []
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    output = model.train()(ids, labels=ids)
+    _, losses = oracle(model.model.layers[1].mlp).forward(seen[0].transpose(0, 1))
+    close(output.aux_loss, 0.5 * losses.sum())
+    entropy = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    close(output.loss, entropy)
+    assert model.eval()(ids, labels=ids).aux_loss is None
+
+
+def test_balance_loss_over_the_batch_is_that_of_one_long_sequence():
+    moe, x = chain(), activations(3, 4, 32)
+    expected = moe.gate[0](x.reshape(1, 12, 32))[3]
+    moe.config.seq_aux = False
+    close(moe.gate[0](x)[3], expected)
+
+
+def routed(moe: CoeMoE, x_BSH: Tensor, weights_of) -> Tensor:
+    """f_t by loops: `weights_of(x_H)` gives the weight of each chosen expert."""
+    result = torch.stack(
+        [
+            sum(weight * swiglu(x_H, *matrices(moe.experts[i])) for i, weight in weights_of(x_H))
+            for x_H in x_BSH.flatten(0, 1)
+        ]
+    ).view_as(x_BSH)
+    return result + swiglu(x_BSH, *matrices(moe.shared_experts))
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_sigmoid_chooses_with_bias_and_weighs_without(K):
+    moe = chain(
+        inner_iter=1,
+        num_experts_per_tok=K,
+        scoring_func="sigmoid",
+        use_expert_bias=True,
+        residual="outer",
+        routed_scaling_factor=2.5,
+    )
+    gate = moe.gate[0]
+    gate.e_score_correction_bias.requires_grad_(False)
+    moe = moe.eval()
+
+    def weights_of(x_H: Tensor) -> list[tuple[int, Tensor]]:
+        scores = torch.sigmoid(gate.weight @ x_H)
+        biased = (scores + gate.e_score_correction_bias).tolist()
+        chosen = sorted(range(7), key=biased.__getitem__)[-K:]
+        total = sum(scores[i] for i in chosen) if K > 1 else 1.0
+        return [(i, 2.5 * scores[i] / total) for i in chosen]
+
+    x = activations(2, 6, 32)
+    close(moe(x), routed(moe, x, weights_of))
+    gate.e_score_correction_bias.copy_(torch.tensor([0.0, 0, 0, 0, 9, 9, 9]))
+    assert set(gate(x)[2].flatten().tolist()) <= {4, 5, 6}
+
+
+@pytest.mark.parametrize(("scaling", "normalised"), [(1.0, True), (3.0, False), (3.0, True)])
+def test_groups_go_by_their_best_expert(scaling, normalised):
+    """8 groups, 3 kept, top-6, as DeepSeek-V2 has it; normalised weights are not scaled."""
+    moe = chain(
+        inner_iter=1,
+        n_routed_experts=16,
+        num_experts_per_tok=6,
+        topk_method="group_limited_greedy",
+        n_group=8,
+        topk_group=3,
+        residual="none",
+        routed_scaling_factor=scaling,
+        norm_topk_prob=normalised,
+    )
+
+    def weights_of(x_H: Tensor) -> list[tuple[int, Tensor]]:
+        scores = torch.softmax(moe.gate[0].weight @ x_H, dim=0)
+        groups = sorted(range(8), key=lambda g: max(scores[2 * g : 2 * g + 2].tolist()))[-3:]
+        chosen = [2 * g + i for g in groups for i in (0, 1)]
+        total = sum(scores[i] for i in chosen)
+        return [(i, scores[i] / total if normalised else scaling * scores[i]) for i in chosen]
+
+    compare_with_gradients(moe, lambda x: routed(moe, x, weights_of))
+
+
+def test_upcycled_chain():
+    moe = chain(inner_iter=3, coe_upcycled=True, residual="outer")
+    reference = oracle(moe)
+
+    def forward(x_BSH: Tensor) -> Tensor:
+        x = x_BSH.transpose(0, 1)
+        for t, gate in enumerate(reference.gates):
+            update = reference.experts(x, reference.scores(x, gate))
+            x = x + moe.coe_weights[str(t)] * update if t else update
+        return x.transpose(0, 1)
+
+    compare_with_gradients(moe, forward)
+
+
+def test_fresh_upcycling_gates_change_nothing():
+    torch.manual_seed(0)
+    upcycled = CoeForCausalLM(small_config(residual="outer", coe_upcycled=True)).eval()
+    names = [name for name in upcycled.state_dict() if "coe_weights" in name]
+    assert names == [f"model.layers.{layer}.mlp.coe_weights.1" for layer in (0, 1)]
+    plain = CoeForCausalLM(small_config(residual="outer", inner_iter=1)).eval()
+    missing, extra = plain.load_state_dict(upcycled.state_dict(), strict=False)
+    assert not missing and all("coe_weights" in name or "gate.1" in name for name in extra)
+    ids = tokens(2, 9)
+    assert torch.equal(upcycled(ids).logits, plain(ids).logits)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_plain_attention(norm):
+    config = small_config(**{**KINDS["plain attention"], "use_qk_norm": norm})
+    config._attn_implementation = "eager"
+    module = CoePlainAttention(config, layer_idx=0).eval()
+    randomise(module, seeded())
+    x_BSH = torch.randn(2, 6, 32, generator=seeded(1))
+    positions = torch.arange(6).expand(2, 6)
+    mask = torch.full((6, 6), -torch.inf).triu(1).expand(2, 1, 6, 6)
+    output, _ = module(x_BSH, CoeRotaryEmbedding(config)(x_BSH, positions), mask)
+
+    D, turns = 12, torch.arange(6)[:, None] / 10000 ** (torch.arange(6) / 6)
+    unit = torch.polar(torch.ones(6, 6), turns)
+
+    def heads(name: str) -> Tensor:
+        linear = getattr(module, f"{name}_proj")
+        return F.linear(x_BSH, linear.weight, linear.bias).unflatten(-1, (-1, D)).transpose(1, 2)
+
+    def turned(name: str) -> Tensor:
+        x = heads(name)
+        if norm:
+            weight = getattr(module, f"{name}_norm").weight
+            x = weight * x / (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        pair = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * unit
+        return torch.cat([pair.real, pair.imag], dim=-1)
+
+    q, k, v = turned("q"), turned("k"), heads("v")
+    results = []
+    for head in range(4):
+        group = head // 2
+        scores = q[:, head] @ k[:, group].transpose(1, 2) / D**0.5
+        scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+        results.append(scores.softmax(-1) @ v[:, group])
+    close(output, F.linear(torch.cat(results, dim=-1), module.o_proj.weight))
+
+
+NATIVE = {
+    "as the paper's MoE": {},
+    "q-LoRA, dense layer, plain rope": {
+        "q_lora_rank": 12,
+        "first_k_dense_replace": 1,
+        "rope_scaling": None,
+        "attention_bias": True,
+    },
+    "groups": {
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 6,
+        "topk_method": "group_limited_greedy",
+        "n_group": 8,
+        "topk_group": 3,
+        "routed_scaling_factor": 2.0,
+        "n_shared_experts": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_one_iteration_outside_is_transformers_deepseek_v2(kind, tmp_path):
+    if int(transformers.__version__.split(".")[0]) < 5 and "plain rope" not in kind:
+        pytest.skip("the deepseek_v2 of transformers 4 leaves mscale out of attention")
+    model = small_model(inner_iter=1, residual="outer", use_igate=False, **NATIVE[kind])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["auto_map"]
+    path.write_text(json.dumps(config | {"model_type": "deepseek_v2"}))
+    native = DeepseekV2ForCausalLM.from_pretrained(tmp_path).eval()
+    ids = tokens(3, 15)
+    with torch.no_grad():
+        close(model(ids).logits, native(ids).logits)
+
+
+# --- use ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_is_the_same_with_cache_without_it_and_padded(kind):
+    model = small_model(**KINDS[kind])
+    prompts = [tokens(1, length, seed=length) for length in (3, 8, 5)]
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    alone = [model.generate(prompt, use_cache=False, **settings)[0] for prompt in prompts]
+    ids = torch.cat([F.pad(prompt, (8 - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.cat([F.pad(torch.ones_like(p), (8 - p.shape[1], 0)) for p in prompts])
+    together = model.generate(ids, attention_mask=mask, use_cache=True, **settings)
+    for padded, expected in zip(together, alone, strict=True):
+        assert padded[-len(expected) :].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_the_left_changes_nothing(kind):
+    model, ids = small_model(**KINDS[kind]), tokens(2, 7)
+    padded, mask = F.pad(ids, (4, 0)), F.pad(torch.ones_like(ids), (4, 0))
+    with torch.no_grad():
+        close(model(padded, attention_mask=mask).logits[:, 4:], model(ids).logits, 5e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "sigmoid with bias", "upcycled, tied"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_gradient_checkpointing(kind, reentrant):
+    model = small_model(aux_loss_alpha=0.5, **KINDS[kind]).train()
+    ids = tokens(2, 7)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {n: w.grad.clone() for n, w in model.named_parameters() if w.requires_grad}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_gradient_checkpointing
+    for name, grad in gradients().items():
+        close(grad, expected[name], 1e-6)
+
+
+def test_router_logits_of_every_layer_and_iteration():
+    model = small_model(num_hidden_layers=3, inner_iter=3, first_k_dense_replace=1)
+    inputs = {}
+    for index in (1, 2):
+        norm = model.model.layers[index].post_attention_layernorm
+        norm.register_forward_hook(lambda *a, index=index: inputs.update({index: a[-1]}))
+    ids = tokens(2, 6)
+    with torch.no_grad():
+        output = model(ids, output_router_logits=True)
+        assert len(output.router_logits) == 2 * 3
+        logits = iter(output.router_logits)
+        for index in (1, 2):
+            reference = oracle(model.model.layers[index].mlp)
+            x = inputs[index].transpose(0, 1)
+            for gate in reference.gates:
+                close(next(logits), F.linear(x.transpose(0, 1).flatten(0, 1), gate), 5e-5)
+                x = x + reference.experts(x, reference.scores(x, gate))
+        assert model(ids).router_logits is None
+
+
+def test_logits_to_keep():
+    model, ids = small_model(), tokens(2, 6)
+    with torch.no_grad():
+        whole = model(ids).logits
+        close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+        close(model(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded(kind, tmp_path):
+    model, ids = small_model(**KINDS[kind]), tokens(2, 6)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is CoeForCausalLM
+    weights, copies = model.state_dict(), again.state_dict()
+    assert weights.keys() == copies.keys()
+    assert all(torch.equal(weight, copies[name]) for name, weight in weights.items())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    narrow = CoeForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    wide = {name for name, weight in narrow.named_parameters() if weight.dtype == torch.float32}
+    assert wide == {name for name in weights if "e_score_correction_bias" in name}
+    assert narrow(ids).logits.dtype == torch.bfloat16
+
+
+ALONE = """
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+ids = torch.arange(1, 9)[None]
+with torch.no_grad():
+    logits = model(ids).logits
+    assert torch.equal(model.lm_head(base(ids).last_hidden_state), logits)
+assert not any(m.split(".")[0] == "megatron_coe" for m in sys.modules)
+torch.save(logits, folder + "/logits.pt")
+sys.path.insert(0, sys.argv[2])
+import megatron_coe.hf
+assert not any(m.split(".")[0] == "megatron" for m in sys.modules)
+assert AutoConfig.for_model("coe_deepseekv2").inner_iter == 2
+"""
+
+
+def test_saved_folder_is_enough_and_nothing_imports_megatron(tmp_path):
+    """As remote code where this package is not loaded; then the package, without Megatron."""
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    environment = os.environ | {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    root = os.path.dirname(
+        os.path.dirname(os.path.dirname(sys.modules[CoeMoE.__module__].__file__))
+    )
+    subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path), root],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+    with torch.no_grad():
+        assert torch.equal(
+            torch.load(tmp_path / "logits.pt"), model(torch.arange(1, 9)[None]).logits
+        )
