@@ -96,8 +96,7 @@ def to_hf(
         (partial / "README.md").write_text(model_card(provider, folder.name), encoding="utf-8")
         writer = ShardWriter(partial, max_shard_size)
         for weight, key in found.items():
-            for name, tensor in _parts(reader, weight, key).items():
-                writer.add(name, _as_own_storage(tensor, None if weight.keeps_fp32 else dtype))
+            _export(reader, writer, weight, key, dtype)
         writer.close()
     return step
 
@@ -171,6 +170,11 @@ def _match_shards(reader: ShardReader, table: list[Weight]) -> None:
     present = reader.names()
     for name in expected.keys() - set(present):
         raise ValueError(f"{reader.folder}: lacks {name}, which its {HF_CONFIG} implies")
+    for weight in table:
+        types = {reader.dtype(name): name for name in weight.parts}
+        if len(types) > 1:
+            first, second, *_ = types.values()
+            raise ValueError(f"{reader.folder}: {first} and {second} are of different types")
     for name in present:
         if name not in expected:
             raise ValueError(
@@ -184,12 +188,33 @@ def _match_shards(reader: ShardReader, table: list[Weight]) -> None:
             )
 
 
-def _parts(reader: CheckpointReader, weight: Weight, key: str) -> dict[str, Tensor]:
+def _export(
+    reader: CheckpointReader,
+    writer: ShardWriter,
+    weight: Weight,
+    key: str,
+    dtype: torch.dtype | None,
+) -> None:
+    """A function of its own, so that nothing of one weight is alive when the next is read."""
     whole = reader.read(key, weight.layer if _is_stacked(weight, key) else None)
-    parts = dict(zip(weight.parts, weight.split(whole), strict=True))
-    if weight.experts:
-        _refuse_zeros(parts, reader.folder)
-    return parts
+    for name, tensor in zip(weight.parts, weight.split(whole), strict=True):
+        if weight.experts:
+            _refuse_zeros(name, tensor, reader.folder)
+        stored = tensor.dtype if dtype is None or weight.keeps_fp32 else dtype
+        writer.make_room(tensor.numel() * stored.itemsize)
+        writer.add(name, _as_own_storage(tensor, stored))
+
+
+def _assemble(reader: ShardReader, weight: Weight) -> Tensor:
+    if not weight.experts:
+        return weight.join([reader.read(name) for name in weight.parts])
+    # Experts one at a time: together they may be as large as a layer, and lie in several files.
+    first = next(iter(weight.parts))
+    whole = torch.empty(_shape(weight), dtype=reader.dtype(first))
+    for name, view in zip(weight.parts, weight.split(whole), strict=True):
+        view.copy_(reader.read(name))
+        _refuse_zeros(name, view, reader.folder)
+    return whole
 
 
 def _write_checkpoint(
@@ -201,17 +226,13 @@ def _write_checkpoint(
     writer = CheckpointWriter(step)
     try:
         for weight in table:
-            parts = {name: reader.read(name) for name in weight.parts}
-            if weight.experts:
-                _refuse_zeros(parts, reader.folder)
-            key, tensor = weight.keys[0], weight.join(list(parts.values()))
-            place, grid = (0,), (1,)
+            key, place, grid = weight.keys[0], (0,), (1,)
             if weight.layer is not None and stacked:
-                writer.write(key, tensor, weight.layer, layers)
+                writer.write(key, _assemble(reader, weight), weight.layer, layers)
                 place, grid = (weight.layer,), (layers,)
             else:
                 key = key.replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
-                writer.write(key, tensor)
+                writer.write(key, _assemble(reader, weight))
             _write_extra_states(writer, key, place, grid, weight.experts)
         writer.close()
     finally:
@@ -239,15 +260,14 @@ def _write_extra_states(
         writer.write_extra_state(key, (*before[0], expert), (*before[1], experts))
 
 
-def _refuse_zeros(parts: Mapping[str, Tensor], source: Path) -> None:
-    for name, tensor in parts.items():
-        if not tensor.any():
-            raise ValueError(f"{source}: {name} is all zero, an expert that was never filled")
+def _refuse_zeros(name: str, tensor: Tensor, source: Path) -> None:
+    if not tensor.any():
+        raise ValueError(f"{source}: {name} is all zero, an expert that was never filled")
 
 
-def _as_own_storage(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _as_own_storage(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy unless it is one already: a view would keep alive all that it looks into."""
-    tensor = tensor.to(dtype or tensor.dtype).contiguous()
+    tensor = tensor.to(dtype).contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 

@@ -97,10 +97,14 @@ class ShardWriter:
             tensor: kept as it is until its file is written; it must not be a view, which would
                 keep alive all that it looks into.
         """
-        if self._pending and self._pending_bytes + tensor.nbytes > self._max_bytes:
-            self._flush()
+        self.make_room(tensor.nbytes)
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
+
+    def make_room(self, size: int) -> None:
+        """Writes what there is if `size` more bytes would not fit into the same file."""
+        if self._pending and self._pending_bytes + size > self._max_bytes:
+            self._flush()
 
     def close(self) -> None:
         """Writes what is left and, over more than one file, the index."""

@@ -199,8 +199,9 @@ EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
         (lambda weights: weights[EXPERT].zero_(), EXPERT),
         (lambda weights: weights.update({EXPERT: torch.ones(3, 32)}), rf"{EXPERT}.*\[3, 32\]"),
         (lambda weights: weights.update({EXPERT: torch.ones(16, 32).int()}), EXPERT),
+        (lambda weights: weights.update({EXPERT: weights[EXPERT].half()}), f"{EXPERT}.*different"),
     ],
-    ids=["missing", "surplus", "zero expert", "shape", "type"],
+    ids=["missing", "surplus", "zero expert", "shape", "type", "two types"],
 )
 def test_a_wrong_weight_is_named(tmp_path, change, told):
     write_random_model(tmp_path / "hf", seed=5)
