@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV2ForCausalLM
 
-from megatron_coe.hf import CoeForCausalLM
+from megatron_coe.hf import CoeConfig, CoeForCausalLM
 from megatron_coe.hf.modeling_coe import CoeMoE, CoePlainAttention, CoeRotaryEmbedding
 from megatron_coe.reference import ReferenceCoE, swiglu
 from tests.golden import CASES, GOLDEN
@@ -52,6 +52,16 @@ def test_golden(case, attention):
     assert grads.keys() == {name for name in expected if name.startswith("grad.")}
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("C", "total", "body"), [(1, 780672000, 570956800), (2, 780930048, 571214848)]
+)
+def test_the_defaults_are_the_papers_model(C, total, body):
+    with torch.device("meta"):
+        model = CoeForCausalLM(CoeConfig(inner_iter=C))
+    assert sum(weight.numel() for weight in model.parameters()) == total
+    assert sum(weight.numel() for weight in model.model.layers.parameters()) + 1024 == body
 
 
 # --- the chain ------------------------------------------------------------------------------------
@@ -134,6 +144,36 @@ def test_balance_loss_over_the_batch_is_that_of_one_long_sequence():
     expected = moe.gate[0](x.reshape(1, 12, 32))[3]
     moe.config.seq_aux = False
     close(moe.gate[0](x)[3], expected)
+
+
+def test_balance_loss_of_sigmoid_scores_ignores_the_bias():
+    moe, x = chain(scoring_func="sigmoid", use_expert_bias=True), activations(3, 5, 32)
+    scores_BSN = torch.sigmoid(x @ moe.gate[0].weight.T)
+    chosen = scores_BSN.topk(2, dim=-1).indices
+    count_BN = F.one_hot(chosen, 7).sum(dim=(1, 2)) / (5 * 2 / 7)
+    share_BN = (scores_BSN / scores_BSN.sum(dim=-1, keepdim=True)).mean(dim=1)
+    close(moe.gate[0](x)[3], (count_BN * share_BN).sum(dim=-1).mean())
+
+
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_dense_layers_are_plain_whatever_the_residual_mode(frequency):
+    """Only a layer of experts may leave out the stream."""
+    first = 1 if frequency == 1 else 0
+    model = small_model(
+        num_hidden_layers=3, first_k_dense_replace=first, moe_layer_freq=frequency, residual="none"
+    )
+    streams, updates, outputs = [], [], []
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.register_forward_hook(lambda m, x, y: streams.append(x[0]))
+        layer.mlp.register_forward_hook(lambda m, x, y: updates.append(y))
+        layer.register_forward_hook(lambda m, x, y: outputs.append(y))
+    with torch.no_grad():
+        model(tokens(2, 5))
+    dense = [0] if frequency == 1 else [1]
+    for layer in range(3):
+        assert isinstance(model.model.layers[layer].mlp, CoeMoE) == (layer not in dense)
+        expected = streams[layer] + updates[layer] if layer in dense else updates[layer]
+        assert torch.equal(outputs[layer], expected)
 
 
 def routed(moe: CoeMoE, x_BSH: Tensor, weights_of) -> Tensor:
@@ -319,9 +359,12 @@ def test_generation_is_the_same_with_cache_without_it_and_padded(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_on_the_left_changes_nothing(kind):
     model, ids = small_model(**KINDS[kind]), tokens(2, 7)
+    positions = []  # rotary attention alone would not notice if they were shifted
+    model.model.rotary_emb.register_forward_hook(lambda m, x, y: positions.append(x[1]))
     padded, mask = F.pad(ids, (4, 0)), F.pad(torch.ones_like(ids), (4, 0))
     with torch.no_grad():
         close(model(padded, attention_mask=mask).logits[:, 4:], model(ids).logits, 5e-5)
+    assert all(torch.equal(row, torch.arange(7)) for seen in positions for row in seen[:, -7:])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
