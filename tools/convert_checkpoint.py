@@ -1,6 +1,7 @@
 """Convert a training checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
 
     python tools/convert_checkpoint.py to-hf --load runs/quickstart/checkpoints --save my-model
+    python tools/convert_checkpoint.py to-hf --load my-moe/checkpoints --save moe --as deepseek_v2
     python tools/convert_checkpoint.py from-hf --load my-model --save runs/mine/checkpoints
 
 Exit status: 0 done, 2 a mistake or a damaged input (said in one line; nothing is left behind).
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.direction == "to-hf":
         dtype = hf.DTYPES[options.dtype] if options.dtype else None
-        source = hf.to_hf(options.load, options.save, dtype, options.max_shard_size)
+        source = hf.to_hf(options.load, options.save, dtype, options.max_shard_size, options.family)
         print(f"{source} -> {options.save}")
     else:
         step = hf.from_hf(options.load, options.save)
@@ -51,6 +52,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="5GB",
         metavar="SIZE",
         help="largest file of weights, such as 500MB (default: 5GB)",
+    )
+    to_hf.add_argument(
+        "--as",
+        dest="family",
+        choices=("coe_deepseekv2", "deepseek_v2"),
+        default="coe_deepseekv2",
+        help="deepseek_v2: for transformers' own class; only one iteration with residual outer",
     )
     return parser.parse_args(arguments)
 

@@ -11,8 +11,7 @@ pipeline_tag: text-generation
 tags:
 - chain-of-experts
 - mixture-of-experts
-- custom_code
----
+{code_tag}---
 
 # {name}
 
@@ -32,23 +31,23 @@ by another choice of them.
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 ```
-
-`megatron_coe` brings the same classes without remote code: `from megatron_coe.hf import
-CoeForCausalLM`.
 """
 
 
-def model_card(provider: CoEModelProvider, name: str) -> str:
+def model_card(provider: CoEModelProvider, name: str, remote_code: bool = True) -> str:
     """A README.md that says what the model is and how it is loaded.
 
     Args:
         name: of the model, usually of its folder.
+        remote_code: whether the model's code lies beside it, or transformers has it.
     """
     C = provider.coe_iterations
     return _CARD.format(
         name=name,
+        code_tag="- custom_code\n" if remote_code else "",
+        trust=", trust_remote_code=True" if remote_code else "",
         iterations="once" if C == 1 else f"{C} times",
         params=provider.num_params(),
         active=provider.num_active_params(),

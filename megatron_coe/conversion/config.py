@@ -28,6 +28,9 @@ IDENTITY: Config = {
     },
 }
 
+DEEPSEEK_V2 = "deepseek_v2"
+"""The family of plain mixtures of experts: a chain of one iteration with the mode `outer`."""
+
 # Hugging Face key -> Megatron field, where both hold the same value.
 SAME = {
     "vocab_size": "vocab_size",
@@ -74,8 +77,11 @@ BOOLEANS = {  # residual mode -> (inner_residual, outer_residual)
     "none": (False, False),
 }
 NAMED_RESIDUALS = ("inner", "outer", "addinit", "none")
-OTHER_SPELLINGS = ("inner_residual", "outer_residual", "residual", "rope_parameters", "dtype")
-"""Keys that may say what other keys of an exported configuration say."""
+OTHER_SPELLINGS = (
+    *("inner_iter", "use_igate", "inner_residual", "outer_residual", "residual"),
+    *("rope_parameters", "dtype"),
+)
+"""Keys that say of the model what an exported configuration says in its own way."""
 
 # Keys of our own, which stand only where they say something else than this.
 OWN: Config = {
@@ -158,6 +164,35 @@ def to_hf_config(config: CoEConfig) -> Config:
     return {key: value for key, value in result.items() if key not in OWN or value != OWN[key]}
 
 
+# What transformers' own class of the family can be, and keys that it does not know.
+_DEEPSEEK_V2_VALUES: Config = {
+    "inner_iter": 1,
+    "residual": "outer",
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    **OWN,
+}
+_CHAIN_KEYS = ("inner_iter", "use_igate", "inner_residual", "outer_residual", "residual")
+
+
+def to_deepseek_v2_config(config: CoEConfig) -> Config:
+    """`config.json` of a model for transformers' own DeepSeek-V2.
+
+    Raises: ValueError naming a key that this class cannot have.
+    """
+    keys = to_hf_config(config)
+    for key, value in _DEEPSEEK_V2_VALUES.items():
+        if key != "head_dim" and keys.get(key, OWN.get(key)) != value:
+            raise ValueError(
+                f"{key}={keys.get(key)!r} cannot be had as {DEEPSEEK_V2}, only {value!r}"
+            )
+    if not keys["n_shared_experts"]:
+        raise ValueError(f"n_shared_experts=0 cannot be had as {DEEPSEEK_V2}: it needs one or more")
+    keys = {key: value for key, value in keys.items() if key not in (*_CHAIN_KEYS, "auto_map")}
+    return keys | {"model_type": DEEPSEEK_V2, "architectures": ["DeepseekV2ForCausalLM"]}
+
+
 def to_model_fields(hf: Mapping[str, JSON], source: object) -> dict[str, JSON]:
     """Section `model` of a run's settings for a Hugging Face configuration.
 
@@ -175,8 +210,13 @@ def to_model_fields(hf: Mapping[str, JSON], source: object) -> dict[str, JSON]:
 
 
 def _to_model_fields(hf: Config) -> dict[str, JSON]:
-    if hf.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"model_type={hf.get('model_type')!r} is unknown: known is {MODEL_TYPE!r}")
+    if hf.get("model_type") == DEEPSEEK_V2:
+        hf = {**hf, "inner_iter": 1, "residual": "outer", "use_igate": False}
+    elif hf.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"model_type={hf.get('model_type')!r} is unknown: known are {MODEL_TYPE!r} and "
+            f"{DEEPSEEK_V2!r}"
+        )
     if hf["hidden_act"] != "silu":
         raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is known")
     if isinstance(rope := hf.get("rope_parameters"), Mapping):  # as transformers 5 writes it

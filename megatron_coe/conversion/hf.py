@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,6 +62,7 @@ def to_hf(
     folder: Path,
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
+    family: str = hf_config.MODEL_TYPE,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -68,6 +70,8 @@ def to_hf(
         checkpoint: a folder `step_…`, or one that holds them: then the newest.
         dtype: of all weights but the routers' biases, which stay fp32; None: as they are.
         max_shard_size: bytes of weights per file; a larger weight has a file of its own.
+        family: `coe_deepseekv2`, or `deepseek_v2` for transformers' own class, which is a chain of
+            one iteration with the residual mode `outer`.
 
     Returns: the checkpoint that was converted.
 
@@ -80,7 +84,9 @@ def to_hf(
     step = _find_step(checkpoint)
     settings = load_settings(step / CONFIG_FILE)
     provider = _provider_of(settings)
-    config = hf_config.to_hf_config(provider)
+    native = family == hf_config.DEEPSEEK_V2
+    describe = hf_config.to_deepseek_v2_config if native else hf_config.to_hf_config
+    config = describe(provider)
     reader = CheckpointReader(step)
     found = _match_checkpoint(reader, weights(provider))
     kept = step.parent / KEPT_FOLDER
@@ -91,11 +97,14 @@ def to_hf(
         _write_json(partial / HF_CONFIG, config)
         ids = {key: config[key] for key in _SPECIAL_IDS if config.get(key) is not None}
         _write_json(partial / GENERATION_CONFIG, ids)
-        for name in MODEL_CODE:
+        for name in () if native else MODEL_CODE:
             shutil.copyfile(Path(__file__).parents[1] / "hf" / name, partial / name)
-        (partial / "README.md").write_text(model_card(provider, folder.name), encoding="utf-8")
+        card = model_card(provider, folder.name, remote_code=not native)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         writer = ShardWriter(partial, max_shard_size)
         for weight, key in found.items():
+            if native:
+                weight = replace(weight, parts=_with_one_gate(weight.parts))
             _export(reader, writer, weight, key, dtype)
         writer.close()
     return step
@@ -203,6 +212,11 @@ def _export(
         stored = tensor.dtype if dtype is None or weight.keeps_fp32 else dtype
         writer.make_room(tensor.numel() * stored.itemsize)
         writer.add(name, _as_own_storage(tensor, stored))
+
+
+def _with_one_gate(parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A plain mixture of experts does not number its router."""
+    return {name.replace(".mlp.gate.0.", ".mlp.gate."): shape for name, shape in parts.items()}
 
 
 def _assemble(reader: ShardReader, weight: Weight) -> Tensor:
@@ -317,7 +331,8 @@ def _with_kept_keys(
     if not path.is_file():
         return config
     original = _read_json(path)
-    described = {*config, *hf_config.OWN, *hf_config.OTHER_SPELLINGS} - {"max_position_embeddings"}
+    described = {*config, *hf_config.IDENTITY, *hf_config.OWN, *hf_config.OTHER_SPELLINGS}
+    described -= {"max_position_embeddings"}
     return config | {key: value for key, value in original.items() if key not in described}
 
 

@@ -119,11 +119,14 @@ def test_training_starts_from_an_imported_model(imported):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["to-hf", "--load", "nowhere", "--save", "out"], "nowhere: neither a checkpoint"),
         (["from-hf", "--load", "nowhere", "--save", "out"], "nowhere/config.json"),
         (["to-hf", "--load", "checkpoints", "--save", "hf"], "hf exists already"),
+        (
+            ["to-hf", "--load", "checkpoints", "--save", "out", "--as", "deepseek_v2"],
+            "inner_iter=2",
+        ),
     ],
-    ids=["no checkpoint", "no folder", "taken"],
+    ids=["no folder", "taken", "no plain mixture"],
 )
 def test_a_mistake_is_one_line(imported, arguments, told):
     before = sorted(imported.iterdir())

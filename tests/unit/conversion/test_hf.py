@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.hf import CoeForCausalLM
@@ -302,3 +303,67 @@ def test_exported_files(imported):
         assert "import megatron" not in (imported / "small" / name).read_text()
     with safe_open(next((imported / "small").glob("*.safetensors")), framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+NATIVE = {
+    "one iteration": {},
+    "dense layer first, low-rank queries": {"moe_layer_freq": [0, 1], "q_lora_rank": 12},
+    "scaled scores, two shared experts, no yarn": {
+        "moe_router_topk_scaling_factor": 1.5,
+        "moe_shared_expert_intermediate_size": 32,
+        "rope_type": "rope",
+        "rotary_scaling_factor": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_one_iteration_is_a_model_of_transformers(single_rank, tmp_path, name):
+    changes = {"coe_iterations": 1, "coe_residual": "outer", **NATIVE[name]}
+    weights = write_random_model(tmp_path / "hf", seed=9, **changes)
+    step = from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    to_hf(tmp_path / "checkpoints", tmp_path / "native", family="deepseek_v2")
+    assert not list((tmp_path / "native").glob("*.py"))
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "native", output_loading_info=True
+    )
+    assert type(model).__name__ == "DeepseekV2ForCausalLM"
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    ids = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    logits = megatron_logits(step, ids, single_rank)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+    # And back, from what transformers itself writes.
+    model.save_pretrained(tmp_path / "saved")
+    step = from_hf(tmp_path / "saved", tmp_path / "imported")
+    logits = megatron_logits(step, ids, single_rank)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    to_hf(tmp_path / "imported", tmp_path / "again", family="deepseek_v2")
+    native = weights_of(tmp_path / "native")
+    assert_same_bits(weights_of(tmp_path / "again"), native)
+    assert len(native) == len(weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"coe_residual": "inner"}, "residual='inner'"),
+        ({"coe_iterations": 2}, "inner_iter=2"),
+        ({"moe_shared_expert_intermediate_size": None}, "n_shared_experts=0"),
+        ({"moe_router_pre_softmax": False}, "norm_topk_prob=True"),
+        ({"moe_router_score_function": "sigmoid"}, "norm_topk_prob=True"),
+        ({"multi_latent_attention": False}, "attention_type='mha'"),
+        ({"layernorm_epsilon": 1e-5}, "latent_norm_eps=1e-05"),
+    ],
+)
+def test_what_transformers_class_cannot_be_is_refused(tmp_path, changes, told):
+    changes = {"coe_iterations": 1, "coe_residual": "outer"} | changes
+    write_random_model(tmp_path / "hf", seed=9, **changes)
+    from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=rf"{told} cannot be had as deepseek_v2"):
+        to_hf(tmp_path / "checkpoints", tmp_path / "native", family="deepseek_v2")
+    assert not (tmp_path / "native").exists()
