@@ -9,6 +9,7 @@ ROUTER = "megatron_coe/moe/router.py"
 EXPERTS = "megatron_coe/moe/experts.py"
 SPECS = "megatron_coe/specs.py"
 CONFIG = "megatron_coe/config.py"
+HF_MODEL = "megatron_coe/hf/modeling_coe.py"
 DATASETS = "megatron_coe/data/datasets.py"
 OBJECTIVE = "megatron_coe/training/objective.py"
 SETUP = "megatron_coe/training/setup.py"
@@ -19,6 +20,7 @@ OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/un
 OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
 OF_SETUP = ("tests/unit/training/test_setup.py",)
+OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
 OF_DATA = ("tests/unit/data/test_datasets.py",)
 
 
@@ -203,5 +205,26 @@ FAULTS = [
         "overrides = {} if train.decay_all_parameters else None",
         "overrides = None",
         OF_SETUP,
+    ),
+    Fault(
+        "exported model: the balance loss in the value",
+        HF_MODEL,
+        "loss = loss + (aux_loss - aux_loss.detach())",
+        "loss = loss + aux_loss",
+        OF_HF,
+    ),
+    Fault(
+        "exported model: groups by their sum",
+        HF_MODEL,
+        "groups_TGn.amax(dim=-1)",
+        "groups_TGn.sum(dim=-1)",
+        OF_HF,
+    ),
+    Fault(
+        "exported model: dense layers without the stream",
+        HF_MODEL,
+        "config.adds_stream if chain else True",
+        "config.adds_stream",
+        OF_HF,
     ),
 ]
