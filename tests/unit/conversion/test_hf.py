@@ -13,9 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_coe.conversion.hf import from_hf, to_hf
+from megatron_coe.data.records import Fields
+from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.hf import CoeForCausalLM
+from megatron_coe.training.checkpoint import CONFIG_FILE
+from megatron_coe.training.settings import load_settings
 from tests.golden import CASES, GOLDEN
 from tests.unit.conversion.models import megatron_logits, write_random_model
+from tests.unit.data.texts import random_texts, write_jsonl
 from tests.unit.training.runs import make_settings, make_trainer
 
 TOLERANCE = 1e-5
@@ -140,6 +145,31 @@ def test_a_trained_checkpoint_without_its_layout(single_rank, tmp_path):
     from_hf(tmp_path / "hf", tmp_path / "back")
     to_hf(tmp_path / "back", tmp_path / "again")
     assert_same_bits(weights_of(tmp_path / "again"), exported)
+
+
+def test_a_run_that_takes_its_vocabulary_from_its_tokenizer(tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in random_texts(200, 1)])
+    tokenizer = tmp_path / "t.model"
+    train_tokenizer([texts], tokenizer, fields=Fields(), vocab_size=300)
+    write_random_model(tmp_path / "hf", seed=7, vocab_size=300)
+    step = from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    settings = load_settings(step / CONFIG_FILE)
+    del settings.model["vocab_size"]
+    settings.data.tokenizer = str(tokenizer)
+    (step / CONFIG_FILE).write_text(settings.to_yaml())
+
+    to_hf(tmp_path / "checkpoints", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    assert config["vocab_size"] == 300
+    assert special.items() <= config.items()
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == special
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+    tokenizer.unlink()
+    with pytest.raises(ValueError, match=r"t\.model does not exist"):
+        to_hf(tmp_path / "checkpoints", tmp_path / "second")
+    assert not (tmp_path / "second").exists()
 
 
 def test_small_files_hold_the_same_weights(single_rank, tmp_path):
