@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_coe.provider import CoEModelProvider
+from tests.shared import SHARED
 
-SHARED = Path(os.environ.get("MEGATRON_COE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 GOLDEN = SHARED / "data" / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 RESIDUAL_OF_BOOLEANS = {

@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,11 @@ from megatron_coe.data.preprocess import output_prefixes, preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.sentences import load_splitter
 from megatron_coe.data.tokenizer import SentencePieceTokenizer
+from tests.shared import SHARED
 from tests.unit.data.texts import random_texts, write_jsonl
 
 QA = Fields(("query", "response"), question_answer=True)
-GSM8K = Path(os.environ.get("COE_SHARED", Path(__file__).parents[4] / "shared")) / "data/gsm8k"
+GSM8K = SHARED / "data" / "gsm8k"
 
 
 def documents(prefix: str | Path) -> list[list[list[int]]]:
@@ -215,7 +215,7 @@ def test_wrong_arguments_leave_nothing(tmp_path: Path, tokenizer: SentencePieceT
     assert names(tmp_path / "out") == []
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K at {GSM8K} (COE_SHARED names its parent)")
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K in {GSM8K}")
 def test_gsm8k_parquet(tmp_path: Path, make_data: Callable[..., str]) -> None:
     pq = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra `data`")
     from megatron_coe.data.tokenizer import train_tokenizer
