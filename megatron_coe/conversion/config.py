@@ -83,7 +83,9 @@ OTHER_SPELLINGS = (
 )
 """Keys that say of the model what an exported configuration says in its own way."""
 
-# Keys of our own, which stand only where they say something else than this.
+# Keys of our own, which stand only where they say something else than this. The shipped model code
+# has the same list and cannot share it (it imports nothing of this package, and importing it would
+# load transformers into every conversion); a test holds the two together.
 OWN: Config = {
     "attention_type": "mla",
     "head_dim": None,

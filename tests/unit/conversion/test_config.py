@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_coe.conversion.config import read_residual, to_hf_config, to_model_fields
+from megatron_coe.conversion.config import OWN, read_residual, to_hf_config, to_model_fields
 from megatron_coe.hf import CoeConfig
+from megatron_coe.hf.configuration_coe import OWN_KEYS
 from tests.builders import tiny_config, tiny_provider
 
 SPELLINGS = {  # the table of the authors' two formats
@@ -126,3 +127,7 @@ def test_rope_in_the_spelling_of_transformers_5():
     rope["rope_type"] = rope.pop("type")
     fields = to_model_fields({**hf, "rope_parameters": rope}, "config.json")
     assert fields == to_model_fields(to_hf_config(tiny_config()), "config.json")
+
+
+def test_the_shipped_model_code_knows_the_same_keys_of_ours() -> None:
+    assert OWN == OWN_KEYS
