@@ -19,6 +19,8 @@ RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 STREAM_MODES = ("outer", "inner_outer")
 """The modes whose layer adds the residual stream h to the chain's result."""
 
+GROUP_SCORES = ("sum", "max")
+
 ACTIVATIONS: dict[str, Callable] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -60,6 +62,11 @@ class CoEConfig(MLATransformerConfig):
     coe_independent_gate: bool = True
     """True: a router per iteration. False: one router for all, asked again on every x(t-1)."""
 
+    coe_upcycled: bool = False
+    """The chain grew out of a plain mixture of experts (C = 1, `outer`): later iterations enter
+    through learnable gates a_t [H], which start at zero, where the layer is still that mixture:
+    x(1) = f_1(x(0)), x(t) = x(t-1) + a_t * f_t(x(t-1)) for t >= 2, output h + x(C)."""
+
     vocab_size: int = 0
     """Number of token ids. 0 while it is not known: the tables then count nothing."""
 
@@ -68,6 +75,10 @@ class CoEConfig(MLATransformerConfig):
 
     share_embeddings_and_output_weights: bool = False
     """Tie the output head to the embedding table."""
+
+    moe_router_group_score: str = "sum"
+    """What ranks a group where `moe_router_group_topk` limits a token to some: `sum` of its
+    K // moe_router_group_topk best experts (Megatron's, DeepSeek-V3's), or its `max` (V2's)."""
 
     # Megatron's fields with the defaults of this family of models.
     add_bias_linear: bool = False
@@ -148,6 +159,12 @@ class CoEConfig(MLATransformerConfig):
     def _check_chain(self) -> None:
         _positive("coe_iterations", self.coe_iterations, "1 is a plain mixture of experts")
         _one_of("coe_residual", self.coe_residual, dict.fromkeys(RESIDUAL_MODES))
+        if self.coe_upcycled and self.coe_residual != "outer":
+            raise ValueError(
+                f"coe_upcycled=True with coe_residual={self.coe_residual!r}: an upcycled layer "
+                "adds its result to the stream, as the mixture it came from, and joins its "
+                "iterations by gates. Set coe_residual='outer'."
+            )
         if self.hidden_dropout > 0 and not self.adds_stream:
             raise ValueError(
                 f"hidden_dropout={self.hidden_dropout} with coe_residual={self.coe_residual!r}: "
@@ -178,12 +195,37 @@ class CoEConfig(MLATransformerConfig):
                 f"sizes are {', '.join(map(str, legal))}. Choose one of them, or another number of "
                 "routed experts (64 divides by 2, 4, 8, 16, 32 and 64)."
             )
+        self._check_groups()
         if not isinstance(self.moe_layer_freq, int) and (
             len(self.moe_layer_freq) != self.num_layers or set(self.moe_layer_freq) - {0, 1}
         ):
             raise ValueError(
                 f"moe_layer_freq={self.moe_layer_freq}: give an integer, or a list of "
                 f"num_layers={self.num_layers} entries, 1 for a CoE layer and 0 for a dense one."
+            )
+
+    def _check_groups(self) -> None:
+        N, K = self.num_moe_experts, self.moe_router_topk
+        groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
+        _one_of("moe_router_group_score", self.moe_router_group_score, dict.fromkeys(GROUP_SCORES))
+        if not kept:
+            return
+        if not groups or N % groups or not kept <= groups or kept * (N // groups) < K:
+            raise ValueError(
+                f"moe_router_num_groups={groups}, moe_router_group_topk={kept}: num_moe_experts="
+                f"{N} must divide into the groups, and the kept ones hold at least "
+                f"moe_router_topk={K} experts."
+            )
+        if self.moe_router_group_score == "sum" and kept > K:
+            raise ValueError(
+                f"moe_router_group_topk={kept} is larger than moe_router_topk={K}: a group would "
+                "be ranked by the sum of no expert. Keep at most as many groups as experts, or set "
+                "moe_router_group_score='max'."
+            )
+        if self.moe_router_group_score == "max" and self.moe_router_fusion:
+            raise ValueError(
+                "moe_router_fusion=True with moe_router_group_score='max': the fused kernel ranks "
+                "groups by a sum. Set moe_router_fusion=false."
             )
 
     def _check_supported(self) -> None:

@@ -28,6 +28,7 @@ class ReferenceCoE:
         topk: K.
         residual: `inner` | `outer` | `addinit` | `inner_outer` | `none`.
         scaling: routed_scaling_factor, applied to the chosen scores.
+        coe_weights: upcycled chains only: a_t [H] for t = 2 ... C; x(1) = f_1(x(0)).
     """
 
     gates: list[Tensor]
@@ -37,6 +38,7 @@ class ReferenceCoE:
     topk: int
     residual: str = "inner"
     scaling: float = 1.0
+    coe_weights: list[Tensor] | None = None
 
     def forward(self, x_SBH: Tensor) -> tuple[Tensor, Tensor]:
         """The chain on x(0), the normed stream [S, B, H].
@@ -47,12 +49,13 @@ class ReferenceCoE:
         """
         x_0 = x = x_SBH
         losses = []
-        for gate in self.gates:
+        for t, gate in enumerate(self.gates):
             score_SBN = self.scores(x, gate)
             update = self.experts(x, score_SBN)  # f_t(x(t-1))
             losses.append(self.balance_loss(score_SBN))
             base = {"inner": x, "inner_outer": x, "addinit": x_0, "outer": 0, "none": 0}
-            x = base[self.residual] + update
+            upcycled = self.coe_weights is not None and t > 0
+            x = x + self.coe_weights[t - 1] * update if upcycled else base[self.residual] + update
         return x, torch.stack(losses)
 
     def scores(self, x_SBH: Tensor, gate_NH: Tensor) -> Tensor:

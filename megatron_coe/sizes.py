@@ -42,7 +42,7 @@ def _used_once(weights: int) -> MatrixWork:
 
 
 def _not_multiplied(weights: int) -> MatrixWork:
-    """Norm scales and biases: stored and active, but no matrix product (nor counted as work)."""
+    """Norm scales, gates, biases: stored and active, but no matrix product nor counted as work."""
     return MatrixWork(weights, weights, 0)
 
 
@@ -80,12 +80,14 @@ def ffn_params(config: CoEConfig, ffn_size: int) -> int:
 
 
 def moe_work(config: CoEConfig) -> MatrixWork:
-    """Routers, routed experts and shared expert of one CoE layer, over its C iterations."""
+    """Routers, experts and upcycling gates of one CoE layer, over its C iterations."""
     C, K, N = config.coe_iterations, config.moe_router_topk, config.num_moe_experts
     expert = ffn_params(config, config.moe_ffn_hidden_size)
     routers = (C if config.coe_independent_gate else 1) * N * config.hidden_size
     work = MatrixWork(stored=N * expert, active=min(N, C * K) * expert, macs=C * K * expert)
     work += MatrixWork(routers, routers, C * N * config.hidden_size)
+    if config.coe_upcycled:
+        work += _not_multiplied((C - 1) * config.hidden_size)
     if config.moe_shared_expert_intermediate_size is not None:
         shared = ffn_params(config, config.moe_shared_expert_intermediate_size)
         shared += config.hidden_size if config.moe_shared_expert_gate else 0

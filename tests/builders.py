@@ -113,6 +113,9 @@ def reference_of(layer: CoELayer) -> tuple[ReferenceCoE, list[tuple[str, Callabl
     shared = None
     if layer.use_shared_expert:
         shared = tuple(same(f"shared_experts.linear_fc{i}.weight") for i in (1, 2))
+    coe_weights = None
+    if config.coe_upcycled:
+        coe_weights = [same(f"coe_weights.{t}") for t in range(1, config.coe_iterations)]
     reference = ReferenceCoE(
         gates=gates if independent else gates * config.coe_iterations,
         gate_up=gate_up,
@@ -121,6 +124,7 @@ def reference_of(layer: CoELayer) -> tuple[ReferenceCoE, list[tuple[str, Callabl
         topk=config.moe_router_topk,
         residual=config.coe_residual,
         scaling=config.moe_router_topk_scaling_factor or 1.0,
+        coe_weights=coe_weights,
     )
     return reference, pairs
 

@@ -48,6 +48,7 @@ SAME = {
     "tie_word_embeddings": "share_embeddings_and_output_weights",
     "inner_iter": "coe_iterations",
     "use_igate": "coe_independent_gate",
+    "coe_upcycled": "coe_upcycled",
 }
 LATENT = {
     "q_lora_rank": "q_lora_rank",
@@ -143,7 +144,6 @@ _INEXPRESSIBLE = {
     "moe_shared_expert_gate": False,
     "moe_apply_probs_on_input": False,
     "moe_expert_capacity_factor": None,
-    "moe_router_num_groups": None,
     "moe_router_force_load_balancing": False,
 }
 
@@ -385,7 +385,7 @@ def _router_keys(config: CoEConfig) -> Config:
         "norm_topk_prob": normalised,
         "routed_scaling_factor": scaling,
         "scoring_func": config.moe_router_score_function,
-        "topk_method": "greedy",
+        **_group_keys(config),
         "use_expert_bias": config.moe_router_enable_expert_bias,
         "aux_loss_alpha": losses.get("seq_aux_loss" if per_sequence else "aux_loss", 0.0),
         "seq_aux": per_sequence,
@@ -393,11 +393,8 @@ def _router_keys(config: CoEConfig) -> Config:
 
 
 def _router_fields(hf: Config) -> dict[str, JSON]:
-    for key, known in {"topk_method": ("greedy",), "scoring_func": ("softmax", "sigmoid")}.items():
-        if hf[key] not in known:
-            raise ValueError(f"{key}={hf[key]!r}: known here are {', '.join(known)}")
-    if hf["coe_upcycled"]:
-        raise ValueError("coe_upcycled=true: gates of upcycled models are not known here")
+    if hf["scoring_func"] not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring_func={hf['scoring_func']!r}: known here are softmax, sigmoid")
     softmax, scaling = hf["scoring_func"] == "softmax", hf["routed_scaling_factor"]
     normalised, alpha = hf["norm_topk_prob"], hf["aux_loss_alpha"]
     balancing = "seq_aux_loss" if hf["seq_aux"] else "aux_loss"
@@ -408,7 +405,35 @@ def _router_fields(hf: Config) -> dict[str, JSON]:
         "moe_router_topk_scaling_factor": None
         if scaling == 1 or (softmax and normalised)
         else scaling,
+        **_group_fields(hf),
         "moe_router_enable_expert_bias": hf["use_expert_bias"],
         "moe_router_load_balancing_type": balancing if alpha else "none",
         "moe_aux_loss_coeff": alpha or 0.0,
+    }
+
+
+def _group_keys(config: CoEConfig) -> Config:
+    groups, kept = config.moe_router_num_groups, config.moe_router_group_topk
+    if not kept:
+        return {"topk_method": "greedy"}
+    if config.moe_router_group_score != "max" and config.moe_router_topk // kept > 1:
+        raise ValueError(
+            f"moe_router_group_score={config.moe_router_group_score!r} with moe_router_topk="
+            f"{config.moe_router_topk} and moe_router_group_topk={kept} cannot be expressed in the "
+            "Hugging Face format, where a group is as good as its best expert ('max')"
+        )
+    return {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": kept}
+
+
+def _group_fields(hf: Config) -> dict[str, JSON]:
+    if hf["topk_method"] == "greedy":
+        return {}
+    if hf["topk_method"] != "group_limited_greedy":
+        raise ValueError(
+            f"topk_method={hf['topk_method']!r}: known here are greedy, group_limited_greedy"
+        )
+    return {
+        "moe_router_num_groups": hf["n_group"],
+        "moe_router_group_topk": hf["topk_group"],
+        "moe_router_group_score": "max",
     }

@@ -234,6 +234,9 @@ def _chain(at: _Names) -> list[Weight]:
         if c.moe_router_enable_expert_bias:
             bias = f"mlp.gate.{t}e_score_correction_bias"
             rows += [at.same(f"mlp.router.{t}expert_bias", bias, N, keeps_fp32=True)]
+    if c.coe_upcycled:
+        gates = [f"mlp.coe_weights.{t}" for t in range(1, c.coe_iterations)]
+        rows += [at.same(gate, gate, H) for gate in gates]
     experts = "mlp.experts.experts."
     rows += [
         at.experts(f"{experts}linear_fc1.weight", ("gate_proj", "up_proj"), (F, H)),

@@ -324,7 +324,7 @@ class CoeConfig(PretrainedConfig):
             raise ValueError(
                 "use_expert_bias=True needs scoring_func='sigmoid': softmax scores have no bias."
             )
-        if self.coe_upcycled and not self.adds_stream:
+        if self.coe_upcycled and self.residual_mode != "outer":
             raise ValueError(
                 f"coe_upcycled=True with the residual mode {self.residual_mode!r}: an upcycled "
                 "layer adds the residual stream, as the mixture it came from. Set residual: outer."

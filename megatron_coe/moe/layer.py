@@ -27,6 +27,8 @@ class CoELayer(MoELayer):
     f_t is a whole MoE pass: router t, K routed experts per token, and the shared expert. What
     `base` is depends on `config.coe_residual` (see `CoEConfig`); whether the stream h joins the
     result is the layer spec's business (`megatron_coe.specs`).
+
+    An upcycled chain has gates besides, `coe_weights.{t}` [H] for t = 1 ... C - 1 counted from 0.
     """
 
     def __init__(
@@ -41,6 +43,10 @@ class CoELayer(MoELayer):
             # Megatron reduces expert gradients over all replicas only if EP > 1; at TP > 1 with
             # EP = ETP = 1 it forgets the TP ranks (tensor_parallel/layers.py, line 829).
             parameter.allreduce = False
+        if config.coe_upcycled:
+            self.coe_weights = torch.nn.ParameterDict(
+                {str(t): _closed_gate(config) for t in range(1, config.coe_iterations)}
+            )
 
     def forward(
         self,
@@ -72,11 +78,13 @@ class CoELayer(MoELayer):
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
 
-        residual = self.config.coe_residual
+        residual, upcycled = self.config.coe_residual, self.config.coe_upcycled
         x_0 = x = hidden_states
         for t in range(self.config.coe_iterations):
             update = self._iterate(t, x, padding_mask)
-            if residual in ("inner", "inner_outer"):
+            if upcycled and t > 0:
+                x = x + self.coe_weights[str(t)] * update
+            elif residual in ("inner", "inner_outer"):
                 x = x + update
             elif residual == "addinit":
                 x = x_0 + update
@@ -115,6 +123,14 @@ class CoELayer(MoELayer):
         output, _ = self.routed_experts_compute(dispatched, probs)
         output = self.combine(output)
         return self.postprocess(output, shared_output)
+
+
+def _closed_gate(config: CoEConfig) -> torch.nn.Parameter:
+    """An upcycled iteration's gate [H] as it starts: the iteration adds nothing yet."""
+    gate = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
+    # Each rank sees its part of the sequence: Megatron sums such gradients over the TP ranks.
+    gate.sequence_parallel = config.sequence_parallel
+    return gate
 
 
 def keep_chain_output(training: bool, fused: bool):

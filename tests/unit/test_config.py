@@ -29,6 +29,11 @@ REFUSED = [
     ({"num_layers": 0}, ["num_layers=0"]),
     ({"moe_layer_freq": [1, 0, 1]}, ["moe_layer_freq=[1, 0, 1]", "num_layers=2"]),
     ({"moe_layer_freq": [1, 2]}, ["moe_layer_freq=[1, 2]"]),
+    ({"coe_upcycled": True}, ["coe_upcycled=True", "coe_residual='inner'", "'outer'"]),
+    (
+        {"coe_upcycled": True, "coe_residual": "inner_outer"},
+        ["coe_upcycled=True", "coe_residual='inner_outer'", "'outer'"],
+    ),
     ({"hidden_dropout": 0.1}, ["hidden_dropout=0.1", "coe_residual='inner'", "outer"]),
     ({"activation_func": "swish"}, ["activation_func='swish'", "silu"]),
     ({"add_bias_linear": True}, ["add_bias_linear=True"]),

@@ -26,6 +26,7 @@ SHAPES = {
     "paper's layer": {},
     "one router for all": {"coe_iterations": 3, "coe_independent_gate": False},
     "four routers": {"coe_iterations": 4},
+    "upcycled": {"coe_iterations": 3, "coe_residual": "outer", "coe_upcycled": True},
     "no shared expert": {"moe_shared_expert_intermediate_size": None},
     "gated shared expert": {"moe_shared_expert_gate": True},
     "dense layer between": {"num_layers": 3, "moe_layer_freq": [0, 1, 0]},

@@ -58,6 +58,7 @@ FIELDS = [
     {"multi_latent_attention": False, "num_query_groups": 2, "kv_channels": 12},
     {"layernorm_epsilon": 1e-5, "init_method_std": 0.01, "rotary_base": 50000},
     {"moe_router_pre_softmax": False},
+    {"coe_upcycled": True, "coe_residual": "outer"},
 ]
 
 
@@ -103,12 +104,11 @@ def test_what_the_format_cannot_express_is_refused(changes, told):
     ("changes", "told"),
     [
         ({"model_type": "llama"}, "model_type='llama'"),
-        ({"topk_method": "group_limited_greedy"}, "topk_method"),
+        ({"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
         ({"scoring_func": "relu"}, "scoring_func"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
         ({"latent_norm_eps": 1e-3}, "latent_norm_eps"),
-        ({"coe_upcycled": True}, "coe_upcycled"),
     ],
 )
 def test_what_megatron_cannot_do_is_refused(changes, told):

@@ -54,6 +54,7 @@ MODELS = {
         "rotary_scaling_factor": 1.0,
         "coe_residual": "outer",
     },
+    "upcycled": {"coe_iterations": 3, "coe_residual": "outer", "coe_upcycled": True},
     "renormalised scores": {"moe_router_pre_softmax": False},
     "scaled scores": {"moe_router_topk_scaling_factor": 1.5, "coe_residual": "outer"},
     "plain attention": {**PLAIN, "coe_residual": "outer"},
@@ -376,6 +377,64 @@ def test_one_iteration_is_a_model_of_transformers(single_rank, tmp_path, name):
     native = weights_of(tmp_path / "native")
     assert_same_bits(weights_of(tmp_path / "again"), native)
     assert len(native) == len(weights)
+
+
+def test_limited_groups_route_every_token_as_transformers_does(single_rank, tmp_path):
+    """8 groups, 3 kept, top-6: where DeepSeek-V2's rule and Megatron's own choose differently."""
+    groups = {"moe_router_num_groups": 8, "moe_router_group_topk": 3, "moe_router_topk": 6}
+    write_random_model(
+        tmp_path / "written",
+        seed=10,
+        coe_iterations=1,
+        coe_residual="outer",
+        num_moe_experts=32,
+        moe_router_group_score="max",
+        **groups,
+    )
+    from_hf(tmp_path / "written", tmp_path / "checkpoints")
+    to_hf(tmp_path / "checkpoints", tmp_path / "native", family="deepseek_v2")
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert (config["topk_method"], config["n_group"], config["topk_group"]) == (
+        *("group_limited_greedy", 8, 3),
+    )
+
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native").eval()
+    theirs = []
+    for layer in native.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _gate, _args, out: theirs.append(out[2]))
+    ids = torch.randint(96, (8, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = native(ids).logits
+
+    step = from_hf(tmp_path / "native", tmp_path / "imported")
+    settings = load_settings(step / CONFIG_FILE)
+    trainer = make_trainer(settings, single_rank)
+    load_checkpoint(step, trainer.trainee)
+    (model,) = trainer.trainee.chunks
+    ours, by_sum = [], []
+    for layer in model.module.decoder.layers:
+        layer.mlp.router.register_forward_hook(lambda _router, _args, out: ours.append(out[1]))
+        layer.mlp.router[0].register_forward_hook(
+            lambda router, args, _out: by_sum.append(_megatrons_choice(router, args[0]))
+        )
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        logits = model.eval()(ids, positions, None)[..., : config["vocab_size"]]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    assert len(ours) == len(theirs) == len(by_sum) == 2
+    for routing_map, chosen, other in zip(ours, theirs, by_sum, strict=True):
+        # Megatron's tokens are sequence first.
+        chosen_TK = chosen.view(*ids.shape, -1).transpose(0, 1).flatten(0, 1)
+        assert torch.equal(routing_map.nonzero()[:, 1].view(-1, 6), chosen_TK.sort().values)
+        assert (routing_map != other).any(dim=1).float().mean() > 0.1
+
+
+def _megatrons_choice(router, x_SBH: torch.Tensor) -> torch.Tensor:
+    """The map of Megatron's own rule for the same scores [T, N]."""
+    logits = router.gating(x_SBH).flatten(0, 1)
+    return topk_routing_with_score_function(
+        logits, router.topk, use_pre_softmax=True, num_groups=8, group_topk=3
+    )[1]
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,10 @@ def test_every_kind_comes_back_and_says_only_what_it_must(kind, tmp_path):
         ({"topk_method": "group_limited_greedy", "n_group": 2}, "n_group=2"),
         ({"use_expert_bias": True}, "scoring_func='sigmoid'"),
         ({"coe_upcycled": True}, "coe_upcycled=True"),
+        (
+            {"coe_upcycled": True, "inner_residual": True, "outer_residual": True},
+            "coe_upcycled=True with the residual mode 'inner_outer'",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
         ({"rope_scaling": {"type": "yarn"}}, "factor"),
     ],

@@ -27,6 +27,7 @@ DISPATCHERS = ("alltoall", "allgather")
 SETTINGS = list(
     itertools.product((1, 2, 3, 4), RESIDUAL_MODES, (True, False), (16, None), DISPATCHERS)
 )
+RECOMPUTED = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 PRECISIONS = {torch.float32: (None, 1e-5), torch.float64: ("fp64", 1e-9)}
 
 
@@ -84,11 +85,41 @@ def test_layer_is_the_reference(
     compare(layer, 1000 + 2 * seed, tolerance)
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("changes", [{}, {"coe_independent_gate": False}, RECOMPUTED])
+@pytest.mark.parametrize("C", [1, 2, 3])
+def test_an_upcycled_chain_is_the_reference(single_rank, C, changes, dtype) -> None:
+    router_dtype, tolerance = PRECISIONS[dtype]
+    config = tiny_config(
+        coe_iterations=C,
+        coe_residual="outer",
+        coe_upcycled=True,
+        moe_router_dtype=router_dtype or "fp32",
+        params_dtype=dtype,
+        moe_aux_loss_coeff=BALANCE_COEFF,
+        **changes,
+    )
+    layer = build_layer(config)
+    randomise(layer, torch.Generator().manual_seed(C), std=0.15)
+    compare(layer, 3000 + C, tolerance)
+
+
+def test_closed_gates_leave_the_mixture_as_it_was(single_rank) -> None:
+    mixture = build_layer(tiny_config(coe_iterations=1, coe_residual="outer"))
+    upcycled = build_layer(tiny_config(coe_iterations=3, coe_residual="outer", coe_upcycled=True))
+    randomise(mixture, torch.Generator().manual_seed(8), std=0.15)
+    new = upcycled.load_state_dict(mixture.state_dict(), strict=False)
+    assert not new.unexpected_keys
+    x = random_input(90, torch.float32)
+    assert torch.equal(upcycled(x)[0], mixture(x)[0])
+    upcycled(x)[0].backward(random_input(91, torch.float32))
+    for gate in upcycled.coe_weights.values():
+        assert gate.shape == (32,)
+        assert gate.grad.abs().min() > 0, "or it would stay closed"
+
+
 FEATURES = {
-    "whole layer recomputed": {
-        "recompute_granularity": "selective",
-        "recompute_modules": ["moe"],
-    },
+    "whole layer recomputed": RECOMPUTED,
     "expert activation recomputed": {
         "recompute_granularity": "selective",
         "recompute_modules": ["moe_act"],
