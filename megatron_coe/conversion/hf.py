@@ -91,10 +91,8 @@ def to_hf(
     found = _match_checkpoint(reader, weights(provider))
     kept = step.parent / KEPT_FOLDER
     with _new_folder(folder) as partial:
-        config = _with_kept_keys(config, kept, provider)
         config["torch_dtype"] = _DTYPE_NAMES[dtype or reader.dtype(next(iter(found.values())))]
-        config |= _write_tokenizer_files(settings, kept, partial)
-        _write_json(partial / HF_CONFIG, config)
+        config = _write_description(config, settings, kept, provider, partial)
         ids = {key: config[key] for key in _SPECIAL_IDS if config.get(key) is not None}
         _write_json(partial / GENERATION_CONFIG, ids)
         for name in () if native else MODEL_CODE:
@@ -108,6 +106,19 @@ def to_hf(
             _export(reader, writer, weight, key, dtype)
         writer.close()
     return step
+
+
+def describe(checkpoint: Path, folder: Path) -> None:
+    """Write the configuration and tokenizer that `to_hf` would write, into a folder that exists:
+    at once, to check against before the weights are converted.
+
+    Raises: ValueError, OSError: as `to_hf`.
+    """
+    step = _find_step(checkpoint)
+    settings = load_settings(step / CONFIG_FILE)
+    provider = _provider_of(settings)
+    config = hf_config.to_hf_config(provider)
+    _write_description(config, settings, step.parent / KEPT_FOLDER, provider, folder)
 
 
 def from_hf(folder: Path, checkpoint: Path) -> Path:
@@ -320,6 +331,20 @@ def _provider_of(settings: Settings) -> CoEModelProvider:
     if "vocab_size" not in settings.model:
         vocab_size = load_tokenizer(settings.data.tokenizer).vocab_size
     return build_provider(settings, torch.device("cpu"), vocab_size)
+
+
+def _write_description(
+    config: hf_config.Config,
+    settings: Settings,
+    kept: Path,
+    provider: CoEModelProvider,
+    folder: Path,
+) -> hf_config.Config:
+    """Write `config.json` and the tokenizer; returns all that is in `config.json`."""
+    config = _with_kept_keys(config, kept, provider)
+    config |= _write_tokenizer_files(settings, kept, folder)
+    _write_json(folder / HF_CONFIG, config)
+    return config
 
 
 def _with_kept_keys(
