@@ -145,8 +145,10 @@ class CoERouter(TopKRouter):
         """Indices of the K best experts [T, K], within the best groups where groups are limited."""
 
         def choose(scores, topk, num_groups=None, group_topk=None):
-            if group_topk is None:
+            if not group_topk:
                 return scores.topk(topk, dim=1)
+            if self.config.moe_router_group_score == "max":
+                return best_of_groups(scores, topk, num_groups, group_topk)
             return group_limited_topk(
                 scores, topk, scores.shape[0], scores.shape[1], num_groups, group_topk
             )
@@ -249,3 +251,17 @@ def as_map(chosen_TK: Tensor, num_experts: int) -> Tensor:
     """Indices of chosen experts [T, K] as a boolean map [T, N]."""
     shape = (chosen_TK.shape[0], num_experts)
     return torch.zeros(shape, dtype=torch.bool, device=chosen_TK.device).scatter(1, chosen_TK, True)
+
+
+def best_of_groups(
+    scores_TN: Tensor, topk: int, num_groups: int, group_topk: int
+) -> tuple[Tensor, Tensor]:
+    """The K best experts of a token's `group_topk` best groups: scores and indices [T, K].
+
+    A group is as good as its best expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2), where
+    Megatron's `group_limited_topk` adds up several.
+    """
+    scores_TGn = scores_TN.unflatten(1, (num_groups, -1))
+    kept_TG = scores_TGn.amax(dim=-1).topk(group_topk, dim=1).indices
+    is_kept_TG = as_map(kept_TG, num_groups)
+    return scores_TGn.masked_fill(~is_kept_TG[..., None], -torch.inf).flatten(1).topk(topk, dim=1)

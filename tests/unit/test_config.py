@@ -8,6 +8,13 @@ import torch
 from megatron_coe.config import RESIDUAL_MODES, CoEConfig
 from tests.builders import tiny_config
 
+GROUPS = {
+    "num_moe_experts": 8,
+    "moe_router_topk": 3,
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+}
+
 REFUSED = [
     # (fields, what the message must name)
     ({"coe_iterations": 0}, ["coe_iterations=0", ">= 1"]),
@@ -25,6 +32,20 @@ REFUSED = [
     (
         {"num_moe_experts": 47, "expert_model_parallel_size": 2},
         ["num_moe_experts=47", "expert_model_parallel_size=2", "1, 47"],
+    ),
+    (
+        {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+        ["moe_router_num_groups=2", "num_moe_experts=7"],
+    ),
+    (
+        {**GROUPS, "moe_router_group_topk": 1},
+        ["moe_router_group_topk=1", "moe_router_topk=3"],
+    ),
+    ({**GROUPS, "moe_router_group_topk": 4}, ["moe_router_group_topk=4", "'max'"]),
+    ({**GROUPS, "moe_router_group_score": "mean"}, ["moe_router_group_score='mean'", "max"]),
+    (
+        {**GROUPS, "moe_router_group_score": "max", "moe_router_fusion": True},
+        ["moe_router_fusion=True"],
     ),
     ({"num_layers": 0}, ["num_layers=0"]),
     ({"moe_layer_freq": [1, 0, 1]}, ["moe_layer_freq=[1, 0, 1]", "num_layers=2"]),

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.hf import CoeForCausalLM
-from megatron_coe.training.checkpoint import CONFIG_FILE
+from megatron_coe.training.checkpoint import CONFIG_FILE, load_checkpoint
 from megatron_coe.training.settings import load_settings
 from tests.golden import CASES, GOLDEN
 from tests.unit.conversion.models import megatron_logits, write_random_model
@@ -414,7 +415,7 @@ def test_limited_groups_route_every_token_as_transformers_does(single_rank, tmp_
     ours, by_sum = [], []
     for layer in model.module.decoder.layers:
         layer.mlp.router.register_forward_hook(lambda _router, _args, out: ours.append(out[1]))
-        layer.mlp.router[0].register_forward_hook(
+        layer.mlp.router.register_forward_hook(
             lambda router, args, _out: by_sum.append(_megatrons_choice(router, args[0]))
         )
     positions = torch.arange(ids.shape[1]).expand_as(ids)

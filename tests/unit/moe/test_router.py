@@ -67,6 +67,39 @@ SCORES = {
 }
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_groups_can_go_by_their_best_expert(groups, biased: bool) -> None:
+    """DeepSeek-V2's size: 160 experts in 8 groups, 3 kept, top-6. The oracle is plain Python."""
+    kind = SCORES["sigmoid with bias"] if biased else {}
+    config = tiny_config(
+        num_moe_experts=160,
+        moe_router_topk=6,
+        moe_router_num_groups=8,
+        moe_router_group_topk=3,
+        moe_router_group_score="max",
+        **kind,
+    )
+    router = CoERouter(config, groups)
+    randomise(router, torch.Generator().manual_seed(5), std=0.3)
+    if biased:
+        router.expert_bias.copy_(torch.linspace(0.2, -0.2, 160))
+    x = random_input(6)
+    probs, routing_map = router(x)
+    logits = (x.flatten(0, 1) @ router.weight.T).detach()
+    scores = logits.sigmoid() if biased else logits.softmax(-1)
+    for token, score in enumerate(scores.tolist()):
+        ranked = score
+        if biased:
+            ranked = [s + b for s, b in zip(score, router.expert_bias.tolist(), strict=True)]
+        kept = sorted(range(8), key=lambda g: max(ranked[20 * g : 20 * g + 20]))[-3:]
+        allowed = [expert for expert in range(160) if expert // 20 in kept]
+        chosen = sorted(allowed, key=lambda expert: ranked[expert])[-6:]
+        assert routing_map[token].nonzero().flatten().tolist() == sorted(chosen)
+        total = sum(score[expert] for expert in chosen) if biased else 1.0
+        for expert in chosen:
+            assert probs[token, expert].item() == pytest.approx(score[expert] / total, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", SCORES)
 def test_one_router_is_megatrons_bit_for_bit(groups, kind: str) -> None:
     config = tiny_config(coe_iterations=1, **SCORES[kind])
