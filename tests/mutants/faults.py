@@ -52,6 +52,13 @@ FAULTS = [
         OF_LAYER,
     ),
     Fault(
+        "groups ranked by the mean of their experts",
+        ROUTER,
+        "scores_TGn.amax(dim=-1)",
+        "scores_TGn.mean(dim=-1)",
+        OF_ROUTER,
+    ),
+    Fault(
         "balance loss counts S tokens, not S x B",
         ROUTER,
         "self.num_tokens = S * B if",
