@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import init_method_normal
 
 from megatron_coe import sizes
+from megatron_coe.layout import Layout, check_layout, extents_of
 
 RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 """How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
@@ -108,6 +109,7 @@ class CoEConfig(MLATransformerConfig):
             self.activation_func = _one_of("activation_func", self.activation_func, ACTIVATIONS)
         self._check_chain()
         self._check_experts()
+        self._check_layout()
         self._check_supported()
         if self.qk_layernorm is None:
             self.qk_layernorm = self.multi_latent_attention
@@ -173,7 +175,7 @@ class CoEConfig(MLATransformerConfig):
             )
 
     def _check_experts(self) -> None:
-        N, K, EP = self.num_moe_experts, self.moe_router_topk, self.expert_model_parallel_size
+        N, K = self.num_moe_experts, self.moe_router_topk
         if N is None:
             raise ValueError(
                 "num_moe_experts=None: a chain of experts needs the number of routed experts."
@@ -188,13 +190,6 @@ class CoEConfig(MLATransformerConfig):
                 f"moe_router_topk={K} is larger than num_moe_experts={N} (routed experts, the "
                 f"shared one not counted): choose at most {N}."
             )
-        if N % EP:
-            legal = [size for size in range(1, N + 1) if N % size == 0]
-            raise ValueError(
-                f"num_moe_experts={N} is not divisible by expert_model_parallel_size={EP}: legal "
-                f"sizes are {', '.join(map(str, legal))}. Choose one of them, or another number of "
-                "routed experts (64 divides by 2, 4, 8, 16, 32 and 64)."
-            )
         self._check_groups()
         if not isinstance(self.moe_layer_freq, int) and (
             len(self.moe_layer_freq) != self.num_layers or set(self.moe_layer_freq) - {0, 1}
@@ -202,6 +197,15 @@ class CoEConfig(MLATransformerConfig):
             raise ValueError(
                 f"moe_layer_freq={self.moe_layer_freq}: give an integer, or a list of "
                 f"num_layers={self.num_layers} entries, 1 for a CoE layer and 0 for a dense one."
+            )
+
+    def _check_layout(self) -> None:
+        layout = Layout(**{f.name: getattr(self, f.name) for f in fields(Layout)})
+        check_layout(layout, extents_of(vars(self)))
+        if self.tensor_model_parallel_size == 1 and self.sequence_parallel:
+            raise ValueError(
+                "sequence_parallel=True with tensor_model_parallel_size=1: there is nothing to "
+                "divide the sequence over. Set it to false."
             )
 
     def _check_groups(self) -> None:

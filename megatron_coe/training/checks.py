@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import fields
 
-from megatron_coe.training.settings import DataSettings, LogSettings, Settings
+from megatron_coe import layout as layouts
+from megatron_coe.layout import Layout
+from megatron_coe.training.settings import (
+    DataSettings,
+    LogSettings,
+    ParallelSettings,
+    Settings,
+)
 
 
 def check_values(settings: Settings) -> None:
@@ -33,23 +40,12 @@ def check_values(settings: Settings) -> None:
 
 
 def check_layout(settings: Settings, world_size: int) -> None:
-    """Raise ValueError when `world_size` processes cannot hold the layout or share the batch."""
+    """Raise ValueError when the model cannot be laid out so, or not on `world_size` processes, or
+    these cannot share the batch. What the model leaves to its defaults is checked with them."""
     parallel = settings.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp, ep = parallel.context_parallel_size, parallel.expert_model_parallel_size
-    etp = parallel.expert_tensor_parallel_size or tp
-    if world_size % (tp * pp * cp):
-        raise ValueError(
-            f"parallel: tensor ({tp}) x pipeline ({pp}) x context ({cp}) parallel sizes make "
-            f"{tp * pp * cp}, which does not divide the number of processes, {world_size}: start "
-            "a multiple with torchrun --nproc-per-node, or choose smaller sizes"
-        )
-    if world_size % (etp * ep * pp):
-        raise ValueError(
-            f"parallel: expert tensor ({etp}) x expert model ({ep}) x pipeline ({pp}) parallel "
-            f"sizes make {etp * ep * pp}, which does not divide the number of processes, "
-            f"{world_size}: start a multiple of it, or choose smaller sizes"
-        )
+    layout = layout_of(parallel)
+    layouts.check_layout(layout, layouts.extents_of(settings.model, world_size))
+    tp = layout.tensor_model_parallel_size
     if tp > 1 and parallel.sequence_parallel is False:
         raise ValueError(
             f"parallel.sequence_parallel=false with tensor_model_parallel_size={tp}: Megatron "
@@ -60,29 +56,25 @@ def check_layout(settings: Settings, world_size: int) -> None:
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true"
         )
     _check_batch(settings, world_size)
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    if vpp is not None and pp == 1:
-        raise ValueError(
-            f"parallel.virtual_pipeline_model_parallel_size={vpp} needs "
-            "parallel.pipeline_model_parallel_size > 1"
-        )
-    if vpp is not None and num_microbatches(settings, world_size) % pp:
+    pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    count = num_microbatches(settings, world_size)
+    if vpp is not None and count % pp:
         raise ValueError(
             f"parallel.virtual_pipeline_model_parallel_size={vpp}: the interleaved schedule needs "
-            f"a number of micro-batches ({num_microbatches(settings, world_size)}) that is a "
-            f"multiple of pipeline_model_parallel_size ({pp}); change train.global_batch_size or "
+            f"a number of micro-batches ({count}) that is a multiple of "
+            f"pipeline_model_parallel_size ({pp}); change train.global_batch_size or "
             "train.micro_batch_size"
         )
 
 
+def layout_of(parallel: ParallelSettings) -> Layout:
+    """The sizes among the settings of section `parallel`."""
+    return Layout(**{f.name: getattr(parallel, f.name) for f in fields(Layout)})
+
+
 def smallest_world_size(settings: Settings) -> int:
     """The fewest processes that hold the layout."""
-    parallel = settings.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    etp = parallel.expert_tensor_parallel_size or tp
-    return math.lcm(
-        tp * pp * parallel.context_parallel_size, etp * pp * parallel.expert_model_parallel_size
-    )
+    return layout_of(settings.parallel).world_multiple
 
 
 def data_parallel_size(settings: Settings, world_size: int) -> int:

@@ -33,6 +33,9 @@ REFUSED = [
         {"num_moe_experts": 47, "expert_model_parallel_size": 2},
         ["num_moe_experts=47", "expert_model_parallel_size=2", "1, 47"],
     ),
+    ({"tensor_model_parallel_size": 3}, ["num_attention_heads=4", "=3", "1, 2, 4"]),
+    ({"pipeline_model_parallel_size": 3}, ["num_layers=2", "=3", "1, 2"]),
+    ({"sequence_parallel": True}, ["sequence_parallel=True", "tensor_model_parallel_size=1"]),
     (
         {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
         ["moe_router_num_groups=2", "num_moe_experts=7"],

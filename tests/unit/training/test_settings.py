@@ -153,7 +153,7 @@ def test_weights_must_be_positive():
     ("world_size", "layout", "train", "expected"),
     [
         (3, {"tensor_model_parallel_size": 2}, {}, "does not divide the number of processes, 3"),
-        (4, {"expert_model_parallel_size": 3}, {}, r"expert model \(3\)"),
+        (4, {"expert_model_parallel_size": 3}, {}, r"expert_model_parallel_size \(3\)"),
         (
             4,
             {"tensor_model_parallel_size": 2, "sequence_parallel": False},
@@ -163,6 +163,7 @@ def test_weights_must_be_positive():
         (1, {"overlap_param_gather": True}, {}, "use_distributed_optimizer=true"),
         (2, {}, {"global_batch_size": 6, "micro_batch_size": 2}, "global_batch_size=6"),
         (1, {"virtual_pipeline_model_parallel_size": 2}, {}, "pipeline_model_parallel_size > 1"),
+        (8, {"expert_model_parallel_size": 8}, {}, r"num_moe_experts=63.*legal sizes are 1, 3, 7,"),
         (
             2,
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
@@ -172,7 +173,7 @@ def test_weights_must_be_positive():
     ],
 )
 def test_layouts_that_cannot_be_are_named(world_size, layout, train, expected):
-    settings = Settings()
+    settings = Settings(model={"num_moe_experts": 63})
     for section, values in ((settings.parallel, layout), (settings.train, train)):
         for name, value in values.items():
             setattr(section, name, value)

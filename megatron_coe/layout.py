@@ -1,0 +1,248 @@
+"""Parallel layouts: which sizes a model and a number of processes allow, and the nearest that fit.
+
+Plain arithmetic over Megatron's field names, so that a mistake is answered before Megatron is
+imported or a process group made. One rule per line of `RULES`; whoever ranks layouts asks the same
+ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, product
+
+_LISTED = 12  # legal sizes that a message names at most
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups; the names of Megatron's `ModelParallelConfig`."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """None: as `tensor_model_parallel_size`."""
+
+    @property
+    def expert_tp(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def dense_ranks(self) -> int:
+        """Processes that share one copy of a sequence's work: TP x CP x PP."""
+        return (
+            self.tensor_model_parallel_size
+            * self.context_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+    @property
+    def expert_ranks(self) -> int:
+        """Processes that share one copy of the experts: ETP x EP x PP."""
+        return self.expert_tp * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def world_multiple(self) -> int:
+        """The fewest processes that hold the layout; every legal number is a multiple."""
+        return math.lcm(self.dense_ranks, self.expert_ranks)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What a sequence's length must be a multiple of: two chunks per context-parallel rank
+        (they balance causal attention), and sequence parallelism cuts each rank's part again."""
+        tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
+        return math.lcm(2 * cp if cp > 1 else 1, tp * cp)
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What a layout has to divide. None: not known, or divided in a way of the user's own."""
+
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    ffn_hidden_size: int | None = None
+    seq_length: int | None = None
+    world_size: int | None = None
+
+
+def extents_of(model: Mapping[str, object], world_size: int | None = None) -> Extents:
+    """What is known of a model, by the names of its configuration's fields."""
+    known = {f.name: model.get(f.name) for f in fields(Extents)}
+    sizes = {name: value for name, value in known.items() if type(value) is int and value > 0}
+    if any(model.get(name) for name in _UNEVEN_STAGES):
+        sizes.pop("num_layers", None)
+    frequency = model.get("moe_layer_freq", 1)
+    if frequency == 1 or (isinstance(frequency, list) and all(frequency)):
+        sizes.pop("ffn_hidden_size", None)  # there is no dense layer
+    return Extents(**sizes | {"world_size": world_size})
+
+
+# Megatron's ways to give pipeline stages different numbers of layers; it checks them itself.
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`extent` must be a multiple of what the layout's `sizes` make together."""
+
+    extent: str
+    sizes: tuple[str, ...]
+    multiple: Callable[[Layout], int]
+
+    def broken_by(self, layout: Layout, extents: Extents) -> bool:
+        extent = getattr(extents, self.extent)
+        return extent is not None and extent % self.multiple(layout) != 0
+
+    def complaint(self, layout: Layout, extents: Extents) -> str:
+        extent, multiple = getattr(extents, self.extent), self.multiple(layout)
+        values = {name: getattr(layout, name) for name in self.sizes}
+        if "expert_tensor_parallel_size" in values:
+            values["expert_tensor_parallel_size"] = layout.expert_tp
+        named = " x ".join(f"{name} ({size})" for name, size in values.items() if size)
+        if self.extent == "world_size":
+            return (
+                f"{named} make {multiple}, which does not divide the number of processes, "
+                f"{extent}: start {_around(extent, layout.world_multiple)} processes"
+            )
+        if self.extent == "seq_length":
+            return (
+                f"seq_length={extent} with {named} is not a multiple of {multiple}: "
+                f"{_around(extent, multiple)} are"
+            )
+        if len(self.sizes) > 1:
+            return f"{self.extent}={extent} is not divisible by {named} = {multiple}"
+        (name,) = self.sizes
+        return (
+            f"{self.extent}={extent} is not divisible by {name}={multiple}: legal sizes are "
+            f"{_listed(divisors(extent))} (and {self.extent}={_around(extent, multiple)} would do)"
+        )
+
+
+_TP, _PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+_VPP, _CP = "virtual_pipeline_model_parallel_size", "context_parallel_size"
+_EP, _ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+
+RULES = (
+    Rule("num_attention_heads", (_TP,), lambda layout: layout.tensor_model_parallel_size),
+    Rule("num_query_groups", (_TP,), lambda layout: layout.tensor_model_parallel_size),
+    Rule("ffn_hidden_size", (_TP,), lambda layout: layout.tensor_model_parallel_size),
+    Rule(
+        "moe_shared_expert_intermediate_size",
+        (_TP,),
+        lambda layout: layout.tensor_model_parallel_size,
+    ),
+    Rule("num_moe_experts", (_EP,), lambda layout: layout.expert_model_parallel_size),
+    Rule("moe_ffn_hidden_size", (_ETP,), lambda layout: layout.expert_tp),
+    Rule("num_layers", (_PP,), lambda layout: layout.pipeline_model_parallel_size),
+    Rule(
+        "num_layers",
+        (_PP, _VPP),
+        lambda layout: (
+            layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size or 1)
+        ),
+    ),
+    Rule("seq_length", (_TP, _CP), lambda layout: layout.sequence_multiple),
+    Rule("world_size", (_TP, _PP, _CP), lambda layout: layout.dense_ranks),
+    Rule("world_size", (_ETP, _EP, _PP), lambda layout: layout.expert_ranks),
+)
+
+
+def complaint(layout: Layout, extents: Extents) -> str | None:
+    """The first rule that the layout breaks, in words that name the values; None if it is legal."""
+    vpp, pp = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
+    if vpp is not None and pp == 1:
+        return f"{_VPP}={vpp} needs pipeline_model_parallel_size > 1"
+    if vpp == 1:
+        return f"{_VPP}=1 is the plain schedule: leave it out"
+    for rule in RULES:
+        if rule.broken_by(layout, extents):
+            return rule.complaint(layout, extents)
+    return None
+
+
+def check_layout(layout: Layout, extents: Extents) -> None:
+    """Raise ValueError for a layout that cannot be, with its values and the nearest legal one."""
+    words = complaint(layout, extents)
+    if words is None:
+        return
+    near = nearest_legal(layout, extents)
+    hint = f". The nearest legal layout has {_changes(layout, near)}" if near else ""
+    raise ValueError(f"{words}{hint}.")
+
+
+def nearest_legal(layout: Layout, extents: Extents) -> Layout | None:
+    """The legal layout that changes the fewest sizes, and these by the smallest factors."""
+    candidates = {name: _candidates(name, layout, extents) for name in _NAMES}
+    for count in range(1, len(_NAMES) + 1):
+        legal = [
+            changed
+            for names in combinations(_NAMES, count)
+            for values in product(*(candidates[name] for name in names))
+            if not complaint(
+                changed := replace(layout, **dict(zip(names, values, strict=True))), extents
+            )
+        ]
+        if legal:
+            return min(legal, key=lambda other: _distance(layout, other))
+    return None
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*low, *(number // size for size in low)})
+
+
+_NAMES = tuple(f.name for f in fields(Layout))
+
+
+def _candidates(name: str, layout: Layout, extents: Extents) -> list[int | None]:
+    """Sizes worth trying: what divides everything that this size alone has to divide."""
+    bounds = [
+        getattr(extents, rule.extent)
+        for rule in RULES
+        if name in rule.sizes and getattr(extents, rule.extent) is not None
+    ]
+    sizes: list[int | None] = list(divisors(math.gcd(*bounds))) if bounds else [1]
+    if name in (_VPP, _ETP):
+        sizes = [None, *sizes[1:]] if name == _VPP else [None, *sizes]
+    return [size for size in sizes if size != getattr(layout, name)]
+
+
+def _distance(layout: Layout, other: Layout) -> float:
+    pairs = [(getattr(layout, name) or 1, getattr(other, name) or 1) for name in _NAMES]
+    return sum(abs(math.log(a / b)) for a, b in pairs)
+
+
+def _changes(layout: Layout, other: Layout) -> str:
+    changed: Iterator[str] = (
+        f"{name}={'null' if getattr(other, name) is None else getattr(other, name)}"
+        for name in _NAMES
+        if getattr(other, name) != getattr(layout, name)
+    )
+    return ", ".join(changed)
+
+
+def _around(number: int, multiple: int) -> str:
+    """The multiples just below and above a number that is none."""
+    below = number // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+def _listed(sizes: list[int]) -> str:
+    shown = sizes if len(sizes) <= _LISTED else [*sizes[:_LISTED], "…"]
+    return ", ".join(map(str, shown))
