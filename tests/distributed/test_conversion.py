@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_coe.conversion.hf import STEP_0, from_hf, to_hf
+from megatron_coe.conversion.hf import from_hf, to_hf
+from megatron_coe.conversion.model import STEP_0
 from megatron_coe.training.checkpoint import (
     CONFIG_FILE,
     Progress,

@@ -1,0 +1,47 @@
+"""Folders that appear when they are whole, and the JSON in them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_coe.conversion.config import Config
+from megatron_coe.data.files import partial_path
+
+HF_CONFIG = "config.json"
+
+
+def check_absent(folder: Path) -> None:
+    """Raises: ValueError if there is something that would be overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: give a new folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that gets its name on success and is removed on any failure."""
+    partial = partial_path(folder)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json(path: Path) -> Config:
+    """Raises: ValueError for a file that is no JSON, or no object; OSError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold an object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
