@@ -1,4 +1,5 @@
-# make quickstart   from nothing to a trained Chain-of-Experts model and its loss curve, in runs/quickstart
+# make quickstart   from nothing to a trained Chain-of-Experts model, its loss curve, its Hugging Face
+#                   folder and some of its answers, in runs/quickstart
 # make test         the fast tests           make test-all      the slow ones too
 # make lint         style                    make test-mutants  does the suite catch planted faults?
 # make test-gpu     what only a GPU can show
@@ -26,8 +27,8 @@ DATA := $(RUN)/data
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
 
-$(VENV)/.installed-run: EXTRAS = data,plot
-$(VENV)/.installed-test: EXTRAS = data,plot,test
+$(VENV)/.installed-quickstart: EXTRAS = data,hf,plot
+$(VENV)/.installed-test: EXTRAS = data,hf,plot,test
 $(VENV)/.installed-%: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	@# A torch that is there already (--system-site-packages) is kept, whatever its version.
@@ -43,7 +44,7 @@ $(VENV)/.installed-%: setup.py constraints.txt
 # checkpoint; one that is done is only drawn again.
 
 QA := --qa-keys query response
-INSTALLED := $(VENV)/.installed-run
+INSTALLED := $(VENV)/.installed-quickstart
 
 $(DATA)/train.jsonl: | $(INSTALLED)
 	$(PY) tools/make_corpus.py --output-dir $(DATA)
@@ -59,10 +60,19 @@ $(RUN)/.trained: examples/quickstart.yaml $(DATA)/train.idx $(DATA)/valid.idx | 
 	$(PY) pretrain_coe.py --config $< $(OVERRIDES)
 	@touch $@
 
-quickstart: $(RUN)/.trained
+$(RUN)/hf/config.json: $(RUN)/.trained | $(INSTALLED)
+	@rm -rf $(RUN)/hf
+	$(PY) tools/convert_checkpoint.py to-hf --load $(RUN)/checkpoints --save $(RUN)/hf
+
+$(RUN)/answers.txt: $(RUN)/hf/config.json $(DATA)/valid.idx | $(INSTALLED)
+	$(PY) tools/generate.py --load $(RUN)/hf --input $(DATA)/valid.jsonl $(QA) --samples 4 > $@
+
+quickstart: $(RUN)/answers.txt
 	$(PY) tools/plot_curves.py $(RUN)/metrics.jsonl --output $(RUN)/loss.png \
 	    --title "CoE-2 of examples/quickstart.yaml"
-	@echo "In $(RUN): loss.png, metrics.jsonl, tensorboard/, checkpoints/, data/"
+	@echo "Held-out questions, what the model answers and the true answers ($<):"
+	@cat $<
+	@echo "In $(RUN): hf/, answers.txt, loss.png, metrics.jsonl, tensorboard/, checkpoints/, data/"
 
 clean-quickstart:
 	rm -rf $(RUN)

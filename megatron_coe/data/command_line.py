@@ -16,13 +16,19 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say where texts come from; `fields_of` reads them."""
-    parser.add_argument(
+def add_text_arguments(
+    parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup | None = None
+) -> None:
+    """Options that say where texts come from; `fields_of` reads them.
+
+    Args:
+        source: `--input` is one of these; None: it must be given.
+    """
+    (source or parser).add_argument(
         "--input",
         type=Path,
         nargs="+",
-        required=True,
+        required=source is None,
         metavar="FILE",
         help=".jsonl, .jsonl.gz, .parquet, or .txt with one text per line",
     )
@@ -48,8 +54,12 @@ def fields_of(options: argparse.Namespace) -> Fields:
     return Fields(tuple(options.json_keys or ["text"]))
 
 
-def run(main: Callable[[], None]) -> int:
-    """The exit status of `main`: 2 after an error of the user's or the disk's, told in one line."""
+def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was written") -> int:
+    """The exit status of `main`: 2 after an error of the user's or the disk's, told in one line.
+
+    Args:
+        interrupted: what is told after Ctrl-C or SIGTERM.
+    """
     signal.signal(signal.SIGTERM, _terminate)
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     try:
@@ -58,7 +68,7 @@ def run(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return INTERRUPTED
     return 0
 

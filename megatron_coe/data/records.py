@@ -9,8 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,15 +60,19 @@ class Fields:
 
         Raises: RecordError when the record is broken.
         """
+        values = self.values(raw, plain=plain)
+        if self.question_answer:
+            question, answer = values
+            return (f"{question_prompt(question)} {answer}",)
+        return values
+
+    def values(self, raw: RawRecord, *, plain: bool = False) -> tuple[str, ...]:
+        """What stands under each key of one record; arguments and errors as in `texts`."""
         if plain:
             return (_decode(raw.rstrip(b"\r\n")),)
         if isinstance(raw, bytes):
-            values = self._from_json(_decode(raw))
-        else:
-            values = tuple(self._from_cell(*cell) for cell in zip(self.keys, raw, strict=True))
-        if self.question_answer:
-            return ("query : {} response : {}".format(*values),)
-        return values
+            return self._from_json(_decode(raw))
+        return tuple(self._from_cell(*cell) for cell in zip(self.keys, raw, strict=True))
 
     def _from_json(self, line: str) -> tuple[str, ...]:
         try:
@@ -89,6 +94,14 @@ class Fields:
         if value is None:
             raise RecordError(f"column {key!r} is null, not a string")
         return _decode(value)
+
+
+def question_prompt(question: str) -> str:
+    """How the text of a question and its answer begins: what a model is to continue.
+
+    The space before the answer is not in it: tokenizers make it part of the answer's first word.
+    """
+    return f"query : {question} response :"
 
 
 @dataclass(frozen=True)
@@ -144,12 +157,23 @@ def read_texts(paths: Sequence[Path], fields: Fields) -> Iterator[str]:
 
     Raises: ValueError with file and line number at the first broken record.
     """
+    return chain.from_iterable(_read(paths, fields, fields.texts))
+
+
+def read_values(paths: Sequence[Path], fields: Fields) -> Iterator[tuple[str, ...]]:
+    """What stands under the keys of each record of several files; errors as in `read_texts`."""
+    return _read(paths, fields, fields.values)
+
+
+def _read(
+    paths: Sequence[Path], fields: Fields, parse: Callable[..., tuple[str, ...]]
+) -> Iterator[tuple[str, ...]]:
     for chunk in read_chunks(paths, fields):
         for offset, record in enumerate(chunk.records):
             if is_blank(record):
                 continue
             try:
-                yield from fields.texts(record, plain=chunk.plain)
+                yield parse(record, plain=chunk.plain)
             except RecordError as error:
                 raise ValueError(f"{chunk.place(offset)}: {error}") from error
 

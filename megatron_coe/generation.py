@@ -1,0 +1,249 @@
+"""Text from a model, token by token: a Hugging Face folder, or a training checkpoint.
+
+A checkpoint is exported into a temporary folder, which is gone as soon as the model is in memory.
+transformers does the rest; a chain of experts runs by this package's own classes (`hf`), without
+remote code. Axis letters: S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import megatron_coe.hf  # noqa: F401 - makes the model known to the Auto classes
+from megatron_coe.data.tokenizer import HuggingFaceTokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest one, unless a field other than the first is set.
+
+    Args:
+        max_new_tokens: at most so many, and no more than the model has positions for.
+        temperature: divides the logits; 0 takes the likeliest. None: 1 if `top_k` or `top_p` is
+            set, else 0.
+        top_k: choose among so many of the likeliest; None: among all.
+        top_p: choose among the likeliest that together have this probability; None: among all.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1 is needed")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: give 0 (the likeliest) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: at least 1 is needed")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: give a probability above 0 and up to 1")
+
+    def arguments(self) -> dict[str, bool | int | float]:
+        """For `generate`; every one is named, so that none comes from the folder's own defaults."""
+        narrowed = self.top_k is not None or self.top_p is not None
+        temperature = float(narrowed) if self.temperature is None else self.temperature
+        if temperature == 0:
+            return {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        return {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_k": self.top_k or 0,  # 0: all
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+        }
+
+
+@dataclass(frozen=True)
+class TextGenerator:
+    """A model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def stream(self, prompt: Tensor, sampling: Sampling, write: Callable[[str], object]) -> None:
+        """Continue a prompt, ids [S], and hand on each piece of text as soon as it is known."""
+        config, special = self.model.config, self.model.generation_config
+        room = _positions(config) - len(prompt)
+        padding = special.pad_token_id
+        ids = prompt[None].to(self.model.device)
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=_Pieces(self.tokenizer, write),
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            pad_token_id=0 if padding is None else padding,  # one sequence is never padded
+            **sampling.arguments(),
+        )
+
+
+def load(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> tuple[TextGenerator, list[Tensor]]:
+    """A model, and the ids [S] of each prompt, which are checked before any weight is read.
+
+    Args:
+        folder: of a Hugging Face model and its tokenizer, or a checkpoint `step_…`, or one that
+            holds such checkpoints: then the newest.
+        dtype: of the weights; None: as they are stored.
+        trust_remote_code: run the code that a Hugging Face folder of another family brings along.
+
+    Raises:
+        ValueError: the folder is of no such kind, has no tokenizer or is damaged, or a prompt is
+            empty or too long.
+        OSError: a file cannot be read, or the temporary folder (of TMPDIR) cannot be written.
+    """
+    if (folder / "config.json").is_file():
+        tokenizer, ids = _encode(folder, folder, prompts, trust_remote_code)
+        model = _load_model(folder, folder, dtype, trust_remote_code)
+        return TextGenerator(model.to(device), tokenizer), ids
+    if not (folder / "metadata.json").is_file() and not any(folder.glob("step_*/metadata.json")):
+        is_there = "is no model" if folder.is_dir() else "does not exist"
+        raise ValueError(
+            f"{folder} {is_there}: give a Hugging Face folder (with config.json), a training "
+            "checkpoint (step_…), or a folder of checkpoints"
+        )
+    from megatron_coe.conversion import hf  # imports Megatron, which takes seconds
+
+    with TemporaryDirectory(prefix="megatron_coe-") as temporary:
+        described, exported = Path(temporary, "description"), Path(temporary, "model")
+        described.mkdir()
+        hf.describe(folder, described)
+        tokenizer, ids = _encode(described, folder, prompts)
+        hf.to_hf(folder, exported)
+        model = _load_model(exported, folder, dtype)
+        return TextGenerator(model.to(device), tokenizer), ids
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one.
+
+    Raises: ValueError for a device that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device={name} cannot be used ({_first_line(error)})") from error
+
+
+class _Pieces(BaseStreamer):
+    """Ids to text, piece by piece; the pieces together are the text of all.
+
+    transformers' TextStreamer waits for whole words and starts afresh after each line, where
+    tokenizers with a mark for spaces lose the first one. Here a window of ids is decoded with and
+    without the new ones, and the difference is the new text, once it ends in no half character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._ids: list[int] = []
+        self._start = self._told = 0  # the window; up to where its text has been handed on
+
+    def put(self, value: Tensor) -> None:
+        """The prompt's ids first, [1, S]; then every new one, [1]."""
+        prompt = not self._ids
+        self._ids += value.flatten().tolist()
+        if prompt:
+            self._told = len(self._ids)
+        else:
+            self._tell(whole=False)
+
+    def end(self) -> None:
+        self._tell(whole=True)
+
+    def _tell(self, whole: bool) -> None:
+        before = self._decode(self._ids[self._start : self._told])
+        text = self._decode(self._ids[self._start :])
+        if len(text) > len(before) and (whole or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+            self._write(text[len(before) :])
+            self._start, self._told = self._told, len(self._ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def _encode(
+    folder: Path, named: Path, prompts: Sequence[str], trust_remote_code: bool = False
+) -> tuple[PreTrainedTokenizerBase, list[Tensor]]:
+    """A folder's tokenizer and the prompts' ids; errors call the folder `named`."""
+    files = HuggingFaceTokenizer.FILES
+    if not any((folder / name).is_file() for name in files):
+        raise ValueError(f"{named} has no tokenizer (none of {', '.join(files)})")
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(str(folder), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    except Exception as error:  # whatever the files make their parsers raise
+        raise ValueError(f"{named} cannot be loaded ({_first_line(error)})") from error
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        ids = torch.tensor(tokenizer.encode(prompt), dtype=torch.long) if prompt else torch.empty(0)
+        if not len(ids):
+            raise ValueError(f"prompt {number} is empty")
+        if len(ids) >= _positions(config):
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens: with max_position_embeddings="
+                f"{_positions(config)} it must have fewer"
+            )
+        if ids.max() >= config.vocab_size:
+            raise ValueError(
+                f"prompt {number} has the token id {ids.max()}, but {named} has vocab_size="
+                f"{config.vocab_size}: the tokenizer is of another model"
+            )
+        encoded.append(ids)
+    return tokenizer, encoded
+
+
+def _load_model(
+    folder: Path, named: Path, dtype: torch.dtype | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A folder's model in evaluation mode, with all its weights; errors call the folder `named`."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise ValueError(f"{named} cannot be loaded ({_first_line(error)})") from error
+    for problem in ("missing", "mismatched"):  # transformers would fill these in at random
+        if names := sorted(map(str, report[f"{problem}_keys"])):
+            raise ValueError(f"{named}: {len(names)} {problem} weights, such as {names[0]}")
+    return model.eval()
+
+
+def _positions(config: AutoConfig) -> int:
+    """How many tokens a sequence may have; a model that does not say takes any number."""
+    return getattr(config, "max_position_embeddings", None) or 1 << 62
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
