@@ -3,10 +3,13 @@
 The one-rank run saves its start; each layout loads that and trains two steps on the same global
 batch. The second step's loss and the gradient norms tell whether gradients were right: among others
 for TP=2 with EP=1, where Megatron's own experts miss the sum over tensor-parallel ranks, and for
-MLA under TP=2, where its keys miss another.
+MLA under TP=2, where its keys miss another. Upcycled chains have a start of their own, and their
+gates' gradients are compared one by one.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,30 +34,56 @@ LAYOUTS = {
         "overlap": True,
     },
     "recompute": {"recompute": True},
+    "upcycled_tp2_sp": {"upcycled": True, "tensor": 2},
+    "upcycled_tp2_sp_ep2": {"upcycled": True, "tensor": 2, "expert": 2},
+    "upcycled_ep2": {"upcycled": True, "expert": 2},
+    "upcycled_pp2": {"upcycled": True, "pipeline": 2},
+    "upcycled_dp2_distributed_optimizer": {"upcycled": True, "distributed_optimizer": True},
 }
+REFERENCES = {"plain": {"saves": True}, "upcycled": {"saves": True, "upcycled": True}}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     start = str(tmp_path_factory.mktemp("start"))
     function = "tests.distributed.test_layouts:train_layouts"
-    (reference,) = launch(function, 1, start, {"reference": {"saves": True}})
+    (references,) = launch(function, 1, start, REFERENCES)
     ranks = launch(function, 2, start, LAYOUTS)
-    return reference["reference"], ranks
+    return references, ranks
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_like_one_rank(runs, name):
-    reference, ranks = runs
+    references, ranks = runs
+    reference = references["upcycled" if LAYOUTS[name].get("upcycled") else "plain"]
     # The last pipeline stage has the losses; the other reports none.
-    losses, norms = ranks[-1][name]
+    losses, norms, _ = ranks[-1][name]
     assert len(losses) == 2 and reference[0][1] < reference[0][0]
     for got, want in zip(losses + norms, reference[0] + reference[1], strict=True):
         assert got == pytest.approx(want, rel=2e-5)
 
 
+# With the distributed optimizer a rank has its part of the sum only; there, the norms tell.
+GATED = [n for n, x in LAYOUTS.items() if x.get("upcycled") and not x.get("distributed_optimizer")]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_the_gates_of_an_upcycled_chain_have_the_gradient_of_one_rank(runs, name):
+    references, ranks = runs
+    expected = references["upcycled"][2]
+    assert len(expected) == LAYERS
+    gradients = {}
+    for rank in ranks:
+        for layer, gradient in rank[name][2].items():
+            assert gradient == pytest.approx(gradients.setdefault(layer, gradient), rel=1e-6)
+    assert gradients.keys() == expected.keys()
+    for layer, gradient in gradients.items():
+        error = torch.tensor(gradient) - torch.tensor(expected[layer])
+        assert error.abs().max() < 1e-5 * torch.tensor(expected[layer]).abs().max()
+
+
 def train_layouts(start: str, layouts: dict) -> dict:
-    """{layout: (losses, gradient norms)} of two training steps from the saved start."""
+    """{layout: (losses, gradient norms, gates' gradients)} of two steps from the saved start."""
     from megatron.core import parallel_state
 
     results = {}
@@ -65,12 +94,13 @@ def train_layouts(start: str, layouts: dict) -> dict:
             expert_model_parallel_size=layout.get("expert", 1),
             expert_tensor_parallel_size=layout.get("expert_tensor", 1),
         )
-        results[name] = _train(start, layout)
+        kind = "upcycled" if layout.get("upcycled") else "plain"
+        results[name] = _train(f"{start}/{kind}", layout)
         parallel_state.destroy_model_parallel()
     return results
 
 
-def _train(start: str, layout: dict) -> tuple[list[float], list[float]]:
+def _train(start: str, layout: dict) -> tuple[list[float], list[float], dict[int, list[float]]]:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -86,6 +116,10 @@ def _train(start: str, layout: dict) -> tuple[list[float], list[float]]:
     model = config.provide()
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     if layout.get("saves"):
+        Path(start).mkdir()
+        for number, gate in _gates(model).items():
+            generator = torch.Generator().manual_seed(number)
+            gate.data.copy_(torch.randn(gate.shape, generator=generator))
         dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), start)
     model.load_state_dict(
         dist_checkpointing.load(model.sharded_state_dict(metadata=metadata), start)
@@ -115,7 +149,7 @@ def _train(start: str, layout: dict) -> tuple[list[float], list[float]]:
     config.no_sync_func = model.no_sync if overlap else None
 
     replicas = parallel_state.get_data_parallel_world_size()
-    losses, norms = [], []
+    losses, norms, gradients = [], [], {}
     for _ in range(2):
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -128,13 +162,23 @@ def _train(start: str, layout: dict) -> tuple[list[float], list[float]]:
             micro_batch_size=1,
             forward_only=False,
         )
+        gradients = gradients or {n: g.main_grad.tolist() for n, g in _gates(model.module).items()}
         _, norm, _ = optimizer.step()
         norms.append(float(norm))
         if reported:
             total = torch.stack([r["loss"] for r in reported]).sum()
             torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
             losses.append(total.item() / BATCH)
-    return losses, norms
+    return losses, norms, gradients
+
+
+def _gates(model) -> dict[int, torch.nn.Parameter]:
+    """The gate of an upcycled chain's second iteration, by the layer's number."""
+    return {
+        layer.layer_number: layer.mlp.coe_weights["1"]
+        for layer in model.decoder.layers
+        if layer.mlp.config.coe_upcycled
+    }
 
 
 def _config(layout: dict):
@@ -147,6 +191,8 @@ def _config(layout: dict):
     }
     return CoEModelProvider(
         coe_iterations=2,
+        coe_upcycled=layout.get("upcycled", False),
+        coe_residual="outer" if layout.get("upcycled") else "inner",
         num_layers=LAYERS,
         hidden_size=32,
         num_attention_heads=4,
