@@ -9,6 +9,7 @@ ROUTER = "megatron_coe/moe/router.py"
 EXPERTS = "megatron_coe/moe/experts.py"
 SPECS = "megatron_coe/specs.py"
 CONFIG = "megatron_coe/config.py"
+UPCYCLE = "megatron_coe/conversion/upcycle.py"
 HF_MODEL = "megatron_coe/hf/modeling_coe.py"
 DATASETS = "megatron_coe/data/datasets.py"
 OBJECTIVE = "megatron_coe/training/objective.py"
@@ -20,6 +21,8 @@ OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/un
 OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
 OF_SETUP = ("tests/unit/training/test_setup.py",)
+OF_LAYOUTS = ("tests/distributed/test_layouts.py",)
+OF_UPCYCLE = ("tests/unit/conversion/test_upcycle.py",)
 OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
 OF_DATA = ("tests/unit/data/test_datasets.py",)
 
@@ -127,6 +130,34 @@ FAULTS = [
         'if residual in ("inner", "inner_outer"):',
         'if residual == "inner":',
         OF_LAYER,
+    ),
+    Fault(
+        "upcycled: the first iteration is gated too",
+        LAYER,
+        "if upcycled and t > 0:",
+        "if upcycled:",
+        OF_LAYER,
+    ),
+    Fault(
+        "upcycled: gates start open",
+        LAYER,
+        "torch.zeros(config.hidden_size",
+        "torch.ones(config.hidden_size",
+        OF_LAYER,
+    ),
+    Fault(
+        "upcycled: gates miss the other ranks' part of the sequence",
+        LAYER,
+        "gate.sequence_parallel = config.sequence_parallel",
+        "gate.sequence_parallel = False",
+        OF_LAYOUTS,
+    ),
+    Fault(
+        "upcycled: routers' biases stay behind",
+        UPCYCLE,
+        r'r"\.router\.\d+\.", ".router."',
+        r'r"\.router\.\d+\.weight", ".router.weight"',
+        OF_UPCYCLE,
     ),
     Fault(
         "router reads x(0) in every iteration",

@@ -50,7 +50,7 @@ def megatron_logits(step: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
     get_moe_layer_wise_logging_tracker().clear()
     settings = load_settings(step / CONFIG_FILE)
     trainer = make_trainer(settings, device)
-    assert load_checkpoint(step, trainer.trainee).step == 0
+    assert load_checkpoint(step, trainer.trainee).step == int(step.name.removeprefix("step_"))
     (model,) = trainer.trainee.chunks
     positions = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
     with torch.no_grad():

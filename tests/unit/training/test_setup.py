@@ -49,13 +49,13 @@ def test_a_run_too_short_to_warm_up_starts_at_full_rate(single_rank):
 
 @pytest.mark.parametrize("everything", [True, False])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_weight_decay_reaches_every_parameter_or_spares_the_norms(
+def test_weight_decay_reaches_every_parameter_or_spares_norms_and_gates(
     single_rank, everything, distributed
 ):
     """Gradients of zero leave AdamW only the decay: a weight shrinks by lr * weight_decay."""
     lr, decay = 0.5, 0.25
     settings = make_settings(
-        model={"num_layers": 1},
+        model={"num_layers": 1, "coe_upcycled": True, "coe_residual": "outer"},
         train={
             "lr": lr,
             "weight_decay": decay,
@@ -65,15 +65,18 @@ def test_weight_decay_reaches_every_parameter_or_spares_the_norms(
         parallel={"use_distributed_optimizer": distributed},
     )
     trainer = make_trainer(settings, single_rank)
-    before = weights(trainer)
     for chunk in trainer.trainee.chunks:
         chunk.zero_grad_buffer()
+        gate = chunk.module.decoder.layers[0].mlp.coe_weights["1"]
+        gate.data.fill_(0.5)  # it starts at zero, which cannot decay
+    trainer.trainee.optimizer.reload_model_params()
+    before = weights(trainer)
     trainer.trainee.optimizer.step()
     after = weights(trainer)
     spared = {name for name in before if torch.equal(before[name], after[name])}
-    norms = {name for name in before if "norm" in name}
-    assert len(norms) == 4  # two of the layer, the latent one of attention, the final one
-    assert spared == (set() if everything else norms)
+    vectors = {name for name in before if "norm" in name or "coe_weights" in name}
+    assert len(vectors) == 5  # norms: two of the layer, the latent one, the final one; one gate
+    assert spared == (set() if everything else vectors)
     for name in before.keys() - spared:
         torch.testing.assert_close(after[name], before[name] * (1 - lr * decay))
 
