@@ -343,17 +343,31 @@ def test_one_iteration_outside_is_transformers_deepseek_v2(kind, tmp_path):
 # --- use ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+GENERATED = dict.fromkeys(KINDS, (3, 12)) | {"plain": (20, 64)}
+"""How many prompts of each model are continued by how many tokens; the long ones take seconds."""
+
+
+@pytest.mark.parametrize("kind", GENERATED)
 def test_generation_is_the_same_with_cache_without_it_and_padded(kind):
+    count, length = GENERATED[kind]
     model = small_model(**KINDS[kind])
-    prompts = [tokens(1, length, seed=length) for length in (3, 8, 5)]
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompts = [tokens(1, 3 + 7 * number % 23, seed=100 + number) for number in range(count)]
+    settings = {
+        "max_new_tokens": length,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     alone = [model.generate(prompt, use_cache=False, **settings)[0] for prompt in prompts]
-    ids = torch.cat([F.pad(prompt, (8 - prompt.shape[1], 0)) for prompt in prompts])
-    mask = torch.cat([F.pad(torch.ones_like(p), (8 - p.shape[1], 0)) for p in prompts])
+    width = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.cat([F.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
+    ones = [torch.ones_like(prompt) for prompt in prompts]
+    mask = torch.cat([F.pad(row, (width - row.shape[1], 0)) for row in ones])
     together = model.generate(ids, attention_mask=mask, use_cache=True, **settings)
-    for padded, expected in zip(together, alone, strict=True):
+    for prompt, padded, expected in zip(prompts, together, alone, strict=True):
+        assert len(expected) == prompt.shape[1] + length
         assert padded[-len(expected) :].tolist() == expected.tolist()
+    assert len({tuple(row[-length:].tolist()) for row in alone}) == count  # prompts do matter
 
 
 @pytest.mark.parametrize("kind", KINDS)
