@@ -3,8 +3,10 @@
 # make test         the fast tests           make test-all      the slow ones too
 # make lint         style                    make test-mutants  does the suite catch planted faults?
 # make test-gpu     what only a GPU can show
+# make test-transformers-4    the Hugging Face side with the last transformers 4
+# make test-eval    exported models under lm_eval
 #
-# Every target makes its own environment in .venv first, once; later runs need no network.
+# Every target makes its environment first (.venv, the last two .venv-…), once; later runs need no network.
 #   PYTHON=python3.11                    the interpreter to make it with
 #   VENV_ARGS=--system-site-packages     use a torch that is installed already
 #   OVERRIDES="train.steps=50"           settings passed on to pretrain_coe.py by quickstart
@@ -12,6 +14,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_ARGS ?=
+UNPINNED ?= none
+PACKAGES ?=
 OVERRIDES ?=
 
 # Threads that wait for others sleep, instead of keeping busy a core that another process could use.
@@ -22,20 +26,21 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-all test-gpu test-mutants lint clean-quickstart
+.PHONY: quickstart test test-all test-gpu test-mutants test-transformers-4 test-eval lint clean-quickstart
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
 
 $(VENV)/.installed-quickstart: EXTRAS = data,hf,plot
 $(VENV)/.installed-test: EXTRAS = data,hf,plot,test
+$(VENV)/.installed-eval: EXTRAS = data,test,eval
 $(VENV)/.installed-%: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	@# A torch that is there already (--system-site-packages) is kept, whatever its version.
-	@$(PY) -c 'import torch' 2>/dev/null \
-	    && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt \
-	    || cp constraints.txt $(VENV)/constraints.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
+	@$(PY) -c 'import torch' 2>/dev/null && there=torch; \
+	    grep -vE "^($(UNPINNED)|$${there:-none})==" constraints.txt > $(VENV)/constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt \
+	    -e '.[$(EXTRAS)]' $(PACKAGES)
 	@touch $@
 
 # --- quickstart ----------------------------------------------------------------------------------
@@ -80,7 +85,7 @@ clean-quickstart:
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-mutants: export CUDA_VISIBLE_DEVICES :=
+test test-all test-mutants test-transformers-4 test-eval: export CUDA_VISIBLE_DEVICES :=
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -m "not slow and not gpu"
@@ -93,6 +98,17 @@ test-gpu: $(VENV)/.installed-test
 
 test-mutants: $(VENV)/.installed-test
 	$(PY) tests/mutants/run.py
+
+# Each in an environment of its own, beside the one that everything else uses.
+test-transformers-4:
+	$(MAKE) VENV=.venv-transformers-4 UNPINNED='transformers|tokenizers|huggingface-hub' \
+	    PACKAGES='transformers==4.57.*' .venv-transformers-4/.installed-test
+	.venv-transformers-4/bin/python -m pytest tests/unit/hf tests/unit/conversion \
+	    tests/functional/test_convert.py
+
+test-eval:
+	$(MAKE) VENV=.venv-eval .venv-eval/.installed-eval
+	.venv-eval/bin/python -m pytest tests/functional/test_evaluate.py
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .

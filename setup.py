@@ -26,6 +26,7 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "data": ["pyarrow", "reasoning-gym"],
         "hf": ["transformers>=4.57", "safetensors"],
+        "eval": ["lm_eval[hf]>=0.4.9", "transformers>=4.57", "pyarrow"],
         "plot": ["matplotlib"],
         "test": [
             "pytest",

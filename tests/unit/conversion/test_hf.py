@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -351,6 +352,8 @@ NATIVE = {
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_one_iteration_is_a_model_of_transformers(single_rank, tmp_path, name):
+    if transformers.__version__.startswith("4.") and "no yarn" not in name:
+        pytest.skip("the deepseek_v2 of transformers 4 leaves yarn's mscale out of attention")
     changes = {"coe_iterations": 1, "coe_residual": "outer", **NATIVE[name]}
     weights = write_random_model(tmp_path / "hf", seed=9, **changes)
     step = from_hf(tmp_path / "hf", tmp_path / "checkpoints")
