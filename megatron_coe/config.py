@@ -13,6 +13,7 @@ from megatron.core.utils import init_method_normal
 
 from megatron_coe import sizes
 from megatron_coe.layout import Layout, check_layout, extents_of
+from megatron_coe.versions import no_graph_scopes
 
 RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 """How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
@@ -102,7 +103,7 @@ class CoEConfig(MLATransformerConfig):
     moe_router_dtype: str | None = "fp32"
     moe_router_load_balancing_type: str | list[str] = "seq_aux_loss"
     moe_aux_loss_coeff: float | list[float] = 1e-3
-    cuda_graph_scope: str | list = field(default_factory=list)
+    cuda_graph_scope: str | list | None = field(default_factory=no_graph_scopes)
 
     def __post_init__(self) -> None:
         if isinstance(self.activation_func, str):
@@ -238,9 +239,10 @@ class CoEConfig(MLATransformerConfig):
             "moe_latent_size": "its projections stand outside the chain",
             "overlap_moe_expert_parallel_comm": "its schedule runs a single iteration of the layer",
             "moe_use_legacy_grouped_gemm": "the legacy grouped GEMM is deprecated by Megatron",
+            "mtp_use_repeated_layer": "its balance losses would count once per predicted token",
         }
         for name, reason in refused.items():
-            if getattr(self, name):
+            if getattr(self, name, None):  # one that a later Megatron has dropped is unset
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not supported by a CoE layer: {reason}. "
                     "Unset it."
@@ -255,14 +257,15 @@ class CoEConfig(MLATransformerConfig):
                 "moe_router_load_balancing_type='sinkhorn' is not supported by a CoE layer: choose "
                 "'seq_aux_loss', 'aux_loss', 'global_aux_loss' or 'none'."
             )
-        scopes = self.cuda_graph_scope
-        scopes = scopes.split(",") if isinstance(scopes, str) else scopes
-        scopes = {getattr(scope, "name", scope) for scope in scopes}
-        if self.coe_iterations > 1 and scopes & {"moe", "moe_router", "moe_preprocess"}:
-            raise ValueError(
-                f"cuda_graph_scope={self.cuda_graph_scope}: a graph of part of a MoE layer would "
-                "hold one iteration of several. Leave the moe scopes out."
-            )
+        for name in ("cuda_graph_scope", "cuda_graph_modules"):  # the later name of the former
+            scopes = getattr(self, name, None) or []
+            scopes = scopes.split(",") if isinstance(scopes, str) else scopes
+            scopes = {getattr(scope, "name", scope) for scope in scopes}
+            if self.coe_iterations > 1 and scopes & {"moe", "moe_router", "moe_preprocess"}:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: a graph of part of a MoE layer would hold one "
+                    "iteration of several. Leave the moe scopes out."
+                )
 
     def _check_rope(self) -> None:
         legal = ("rope", "yarn") if self.multi_latent_attention else ("rope",)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -18,10 +19,12 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_coe.backends.latent import LatentAttention
 from megatron_coe.backends.torch import TorchSpecProvider
 from megatron_coe.config import CoEConfig
 from megatron_coe.moe.layer import CoELayer, keep_chain_output
 from megatron_coe.moe.router import CoERouter, IterationRouters
+from megatron_coe.versions import experts_part, part_class, part_submodules, remade
 
 
 def get_coe_decoder_block_spec(
@@ -49,13 +52,14 @@ def get_coe_decoder_block_spec(
     )
     # Megatron repeats the same object: without this, layers would share one spec even now.
     block.layer_specs = [deepcopy(spec) for spec in block.layer_specs]
+    substitutes = {MLASelfAttention: LatentAttention}
     if not use_transformer_engine:
         rms_norm = config.normalization == "RMSNorm"
         substitutes = _local_substitutes(backend, rms_norm)
-        block.layer_specs = [_substitute(spec, substitutes) for spec in block.layer_specs]
         block.layer_norm = backend.layer_norm(rms_norm=rms_norm)
+    block.layer_specs = [_substitute(spec, substitutes) for spec in block.layer_specs]
     for spec in block.layer_specs:
-        if spec.submodules.mlp.module is MoELayer:
+        if part_class(spec.submodules.mlp) is MoELayer:
             _chain_experts(spec, config, backend, pg_collection)
     return block
 
@@ -67,13 +71,12 @@ def _chain_experts(
     pg_collection: ProcessGroupCollection | None,
 ) -> None:
     """Turn a decoder layer's MoE into a chain of experts, in place."""
-    layer, mlp = layer_spec.submodules, layer_spec.submodules.mlp
-    mlp.module = CoELayer
-    # TransformerLayer hands process groups to Megatron's own classes only.
-    mlp.params = {**(mlp.params or {}), "pg_collection": pg_collection}
-    mlp.submodules.router = IterationRouters if config.coe_independent_gate else CoERouter
-    module, submodules = backend.grouped_mlp_modules(config.moe_grouped_gemm, False)
-    mlp.submodules.experts = ModuleSpec(module=module, submodules=submodules)
+    layer = layer_spec.submodules
+    parts = part_submodules(layer.mlp)
+    parts.router = IterationRouters if config.coe_independent_gate else CoERouter
+    parts.experts = experts_part(backend.grouped_mlp_modules(config.moe_grouped_gemm))
+    # The 0.16 line hands process groups to Megatron's own classes only.
+    layer.mlp = remade(layer.mlp, CoELayer, pg_collection=pg_collection)
     layer.mlp_bda = get_bias_dropout_add if config.adds_stream else keep_chain_output
 
 
@@ -93,6 +96,9 @@ def _substitute(spec, substitutes: dict[type, type]):
     """Replace modules throughout a spec, in place, and return it (or a module's substitute)."""
     if isinstance(spec, type):
         return substitutes.get(spec, spec)
+    if isinstance(spec, partial):
+        keywords = {name: _substitute(value, substitutes) for name, value in spec.keywords.items()}
+        return partial(spec.func, *spec.args, **keywords)
     if is_dataclass(spec):
         for field in fields(spec):
             setattr(spec, field.name, _substitute(getattr(spec, field.name), substitutes))

@@ -1,4 +1,4 @@
-"""Mends of what Megatron-Core 0.16.1 gets wrong where Transformer Engine is absent, on any device.
+"""Mends of what Megatron-Core gets wrong where Transformer Engine is absent, on any device.
 
 Its modules each guess for themselves whether Transformer Engine and Apex are there, and some guess
 wrong: names stay undefined, or a package that happens to be called ``apex`` is taken for NVIDIA's.
@@ -78,6 +78,7 @@ _DECIDING = (
     "megatron.core.transformer.attention",
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.multi_latent_attention",
+    "megatron.core.transformer.multi_token_prediction",
     "megatron.core.transformer.transformer_block",
 )
 
@@ -92,10 +93,18 @@ def _megatron_modules() -> Iterator[types.ModuleType]:
 
 def _mend_have_te() -> None:
     """``multi_latent_attention`` imports only Megatron's wrappers, which import without Transformer
-    Engine (as ``None``), and concludes that it is there: ``isinstance(x, None)`` follows."""
+    Engine (as ``None``), and concludes that it is there: ``isinstance(x, None)`` follows. Later
+    versions ask in the same way whether a layer is one for inference, which is Transformer
+    Engine's."""
     for module in _megatron_modules():
         if getattr(module, "HAVE_TE", False):
             module.HAVE_TE = False
+        if hasattr(module, "is_inference_column_parallel_linear"):
+            module.is_inference_column_parallel_linear = _never
+
+
+def _never(module: object) -> bool:
+    return False
 
 
 def _mend_router_gemm() -> None:
@@ -109,8 +118,9 @@ def _mend_selective_recompute() -> None:
     Engine; only ``None`` means without."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     cls = random.CheckpointWithoutOutput
-    if cls.__init__.__defaults__ == (False,):
-        cls.__init__.__defaults__ = (None,)
+    fp8, *others = cls.__init__.__defaults__  # fp8 is the first parameter
+    if fp8 is False:
+        cls.__init__.__defaults__ = (None, *others)
 
 
 def _mend_distributed_optimizer_load() -> None:

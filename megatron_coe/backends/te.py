@@ -7,7 +7,8 @@ linear layers, and never the legacy grouped experts, which need another CUDA sou
 from __future__ import annotations
 
 from megatron.core.extensions import transformer_engine_spec_provider as megatron_te
-from megatron.core.transformer.mlp import MLPSubmodules
+
+from megatron_coe.versions import PARTS_ARE_PARTIALS, ExpertModules
 
 
 class TESpecProvider(megatron_te.TESpecProvider):
@@ -15,7 +16,7 @@ class TESpecProvider(megatron_te.TESpecProvider):
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
-    ) -> tuple[type, MLPSubmodules | None]:
+    ) -> ExpertModules:
         """`TEGroupedMLP`, or Megatron's loop over expert modules if no grouped GEMM is wanted.
 
         Raises:
@@ -26,4 +27,5 @@ class TESpecProvider(megatron_te.TESpecProvider):
                 "moe_grouped_gemm=True needs Transformer Engine 1.9 or newer, not "
                 f"{megatron_te.get_te_version()}: upgrade it, or set moe_grouped_gemm=False"
             )
-        return super().grouped_mlp_modules(moe_use_grouped_gemm, False)
+        legacy = () if PARTS_ARE_PARTIALS else (False,)
+        return super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)

@@ -30,12 +30,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_coe.backends.latent import LatentAttention
 from megatron_coe.moe.experts import GroupedExperts
+from megatron_coe.versions import ExpertModules, expert_modules
 
 
 class TorchSpecProvider(BackendSpecProvider):
@@ -66,13 +67,12 @@ class TorchSpecProvider(BackendSpecProvider):
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
-    ) -> tuple[type, MLPSubmodules | None]:
+    ) -> ExpertModules:
         """Grouped experts, or Megatron's loop over expert modules if no grouped GEMM is wanted."""
         if moe_use_grouped_gemm:
-            return GroupedExperts, None
-        return SequentialMLP, MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-        )
+            return expert_modules(GroupedExperts)
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return expert_modules(SequentialMLP, linears)
 
     def activation_func(self) -> type | None:
         return None
@@ -257,7 +257,7 @@ class SDPACoreAttention(MegatronModule):
         return context[..., :width]
 
 
-class TensorParallelMLA(MLASelfAttention):
+class TensorParallelMLA(LatentAttention):
     """Megatron's MLA with the right gradient of the rotary keys under tensor parallelism.
 
     All heads share the rotary half of the key, so its gradient is a sum over every rank's heads.

@@ -198,6 +198,7 @@ class GroupedExperts(MegatronModule):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,  # later versions of Megatron tell a module its place in the model
     ):
         super().__init__(config=config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(

@@ -37,8 +37,10 @@ class CoELayer(MoELayer):
         submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **later: bool | str | None,
     ) -> None:
-        super().__init__(config, submodules, layer_number, pg_collection)
+        """`later`: what only Megatron's later versions give and take (`is_mtp_layer`, `name`)."""
+        super().__init__(config, submodules, layer_number, pg_collection, **later)
         for parameter in self.experts.parameters():
             # Megatron reduces expert gradients over all replicas only if EP > 1; at TP > 1 with
             # EP = ETP = 1 it forgets the TP ranks (tensor_parallel/layers.py, line 829).

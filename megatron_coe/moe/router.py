@@ -20,7 +20,6 @@ from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     apply_router_token_dropping,
     group_limited_topk,
-    save_to_aux_losses_tracker,
     topk_routing_with_score_function,
     z_loss_func,
 )
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from megatron_coe.config import CoEConfig
 from megatron_coe.moe.balance import iteration_key
+from megatron_coe.versions import record_balance_loss
 
 NORMALISING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
 
@@ -41,9 +41,15 @@ class CoERouter(TopKRouter):
     """
 
     def __init__(
-        self, config: CoEConfig, pg_collection: ProcessGroupCollection | None = None
+        self,
+        config: CoEConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        **later: bool,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+        """`later`: what only Megatron's later versions give and take (`is_mtp_layer`)."""
+        super().__init__(config=config, pg_collection=pg_collection, **later)
+        # Those number the layers of multi-token prediction from 1 again.
+        self.first_layer = config.num_layers if later.get("is_mtp_layer") else 0
         self.iteration = 0
         self.num_tokens: int | Tensor = 0  # tokens of the latest call that count for the loss
 
@@ -196,6 +202,7 @@ class CoERouter(TopKRouter):
         reduce_group: torch.distributed.ProcessGroup,
         reduce_group_has_dp: bool = False,
         valid_token_count: int | Tensor | None = None,
+        needs_dp_avg: bool = True,  # later versions' `not reduce_group_has_dp`
     ) -> Tensor:
         """Weigh this rank's share of a balance loss, hang it on `activation` and log it.
 
@@ -209,14 +216,16 @@ class CoERouter(TopKRouter):
         if self.calculate_per_token_loss:
             weight = weight * self.num_tokens * self.tp_cp_group.size()
         activation = MoEAuxLossAutoScaler.apply(activation, aux_loss * weight)
+        if self.layer_number is None:  # a layer by itself, of no model: nowhere to log
+            return activation
         for name in (aux_loss_name, iteration_key(aux_loss_name, self.iteration)):
-            save_to_aux_losses_tracker(
+            record_balance_loss(
                 name,
                 aux_loss / aux_loss_coeff,
-                self.layer_number,
+                self.first_layer + self.layer_number,
                 self.config.num_layers + (self.config.mtp_num_layers or 0),
-                reduce_group=reduce_group,
-                reduce_group_has_dp=reduce_group_has_dp,
+                reduce_group,
+                reduce_group_has_dp or not needs_dp_avg,
             )
         return activation
 
@@ -228,10 +237,13 @@ class IterationRouters(torch.nn.ModuleList):
     """
 
     def __init__(
-        self, config: CoEConfig, pg_collection: ProcessGroupCollection | None = None
+        self,
+        config: CoEConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        **later: bool,
     ) -> None:
         super().__init__(
-            CoERouter(config=config, pg_collection=pg_collection)
+            CoERouter(config=config, pg_collection=pg_collection, **later)
             for _ in range(config.coe_iterations)
         )
 
