@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_coe.conversion.hf import from_hf, to_hf
@@ -143,4 +143,20 @@ def test_other_mistakes_are_named_and_leave_nothing(tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             upcycle(tmp_path / source, tmp_path / target, iterations)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_mixture_is_named_and_leaves_nothing(tmp_path):
+    write_random_model(tmp_path / "hf", seed=5, **MIXTURE)
+    path, expert = tmp_path / "hf" / "model.safetensors", "model.layers.1.mlp.experts.4.up_proj"
+    from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    weights = load_file(path)
+    weights[f"{expert}.weight"].zero_()
+    save_file(weights, path)
+    (data,) = (tmp_path / "checkpoints").rglob("*.distcp")
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    before = sorted(tmp_path.iterdir())
+    for source, told in (("hf", rf"{expert}.* is all zero"), ("checkpoints", "cannot be read")):
+        with pytest.raises(ValueError, match=told):
+            upcycle(tmp_path / source, tmp_path / "chain", 2)
         assert sorted(tmp_path.iterdir()) == before
