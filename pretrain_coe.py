@@ -3,19 +3,26 @@
     python pretrain_coe.py --config examples/quickstart.yaml train.steps=100
     torchrun --nproc-per-node 8 pretrain_coe.py --config examples/paper/coe-2_4-64.yaml
 
-Run again, the same command goes on from its newest checkpoint. Exit status: 0 done, 2 a mistake in
-settings, data or checkpoint (said in one line), 130 stopped by Ctrl-C.
+Run again, the same command goes on from its newest checkpoint. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1
+end it before the next step, saved; a second Ctrl-C ends it at once.
+
+Exit status: 0 done; 2 a mistake in settings, data or checkpoint (said in one line); 75 ended by a
+signal, to be continued by the same command; 128 + number of the signal (130 for Ctrl-C) that ended
+it without a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_coe.training.signals import STOPPED, StopRequest, unblock
 
 if TYPE_CHECKING:
     from megatron_coe.training.loop import Trainer
@@ -25,8 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # Threads that wait for others sleep, instead of keeping busy a core that another could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    stop = StopRequest()
     try:
         with ExitStack() as stack:
+            if options.dry_run or options.eval_only:  # nothing to save: signals do what they do
+                unblock()
+            else:
+                stack.enter_context(stop.listening())
             try:
                 trainer = prepare(options, stack)
             except (ValueError, OSError) as error:
@@ -35,12 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             if options.eval_only:
                 trainer.validate()
-            else:
-                trainer.run()
+                return 0
+            reason = trainer.run(stop)
+            if reason is None:
+                return 0
+            return STOPPED if trainer.settings.checkpoint.save else 128 + reason
     except KeyboardInterrupt:
         print("\npretrain_coe.py: stopped by Ctrl-C", file=sys.stderr)
-        return 130
-    return 0
+        return 128 + signal.SIGINT
 
 
 def prepare(options: argparse.Namespace, stack: ExitStack) -> Trainer | None:

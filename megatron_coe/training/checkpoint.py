@@ -31,6 +31,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_coe.training.setup import Trainee, complete_state
+from megatron_coe.training.signals import shielded_children
 
 CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest"
@@ -89,7 +90,8 @@ def save_checkpoint(
         "distributed_optimizer": _is_distributed(trainee),
         "rng": _sharded_rng(_rng_state()),
     }
-    dist_checkpointing.save(state, str(partial))
+    with shielded_children():
+        dist_checkpointing.save(state, str(partial))
     if dist.get_rank() == 0:
         (partial / CONFIG_FILE).write_text(config, encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)

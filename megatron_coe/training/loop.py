@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from megatron_coe.training.objective import (
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.settings import Settings
 from megatron_coe.training.setup import Trainee
+from megatron_coe.training.signals import StopRequest
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,26 @@ class Trainer:
         self.reporter = reporter
         self.num_microbatches = num_microbatches(settings, dist.get_world_size())
 
-    def run(self) -> None:
-        """Train from the present step to the last one, and save it."""
+    def run(self, stop: StopRequest | None = None) -> signal.Signals | None:
+        """Train from the present step to the last one, and save it.
+
+        A signal that `stop` has received on any rank ends the run before the next step, saved.
+
+        Returns:
+            that signal; None when the last step was done.
+        """
         train, log = self.settings.train, self.settings.log
         last = min(train.steps, train.stop_step or train.steps)
         profiler = StepProfiler(log, enabled=dist.get_rank() == 0)
+        stop = stop or StopRequest()
+        saved = self.progress.step
         while self.progress.step < last:
+            if reason := stop.agreed(self.train.device):
+                if self.progress.step > saved:
+                    self.save()
+                if self.reporter is not None:
+                    self.reporter.say(f"stopped by {reason.name} after step {self.progress.step}")
+                return reason
             step = self.progress.step + 1
             with profiler.step(step):
                 outcome = self.step()
@@ -105,6 +121,8 @@ class Trainer:
                     self.reporter.record(step, record)
             if step == last or _due(step, self.settings.checkpoint.save_interval):
                 self.save()
+                saved = step
+        return None
 
     def step(self) -> StepFigures:
         """One update of the weights."""

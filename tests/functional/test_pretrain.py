@@ -1,4 +1,4 @@
-"""`pretrain_coe.py` as users start it: training, resuming, mistakes, Ctrl-C, two ranks."""
+"""`pretrain_coe.py` as users start it: training, resuming, mistakes, signals, two ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 import pretrain_coe
@@ -18,6 +21,7 @@ from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.training.metrics import read_records
+from megatron_coe.training.signals import STOP_SIGNALS, STOPPED
 
 REPO = Path(__file__).parents[2]
 
@@ -80,7 +84,8 @@ def config(data, tmp_path) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+    return {**os.environ, **fixed, **changes}
 
 
 def start(*arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
@@ -217,19 +222,87 @@ def test_a_vocabulary_larger_than_the_tokenizers_trains(config, tmp_path):
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
-def test_ctrl_c_ends_a_run_cleanly(config, tmp_path):
-    process = start("--config", config, "train.steps=1000000", start_new_session=True)
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The test runner's own signal handlers come back after a run that was stopped in it."""
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(
+    config, tmp_path, capfd, handlers, number
+):
+    unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
+    arguments = ["--config", str(config), "train.steps=25"]
+    assert pretrain_coe.main([*arguments, f"log.dir={unbroken}"]) == 0
+    with once_it_has_steps(folder, 3, lambda: os.kill(os.getpid(), number)):
+        assert pretrain_coe.main(arguments) == STOPPED
+    stopped = max(losses(folder))
+    assert 3 <= stopped < 25
+    assert f"stopped by {number.name} after step {stopped}\n" in capfd.readouterr().out
+    assert (folder / "checkpoints" / "latest").read_text() == f"step_{stopped:08d}\n"
+    assert pretrain_coe.main(arguments) == 0
+    for name in ("train_loss", "valid_loss", "grad_norm", "lr"):
+        assert losses(folder, name) == losses(unbroken, name)
+
+
+def test_a_signal_where_nothing_is_kept_has_another_status(config, tmp_path, handlers):
+    arguments = ["--config", str(config), "train.steps=1000000", "checkpoint.save=null"]
+    with once_it_has_steps(tmp_path / "run", 1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert pretrain_coe.main(arguments) == 128 + signal.SIGTERM
+
+
+def test_ctrl_c_reaches_every_process_and_the_run_is_saved(config, tmp_path):
+    """Also those that the first checkpoint started, which the last one needs."""
+    long = ["train.steps=1000000", "checkpoint.save_interval=2"]
+    process = start("--config", config, *long, start_new_session=True)
+    with once_it_has_steps(tmp_path / "run", 3, lambda: os.killpg(process.pid, signal.SIGINT)):
+        status, out, err = finish(process)
+    assert status == STOPPED, err
+    assert err == "SIGINT: ends before the next step (Ctrl-C once more: at once)\n"
+    stopped = max(losses(tmp_path / "run"))
+    assert out.splitlines()[-1] == f"stopped by SIGINT after step {stopped}"
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert latest.read_text() == f"step_{stopped:08d}\n"
+
+
+def test_the_launcher_returns_the_status_of_ranks_of_which_one_was_signalled(config, tmp_path):
+    launcher = (str(REPO / "slurm" / "launch.py"), "--standalone", "--nproc-per-node=2")
+    process = start("--config", config, "train.steps=1000000", launcher=launcher)
+
+    def signal_rank_1() -> None:
+        ranks = psutil.Process(process.pid).children()
+        (second,) = (rank for rank in ranks if rank.environ()["RANK"] == "1")
+        second.send_signal(signal.SIGUSR1)
+
+    with once_it_has_steps(tmp_path / "run", 3, signal_rank_1):
+        status, out, err = finish(process)
+    assert status == STOPPED, err
+    stopped = max(losses(tmp_path / "run"))
+    assert f"stopped by SIGUSR1 after step {stopped}" in out
+    assert "Traceback" not in err
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step_{stopped:08d}"
+    assert (checkpoint / "metadata.json").is_file()
+
+
+@contextmanager
+def once_it_has_steps(folder: Path, steps: int, act: Callable[[], None]) -> Iterator[None]:
+    """Acts, beside what runs inside, as soon as the run has reported so many steps."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        metrics = folder / "metrics.jsonl"
+        while not ended.wait(0.01):
+            if metrics.exists() and metrics.read_text().count("\n") >= steps:
+                return act()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            path = tmp_path / "run" / "metrics.jsonl"
-            if path.exists() and len(path.read_text().splitlines()) > 2:
-                break
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)
-        status, _, err = finish(process)
+        yield
     finally:
-        process.kill()
-    assert status == 130, err
-    assert err.strip() == "pretrain_coe.py: stopped by Ctrl-C"
-    assert read_records(tmp_path / "run" / "metrics.jsonl")[0]["step"] == 1
+        ended.set()
+        watcher.join()

@@ -1,0 +1,99 @@
+"""Ending a run in order when a signal asks for it, on all ranks at the same step.
+
+SIGTERM (preemption), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning before a time limit) are noted
+when they arrive, at whatever moment, and heeded before the next step: what has begun is finished,
+and saved. A batch system sends several of them, to many processes or to one: any number counts as
+one. Only a second Ctrl-C, of a person who will not wait, interrupts the run where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+STOPPED = 75
+"""Exit status of a run that a signal ended with everything saved: the same command goes on
+(`EX_TEMPFAIL` of sysexits.h: try again)."""
+
+ECHO_S = 1.0
+"""A SIGINT that follows the first by less is the same Ctrl-C: torchrun sends its workers once more
+what the terminal has sent them already."""
+
+
+class StopRequest:
+    """The signal that this process has received, if any."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._interrupted_s: float | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes signals from here on, those that a launcher blocked until now included.
+
+        Main thread only. Once one was noted the process is about to end: from then on the others
+        are ignored, lest they change its exit status.
+        """
+        previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        unblock()
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, signal.SIG_IGN if self.received else handler)
+
+    def agreed(self, device: torch.device) -> signal.Signals | None:
+        """A signal that some rank has received, with the same answer on every rank.
+
+        A collective of all ranks, over one integer.
+        """
+        import torch  # takes seconds, and signals must be noted before
+
+        number = torch.tensor(self.received or 0, dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        return signal.Signals(number.item()) if number else None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            self._say()
+        if number == signal.SIGINT:
+            now_s = time.monotonic()
+            if self._interrupted_s is None:
+                self._interrupted_s = now_s
+            elif now_s - self._interrupted_s > ECHO_S:
+                raise KeyboardInterrupt
+
+    def _say(self) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            text = f"{self.received.name}: ends before the next step (Ctrl-C once more: at once)\n"
+            os.write(2, text.encode())  # not print, which this may have interrupted
+
+
+def unblock() -> None:
+    """Lets signals in that `slurm/launch.py` has blocked, to keep them until someone listens."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextmanager
+def shielded_children() -> Iterator[None]:
+    """Processes that are started inside never see a stop signal; this one sees it as always.
+
+    Slurm and a terminal signal every process of a job. Megatron's saving starts some, one of which
+    lives as long as the run, and a signal would end them before the save that it asks for.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
