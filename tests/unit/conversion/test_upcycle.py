@@ -28,6 +28,12 @@ MIXTURES = {
     "plain": {},
     "dense layer first, low-rank queries": {"moe_layer_freq": [0, 1], "q_lora_rank": 12},
     "sigmoid scores with biases, one gate": {**SIGMOID, "coe_independent_gate": False},
+    "best groups of experts": {
+        "num_moe_experts": 8,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_group_score": "max",
+    },
     "plain attention, tied": {
         "multi_latent_attention": False,
         "share_embeddings_and_output_weights": True,
@@ -83,7 +89,8 @@ def test_a_mixture_becomes_a_chain_that_computes_the_same(single_rank, tmp_path,
 
 def test_a_model_of_transformers_is_upcycled(single_rank, tmp_path):
     """As transformers itself writes DeepSeek-V2, in half precision."""
-    write_random_model(tmp_path / "hf", seed=2, **MIXTURE)
+    no_yarn = {"rope_type": "rope", "rotary_scaling_factor": 1.0}  # transformers 4's is not DeepSeek's
+    write_random_model(tmp_path / "hf", seed=2, **MIXTURE, **no_yarn)
     from_hf(tmp_path / "hf", tmp_path / "mixture")
     to_hf(tmp_path / "mixture", tmp_path / "native", torch.bfloat16, family="deepseek_v2")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.bfloat16)
