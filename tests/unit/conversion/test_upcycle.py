@@ -89,7 +89,7 @@ def test_a_mixture_becomes_a_chain_that_computes_the_same(single_rank, tmp_path,
 
 def test_a_model_of_transformers_is_upcycled(single_rank, tmp_path):
     """As transformers itself writes DeepSeek-V2, in half precision."""
-    no_yarn = {"rope_type": "rope", "rotary_scaling_factor": 1.0}  # transformers 4's is not DeepSeek's
+    no_yarn = {"rope_type": "rope", "rotary_scaling_factor": 1.0}  # in transformers 4 it is wrong
     write_random_model(tmp_path / "hf", seed=2, **MIXTURE, **no_yarn)
     from_hf(tmp_path / "hf", tmp_path / "mixture")
     to_hf(tmp_path / "mixture", tmp_path / "native", torch.bfloat16, family="deepseek_v2")
