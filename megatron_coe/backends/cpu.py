@@ -195,7 +195,7 @@ _LITERAL_CUDA = (
 _FACTORIES = frozenset({"empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like"})
 
 
-class _TorchOnCpu(types.ModuleType):
+class TorchOnCpu(types.ModuleType):
     """``torch`` itself, but its tensor factories read ``device="cuda"`` as the CPU."""
 
     def __getattr__(self, name: str) -> object:
@@ -215,9 +215,26 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _cover_literal_devices() -> None:
-    view = _TorchOnCpu("torch")
+    view = TorchOnCpu("torch")
     for name in _LITERAL_CUDA:
         importlib.import_module(name).torch = view
+
+
+def _cover_pinned_memory() -> None:
+    """Rotary positions of context-parallel ranks come from a pinned tensor."""
+    view = _TorchUnpinned("torch")
+    importlib.import_module("megatron.core.models.common.embeddings.rope_utils").torch = view
+
+
+class _TorchUnpinned(types.ModuleType):
+    """``torch`` itself, but ``torch.tensor`` pins nothing: there is no device to copy to."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    @staticmethod
+    def tensor(data: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        return torch.tensor(data, **options)
 
 
 def _cover_tensor_cuda() -> None:
@@ -274,6 +291,34 @@ def _cover_split_sizes() -> None:
     _rebind(moe_utils.maybe_move_tensor_to_cpu, _to_host)
 
 
+def _cover_uneven_parts() -> None:
+    """gloo gathers and scatters parts of one size; experts divided over EP and ETP have others."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather = mappings._gather_along_first_dim
+    reduce_scatter = mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_parts(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, use_global_buffer)
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        copies = torch.cat([input_] * group.size())
+        sent = [len(input_)] * group.size()
+        torch.distributed.all_to_all_single(output, copies, output_split_sizes, sent, group=group)
+        return output
+
+    @functools.wraps(reduce_scatter)
+    def scatter_sum(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, None, use_global_buffer)
+        total = input_.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    _rebind(gather, gather_parts)
+    _rebind(reduce_scatter, scatter_sum)
+
+
 # Where torch.compile leaves the function it was given.
 _COMPILED_FROM = "_torchdynamo_orig_callable"
 
@@ -296,9 +341,11 @@ COVERS: dict[str, Callable[[], None]] = {
     "streams": _cover_streams,
     "rng": _cover_rng,
     "literal_devices": _cover_literal_devices,
+    "pinned_memory": _cover_pinned_memory,
     "tensor_cuda": _cover_tensor_cuda,
     "type_strings": _cover_type_strings,
     "split_sizes": _cover_split_sizes,
+    "uneven_parts": _cover_uneven_parts,
     "fusions": _cover_fusions,
 }
 """One row per kind of CUDA-only spot. Removing a row brings its symptom back (see the tests)."""

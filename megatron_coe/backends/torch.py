@@ -25,7 +25,10 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     get_cuda_rng_tracker,
 )
-from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all_hp2sp,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -160,14 +163,18 @@ class SDPACoreAttention(MegatronModule):
     (megatron/core/transformer/dot_product_attention.py) and the key and value widths that MLA
     asks for. Heads are those of this tensor-parallel rank, as the inputs bring them.
 
+    Under context parallelism a rank holds chunks r and 2 CP - 1 - r of the sequence's 2 CP
+    (`megatron.core.utils.get_batch_on_this_cp_rank`): it gathers all ranks' keys and values, and
+    each of its chunks of queries attends to those up to its own position.
+
     Args:
         attn_mask_type: which keys a query may see when `forward` is not told otherwise.
         softmax_scale: factor on Q K^T; None for 1 / sqrt(width of a key).
         k_channels, v_channels: width of a key and of a value head; None for `kv_channels`.
 
     Raises:
-        ValueError: the configuration asks for what this module cannot do (context parallelism,
-            a sliding window, a softmax offset); the message names the field and its value.
+        ValueError: the configuration asks for what this module cannot do (a sliding window, a
+            softmax offset, keys passed round a ring); the message names the field and its value.
     """
 
     def __init__(
@@ -190,6 +197,10 @@ class SDPACoreAttention(MegatronModule):
         self.v_channels = v_channels or config.kv_channels
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(self.k_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
+            self.cp_group = groups.cp
 
     def forward(
         self,
@@ -214,7 +225,8 @@ class SDPACoreAttention(MegatronModule):
             [S, B, N * E]
 
         Raises:
-            ValueError: packed sequences or an attention bias, or no mask where the type needs one.
+            ValueError: packed sequences or an attention bias, or no mask where the type needs one;
+                with context parallelism, anything but causal attention of a sequence to itself.
         """
         if packed_seq_params is not None:
             raise ValueError(
@@ -223,14 +235,41 @@ class SDPACoreAttention(MegatronModule):
             )
         if attention_bias is not None:
             raise ValueError("attention_bias is not None: backend='torch' takes no attention bias")
-        keep, is_causal = _visible_keys(
-            attention_mask,
-            attn_mask_type or self.attn_mask_type,
-            (query.shape[0], key.shape[0]),
-            query.device,
-        )
-        context_BNSE = self._attend(query, key, value, keep, is_causal)
+        mask_type = attn_mask_type or self.attn_mask_type
+        lengths = (query.shape[0], key.shape[0])
+        if self.cp_group is not None:
+            self._refuse_beyond_causal(attention_mask, mask_type, lengths)
+            context_BNSE = self._attend_across_ranks(query, key, value)
+        else:
+            keep, is_causal = _visible_keys(attention_mask, mask_type, lengths, query.device)
+            context_BNSE = self._attend(query, key, value, keep, is_causal)
         return context_BNSE.permute(2, 0, 1, 3).flatten(2)
+
+    def _refuse_beyond_causal(
+        self, mask: Tensor | None, mask_type: AttnMaskType, lengths: tuple[int, int]
+    ) -> None:
+        plain = mask is None and mask_type is AttnMaskType.causal and lengths[0] == lengths[1]
+        if not plain:
+            raise ValueError(
+                f"context_parallel_size={self.cp_group.size()} with attn_mask_type="
+                f"{mask_type.name}, {'no' if mask is None else 'an'} attention_mask and "
+                f"{lengths[0]} queries for {lengths[1]} keys: backend='torch' shares out causal "
+                "attention of a sequence to itself only; set context_parallel_size=1"
+            )
+
+    def _attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, N, S / CP, E]: this rank's two chunks of queries over the whole sequence's keys."""
+        rank, last = self.cp_group.rank(), 2 * self.cp_group.size() - 1
+        widths = (key.shape[-1], value.shape[-1])
+        both = _gather_in_order(torch.cat([key, value], dim=-1), self.cp_group)
+        contexts = []
+        for chunk, part in zip((rank, last - rank), query.chunk(2), strict=True):
+            seen = (chunk + 1) * part.shape[0]
+            key, value = both[:seen].split(widths, dim=-1)
+            causal = (part.shape[0], seen)
+            keep, is_causal = _visible_keys(None, AttnMaskType.causal, causal, query.device)
+            contexts.append(self._attend(part, key, value, keep, is_causal))
+        return torch.cat(contexts, dim=2)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, is_causal: bool
@@ -292,6 +331,15 @@ class TensorParallelMLA(LatentAttention):
         return own_TW.unflatten(0, (-1, latents.shape[1])), bias
 
 
+def _gather_in_order(own: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """[S / CP, ...] with chunks r and 2 CP - 1 - r of rank r -> [S, ...] as the sequence runs.
+
+    Going back, each rank's part is the sum of what all ranks' queries ask of it.
+    """
+    chunks = gather_from_sequence_parallel_region(own, group=group).chunk(2 * group.size())
+    return torch.cat(chunks[::2] + chunks[::-2])
+
+
 def _visible_keys(
     attention_mask: Tensor | None,
     mask_type: AttnMaskType,
@@ -318,10 +366,10 @@ def _causal_mask(lengths: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def _refuse_unsupported(config: TransformerConfig, layer_number: int) -> None:
-    if config.context_parallel_size > 1:
+    if config.context_parallel_size > 1 and config.cp_comm_type not in (None, "all_gather"):
         raise ValueError(
-            f"context_parallel_size={config.context_parallel_size}: backend='torch' would attend "
-            "within each rank's part of the sequence only; set it to 1 or use backend='te'"
+            f"cp_comm_type={config.cp_comm_type!r}: backend='torch' shares keys and values by "
+            "'all_gather' only; set it so, leave it out, or use backend='te'"
         )
     if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.fusions import fused_bias_swiglu  # noqa: E402
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.optimizer import (  # noqa: E402
     MegatronOptimizer,
@@ -32,7 +34,7 @@ from megatron.core.optimizer import (  # noqa: E402
     get_megatron_optimizer,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel import ColumnParallelLinear, data  # noqa: E402
+from megatron.core.tensor_parallel import ColumnParallelLinear, data, mappings  # noqa: E402
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 from megatron.core.transformer.spec_utils import build_module  # noqa: E402
@@ -116,6 +118,11 @@ def literal_devices() -> None:
     moe_utils.save_to_aux_losses_tracker("loss", torch.ones(()), 1, 1)
 
 
+def pinned_memory() -> None:
+    group = torch.distributed.group.WORLD
+    rope_utils.get_pos_emb_on_this_cp_rank(torch.ones(2, 1), seq_dim=0, cp_group=group)
+
+
 def tensor_cuda() -> None:
     data.broadcast_data(["x"], {"x": torch.ones(2, dtype=torch.int64)}, torch.int64)
 
@@ -128,6 +135,28 @@ def split_sizes() -> None:
     sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True)
     torch.ones(3).split(sizes.tolist())
     assert not torch.is_tensor(sizes), "split sizes are still a tensor"
+
+
+def uneven_parts() -> None:
+    """Two ranks, one of them a fork, with 1 and 2 rows."""
+    torch.distributed.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        child = os.fork()
+        rank = int(child == 0)
+        try:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+            )
+            group, sizes = torch.distributed.group.WORLD, [1, 2]
+            own = torch.full((sizes[rank], 1), 1.0 + rank)
+            whole = mappings._gather_along_first_dim(own, group, sizes)
+            assert whole.flatten().tolist() == [1.0, 2.0, 2.0]
+            part = mappings._reduce_scatter_along_first_dim(whole, group, sizes)
+            assert part.tolist() == (2 * own).tolist()
+        finally:
+            if rank:
+                os._exit(0)
+            os.waitpid(child, 0)
 
 
 def fusions() -> None:
@@ -190,9 +219,11 @@ ROWS: dict[str, Callable[[], None]] = {
     "streams": streams,
     "rng": rng,
     "literal_devices": literal_devices,
+    "pinned_memory": pinned_memory,
     "tensor_cuda": tensor_cuda,
     "type_strings": type_strings,
     "split_sizes": split_sizes,
+    "uneven_parts": uneven_parts,
     "fusions": fusions,
     "have_te": have_te,
     "router_gemm": router_gemm,

@@ -174,7 +174,7 @@ def test_dropout_is_drawn_in_training_only_from_the_model_parallel_generator():
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size=2"),
+        ({"context_parallel_size": 2, "cp_comm_type": "p2p"}, "cp_comm_type='p2p'"),
         ({"window_size": (4, 0)}, r"window_size=\(4, 0\)"),
         ({"softmax_type": "learnable"}, "softmax_type='learnable'"),
     ],
