@@ -9,7 +9,7 @@ C iterations, F feed-forward size, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,20 +21,24 @@ class MatrixWork:
     """Weights of some matrix products and how many multiply-adds a token spends in them.
 
     `stored` counts the weights, `active` those that one token can touch, each once, and `macs` the
-    multiply-adds of one token's forward pass, where a weight used twice counts twice.
+    multiply-adds of one token's forward pass, where a weight used twice counts twice. Of the stored
+    ones, expert-parallel ranks divide the `routed`; tensor-parallel ranks divide the others, but
+    for the `whole`, of which each holds all.
     """
 
     stored: int = 0
     active: int = 0
     macs: int = 0
+    routed: int = 0
+    whole: int = 0
 
     def __add__(self, other: MatrixWork) -> MatrixWork:
         return MatrixWork(
-            self.stored + other.stored, self.active + other.active, self.macs + other.macs
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(MatrixWork))
         )
 
     def __mul__(self, times: int) -> MatrixWork:
-        return MatrixWork(self.stored * times, self.active * times, self.macs * times)
+        return MatrixWork(*(getattr(self, f.name) * times for f in fields(MatrixWork)))
 
 
 def _used_once(weights: int) -> MatrixWork:
@@ -42,8 +46,8 @@ def _used_once(weights: int) -> MatrixWork:
 
 
 def _not_multiplied(weights: int) -> MatrixWork:
-    """Norm scales, gates, biases: stored and active, but no matrix product nor counted as work."""
-    return MatrixWork(weights, weights, 0)
+    """Norm scales and gates: stored and active, but no matrix product nor counted as work."""
+    return MatrixWork(weights, weights, whole=weights)
 
 
 def norm_params(config: CoEConfig, size: int) -> int:
@@ -59,7 +63,8 @@ def attention_work(config: CoEConfig) -> MatrixWork:
         qkv = (heads + 2 * groups) * head_dim
         inner_norms = 2 * norm_params(config, head_dim) if config.qk_layernorm else 0
         biases = qkv if config.add_qkv_bias else 0
-        return _used_once(H * qkv + heads * head_dim * H) + _not_multiplied(inner_norms + biases)
+        projections = _used_once(H * qkv + heads * head_dim * H) + MatrixWork(biases, biases)
+        return projections + _not_multiplied(inner_norms)
 
     q_out = heads * (config.qk_head_dim + config.qk_pos_emb_head_dim)
     kv_out = heads * (config.qk_head_dim + config.v_head_dim)
@@ -84,14 +89,14 @@ def moe_work(config: CoEConfig) -> MatrixWork:
     C, K, N = config.coe_iterations, config.moe_router_topk, config.num_moe_experts
     expert = ffn_params(config, config.moe_ffn_hidden_size)
     routers = (C if config.coe_independent_gate else 1) * N * config.hidden_size
-    work = MatrixWork(stored=N * expert, active=min(N, C * K) * expert, macs=C * K * expert)
-    work += MatrixWork(routers, routers, C * N * config.hidden_size)
+    work = MatrixWork(N * expert, min(N, C * K) * expert, C * K * expert, routed=N * expert)
+    work += MatrixWork(routers, routers, C * N * config.hidden_size, whole=routers)
     if config.coe_upcycled:
         work += _not_multiplied((C - 1) * config.hidden_size)
     if config.moe_shared_expert_intermediate_size is not None:
         shared = ffn_params(config, config.moe_shared_expert_intermediate_size)
-        shared += config.hidden_size if config.moe_shared_expert_gate else 0
-        work += MatrixWork(shared, shared, C * shared)
+        gate = config.hidden_size if config.moe_shared_expert_gate else 0
+        work += MatrixWork(shared + gate, shared + gate, C * (shared + gate), whole=gate)
     return work
 
 
@@ -108,13 +113,17 @@ def body_work(config: CoEConfig) -> MatrixWork:
     work = _not_multiplied(norm_params(config, H))  # final norm
     for is_moe in config.moe_layer_pattern:
         work += layer_work(config, bool(is_moe))
-    if config.mtp_num_layers:
-        # Each joins the normed hidden state and the normed embedding: megatron/core/transformer/
-        # multi_token_prediction.py (enorm, hnorm, eh_proj, a decoder layer, final_layernorm).
-        joint = _used_once(2 * H * H) + _not_multiplied(3 * norm_params(config, H))
-        is_moe = bool(config.moe_layer_pattern[-1])
-        work += (joint + layer_work(config, is_moe)) * config.mtp_num_layers
-    return work
+    return work + mtp_work(config)
+
+
+def mtp_work(config: CoEConfig) -> MatrixWork:
+    """The multi-token-prediction layers, which stand on the last pipeline stage."""
+    # Each joins the normed hidden state and the normed embedding: megatron/core/transformer/
+    # multi_token_prediction.py (enorm, hnorm, eh_proj, a decoder layer, final_layernorm).
+    H = config.hidden_size
+    joint = _used_once(2 * H * H) + _not_multiplied(3 * norm_params(config, H))
+    is_moe = bool(config.moe_layer_pattern[-1])
+    return (joint + layer_work(config, is_moe)) * (config.mtp_num_layers or 0)
 
 
 def embedding_params(config: CoEConfig) -> int:

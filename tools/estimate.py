@@ -34,11 +34,12 @@ def main() -> None:
     # Only now, because they take seconds.
     import torch
 
-    from megatron_coe.training.estimate import describe_sizes
+    from megatron_coe.training.estimate import describe_sizes, plan_of
     from megatron_coe.training.model import build_provider
 
     provider = build_provider(settings, torch.device(options.device))
-    print(describe_sizes(provider, settings, world_size))
+    on_gpu = options.device == "cuda"
+    print(describe_sizes(plan_of(settings, provider, world_size, on_gpu)))
 
 
 if __name__ == "__main__":

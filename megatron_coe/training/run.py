@@ -24,7 +24,7 @@ from megatron_coe.training.checkpoint import (
     find_checkpoints,
     load_checkpoint,
 )
-from megatron_coe.training.estimate import describe_sizes
+from megatron_coe.training.estimate import describe_sizes, plan_of
 from megatron_coe.training.loop import Trainer, Validation
 from megatron_coe.training.metrics import Reporter
 from megatron_coe.training.model import build_provider
@@ -36,7 +36,7 @@ def describe(settings: Settings, world_size: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
-    sizes = describe_sizes(provider, settings, world_size)
+    sizes = describe_sizes(plan_of(settings, provider, world_size, device.type == "cuda"))
     return "\n".join([settings.to_yaml(), sizes, "", *_describe_data(settings, tokenizer)])
 
 

@@ -1,0 +1,103 @@
+"""`Plan`: a model laid out over a number of processes, with the batch that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from megatron_coe.provider import CoEModelProvider
+
+Chunk = list[bool]
+"""Decoder layers of one model chunk: whether each is a CoE layer (True) or dense."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the cost of a step; the layout itself stands in `model`, under Megatron's names.
+
+    The quantities below are of one rank. Experts are taken to be equally loaded.
+    """
+
+    model: CoEModelProvider
+    world_size: int = 1
+    micro_batch_size: int = 1
+    global_batch_size: int = 1
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    on_gpu: bool = True
+    """Which kernels run: a CPU's keep some tensors more for the backward pass."""
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of a weight or an activation."""
+        return torch.empty((), dtype=self.model.params_dtype).element_size()
+
+    @property
+    def expert_tp(self) -> int:
+        model = self.model
+        return model.expert_tensor_parallel_size or model.tensor_model_parallel_size
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas that read different sequences."""
+        model = self.model
+        dense = model.tensor_model_parallel_size * model.context_parallel_size
+        return self.world_size // (dense * model.pipeline_model_parallel_size)
+
+    @property
+    def dense_replicas(self) -> int:
+        """Ranks that hold the same weights outside the experts and share their optimizer."""
+        return self.data_parallel * self.model.context_parallel_size
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts and share their optimizer."""
+        model = self.model
+        ranks = self.expert_tp * model.expert_model_parallel_size
+        return self.world_size // (ranks * model.pipeline_model_parallel_size)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches that each replica runs per step."""
+        return max(1, self.global_batch_size // (self.micro_batch_size * self.data_parallel))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch in this rank's attention heads: S * B / CP."""
+        model = self.model
+        return self.micro_batch_size * model.seq_length // model.context_parallel_size
+
+    @property
+    def own_tokens(self) -> int:
+        """Of these, the ones it holds between the matrix products: under TP, S is divided again."""
+        return self.tokens // self.model.tensor_model_parallel_size
+
+    @property
+    def routed_rows(self) -> int:
+        """Rows that this rank's experts process in one iteration of one micro-batch."""
+        return self.own_tokens * self.model.moe_router_topk * self.expert_tp
+
+    @cached_property
+    def chunks(self) -> list[list[Chunk]]:
+        """Layers by pipeline stage and, within it, model chunk [PP][VPP][layers]."""
+        model = self.model
+        stages = model.pipeline_model_parallel_size
+        rounds = model.virtual_pipeline_model_parallel_size or 1
+        chunks: list[list[Chunk]] = [[] for _ in range(stages)]
+        pattern = iter(model.moe_layer_pattern)
+        for vp_stage in range(rounds):
+            for stage in range(stages):
+                count = self._num_layers(stage, vp_stage)
+                chunks[stage].append([bool(next(pattern)) for _ in range(count)])
+        return chunks
+
+    def _num_layers(self, stage: int, vp_stage: int) -> int:
+        layout = self.model.pipeline_model_parallel_layout
+        if layout is not None:  # Megatron's function would ask for this process's own stage
+            return layout.layout[stage][vp_stage].count(LayerType.decoder)
+        return get_num_layers_to_build(self.model, vp_stage=vp_stage, pp_rank=stage)
