@@ -52,9 +52,10 @@ def make_loss_function(loss_mask_BS: torch.Tensor, scale: float) -> LossFunction
 
     def loss_function(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # `where`, not a product: what stands at a masked position must not matter, finite or not.
-        zero = losses_BS.new_zeros((), dtype=torch.float32)
+        dtype = torch.promote_types(losses_BS.dtype, torch.float32)
+        zero = losses_BS.new_zeros((), dtype=dtype)
         valid_BS = loss_mask_BS > 0
-        kept_BS = torch.where(valid_BS, losses_BS.view_as(valid_BS).float(), zero)
+        kept_BS = torch.where(valid_BS, losses_BS.view_as(valid_BS).to(dtype), zero)
         loss_sum = kept_BS.detach().sum(dtype=torch.float64)
         return kept_BS.sum() * scale, torch.stack([loss_sum, valid_BS.sum().double()])
 

@@ -100,13 +100,19 @@ def build_trainee(provider: CoEModelProvider, settings: Settings, device: torch.
     get_moe_layer_wise_logging_tracker().clear()
     chunks = build_model(provider, settings.parallel, device)
     optimizer = build_optimizer(provider, chunks, settings)
-    # Megatron's forward-backward functions find these on the configuration.
-    provider.finalize_model_grads_func = finalize_model_grads
+    connect_schedule(provider, settings.parallel, chunks)
     provider.grad_scale_func = optimizer.scale_loss
-    if settings.parallel.overlap_grad_reduce:
+    return Trainee(provider, chunks, optimizer, build_schedule(optimizer, settings.train))
+
+
+def connect_schedule(
+    provider: CoEModelProvider, parallel: ParallelSettings, chunks: list[DistributedDataParallel]
+) -> None:
+    """Say how gradients are completed, where Megatron's forward-backward functions look for it."""
+    provider.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         provider.no_sync_func = no_sync[0] if len(chunks) == 1 else no_sync
-    return Trainee(provider, chunks, optimizer, build_schedule(optimizer, settings.train))
 
 
 def build_model(
@@ -119,7 +125,7 @@ def build_model(
     if provider.bf16:
         modules = [Float16Module(provider, module) for module in modules]
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=provider.bf16,  # wider weights have gradients as wide
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
