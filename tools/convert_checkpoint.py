@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")
     from megatron_coe.conversion import hf  # imports Megatron, which takes seconds
+    from megatron_coe.conversion.memory import give_back_what_is_freed
 
+    give_back_what_is_freed()
     if options.direction == "to-hf":
         dtype = hf.DTYPES[options.dtype] if options.dtype else None
         source = hf.to_hf(options.load, options.save, dtype, options.max_shard_size, options.family)
