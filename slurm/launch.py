@@ -3,9 +3,9 @@
     python slurm/launch.py --nnodes 2 --nproc-per-node 8 … pretrain_coe.py --config …
 
 takes what torchrun takes. torchrun by itself ends with status 1 whatever its workers ended with,
-dies of SIGUSR1, and 30 seconds after SIGTERM it kills: a job could not tell "saved, to be continued"
-(75) from a failure, and a save that takes longer would be lost. This one passes signals on and goes
-on waiting; for how long is the batch system's affair.
+dies of SIGUSR1, and 30 seconds after SIGTERM it kills: a job could not tell a run that was saved,
+to be continued (75), from a failure, and a save that takes longer would be lost. This one passes
+signals on and goes on waiting; for how long is the batch system's affair.
 
 Exit status: 0, or that of the worker that failed first (128 + number for one that a signal ended).
 """

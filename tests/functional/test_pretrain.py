@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -255,11 +256,17 @@ def test_a_signal_where_nothing_is_kept_has_another_status(config, tmp_path, han
         assert pretrain_coe.main(arguments) == 128 + signal.SIGTERM
 
 
-def test_ctrl_c_reaches_every_process_and_the_run_is_saved(config, tmp_path):
-    """Also those that the first checkpoint started, which the last one needs."""
+def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
+    """Also to those that the first checkpoint started, which the last one needs."""
     long = ["train.steps=1000000", "checkpoint.save_interval=2"]
     process = start("--config", config, *long, start_new_session=True)
-    with once_it_has_steps(tmp_path / "run", 3, lambda: os.killpg(process.pid, signal.SIGINT)):
+
+    def signal_all() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.killpg(process.pid, number)
+            time.sleep(0.05)
+
+    with once_it_has_steps(tmp_path / "run", 3, signal_all):
         status, out, err = finish(process)
     assert status == STOPPED, err
     assert err == "SIGINT: ends before the next step (Ctrl-C once more: at once)\n"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from megatron_coe.training import signals
@@ -66,18 +66,22 @@ def test_a_signal_that_was_blocked_until_now_is_not_lost():
 
 
 def test_children_started_in_the_shield_survive_what_their_parent_notes():
+    """A manager of multiprocessing, as Megatron starts one to save; and this process hears all."""
     stop = StopRequest()
-    script = "import sys; print('up', flush=True); sys.stdin.read(); print('end')"
-    command = [sys.executable, "-c", script]
-    with stop.listening(), shielded_children():
-        with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as child:
-            child.stdout.readline()
-            for number in STOP_SIGNALS:
-                child.send_signal(number)
-            out, _ = child.communicate()
-        signal.raise_signal(signal.SIGTERM)
-    assert (child.returncode, out) == (0, "end\n")
-    assert stop.received is signal.SIGTERM
+    with stop.listening():
+        with shielded_children():
+            manager = multiprocessing.get_context("spawn").Manager()
+        with manager:
+            queue = manager.Queue()
+            for child in psutil.Process().children(recursive=True):
+                for number in STOP_SIGNALS:
+                    child.send_signal(number)
+            time.sleep(0.2)
+            queue.put("alive")
+            assert queue.get() == "alive"
+            with shielded_children():
+                signal.raise_signal(signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
 
 
 def test_a_signal_before_the_first_step_ends_the_run_there(single_rank, tmp_path):
