@@ -150,7 +150,7 @@ def choose_device(name: str) -> torch.device:
 
 
 class _Pieces(BaseStreamer):
-    """Ids to text, piece by piece; the pieces together are the text of all.
+    """Ids to text, piece by piece; the pieces together are the text of all ids.
 
     transformers' TextStreamer waits for whole words and starts afresh after each line, where
     tokenizers with a mark for spaces lose the first one. Here a window of ids is decoded with and
@@ -200,7 +200,7 @@ def _encode(
         config = AutoConfig.from_pretrained(str(folder), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # whatever the files make their parsers raise
-        raise ValueError(f"{named} cannot be loaded ({_first_line(error)})") from error
+        raise _failure(named, error) from error
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
         ids = torch.tensor(tokenizer.encode(prompt), dtype=torch.long) if prompt else torch.empty(0)
@@ -233,11 +233,17 @@ def _load_model(
             output_loading_info=True,
         )
     except Exception as error:  # as above
-        raise ValueError(f"{named} cannot be loaded ({_first_line(error)})") from error
+        raise _failure(named, error) from error
     for problem in ("missing", "mismatched"):  # transformers would fill these in at random
         if names := sorted(map(str, report[f"{problem}_keys"])):
             raise ValueError(f"{named}: {len(names)} {problem} weights, such as {names[0]}")
     return model.eval()
+
+
+def _failure(named: Path, error: Exception) -> ValueError:
+    if "trust_remote_code" in str(error):
+        return ValueError(f"{named} brings its own code, which only runs with trust_remote_code")
+    return ValueError(f"{named} cannot be loaded ({_first_line(error)})")
 
 
 def _positions(config: AutoConfig) -> int:
