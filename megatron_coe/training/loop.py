@@ -127,10 +127,11 @@ class Trainer:
     def step(self) -> StepFigures:
         """One update of the weights."""
         started_s = time.perf_counter()
-        trainee, replicas = self.trainee, parallel_state.get_data_parallel_world_size()
+        trainee = self.trainee
         batches = self.train.training(self.progress.samples, self.num_microbatches)
         valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
-        scale = loss_scale(valid_tokens, self.num_microbatches, replicas)
+        positions = self.settings.train.global_batch_size * trainee.provider.seq_length
+        scale = loss_scale(valid_tokens, positions)
         for chunk in trainee.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -238,7 +239,7 @@ def forward_step(
         batch["position_ids"],
         None,  # causal attention needs no mask: padding stands on the right
         labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
+        loss_mask=batch["loss_mask"] * scale,  # what multi-token prediction weighs its losses by
     )
     return output, make_loss_function(batch["loss_mask"], scale)
 

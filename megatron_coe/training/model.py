@@ -53,6 +53,7 @@ def build_provider(
             **model,
             **_layout_fields(settings.parallel),
             **_precision_fields(settings.train.precision, device),
+            calculate_per_token_loss=True,  # see megatron_coe.training.objective
             deterministic_mode=settings.train.deterministic and device.type == "cuda",
         )
     except AssertionError as error:  # Megatron's own checks

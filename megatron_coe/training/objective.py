@@ -3,15 +3,14 @@
     L = (1/N) * sum of cross-entropy over the N valid tokens of the global batch
       + coefficient * mean over its sequences of the balance loss, summed over layers and iterations
 
-Megatron divides what a loss function returns by the number of micro-batches, and DDP divides
-gradients by the number of replicas: a mean of means, in which a token of a short micro-batch counts
-for more. N is therefore counted before the step, and each micro-batch returns
+With multi-token prediction, the cross-entropy of each later token joins the first sum, weighed by
+`mtp_loss_scaling_factor / mtp_num_layers`.
 
-    (num_microbatches * data_parallel_size / N) * (sum of its cross-entropy),
-
-from which Megatron's two divisions leave exactly the first term. The balance loss is a mean over
-sequences, of which all micro-batches hold equally many, and it enters through Megatron's
-`MoEAuxLossAutoScaler` under the same two divisions: it needs no correction here.
+Megatron's own default is a mean of means: it divides by the micro-batches and by the replicas, and a
+token of a short micro-batch counts for more. With `calculate_per_token_loss` it sums gradients and
+divides once by the tokens that all loss functions report. Reported here are all P positions of the
+global batch, valid or not, which is also what the balance losses are weighed for
+(`megatron_coe.moe.router`); N is counted before the step, and the cross-entropy enters times P / N.
 
 Axis letters: B sequences of the micro-batch, S positions of this context-parallel rank.
 """
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 Batch = dict[str, torch.Tensor]
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def count_valid_tokens(batches: Sequence[Batch], group: dist.ProcessGroup) -> int:
@@ -38,25 +37,27 @@ def count_valid_tokens(batches: Sequence[Batch], group: dist.ProcessGroup) -> in
     return round(count.item())
 
 
-def loss_scale(valid_tokens: int, num_microbatches: int, data_parallel_size: int) -> float:
-    """Factor of a micro-batch's summed loss; without any valid token the loss is 0, not 0/0."""
-    return num_microbatches * data_parallel_size / max(valid_tokens, 1)
+def loss_scale(valid_tokens: int, positions: int) -> float:
+    """P / N, the factor of summed losses; without any valid token the loss is 0, not 0/0."""
+    return positions / max(valid_tokens, 1)
 
 
 def make_loss_function(loss_mask_BS: torch.Tensor, scale: float) -> LossFunction:
     """The loss function of one micro-batch, as Megatron's `forward_backward_func` calls it.
 
-    It takes the cross-entropy of every position [B, S] and returns the scaled loss, a scalar to
-    differentiate, and for the report, detached in float64, [plain sum, number of valid tokens].
+    It takes the cross-entropy of every position [B, S] and returns the scaled sum, a scalar to
+    differentiate; the number of positions; and for the report, detached in float64, [plain sum,
+    number of valid tokens].
     """
 
-    def loss_function(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_function(losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # `where`, not a product: what stands at a masked position must not matter, finite or not.
         dtype = torch.promote_types(losses_BS.dtype, torch.float32)
         zero = losses_BS.new_zeros((), dtype=dtype)
         valid_BS = loss_mask_BS > 0
         kept_BS = torch.where(valid_BS, losses_BS.view_as(valid_BS).to(dtype), zero)
         loss_sum = kept_BS.detach().sum(dtype=torch.float64)
-        return kept_BS.sum() * scale, torch.stack([loss_sum, valid_BS.sum().double()])
+        positions = torch.tensor(valid_BS.numel(), dtype=torch.int, device=losses_BS.device)
+        return kept_BS.sum() * scale, positions, torch.stack([loss_sum, valid_BS.sum().double()])
 
     return loss_function

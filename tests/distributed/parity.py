@@ -158,7 +158,7 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
         chunk.train()
         chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, scale=loss_scale(tokens, count, replicas)),
+        forward_step_func=partial(forward_step, scale=loss_scale(tokens, BATCH * SEQ)),
         data_iterator=[iter(batches) for _ in chunks],
         model=chunks,
         num_microbatches=count,

@@ -53,7 +53,8 @@ def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     )
     model = chunk.module
     model.train()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    # The layer weighs it by the positions, by which Megatron's loop divides in the end.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / tokens.numel()))
     logits_BSV = model(tokens, positions, None)
     losses = F.cross_entropy(logits_BSV.flatten(0, 1), labels.flatten(), reduction="none")
     valid = mask.flatten() > 0

@@ -15,16 +15,17 @@ def test_micro_batches_add_up_to_the_mean_over_valid_tokens():
     mask = (torch.rand(losses.shape, generator=generator) > 0.6).float()
     mask[0, 1] = 0  # one micro-batch without any valid token
     valid = int(mask.sum())
-    scale = loss_scale(valid, microbatches, replicas)
+    scale = loss_scale(valid, losses.numel())
     leaf = losses.clone().float().requires_grad_()
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums, positions = torch.zeros(2, dtype=torch.float64), 0
     for replica in range(replicas):
         for index in range(microbatches):
             function = make_loss_function(mask[replica, index], scale)
-            loss, report = function(leaf[replica, index])
-            # Megatron divides by the micro-batches, DDP by the replicas.
-            (loss / microbatches / replicas).backward()
+            loss, tokens, report = function(leaf[replica, index])
+            loss.backward()
+            positions += tokens
             sums += report
+    leaf.grad /= positions  # as Megatron does
     assert sums[1] == valid
     mean = (losses * mask).sum() / valid
     assert sums[0] / valid == pytest.approx(mean.item(), rel=1e-6)
@@ -34,7 +35,7 @@ def test_micro_batches_add_up_to_the_mean_over_valid_tokens():
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 def test_what_is_masked_does_not_matter(junk):
     losses = torch.tensor([[1.0, junk, 3.0]], requires_grad=True)
-    loss, report = make_loss_function(torch.tensor([[1.0, 0.0, 1.0]]), 0.5)(losses)
+    loss, _, report = make_loss_function(torch.tensor([[1.0, 0.0, 1.0]]), 0.5)(losses)
     loss.backward()
     assert loss.item() == 2.0
     assert report.tolist() == [4.0, 2.0]
@@ -43,8 +44,8 @@ def test_what_is_masked_does_not_matter(junk):
 
 def test_a_batch_without_valid_tokens_has_loss_zero():
     losses = torch.ones(2, 3, requires_grad=True)
-    function = make_loss_function(torch.zeros(2, 3), loss_scale(0, 4, 2))
-    loss, report = function(losses)
+    function = make_loss_function(torch.zeros(2, 3), loss_scale(0, 6))
+    loss, _, report = function(losses)
     loss.backward()
     assert (loss.item(), report.tolist()) == (0.0, [0.0, 0.0])
     assert not losses.grad.any()
