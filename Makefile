@@ -3,6 +3,7 @@
 # make test         the fast tests           make test-all      the slow ones too
 # make lint         style                    make test-mutants  does the suite catch planted faults?
 # make test-gpu     what only a GPU can show
+# make test-slurm   the batch scripts on a Slurm that it starts, and installs where it can
 # make test-transformers-4    the Hugging Face side with the last transformers 4
 # make test-eval    exported models under lm_eval
 #
@@ -26,7 +27,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-all test-gpu test-mutants test-transformers-4 test-eval lint clean-quickstart
+.PHONY: quickstart test test-all test-gpu test-slurm test-mutants test-transformers-4 test-eval lint clean-quickstart
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
@@ -88,13 +89,17 @@ clean-quickstart:
 test test-all test-mutants test-transformers-4 test-eval: export CUDA_VISIBLE_DEVICES :=
 
 test: $(VENV)/.installed-test
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu and not slurm"
 
 test-all: $(VENV)/.installed-test
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not slurm"
 
 test-gpu: $(VENV)/.installed-test
 	$(PY) -m pytest tests/gpu
+
+test-slurm: $(VENV)/.installed-test
+	tests/slurm/install.sh
+	$(PY) -m pytest tests/slurm
 
 test-mutants: $(VENV)/.installed-test
 	$(PY) tests/mutants/run.py

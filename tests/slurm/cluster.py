@@ -13,7 +13,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("node1", "node2")
@@ -104,19 +107,28 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancels every job, and ends every process that the cluster has started."""
-        if self._daemons:
-            self.command("scancel", "--signal=KILL", "--full", *self._jobs(), check=False)
-            self.command("scancel", *self._jobs(), check=False)
-            self._wait("the jobs' end", lambda: not self._jobs(), timeout_s=60)
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-        for daemon in reversed(self._daemons):
-            try:
-                daemon.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
+        try:
+            if jobs := self._jobs():
+                self.command("scancel", *jobs, check=False)
+                self._wait("the jobs' end", lambda: not self._jobs())
+        finally:
+            for daemon in reversed(self._daemons):
+                daemon.terminate()
+            psutil.wait_procs(self._processes(), timeout=30)
+            for process in self._processes():  # whatever would not go by itself
+                process.kill()
+            for daemon in self._daemons:
                 daemon.wait()
-        self._daemons = []
+            self._daemons = []
+
+    def _processes(self) -> list[psutil.Process]:
+        """Daemons, steps and what runs in them: all inherit where the configuration is."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                    found.append(process)
+        return found
 
     def command(self, *arguments: str, check: bool = True, **environment: str) -> str:
         """What a command of Slurm prints."""
@@ -160,6 +172,8 @@ class Cluster:
         return self.wait(number, lambda job: job["JobState"] in ended, timeout_s)
 
     def _jobs(self) -> list[str]:
+        if not self._daemons:
+            return []
         return self.command("squeue", "-h", "-o", "%A", check=False).split()
 
     def _run_daemon(self, *arguments: str) -> None:
