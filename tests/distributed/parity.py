@@ -294,6 +294,13 @@ def reference(variant: str, path: Path, dtype: torch.dtype = torch.float64) -> i
     return sum(ties)
 
 
+def write_references(variants: list[str], folder: str) -> None:
+    """Runs on one rank: the references of several variants; none may hang on a near tie."""
+    for variant in variants:
+        ties = reference(variant, Path(folder) / f"{variant}.pt")
+        assert ties == 0, f"{variant}: {ties} tokens whose choice rounding could decide"
+
+
 def difference(layout: str, variant: str, path: str | Path) -> list[float]:
     """[relative error of the loss, of the worst gradient] of a layout; a collective.
 

@@ -1,0 +1,62 @@
+"""Measure every layout of `layouts.py` against one process and print the table of docs/results.md.
+
+    make parity
+
+Rows are layouts, columns iterations; an entry is the larger error of the loss (relative) and of any
+gradient (relative to the largest entry of its tensor) with and without the distributed optimizer
+and in both micro-batch sizes. Exit status 1 if any is above 1e-9.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))
+
+from tests.distributed.launch import launch  # noqa: E402
+from tests.distributed.layouts import BATCH, CHAINS, WORLDS, every_setting  # noqa: E402
+
+TOLERANCE = 1e-9
+TIME_LIMIT_S = 4 * 3600.0
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        launch("tests.distributed.parity:write_references", 1, list(CHAINS), folder)
+        rows = [row for world in WORLDS for row in rows_of(world, folder)]
+    print(f"| ranks | layout | {' | '.join(CHAINS)} |")
+    print(f"|---|---|{'---|' * len(CHAINS)}")
+    for world, layout, errors in rows:
+        cells = [f"{loss:.0e} · {gradient:.0e}" for loss, gradient in errors]
+        print(f"| {world} | {layout} | {' | '.join(cells)} |")
+    worst = max(max(pair) for _, _, errors in rows for pair in errors)
+    count = sum(len(every_setting(layout, world)) for world, layout, _ in rows) * len(CHAINS)
+    print(f"\n{count} runs of {BATCH} sequences; the largest difference is {worst:.1e}.")
+    return int(not worst < TOLERANCE)
+
+
+def rows_of(world: int, folder: str) -> list[tuple[int, str, list[tuple[float, float]]]]:
+    """(ranks, layout, the worst errors for each number of iterations) of the layouts of a world."""
+    cases = [
+        [setting, chain]
+        for layout in WORLDS[world]
+        for setting in every_setting(layout, world)
+        for chain in CHAINS
+    ]
+    function = "tests.distributed.parity:differences"
+    measured = launch(function, world, cases, folder, timeout_s=TIME_LIMIT_S)[0]
+    rows = []
+    for layout in WORLDS[world]:
+        errors = []
+        for chain in CHAINS:
+            pairs = [measured[f"{name}, {chain}"] for name in every_setting(layout, world)]
+            errors.append((max(loss for loss, _ in pairs), max(worst for _, worst in pairs)))
+        rows.append((world, layout, errors))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
