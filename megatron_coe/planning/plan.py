@@ -96,6 +96,13 @@ class Plan:
                 chunks[stage].append([bool(next(pattern)) for _ in range(count)])
         return chunks
 
+    def layers(self, stage: int) -> Chunk:
+        """All layers of a pipeline stage, with multi-token prediction's on the last."""
+        layers = [is_moe for chunk in self.chunks[stage] for is_moe in chunk]
+        if stage == len(self.chunks) - 1:
+            layers += [bool(self.model.moe_layer_pattern[-1])] * (self.model.mtp_num_layers or 0)
+        return layers
+
     def _num_layers(self, stage: int, vp_stage: int) -> int:
         layout = self.model.pipeline_model_parallel_layout
         if layout is not None:  # Megatron's function would ask for this process's own stage

@@ -1,0 +1,122 @@
+"""The layouts that a model and a number of GPUs allow, ranked by the estimated time of a step.
+
+python tools/plan.py --config examples/scale/lite.yaml --gpus 512 [--gpu h200] [section.key=value …]
+
+Nothing is trained and no GPU is needed. The last lines are YAML for the fastest layout that fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_coe.data.command_line import run
+from megatron_coe.planning.hardware import GPUS, Cluster
+from megatron_coe.training.checks import check_layout, check_values
+from megatron_coe.training.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from megatron_coe.planning.build import Built
+    from megatron_coe.planning.plan import Plan
+
+
+def main() -> None:
+    options = parse()
+    cluster = Cluster(GPUS[options.gpu], options.gpus_per_node)
+    settings = load_settings(options.config, options.overrides)
+    check_values(settings)
+    check_options(options, settings)
+    # Only now, because they take seconds.
+    import torch
+
+    from megatron_coe.backends import prepare
+    from megatron_coe.planning import report, search
+    from megatron_coe.training.estimate import plan_of
+    from megatron_coe.training.model import build_provider
+
+    prepare()
+    model = build_provider(settings, torch.device("cuda"))
+    if options.keep_layout:
+        plan = plan_of(settings, model, options.gpus, on_gpu=True)
+        ranking = search.Ranking([search.estimate(plan, cluster)], 1, None)
+    else:
+        ranking = search.rank_layouts(
+            model, options.gpus, settings.train.global_batch_size, cluster
+        )
+        if not ranking.fitting:
+            raise ValueError(report.nothing_fits(ranking, cluster))
+    best = ranking.fitting[0]
+    built = build(best.plan, options.rank) if options.build else []
+    if options.json:
+        shown = [report.as_dict(found, cluster) for found in ranking.fitting[: options.top]]
+        checked = [{**vars(one), "agrees": one.agrees} for one in built]
+        print(json.dumps({"legal": ranking.legal, "layouts": shown, "built": checked}, indent=1))
+    else:
+        print(report.headline(best.plan, cluster))
+        print(report.ranking_table(ranking, cluster, options.top), end="\n\n")
+        print(report.details(best, cluster), end="\n\n")
+        if built:
+            print(report.built_table(built), end="\n\n")
+        print(report.as_yaml(best))
+    if not all(one.agrees for one in built):
+        raise ValueError("the built model is not the predicted one: please report this layout")
+
+
+def build(plan: Plan, rank: int | None) -> list[Built]:
+    """The rank asked for, or the first of the first, the fullest and the last pipeline stage."""
+    from megatron_coe.planning.build import build_rank
+    from megatron_coe.planning.memory import fullest_stage
+
+    stages = plan.model.pipeline_model_parallel_size
+    each = plan.world_size // stages
+    firsts = sorted({0, fullest_stage(plan) * each, (stages - 1) * each})
+    return [build_rank(plan, number) for number in ([rank] if rank is not None else firsts)]
+
+
+def check_options(options: argparse.Namespace, settings: Settings) -> None:
+    """Raise ValueError for what cannot be planned."""
+    gpus, per_node = options.gpus, options.gpus_per_node
+    for name in ("gpus", "gpus_per_node", "top"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)}: give 1 or more")
+    if gpus > per_node and gpus % per_node:
+        raise ValueError(
+            f"--gpus={gpus} is no multiple of --gpus-per-node={per_node}: give whole nodes"
+        )
+    if options.rank is not None and not (options.build and 0 <= options.rank < gpus):
+        raise ValueError(f"--rank={options.rank}: goes with --build, and is one of 0 … {gpus - 1}")
+    if not settings.model.get("vocab_size"):
+        raise ValueError(
+            "model.vocab_size is not set: give it, as model.vocab_size=…; the tables and the "
+            "output head are a large part of the cost"
+        )
+    if options.keep_layout:
+        check_layout(settings, gpus)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--gpus", type=int, required=True, help="how many in all")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--top", type=int, default=10, help="how many layouts to print")
+    parser.add_argument(
+        "--keep-layout", action="store_true", help="the cost of the file's own layout; no search"
+    )
+    parser.add_argument(
+        "--build", action="store_true", help="build ranks of the layout on the meta device as well"
+    )
+    parser.add_argument("--rank", type=int, help="the one to build (default: of three stages)")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
