@@ -122,7 +122,7 @@ def write_checkpoint(
     writer = CheckpointWriter(step)
     try:
         for weight in table:
-            key, place, grid = weight.keys[0], (0,), (1,)
+            key, place, grid = weight.keys[0], (), ()
             if weight.layer is not None and stacked:
                 writer.write(key, read(weight), weight.layer, layers)
                 place, grid = (weight.layer,), (layers,)
@@ -144,16 +144,19 @@ def _write_extra_states(
     grid: tuple[int, ...],
     experts: int,
 ) -> None:
-    """The empty extra state of each linear layer, which Megatron's modules ask for on loading."""
+    """The empty extra state of each linear layer, which Megatron's modules ask for on loading.
+
+    Args:
+        place: of the layer in a `grid` of stacked layers; both are empty where none are stacked.
+    """
     module, _, parameter = key.rpartition(".")
     if parameter != "weight" or not module.rpartition(".")[2].startswith("linear_"):
         return
     key = f"{module}._extra_state"
     if not experts:
-        return writer.write_extra_state(key, place, grid)
-    before = (place, grid) if grid != (1,) else ((), ())
+        return writer.write_extra_state(key, place or (0,), grid or (1,))
     for expert in range(experts):
-        writer.write_extra_state(key, (*before[0], expert), (*before[1], experts))
+        writer.write_extra_state(key, (*place, expert), (*grid, experts))
 
 
 def _refuse_zeros(name: str, tensor: Tensor, source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -125,6 +126,32 @@ def test_both_models_give_the_same_logits(single_rank, tmp_path, name):
         json.loads((tmp_path / "again" / "config.json").read_text()).items()
         >= {**json.loads((tmp_path / "hf" / "config.json").read_text())}.items()
     )
+
+
+@pytest.mark.parametrize("residual", ["inner", "outer", "addinit", "inner_outer", "none"])
+@pytest.mark.parametrize("C", [1, 2, 3, 4])
+def test_every_chain_gives_the_same_logits(single_rank, tmp_path, C, residual):
+    """With shared and independent gates, with and without a shared expert, both attentions."""
+    ids = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(C))
+    choices = itertools.product((True, False), (16, None), (True, False))
+    for number, (independent, shared, latent) in enumerate(choices):
+        folder = tmp_path / str(number)
+        write_random_model(
+            folder,
+            seed=number,
+            num_layers=1,
+            coe_iterations=C,
+            coe_residual=residual,
+            coe_independent_gate=independent,
+            moe_shared_expert_intermediate_size=shared,
+            multi_latent_attention=latent,
+        )
+        step = from_hf(folder, tmp_path / f"{number}-checkpoint")
+        logits = megatron_logits(step, ids, single_rank)
+        with torch.no_grad():
+            expected = CoeForCausalLM.from_pretrained(folder).eval()(ids).logits
+        told = f"{independent=} {shared=} {latent=}: {{}}".format
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE, msg=told)
 
 
 def test_a_trained_checkpoint_without_its_layout(single_rank, tmp_path):
