@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.unit.conversion.models import write_random_model
 
@@ -143,3 +145,84 @@ def test_a_size_that_is_none_is_told(imported):
     )
     assert done.returncode == 2
     assert "'big' is no size" in done.stderr
+
+
+EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
+GATE = "model.layers.0.mlp.gate.1.weight"
+
+
+def change_config(folder: Path, **keys: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite the file that holds `EXPERT`."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"][EXPERT]
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def first_file(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+DAMAGES = {
+    # what is done to the folder, and all that the message must name
+    "missing shard": (lambda f: first_file(f).unlink(), ["model-00001-of", "missing"]),
+    "truncated safetensors": (
+        lambda f: os.truncate(first_file(f), first_file(f).stat().st_size - 64),
+        ["model-00001-of", "not a whole"],
+    ),
+    "wrong shape": (
+        lambda f: change_weights(f, lambda w: w.update({EXPERT: torch.ones(3, 32)})),
+        [EXPERT, "[3, 32]"],
+    ),
+    "an expert missing": (lambda f: change_weights(f, lambda w: w.pop(EXPERT)), [EXPERT]),
+    "an expert all zero": (lambda f: change_weights(f, lambda w: w[EXPERT].zero_()), [EXPERT]),
+    "unknown architecture": (
+        lambda f: change_config(f, model_type="gpt2"),
+        ["config.json", "model_type='gpt2'"],
+    ),
+    "fewer iterations than weights": (lambda f: change_config(f, inner_iter=1), [GATE]),
+    "more experts than weights": (
+        lambda f: change_config(f, n_routed_experts=8),
+        ["hf: lacks model.layers.", "mlp.experts.7."],
+    ),
+    "configuration cut off": (
+        lambda f: os.truncate(f / "config.json", 40),
+        ["config.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_line(imported, tmp_path, monkeypatch, capfd, damage):
+    """In this process, for speed: Megatron's import would take most of each case's time."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import convert_checkpoint
+    from megatron_coe.conversion.hf import to_hf
+    from megatron_coe.data.command_line import run as run_command
+
+    sys.path.remove(str(ROOT / "tools"))
+    monkeypatch.chdir(tmp_path)
+    to_hf(imported / "checkpoints", tmp_path / "hf", max_shard_size=20_000)
+    damaging, told = DAMAGES[damage]
+    damaging(tmp_path / "hf")
+    capfd.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        status = run_command(
+            lambda: convert_checkpoint.main(["from-hf", "--load", "hf", "--save", "out"])
+        )
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    error = capfd.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1, error
+    for words in told:
+        assert words in error
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
