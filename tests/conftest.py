@@ -24,6 +24,7 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = torch.distributed.HashStore()
@@ -33,5 +34,6 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
         model_parallel_cuda_manual_seed(1234)
         yield device
     finally:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None  # set by a training step, for good
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -203,6 +203,7 @@ def test_a_damaged_folder_is_one_line(imported, tmp_path, monkeypatch, capfd, da
     """In this process, for speed: Megatron's import would take most of each case's time."""
     sys.path.insert(0, str(ROOT / "tools"))
     import convert_checkpoint
+
     from megatron_coe.conversion.hf import to_hf
     from megatron_coe.data.command_line import run as run_command
 
