@@ -1,0 +1,101 @@
+"""Run a script over a Megatron-LM checkout's `pretrain` on a CPU and record what it did.
+
+    python tests/functional/megatron_lm_on_cpu.py RECORD SCRIPT ARGUMENTS
+
+`megatron_coe.backends.cpu` covers `megatron.core`; this covers what the checkout's
+`megatron.training` takes for granted besides. RECORD gets rank 0's weights before the first step,
+its micro-batches and what Megatron-LM's loss function reported of each.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import torch
+
+
+def cover() -> None:
+    """Apply `megatron_coe`'s covers, then those of the training side."""
+    from megatron_coe.backends import cpu, prepare
+
+    prepare()
+    for module in LITERAL_CUDA:
+        importlib.import_module(module).torch = cpu.TorchOnCpu("torch")
+    training = importlib.import_module("megatron.training.training")
+    initialize = importlib.import_module("megatron.training.initialize")
+    training.initialize_megatron = functools.partial(
+        training.initialize_megatron, allow_no_cuda=True
+    )
+    training.set_jit_fusion_options = nothing  # runs kernels once, on the GPU
+    if hasattr(initialize, "fused_kernels"):
+        initialize.fused_kernels.load = nothing  # compiles some with nvcc
+    # One device to every process; otherwise Megatron-LM makes no parallel groups.
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = nothing
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)
+
+
+def nothing(*args: object, **kwargs: object) -> None:
+    pass
+
+
+LITERAL_CUDA = ("megatron.training.training", "megatron.training.utils")
+
+
+class Recorder:
+    """Stands in for `pretrain_gpt.forward_step`: calls it, and notes training's part of it."""
+
+    def __init__(self, forward_step: Callable) -> None:
+        self.forward_step = forward_step
+        self.weights: dict[str, torch.Tensor] = {}
+        self.batches: list[dict[str, torch.Tensor]] = []
+        self.reports: list[list[float]] = []
+
+    def __call__(self, data: Iterator, model: torch.nn.Module, *args: object) -> tuple:
+        if not model.training:
+            return self.forward_step(data, model, *args)
+        if not self.weights:
+            named = model.module.named_parameters()
+            self.weights = {name: weight.detach().clone() for name, weight in named}
+        output, loss_func = self.forward_step(self.noted(data), model, *args)
+        return output, functools.partial(self.noted_loss, loss_func)
+
+    def noted(self, data: Iterator) -> Iterator:
+        """The next micro-batch of `data`; not asked for on ranks that are sent theirs."""
+        batch = next(data)
+        self.batches.append({key: batch[key] for key in ("tokens", "labels", "loss_mask")})
+        yield batch
+
+    def noted_loss(self, loss_func: Callable, output: torch.Tensor) -> tuple:
+        loss, num_tokens, report = loss_func(output)
+        self.reports.append(report["lm loss"].tolist())
+        return loss, num_tokens, report
+
+    def save(self, path: str) -> None:
+        kept = {"weights": self.weights, "batches": self.batches, "reports": self.reports}
+        torch.save(kept, path)
+
+
+def main() -> None:
+    record, *sys.argv = sys.argv[1:]
+    cover()
+    gpt = importlib.import_module("pretrain_gpt")
+    gpt.forward_step = recorder = Recorder(gpt.forward_step)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    if os.environ["RANK"] == "0":
+        recorder.save(record)
+
+
+if __name__ == "__main__":
+    main()

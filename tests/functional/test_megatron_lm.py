@@ -1,0 +1,187 @@
+"""Megatron-LM's own `pretrain` trains our model: run on the checkout that MEGATRON_LM_PATH names.
+
+MEGATRON_LM_PYTHON is the interpreter to run the checkout with, where it needs a newer one than the
+tests (its main branch needs Python 3.12) or packages of its own (triton).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from megatron_coe.provider import CoEModelProvider
+from tests.distributed.launch import REPO
+
+MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
+SCRIPT = REPO / "examples/megatron_lm/pretrain_coe_megatron.py"
+STEPS, MICRO_BATCHES, LR, DECAY, CLIP = 4, 2, 5e-3, 0.1, 0.5
+
+pytestmark = pytest.mark.skipif(
+    not MEGATRON_LM, reason="MEGATRON_LM_PATH names no Megatron-LM checkout"
+)
+
+MODEL = shlex.split("""
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48
+    --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8
+    --v-head-dim 8 --qk-layernorm --position-embedding-type rope --rope-type yarn
+    --rotary-scaling-factor 40 --mscale 0.707 --mscale-all-dim 0.707 --normalization RMSNorm
+    --norm-epsilon 1e-6 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+    --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.05 --num-experts 6
+    --moe-router-topk 2 --moe-ffn-hidden-size 16 --moe-shared-expert-intermediate-size 24
+    --moe-grouped-gemm --moe-router-pre-softmax --moe-router-dtype fp32
+    --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type seq_aux_loss
+    --moe-aux-loss-coeff 0.02 --transformer-impl local --use-cpu-initialization
+    --no-bias-swiglu-fusion --no-rope-fusion --no-persist-layer-norm --no-masked-softmax-fusion
+    --no-gradient-accumulation-fusion
+""")
+TRAINING = shlex.split(f"""
+    --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2
+    --global-batch-size {2 * MICRO_BATCHES} --train-iters {STEPS} --lr {LR}
+    --lr-decay-style constant --weight-decay {DECAY} --clip-grad {CLIP} --adam-beta2 0.95
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 94 --make-vocab-size-divisible-by 16
+    --distributed-backend gloo --log-interval 1 --eval-iters 1 --eval-interval 1000 --seed 7
+""")
+CHAIN = ["--coe-iterations", "3", "--coe-residual", "inner"]
+
+
+def our_model() -> CoEModelProvider:
+    """What MODEL and CHAIN describe, written down anew in this package's own fields."""
+    return CoEModelProvider(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=48,
+        kv_lora_rank=16,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=8,
+        v_head_dim=8,
+        num_moe_experts=6,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        moe_shared_expert_intermediate_size=24,
+        moe_aux_loss_coeff=0.02,
+        coe_iterations=3,
+        coe_residual="inner",
+        vocab_size=94,
+        make_vocab_size_divisible_by=16,
+        seq_length=32,
+        use_cpu_initialization=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pretrain(work: Path, arguments: str = "", world_size: int = 1) -> str:
+    """Run the example script with Megatron-LM in `work`; return what the last rank printed.
+
+    `work/record.pt` then holds what `megatron_lm_on_cpu.py` records.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([MEGATRON_LM or "", str(REPO)]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+    }
+    python = os.environ.get("MEGATRON_LM_PYTHON", sys.executable)
+    on_cpu = REPO / "tests/functional/megatron_lm_on_cpu.py"
+    command = [python, "-W", "ignore", on_cpu, "record.pt", SCRIPT, *MODEL, *TRAINING, *CHAIN]
+    logs = [work / f"rank{rank}.log" for rank in range(world_size)]
+    ranks = []
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("w") as output:
+                ranks.append(
+                    subprocess.Popen(
+                        [*map(str, command), *shlex.split(arguments)],
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        cwd=work,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        codes = [rank.wait(timeout=600) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert not any(codes), logs[0].read_text()[-4000:]
+    return logs[-1].read_text()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """What one rank printed, and its record."""
+    work = tmp_path_factory.mktemp("single")
+    output = pretrain(work)
+    return output, torch.load(work / "record.pt")
+
+
+def logged(output: str, name: str) -> list[float]:
+    """A value that Megatron-LM prints per step (on the last rank)."""
+    return [float(value) for value in re.findall(rf"\| {name}: ([-+.\dE]+) \|", output)]
+
+
+def test_pretrain_trains_our_model(single_rank, single) -> None:
+    """Megatron-LM's losses are those of our model in a plain loop over its batches."""
+    output, record = single
+    model = our_model().provide().train()
+    model.load_state_dict(record["weights"], strict=False)
+    assert {name for name, _ in model.named_parameters()} == record["weights"].keys()
+
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
+    rest = [weight for weight in model.parameters() if weight.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / MICRO_BATCHES))
+    losses, norms = [], []
+    for step in range(STEPS):
+        step_loss = 0.0
+        for batch in record["batches"][step * MICRO_BATCHES : (step + 1) * MICRO_BATCHES]:
+            tokens, mask = batch["tokens"], batch["loss_mask"]
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            per_token = model(tokens, positions, None, labels=batch["labels"])
+            loss = (per_token * mask).sum() / mask.sum() / MICRO_BATCHES
+            loss.backward()
+            step_loss += loss.item()
+        losses.append(step_loss)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    reported = [loss / tokens for loss, tokens in record["reports"]]
+    theirs = torch.tensor(reported).view(STEPS, MICRO_BATCHES).mean(dim=1)
+    torch.testing.assert_close(theirs, torch.tensor(losses), rtol=1e-5, atol=0)
+    assert losses[-1] < losses[0] - 0.05
+    assert max(norms) > CLIP  # so that the clipping was part of the comparison
+    assert logged(output, "grad norm") == pytest.approx(norms, abs=2e-3)  # it prints 3 decimals
+
+
+def test_parallel_ranks_train_the_same_model(single, tmp_path: Path) -> None:
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel"
+    experts = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+    parallel = pretrain(tmp_path, f"{layout} {experts}", world_size=2)
+    for name in ("lm loss", "seq_load_balancing_loss", "grad norm"):
+        values = logged(single[0], name)
+        assert len(values) == STEPS
+        assert logged(parallel, name) == pytest.approx(values, rel=1e-4, abs=1.1e-3)
+
+
+def test_what_a_chain_cannot_be_is_named_by_its_argument(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"hidden_dropout=0.1 .*--hidden-dropout 0"):
+        pretrain(tmp_path, "--hidden-dropout 0.1")
