@@ -4,8 +4,9 @@
     <save>/latest           name of the newest one, for people and scripts
 
 A checkpoint is written under another name and renamed when it is complete, so a folder `step_…`
-with Megatron's `metadata.json` (the last file it writes) is whole. The state is sharded: another
-layout of the same model can load it, but then without RNG states, which belong to ranks.
+with Megatron's `metadata.json` (the last file it writes) is whole. The state is sharded: any other
+layout of the same model can load it, with or without the distributed optimizer, but then without
+RNG states, which belong to ranks.
 """
 
 from __future__ import annotations
@@ -25,18 +26,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_coe.training.setup import Trainee, complete_state
+from megatron_coe.training.optimizer_state import OptimizerState
+from megatron_coe.training.setup import Trainee
 from megatron_coe.training.signals import shielded_children
 
 CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest"
 _NAME = re.compile(r"step_(\d{8})")
-_HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps", "lr_mult")
 
 
 @dataclass
@@ -52,7 +52,6 @@ class Progress:
 MODEL_ONLY = {
     "progress": {"step": 0, "samples": 0},
     "layout": None,
-    "distributed_optimizer": None,
 }
 """What is beside the weights in a checkpoint that no training run wrote: it starts one."""
 
@@ -82,12 +81,11 @@ def save_checkpoint(
     dist.barrier()
     with _gathered_parameters(trainee):
         state = _model_state(trainee)
-        state["optimizer"] = trainee.optimizer.sharded_state_dict(state, metadata=_metadata())
+        state["optimizer"] = OptimizerState(trainee.optimizer, state).tensors
     state |= {
         "schedule": trainee.schedule.state_dict(),
         "progress": {"step": progress.step, "samples": progress.samples},
         "layout": _layout(),
-        "distributed_optimizer": _is_distributed(trainee),
         "rng": _sharded_rng(_rng_state()),
     }
     with shielded_children():
@@ -111,21 +109,14 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     Hyperparameters stay those of the present settings: what is restored is what training changed.
 
     Raises:
-        ValueError: the checkpoint is of another model or another kind of optimizer.
+        ValueError: the checkpoint is of another model.
     """
     common = dist_checkpointing.load_common_state_dict(str(path))
-    if common["distributed_optimizer"] not in (None, _is_distributed(trainee)):
-        raise ValueError(
-            f"checkpoint {path} was made with parallel.use_distributed_optimizer="
-            f"{str(common['distributed_optimizer']).lower()}, whose state the other cannot read: "
-            "set it so again"
-        )
     progress = Progress(**common["progress"])
     state = _model_state(trainee)
     if progress.step > 0:  # before the first step there is no optimizer state to speak of
-        state["optimizer"] = trainee.optimizer.sharded_state_dict(
-            state, is_loading=True, metadata=_metadata()
-        )
+        optimizer_state = OptimizerState(trainee.optimizer, state, is_loading=True)
+        state["optimizer"] = optimizer_state.tensors
     same_layout = common["layout"] == _layout()
     if same_layout:
         state["rng"] = _sharded_rng(None)
@@ -137,21 +128,13 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     for key, chunk in _chunks(trainee):
         chunk.load_state_dict(loaded[key])
     if progress.step > 0:
-        _load_optimizer(trainee.optimizer, loaded["optimizer"])
+        optimizer_state.restore(loaded["optimizer"], progress.step)
     else:
         trainee.optimizer.reload_model_params()
     trainee.schedule.step(progress.step - trainee.schedule.num_steps)
     if same_layout:
         _set_rng_state(loaded["rng"])
     return progress
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    present = [{k: g[k] for k in _HYPERPARAMETERS if k in g} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, present, strict=True):
-        group.update(values)
-    complete_state(optimizer)
 
 
 def _chunks(trainee: Trainee) -> list[tuple[str, GPTModel]]:
@@ -167,11 +150,8 @@ def _model_state(trainee: Trainee) -> dict[str, Any]:
 
 
 def _metadata() -> dict[str, Any]:
-    """How states are cut up: the distributed optimizer's too, independent of the layout."""
+    """How the model's states are cut up."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
@@ -186,10 +166,6 @@ def _gathered_parameters(trainee: Trainee) -> Iterator[None]:
     yield
     for chunk in overlapped:
         chunk.enable_forward_pre_hook()
-
-
-def _is_distributed(trainee: Trainee) -> bool:
-    return trainee.chunks[0].ddp_config.use_distributed_optimizer
 
 
 def _layout() -> dict[str, int]:

@@ -6,11 +6,11 @@
 With multi-token prediction, the cross-entropy of each later token joins the first sum, weighed by
 `mtp_loss_scaling_factor / mtp_num_layers`.
 
-Megatron's own default is a mean of means: it divides by the micro-batches and by the replicas, and a
-token of a short micro-batch counts for more. With `calculate_per_token_loss` it sums gradients and
-divides once by the tokens that all loss functions report. Reported here are all P positions of the
-global batch, valid or not, which is also what the balance losses are weighed for
-(`megatron_coe.moe.router`); N is counted before the step, and the cross-entropy enters times P / N.
+Megatron's own default is a mean of means: it divides by the micro-batches and by the replicas, and
+a token of a short micro-batch counts for more. With `calculate_per_token_loss` it sums gradients
+and divides once by the tokens that all loss functions report. Reported here are all P positions of
+the global batch, valid or not, which is also what the balance losses are weighed for
+(`megatron_coe.moe.router`); N is counted before the step; the cross-entropy enters times P / N.
 
 Axis letters: B sequences of the micro-batch, S positions of this context-parallel rank.
 """
