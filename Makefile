@@ -3,6 +3,8 @@
 # make test         the fast tests           make test-all      the slow ones too
 # make lint         style                    make test-mutants  does the suite catch planted faults?
 # make test-gpu     what only a GPU can show
+# make parity       every parallel layout against one process      make resharding   checkpoints
+#                   from every layout in every other; both write a table of docs/results.md
 # make test-slurm   the batch scripts on a Slurm that it starts, and installs where it can
 # make test-transformers-4    the Hugging Face side with the last transformers 4
 # make test-eval    exported models under lm_eval
@@ -28,6 +30,7 @@ DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
 .PHONY: quickstart test test-all test-gpu test-slurm test-mutants test-transformers-4 test-eval lint clean-quickstart
+.PHONY: parity resharding
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
@@ -86,7 +89,7 @@ clean-quickstart:
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-mutants test-transformers-4 test-eval: export CUDA_VISIBLE_DEVICES :=
+test test-all test-mutants test-transformers-4 test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest -m "not slow and not gpu and not slurm"
@@ -114,6 +117,12 @@ test-transformers-4:
 test-eval:
 	$(MAKE) VENV=.venv-eval .venv-eval/.installed-eval
 	.venv-eval/bin/python -m pytest tests/functional/test_evaluate.py
+
+parity: $(VENV)/.installed-test
+	$(PY) -W ignore tests/distributed/parity_table.py
+
+resharding: $(VENV)/.installed-test
+	$(PY) -W ignore tests/distributed/resharding.py
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .

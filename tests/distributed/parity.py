@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,11 +37,13 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from torch.nn import Parameter
 
 from megatron_coe.moe.router import CoERouter
 from megatron_coe.training import setup
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checks import check_layout, num_microbatches
+from megatron_coe.training.loop import Trainer
 from megatron_coe.training.model import build_provider
 from megatron_coe.training.objective import count_valid_tokens, loss_scale, make_loss_function
 from megatron_coe.training.settings import Settings
@@ -229,15 +231,20 @@ def whole_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def gather_gradients(chunks: list) -> dict[str, torch.Tensor]:
-    """Every gradient (and expert bias) of the model by the name of its tensor, on rank 0.
+    """Every gradient of the model, on rank 0."""
+    for chunk in chunks:
+        _gather_shards_of_gradients(chunk)
+    return gather(chunks, lambda parameter: parameter.main_grad)
+
+
+def gather(chunks: list, value_of: Callable[[Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What belongs to every parameter (and the expert biases) by its tensor's name, on rank 0.
 
     Pieces that several ranks hold must be the same on all; an element that none holds is NaN.
     """
-    for chunk in chunks:
-        _gather_shards_of_gradients(chunk)
     own = []
     for module in unwrap_model(chunks):
-        with _gradients_in_place_of_weights(module):
+        with _in_place_of_weights(module, value_of):
             state = module.sharded_state_dict(metadata=metadata())
             own += [
                 (p.key, p.global_shape, p.global_offset, p.global_slice(), p.data.detach().clone())
@@ -273,10 +280,12 @@ def _gather_shards_of_gradients(chunk: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _gradients_in_place_of_weights(module: torch.nn.Module) -> Iterator[None]:
+def _in_place_of_weights(
+    module: torch.nn.Module, value_of: Callable[[Parameter], torch.Tensor]
+) -> Iterator[None]:
     weights = {parameter: parameter.data for parameter in module.parameters()}
     for parameter in weights:
-        parameter.data = parameter.main_grad
+        parameter.data = value_of(parameter)
     yield
     for parameter, weight in weights.items():
         parameter.data = weight
@@ -348,14 +357,20 @@ def counted_near_ties() -> Iterator[list[int]]:
         CoERouter.best = best
 
 
+def make_parity_trainer(layout: str, variant: str, **train: object) -> Trainer:
+    """A trainer in fp32 on `Sequences`, at the weights of every layout."""
+    settings = layout_settings(layout, variant, lr=1e-3, lr_warmup_fraction=0.0, **train)
+    trainer = make_trainer(settings, torch.device("cpu"), Sequences())
+    for module in unwrap_model(trainer.trainee.chunks):
+        set_weights(module)
+    trainer.trainee.optimizer.reload_model_params()
+    return trainer
+
+
 def train(layout: str, variant: str, steps: int) -> list[float]:
     """Loss of each of the first training steps in fp32, as the training loop reports it."""
-    settings = layout_settings(layout, variant, lr=1e-3, lr_warmup_fraction=0.0)
-    with setup_groups(settings):
-        trainer = make_trainer(settings, torch.device("cpu"), Sequences())
-        for module in unwrap_model(trainer.trainee.chunks):
-            set_weights(module)
-        trainer.trainee.optimizer.reload_model_params()
+    with setup_groups(layout_settings(layout, variant)):
+        trainer = make_parity_trainer(layout, variant)
         return [trainer.figures(trainer.step())["train_loss"] for _ in range(steps)]
 
 
