@@ -23,6 +23,10 @@ NODES = ("node1", "node2")
 CREDENTIAL_S = 20
 """Life of a job's credential, and so how long a requeued job waits (Slurm's default: 120)."""
 
+PATIENCE_S = 1200.0
+"""Longest wait for a job; on two idle cores the longest takes two minutes."""
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -161,15 +165,20 @@ class Cluster:
         text = self.command("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, number: str, reached: Callable[[Mapping[str, str]], bool], timeout_s: float):
-        """Until a job is as wished; its fields."""
-        self._wait(f"job {number}", lambda: reached(self.job(number)), timeout_s)
-        return self.job(number)
+    def wait(self, number: str, reached: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+        """Until something is reached while a job goes on."""
 
-    def finish(self, number: str, timeout_s: float = 600) -> Mapping[str, str]:
+        def going_on() -> bool:
+            state = self.job(number)["JobState"]
+            assert reached() or state not in ENDED, f"job {number} ended before: {state}"
+            return reached()
+
+        self._wait(f"job {number}", going_on, timeout_s)
+
+    def finish(self, number: str, timeout_s: float = PATIENCE_S) -> Mapping[str, str]:
         """The fields of a job that has ended."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return self.wait(number, lambda job: job["JobState"] in ended, timeout_s)
+        self._wait(f"job {number}", lambda: self.job(number)["JobState"] in ENDED, timeout_s)
+        return self.job(number)
 
     def _jobs(self) -> list[str]:
         if not self._daemons:

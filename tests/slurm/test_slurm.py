@@ -77,7 +77,7 @@ def test_a_time_limit_interrupts_a_run_that_then_ends_as_if_it_had_not(
     cluster, submit, config, tmp_path
 ):
     """Slurm's own signal -> checkpoint -> requeue -> resume -> finish; then both are converted."""
-    limited = ("--nodes=2", "--time=2", "--signal=USR1@45", REPO / "slurm/pretrain.sbatch")
+    limited = ("--nodes=2", "--time=6", "--signal=USR1@270", REPO / "slurm/pretrain.sbatch")
     constant = ("train.lr_warmup_fraction=0", f"train.steps={ENDLESS}", "train.eval_interval=50")
     job = submit(*limited, "--config", config, *constant)
 
@@ -88,11 +88,11 @@ def test_a_time_limit_interrupts_a_run_that_then_ends_as_if_it_had_not(
         ]
 
     # On a busy machine the first limit may come before the first step: that is no failure.
-    cluster.wait(job, lambda fields: max(steps_at_stops(), default=0) > 0, timeout_s=900)
+    cluster.wait(job, lambda: max(steps_at_stops(), default=0) > 0)
     last = steps_at_stops()[-1] + 3
     text = config.read_text(encoding="utf-8").replace("train:\n", f"train:\n  stop_step: {last}\n")
     config.write_text(text, encoding="utf-8")  # read by the next start, 20 s from now
-    ended = cluster.finish(job, timeout_s=600)
+    ended = cluster.finish(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(tmp_path)
     assert int(ended["Restarts"]) == len(steps_at_stops())
     assert f"resumed from {tmp_path}/run/checkpoints/step_{last - 3:08d}" in output(tmp_path)
@@ -156,11 +156,9 @@ def test_a_sweep_trains_each_configuration_with_each_seed(cluster, submit, confi
 
 def test_a_cancelled_run_is_saved_and_stays_cancelled(cluster, submit, config, tmp_path):
     job = submit(REPO / "slurm/pretrain.sbatch", "--config", config, f"train.steps={ENDLESS}")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    cluster.wait(job, lambda fields: metrics.exists() and len(losses(tmp_path / "run")) > 3, 300)
+    cluster.wait(job, lambda: output(tmp_path).count("step ") > 3)
     cluster.command("scancel", job)
     ended = cluster.finish(job)
-    cluster.wait(job, lambda fields: not cluster.command("squeue", "-h", "-j", job), 60)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     assert latest(tmp_path / "run") == max(losses(tmp_path / "run"))
 
@@ -169,8 +167,7 @@ def test_requeues_are_limited(cluster, submit, config, tmp_path):
     """SIGTERM, as from a preemption that gives time, with no requeue left."""
     script = REPO / "slurm/pretrain.sbatch"
     job = submit(script, "--config", config, f"train.steps={ENDLESS}", MAX_REQUEUES="0")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    cluster.wait(job, lambda fields: metrics.exists() and len(losses(tmp_path / "run")) > 3, 300)
+    cluster.wait(job, lambda: output(tmp_path).count("step ") > 3)
     cluster.command("scancel", "--signal=TERM", job)
     ended = cluster.finish(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
