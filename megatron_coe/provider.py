@@ -41,6 +41,14 @@ class CoEModelProvider(CoEConfig):
     fp16_lm_cross_entropy: bool = False
     """Megatron's: compute the loss of half-precision logits without casting them up."""
 
+    def finalize(self) -> None:
+        """Check the fields, and derive what follows from them, once more: after assignments.
+
+        Raises:
+            ValueError: as the constructor does.
+        """
+        CoEConfig.__post_init__(self)
+
     def provide(
         self,
         pre_process: bool | None = None,
@@ -59,7 +67,7 @@ class CoEModelProvider(CoEConfig):
         Raises:
             ValueError: no vocabulary size is set, or the backend is unknown or not installed.
         """
-        if self.vocab_size < 1:
+        if not self.vocab_size or self.vocab_size < 1:
             raise ValueError(
                 f"vocab_size={self.vocab_size}: set it to the tokenizer's number of ids."
             )
