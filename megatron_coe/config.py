@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from megatron.core.utils import init_method_normal
+from megatron.core.utils import get_te_version, init_method_normal
 
 from megatron_coe import sizes
 from megatron_coe.layout import Layout, check_layout, extents_of
@@ -238,6 +238,7 @@ class CoEConfig(MLATransformerConfig):
         refused = {
             "moe_latent_size": "its projections stand outside the chain",
             "overlap_moe_expert_parallel_comm": "its schedule runs a single iteration of the layer",
+            "delay_wgrad_compute": "it belongs to overlap_moe_expert_parallel_comm",
             "moe_use_legacy_grouped_gemm": "the legacy grouped GEMM is deprecated by Megatron",
             "mtp_use_repeated_layer": "its balance losses would count once per predicted token",
         }
@@ -246,6 +247,12 @@ class CoEConfig(MLATransformerConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not supported by a CoE layer: {reason}. "
                     "Unset it."
+                )
+        for name in ("fp8", "fp4", "moe_permute_fusion", "moe_router_fusion"):
+            if getattr(self, name) and get_te_version() is None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs Transformer Engine, which is not "
+                    "installed. Unset it."
                 )
         if self.add_bias_linear:
             raise ValueError(

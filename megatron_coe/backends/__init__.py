@@ -14,9 +14,32 @@ from megatron_coe.backends.compat import have_apex, have_te
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
 
-__all__ = ["BACKENDS", "have_apex", "have_te", "prepare", "resolve_backend"]
+    from megatron_coe.provider import CoEModelProvider
+
+__all__ = [
+    "BACKENDS",
+    "have_apex",
+    "have_te",
+    "prepare",
+    "refuse_unusable",
+    "resolve_backend",
+]
 
 BACKENDS = ("auto", "torch", "te")
+
+_NEED_TE = {
+    "tp_comm_overlap": "without it nothing would overlap",
+    "apply_rope_fusion": "the fused kernels are its own",
+    "gradient_accumulation_fusion": "the linear layers that have it are its own",
+    "use_te_activation_func": "the function is its own",
+    "cpu_offloading": "it moves the activations",
+    "fine_grained_activation_offloading": "it moves the activations",
+    "enable_cuda_graph": "its generator states can be captured, torch's cannot",
+    "external_cuda_graph": "its generator states can be captured, torch's cannot",
+    "cuda_graph_impl": "its generator states can be captured, torch's cannot",
+}
+"""Fields of Megatron's configuration that do nothing or fail late without Transformer Engine. (What
+cannot even be configured without it, `CoEConfig` refuses.)"""
 
 
 def prepare() -> device:
@@ -44,6 +67,27 @@ def prepare() -> device:
         )
     cuda.set_device(int(local_rank))
     return device("cuda", int(local_rank))
+
+
+def refuse_unusable(config: CoEModelProvider) -> None:
+    """Raise ValueError if the configuration asks for what this machine's backend has not.
+
+    To be called before process groups are made. (A configuration for other machines can be made and
+    planned with anywhere.)
+    """
+    te = resolve_backend(config.backend).fuse_layernorm_and_linear()
+    for name, reason in _NEED_TE.items():
+        value = getattr(config, name, None)
+        if not te and value not in (None, False, "none"):
+            raise ValueError(
+                f"{name}={value!r} needs Transformer Engine ({reason}), and this run has "
+                f"backend={config.backend!r} without it: unset it"
+            )
+    if config.moe_token_dispatcher_type == "flex":
+        raise ValueError(
+            "moe_token_dispatcher_type='flex' is not supported by a CoE layer: its buffers are one "
+            "pass's, and DeepEP is not tested here; choose 'alltoall' or 'allgather'"
+        )
 
 
 def resolve_backend(name: str) -> BackendSpecProvider:

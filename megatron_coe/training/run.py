@@ -55,6 +55,7 @@ def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
         setup.use_deterministic_kernels()
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
+    backends.refuse_unusable(provider)
     checkpoint = _newest_checkpoint(settings, must_resume)
     with setup.process_groups(settings.parallel, device):
         setup.seed_everything(settings.train.seed)

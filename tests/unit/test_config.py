@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_coe.backends import have_te
 from megatron_coe.config import RESIDUAL_MODES, CoEConfig
 from tests.builders import tiny_config
 
@@ -64,6 +65,7 @@ REFUSED = [
     ({"moe_latent_size": 8}, ["moe_latent_size=8"]),
     ({"moe_use_legacy_grouped_gemm": True}, ["moe_use_legacy_grouped_gemm=True"]),
     ({"overlap_moe_expert_parallel_comm": True}, ["overlap_moe_expert_parallel_comm=True"]),
+    ({"delay_wgrad_compute": True}, ["delay_wgrad_compute=True", "overlap_moe"]),
     ({"moe_router_load_balancing_type": "sinkhorn"}, ["sinkhorn", "seq_aux_loss"]),
     ({"cuda_graph_scope": ["moe_router"]}, ["cuda_graph_scope", "moe_router"]),
     ({"multi_latent_attention": False, "rope_type": "yarn"}, ["rope_type='yarn'", "'rope'"]),
@@ -77,6 +79,14 @@ def test_wrong_values_are_refused_by_name(fields: dict, named: list[str]) -> Non
         tiny_config(**fields)
     for words in named:
         assert words in str(error.value)
+
+
+@pytest.mark.skipif(have_te(), reason="Transformer Engine is there")
+@pytest.mark.parametrize("name", ["fp8", "fp4", "moe_permute_fusion", "moe_router_fusion"])
+def test_what_megatron_configures_with_transformer_engine_only(name: str) -> None:
+    value = "hybrid" if name.startswith("fp") else True
+    with pytest.raises(ValueError, match=f"{name}={value!r} needs Transformer Engine"):
+        tiny_config(**{name: value})
 
 
 def test_expert_bias_needs_sigmoid_scores() -> None:

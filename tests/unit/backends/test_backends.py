@@ -118,3 +118,31 @@ def test_transformer_engines_provider_never_offers_legacy_experts(device):
             provider.grouped_mlp_modules(True, True)
     else:
         assert provider.grouped_mlp_modules(True, True)[0] is not GroupedMLP
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tp_comm_overlap": True},
+        {"apply_rope_fusion": True},
+        {"cuda_graph_impl": "local"},
+        {"gradient_accumulation_fusion": True},
+        {"moe_token_dispatcher_type": "flex"},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_what_the_backend_has_not_is_refused_by_name(device, field):
+    from tests.builders import tiny_provider
+
+    ((name, value),) = field.items()
+    backends.refuse_unusable(tiny_provider(backend="torch"))
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        backends.refuse_unusable(tiny_provider(backend="torch", **field))
+
+
+def test_every_field_that_needs_transformer_engine_is_one_of_megatrons():
+    from dataclasses import fields
+
+    from megatron_coe.provider import CoEModelProvider
+
+    assert set(backends._NEED_TE) <= {field.name for field in fields(CoEModelProvider)}
