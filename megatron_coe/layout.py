@@ -77,7 +77,7 @@ def extents_of(model: Mapping[str, object], world_size: int | None = None) -> Ex
     """What is known of a model, by the names of its configuration's fields."""
     known = {f.name: model.get(f.name) for f in fields(Extents)}
     sizes = {name: value for name, value in known.items() if type(value) is int and value > 0}
-    if any(model.get(name) for name in _UNEVEN_STAGES):
+    if any(model.get(name) for name in UNEVEN_STAGES):
         sizes.pop("num_layers", None)
     frequency = model.get("moe_layer_freq", 1)
     if frequency == 1 or (isinstance(frequency, list) and all(frequency)):
@@ -86,7 +86,7 @@ def extents_of(model: Mapping[str, object], world_size: int | None = None) -> Ex
 
 
 # Megatron's ways to give pipeline stages different numbers of layers; it checks them itself.
-_UNEVEN_STAGES = (
+UNEVEN_STAGES = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
     "account_for_embedding_in_pipeline_split",

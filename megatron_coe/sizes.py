@@ -9,7 +9,7 @@ C iterations, F feed-forward size, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,11 +34,17 @@ class MatrixWork:
 
     def __add__(self, other: MatrixWork) -> MatrixWork:
         return MatrixWork(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(MatrixWork))
+            self.stored + other.stored,
+            self.active + other.active,
+            self.macs + other.macs,
+            self.routed + other.routed,
+            self.whole + other.whole,
         )
 
-    def __mul__(self, times: int) -> MatrixWork:
-        return MatrixWork(*(getattr(self, f.name) * times for f in fields(MatrixWork)))
+    def __mul__(self, n: int) -> MatrixWork:
+        return MatrixWork(
+            self.stored * n, self.active * n, self.macs * n, self.routed * n, self.whole * n
+        )
 
 
 def _used_once(weights: int) -> MatrixWork:
@@ -111,19 +117,28 @@ def body_work(config: CoEConfig) -> MatrixWork:
     """The decoder without embedding and output head, multi-token-prediction layers included."""
     H = config.hidden_size
     work = _not_multiplied(norm_params(config, H))  # final norm
-    for is_moe in config.moe_layer_pattern:
-        work += layer_work(config, bool(is_moe))
+    work += layers_work(config, [bool(is_moe) for is_moe in config.moe_layer_pattern])
     return work + mtp_work(config)
+
+
+def layers_work(config: CoEConfig, layers: list[bool]) -> MatrixWork:
+    """Decoder layers together: which are CoE layers (True) and which dense."""
+    work = MatrixWork()
+    for is_moe in set(layers):
+        work += layer_work(config, is_moe) * layers.count(is_moe)
+    return work
 
 
 def mtp_work(config: CoEConfig) -> MatrixWork:
     """The multi-token-prediction layers, which stand on the last pipeline stage."""
+    if not config.mtp_num_layers:
+        return MatrixWork()
     # Each joins the normed hidden state and the normed embedding: megatron/core/transformer/
     # multi_token_prediction.py (enorm, hnorm, eh_proj, a decoder layer, final_layernorm).
     H = config.hidden_size
     joint = _used_once(2 * H * H) + _not_multiplied(3 * norm_params(config, H))
     is_moe = bool(config.moe_layer_pattern[-1])
-    return (joint + layer_work(config, is_moe)) * (config.mtp_num_layers or 0)
+    return (joint + layer_work(config, is_moe)) * config.mtp_num_layers
 
 
 def embedding_params(config: CoEConfig) -> int:

@@ -41,7 +41,7 @@ def main() -> None:
     model = build_provider(settings, torch.device("cuda"))
     if options.keep_layout:
         plan = plan_of(settings, model, options.gpus, on_gpu=True)
-        ranking = search.Ranking([search.estimate(plan, cluster)], 1, None)
+        ranking = search.Ranking([search.estimate(plan, cluster)], legal=1)
     else:
         ranking = search.rank_layouts(
             model, options.gpus, settings.train.global_batch_size, cluster

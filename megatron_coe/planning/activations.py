@@ -45,7 +45,8 @@ def stage_activations(plan: Plan, stage: int) -> int:
         return kept.held + kept.remade
     heads = 1 + (model.mtp_num_layers or 0)
     kept += Kept(_norm(plan, model.hidden_size, plan.own_tokens))
-    kept += _mtp_layer(plan) * (heads - 1)
+    if heads > 1:
+        kept += _mtp_layer(plan) * (heads - 1)
     softmax = heads * plan.own_tokens * model.padded_vocab_size * _FP32
     return kept.held + max(softmax, kept.remade)  # the softmax goes before layers are recomputed
 
@@ -70,7 +71,8 @@ def in_flight(plan: Plan, stage: int) -> list[int]:
 def chunk_kept(plan: Plan, chunk: Chunk) -> Kept:
     """One micro-batch in the decoder layers of a model chunk."""
     model = plan.model
-    layers = [layer_kept(plan, is_moe) for is_moe in chunk]
+    kinds = {is_moe: layer_kept(plan, is_moe) for is_moe in set(chunk)}
+    layers = [kinds[is_moe] for is_moe in chunk]
     if model.recompute_granularity != "full":
         return sum(layers, Kept())
     inputs = plan.own_tokens * model.hidden_size * plan.element_size

@@ -35,9 +35,7 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
     tensor-parallel rank.
     """
     model = plan.model
-    work = sizes.MatrixWork()
-    for is_moe in (layer for chunk in plan.chunks[stage] for layer in chunk):
-        work += sizes.layer_work(model, is_moe)
+    work = sizes.layers_work(model, [layer for chunk in plan.chunks[stage] for layer in chunk])
     table = sizes.MatrixWork(model.padded_vocab_size * model.hidden_size)
     first, last = stage == 0, stage == model.pipeline_model_parallel_size - 1
     if first:
@@ -84,4 +82,5 @@ def fullest_stage(plan: Plan) -> int:
 
 def rank_memory(plan: Plan) -> Memory:
     """Memory of the fullest rank."""
-    return stage_memory(plan, fullest_stage(plan))
+    stages = range(plan.model.pipeline_model_parallel_size)
+    return max((stage_memory(plan, stage) for stage in stages), key=lambda memory: memory.total)

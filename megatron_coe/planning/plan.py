@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
@@ -35,7 +34,7 @@ class Plan:
     @property
     def element_size(self) -> int:
         """Bytes of a weight or an activation."""
-        return torch.empty((), dtype=self.model.params_dtype).element_size()
+        return self.model.params_dtype.itemsize
 
     @property
     def expert_tp(self) -> int:

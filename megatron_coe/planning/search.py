@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_coe.layout import Layout, complaint, divisors, extents_of
+from megatron_coe.layout import UNEVEN_STAGES, Layout, complaint, divisors, extents_of
 from megatron_coe.planning.hardware import USABLE_MEMORY, Cluster
 from megatron_coe.planning.memory import Memory, rank_memory
 from megatron_coe.planning.plan import Plan
@@ -32,12 +32,19 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A plan with what it costs."""
+class Candidate:
+    """A plan with the memory of its fullest rank."""
 
     plan: Plan
     recompute: str
+    """What its model recomputes, a name of RECOMPUTE."""
     memory: Memory
+
+
+@dataclass(frozen=True)
+class Estimate(Candidate):
+    """A plan with what it costs."""
+
     time: StepTime
 
 
@@ -49,13 +56,13 @@ class Ranking:
     """Those that fit, the fastest first."""
     legal: int
     """Number of legal layouts (micro-batch sizes and recomputation not counted)."""
-    smallest: Estimate | None
+    smallest: Candidate | None = None
     """Of those that do not fit, the one that needs least memory; None if all do."""
 
 
-def estimate(plan: Plan, cluster: Cluster, recompute: str = CONFIGURED) -> Estimate:
-    """What a plan costs; `recompute` is the name of what its model recomputes."""
-    return Estimate(plan, recompute, rank_memory(plan), step_time(plan, cluster))
+def estimate(plan: Plan, cluster: Cluster) -> Estimate:
+    """What a plan costs as it is."""
+    return Estimate(plan, CONFIGURED, rank_memory(plan), step_time(plan, cluster))
 
 
 def usable_memory(cluster: Cluster) -> float:
@@ -71,24 +78,33 @@ def rank_layouts(
     The layout in `model` itself does not matter; its recomputation, where it asks for one, is kept.
 
     Raises:
-        ValueError: no layout is legal for this number of GPUs and this batch.
+        ValueError: the model divides its layers over stages in a way of its own, or no layout is
+            legal for this number of GPUs and this batch.
     """
+    for name in UNEVEN_STAGES:
+        if getattr(model, name):
+            raise ValueError(
+                f"model.{name}={getattr(model, name)!r}: the search divides layers evenly; leave "
+                "it out, or keep the file's layout"
+            )
     fitting: list[Estimate] = []
-    smallest: Estimate | None = None
+    others: list[Candidate] = []
     legal = 0
     for layout in legal_layouts(model, world_size, cluster.gpus_per_node):
-        found = list(_estimates(model, layout, world_size, global_batch_size, cluster))
+        found = list(_candidates(model, layout, world_size, global_batch_size, cluster))
         legal += bool(found)
-        fits = [e for e in found if e.memory.total <= usable_memory(cluster)]
-        fitting += [min(fits, key=lambda e: e.time.total)] if fits else []
-        rest = [e for e in (*found, smallest) if e and e not in fits]
-        smallest = min(rest, key=lambda e: e.memory.total, default=None)
+        timed = [
+            Estimate(**vars(c), time=step_time(c.plan, cluster)) for c in found if _fits(c, cluster)
+        ]
+        fitting += [min(timed, key=lambda e: e.time.total)] if timed else []
+        others += [candidate for candidate in found if not _fits(candidate, cluster)]
     if not legal:
         raise ValueError(
             f"no layout is legal for {world_size} GPUs with train.global_batch_size="
             f"{global_batch_size}: each data-parallel replica needs the same number of sequences; "
             "make the batch a multiple of the number of GPUs, or change the latter"
         )
+    smallest = min(others, key=lambda c: c.memory.total, default=None)
     return Ranking(sorted(fitting, key=lambda e: e.time.total), legal, smallest)
 
 
@@ -112,14 +128,15 @@ def legal_layouts(model: CoEModelProvider, world_size: int, gpus_per_node: int) 
                     yield rounds
 
 
-def _estimates(
+def _candidates(
     model: CoEModelProvider,
     layout: Layout,
     world_size: int,
     global_batch_size: int,
     cluster: Cluster,
-) -> Iterator[Estimate]:
-    """For each micro-batch size the cheapest recomputation that fits, or the last one if none."""
+) -> Iterator[Candidate]:
+    """For each micro-batch size the cheapest recomputation that fits, up to the first that none
+    makes fit, which is given too."""
     replicas = world_size // layout.dense_ranks
     vpp, pp = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
     chosen = RECOMPUTE if model.recompute_granularity is None else {CONFIGURED: {}}
@@ -129,7 +146,6 @@ def _estimates(
             return
         if vpp and global_batch_size // (replicas * micro) % pp:
             return
-        found = None
         for name, changes in chosen.items():
             if name not in laid_out:
                 laid_out[name] = lay_out(model, layout, changes)
@@ -142,11 +158,16 @@ def _estimates(
                 overlap_grad_reduce=True,
                 overlap_param_gather=world_size > pp,
             )
-            found = estimate(plan, cluster, name)
-            if found.memory.total <= usable_memory(cluster):
+            candidate = Candidate(plan, name, rank_memory(plan))
+            if _fits(candidate, cluster):
                 break
-        assert found is not None
-        yield found
+        yield candidate
+        if not _fits(candidate, cluster):
+            return
+
+
+def _fits(candidate: Candidate, cluster: Cluster) -> bool:
+    return candidate.memory.total <= usable_memory(cluster)
 
 
 def lay_out(

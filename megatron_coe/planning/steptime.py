@@ -38,7 +38,7 @@ class StepTime:
     exposed: float
     bubble: float
     optimizer: float
-    mfu: float
+    mfu: float = 0.0
     """Model FLOPs of the step over what the GPUs could do at their peak in its time."""
 
     @property
@@ -48,8 +48,16 @@ class StepTime:
 
 def step_time(plan: Plan, cluster: Cluster) -> StepTime:
     """The step of the slowest pipeline stage."""
-    stages = range(len(plan.chunks))
-    return max((_stage_time(plan, stage, cluster) for stage in stages), key=lambda t: t.total)
+    last = len(plan.chunks) - 1
+    kinds = {  # stages of the same layers take the same time; only the ends differ
+        (tuple(plan.layers(stage)), stage == 0, stage == last): stage for stage in range(last + 1)
+    }
+    times = (_stage_time(plan, stage, cluster) for stage in kinds.values())
+    slowest = max(times, key=lambda time: time.total)
+    model = plan.model
+    tokens = plan.global_batch_size * model.seq_length
+    flops = model.flops_per_token(model.seq_length) * tokens
+    return replace(slowest, mfu=flops / (slowest.total * plan.world_size * cluster.gpu.flops))
 
 
 def _stage_time(plan: Plan, stage: int, cluster: Cluster) -> StepTime:
@@ -57,16 +65,13 @@ def _stage_time(plan: Plan, stage: int, cluster: Cluster) -> StepTime:
     compute = micro_batch_seconds(plan, stage, cluster)
     traffic = collectives(plan, stage, cluster)
     inside = sum(c.times * c.seconds for c in traffic if c.place != "step") / m
-    inside -= min(_hidden_by_shared_expert(plan, stage, cluster), inside)
+    inside -= _hidden_by_shared_expert(plan, stage, traffic, cluster)
     after = _exposed_after(plan, traffic, compute)
     rounds = model.virtual_pipeline_model_parallel_size or 1
     bubble = (model.pipeline_model_parallel_size - 1) / rounds * (compute + inside)
     memory = stage_memory(plan, stage)
     optimizer = _optimizer_bytes(memory) / gpu.memory_bandwidth
-    seconds = StepTime(m * compute, m * inside + after, bubble, optimizer, 0.0)
-    tokens = plan.global_batch_size * model.seq_length
-    flops = model.flops_per_token(model.seq_length) * tokens
-    return replace(seconds, mfu=flops / (seconds.total * plan.world_size * gpu.flops))
+    return StepTime(m * compute, m * inside + after, bubble, optimizer)
 
 
 def micro_batch_seconds(plan: Plan, stage: int, cluster: Cluster) -> float:
@@ -120,7 +125,9 @@ def _expert(plan: Plan) -> int:
     return sizes.ffn_params(plan.model, plan.model.moe_ffn_hidden_size)
 
 
-def _hidden_by_shared_expert(plan: Plan, stage: int, cluster: Cluster) -> float:
+def _hidden_by_shared_expert(
+    plan: Plan, stage: int, traffic: list[Collective], cluster: Cluster
+) -> float:
     """Seconds of a micro-batch's dispatch and combine that pass under the shared expert."""
     model = plan.model
     if not model.moe_shared_expert_overlap or not model.moe_shared_expert_intermediate_size:
@@ -128,9 +135,8 @@ def _hidden_by_shared_expert(plan: Plan, stage: int, cluster: Cluster) -> float:
     iterations = sum(plan.layers(stage)) * model.coe_iterations
     shared = sizes.ffn_params(model, model.moe_shared_expert_intermediate_size)
     flops = 6 * shared * plan.own_tokens * iterations
-    exchanged = [c for c in collectives(plan, stage, cluster) if c.group == "EP"]
-    seconds = sum(c.times * c.seconds for c in exchanged) / plan.num_microbatches
-    return min(flops / (cluster.gpu.flops * MATRIX_EFFICIENCY), seconds)
+    exchanged = sum(c.times * c.seconds for c in traffic if c.group == "EP")
+    return min(flops / (cluster.gpu.flops * MATRIX_EFFICIENCY), exchanged / plan.num_microbatches)
 
 
 def _exposed_after(plan: Plan, traffic: list[Collective], micro_batch: float) -> float:
