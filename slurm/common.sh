@@ -67,8 +67,10 @@ train() {
         "logs in $PET_LOG_DIR"
     # Slurm signals the steps; the shell only has to outlive what reaches it too.
     trap : TERM INT USR1
-    # --wait: once one node has ended, for better or worse, the others have a minute to.
-    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 "${SRUN_ARGS[@]}" \
+    # --wait: once one node has ended, for better or worse, the others have a minute to. --cpu-bind: a
+    # launcher is one task, but its ranks use every core that the job has on the node.
+    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 --cpu-bind=none \
+        "${SRUN_ARGS[@]}" \
         "${PREFIX[@]}" "$PYTHON" slurm/launch.py \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" \
         --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$start" \
