@@ -63,7 +63,7 @@ def process_groups(parallel: ParallelSettings, device: torch.device) -> Iterator
 
 @contextmanager
 def parallel_groups(parallel: ParallelSettings) -> Iterator[None]:
-    """Megatron's parallel groups over the processes that there are."""
+    """Megatron's parallel groups over the processes that there are, taken down at the end."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -75,6 +75,10 @@ def parallel_groups(parallel: ParallelSettings) -> Iterator[None]:
     try:
         yield
     finally:
+        # Megatron forgets most of its groups without ending them, and each keeps its threads.
+        for group in parallel_state._global_process_group_list or []:
+            if group is not None:  # None stands for all processes
+                dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
 
