@@ -41,5 +41,5 @@ def test_another_configuration_is_refused(single_rank) -> None:
 
 
 def test_a_complaint_names_the_argument(single_rank) -> None:
-    with pytest.raises(ValueError, match="backend='jax' .*--transformer-impl local"):
+    with pytest.raises(ValueError, match=r"backend='jax' .*--transformer-impl local"):
         coe_builder(SimpleNamespace(**ARGS), True, True, config=tiny_provider(backend="jax"))
