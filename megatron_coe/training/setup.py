@@ -100,8 +100,6 @@ def seed_everything(seed: int) -> None:
 
 def build_trainee(provider: CoEModelProvider, settings: Settings, device: torch.device) -> Trainee:
     """Model, optimizer and schedule, wired to one another the way Megatron's schedules expect."""
-    # Balance losses are logged in a table of the process, sized for the first model it saw.
-    get_moe_layer_wise_logging_tracker().clear()
     chunks = build_model(provider, settings.parallel, device)
     optimizer = build_optimizer(provider, chunks, settings)
     connect_schedule(provider, settings.parallel, chunks)
@@ -123,6 +121,8 @@ def build_model(
     provider: CoEModelProvider, parallel: ParallelSettings, device: torch.device
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, on the device, in the run's precision, wrapped for DDP."""
+    # Balance losses are logged in a table of the process, sized for the first model it saw.
+    get_moe_layer_wise_logging_tracker().clear()
     stages = parallel.virtual_pipeline_model_parallel_size
     modules = [provider.provide(vp_stage=stage) for stage in (range(stages) if stages else [None])]
     modules = [module.to(device) for module in modules]

@@ -15,8 +15,7 @@ _BY_WORLD = {
 }
 WORLDS = {ranks: tuple(layouts.split()) for ranks, layouts in _BY_WORLD.items()}
 _RESHARDED = (
-    "DP4 DP4·DO DP2·TP2·ETP1 TP2·EP2·ETP2·DO PP4 DP2·PP2·VPP2·DO EP4·DO DP2·CP2·EP2 "
-    "TP2·PP2·EP2·ETP1·DO"
+    "DP4 DP4·DO DP2·TP2·ETP1 TP2·EP2·ETP2·DO PP4 DP2·PP2·VPP2·DO DP2·CP2·EP2 TP2·PP2·EP2·ETP1·DO"
 )
 RESHARDED = tuple(_RESHARDED.split())
 """The layouts of 4 ranks whose checkpoints are loaded in each other."""

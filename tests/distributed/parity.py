@@ -7,7 +7,8 @@ Gradients are put together by the global offsets that Megatron gives every piece
 (`sharded_state_dict`), which know nothing of how this test divides anything.
 
 In fp64 the logits are gathered for plain cross-entropy: Megatron's vocabulary-parallel one
-(tensor_parallel/cross_entropy.py) computes in fp32.
+(tensor_parallel/cross_entropy.py) computes in fp32. With multi-token prediction the model computes
+its own losses, and the variant `mtp` agrees to fp32 only.
 """
 
 from __future__ import annotations
@@ -40,10 +41,9 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch.nn import Parameter
 
 from megatron_coe.moe.router import CoERouter
-from megatron_coe.training import setup
+from megatron_coe.training import loop, setup
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checks import check_layout, num_microbatches
-from megatron_coe.training.loop import Trainer
 from megatron_coe.training.model import build_provider
 from megatron_coe.training.objective import count_valid_tokens, loss_scale, make_loss_function
 from megatron_coe.training.settings import Settings
@@ -79,6 +79,18 @@ VARIANTS = {
         "moe_layer_freq": [0, 1, 1, 1],
     },
     "allgather": {"coe_iterations": 2, "moe_token_dispatcher_type": "allgather"},
+    "shared expert overlapped": {"coe_iterations": 2, "moe_shared_expert_overlap": True},
+    "recomputed parts": {
+        "coe_iterations": 2,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "moe", "layernorm", "mla_up_proj"],
+    },
+    "recomputed experts": {
+        "coe_iterations": 2,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe_act", "shared_experts"],
+    },
+    "mtp": {"coe_iterations": 2, "mtp_num_layers": 2},
     "recompute": {
         "coe_iterations": 2,
         "recompute_granularity": "full",
@@ -159,8 +171,9 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
+    forward = loop.forward_step if provider.mtp_num_layers else forward_step
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, scale=loss_scale(tokens, BATCH * SEQ)),
+        forward_step_func=partial(forward, scale=loss_scale(tokens, BATCH * SEQ)),
         data_iterator=[iter(batches) for _ in chunks],
         model=chunks,
         num_microbatches=count,
@@ -357,7 +370,7 @@ def counted_near_ties() -> Iterator[list[int]]:
         CoERouter.best = best
 
 
-def make_parity_trainer(layout: str, variant: str, **train: object) -> Trainer:
+def make_parity_trainer(layout: str, variant: str, **train: object) -> loop.Trainer:
     """A trainer in fp32 on `Sequences`, at the weights of every layout."""
     settings = layout_settings(layout, variant, lr=1e-3, lr_warmup_fraction=0.0, **train)
     trainer = make_trainer(settings, torch.device("cpu"), Sequences())

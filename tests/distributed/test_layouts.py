@@ -16,6 +16,7 @@ from tests.distributed.launch import launch
 from tests.distributed.layouts import CHAINS, WORLDS, every_setting
 
 TOLERANCE = 1e-9
+WITH_LOSSES_IN_FP32 = {"mtp": 2e-6}
 STEPS, FIRST_STEP, LATER_STEPS = 20, 1e-6, 1e-4
 
 # One launch per number of ranks, which takes most of the time: hence many layouts in each.
@@ -24,27 +25,34 @@ CORE = {
         "DP2·MB4, C=3",
         "DP2·DO·OVERLAP, C=2",
         "TP2·ETP1, C=2",
-        "TP2·ETP1·DO, plain attention",
-        "TP2·ETP2, bias",
-        "TP2·EP2·ETP1·DO, C=3",
+        "TP2·ETP1·DO·MB4, plain attention",
+        "TP2·ETP2·MB4, bias",
+        "TP2·EP2·ETP1·DO·MB4, C=3",
         "PP2·MB4, plain attention",
-        "PP2·VPP2·DO, C=2",
-        "EP2·DO, bias",
-        "EP2, allgather",
-        "CP2, C=3",
+        "PP2·VPP2·DO·MB4, C=2",
+        "EP2·DO·MB4, bias",
+        "EP2·MB4, allgather",
+        "CP2·MB4, C=3",
         "CP2·EP2·DO·MB4, plain attention",
-        "CP2, bias",
-        "TP2·ETP1, recompute",
+        "CP2·MB4, bias",
+        "TP2·ETP1·MB4, recompute",
+        "TP2·EP2·ETP1·MB4, recomputed parts",
+        "CP2·DO·MB4, recomputed experts",
+        "EP2·DO·MB4, shared expert overlapped",
+        "TP2·ETP2·MB4, shared expert overlapped",
+        "TP2·ETP1·MB4, mtp",
+        "PP2·DO·MB4, mtp",
+        "CP2·MB4, mtp",
     ],
     4: [
         "TP2·ETP1·DO, C=2",
-        "TP2·EP2·ETP2, C=2",
-        "TP2·CP2·ETP1, C=2",
-        "PP4, C=1",
+        "TP2·EP2·ETP2·MB4, C=2",
+        "TP2·CP2·ETP1·MB4, C=2",
+        "PP4·MB4, C=1",
         "EP4·DO, C=3",
         "CP2·EP2, C=2",
-        "CP2·EP4·DO, bias",
-        "TP2·PP2·EP2·ETP1, C=2",
+        "CP2·EP4·DO·MB4, bias",
+        "TP2·PP2·EP2·ETP1·MB4, C=2",
     ],
 }
 ALL = {
@@ -85,13 +93,14 @@ def test_there_is_something_to_compare(references):
         assert any("router" in name for name in gradients)
         assert variant != "bias" or any("expert_bias" in name for name in gradients)
         for name, gradient in gradients.items():
-            assert gradient.isfinite().all() and gradient.abs().max() > 1e-3, name
+            assert gradient.isfinite().all() and gradient.abs().max() > 1e-4, name
 
 
 @pytest.mark.parametrize("case", [case for cases in CORE.values() for case in cases])
 def test_a_layout_computes_what_one_process_does(core, case):
     loss, gradients = core[case]
-    assert loss < TOLERANCE and gradients < TOLERANCE
+    tolerance = WITH_LOSSES_IN_FP32.get(case.split(", ")[1], TOLERANCE)
+    assert loss < tolerance and gradients < tolerance
 
 
 @pytest.mark.slow
