@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_coe import backends
+from megatron_coe.planning.communication import collectives
+from megatron_coe.planning.hardware import GPUS, Cluster
 from megatron_coe.planning.memory import Memory, stage_memory
+from megatron_coe.planning.plan import Plan
 from megatron_coe.training.estimate import plan_of
 from megatron_coe.training.loop import Trainer
 from megatron_coe.training.setup import parallel_groups
@@ -41,6 +45,7 @@ MODEL = {
 }
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+CLUSTER = Cluster(GPUS["h100"])
 SHARDED = {"use_distributed_optimizer": True}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -97,8 +102,18 @@ class Sequences:
         return {**labels, "loss_mask": torch.ones(S), "position_ids": torch.arange(S)}
 
 
-def compare(case: dict[str, Any], device: torch.device) -> tuple[Memory, Memory]:
-    """(predicted, measured) memory of this rank, whose groups exist."""
+@dataclass(frozen=True)
+class Outcome:
+    """One step of a case on this rank."""
+
+    plan: Plan
+    predicted: Memory
+    measured: Memory
+    exchanged: Exchanges
+
+
+def compare(case: dict[str, Any], device: torch.device) -> Outcome:
+    """Predict a step of this rank, whose groups exist, and measure it."""
     model = {**MODEL, **case.get("model", {})}
     train = {"micro_batch_size": 4, "global_batch_size": 16, **case.get("train", {})}
     settings = make_settings(model=model, parallel=case.get("parallel", {}), train=train)
@@ -106,7 +121,10 @@ def compare(case: dict[str, Any], device: torch.device) -> tuple[Memory, Memory]
     world_size = torch.distributed.get_world_size()
     plan = plan_of(settings, trainer.trainee.provider, world_size, on_gpu=device.type == "cuda")
     predicted = stage_memory(plan, parallel_state.get_pipeline_model_parallel_rank())
-    return predicted, measure(trainer)
+    exchanged = Exchanges()
+    with exchanged.watched():
+        measured = measure(trainer)
+    return Outcome(plan, predicted, measured, exchanged)
 
 
 def measure(trainer: Trainer) -> Memory:
@@ -125,6 +143,28 @@ def measure(trainer: Trainer) -> Memory:
         optimizer=sum(_storages(_states(optimizer), known=weights.keys()).values()),
         activations=kept.peak,
     )
+
+
+class Exchanges:
+    """Counts all-to-alls and the bytes that this rank puts into them."""
+
+    def __init__(self) -> None:
+        self.calls = self.bytes = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        original = torch.distributed.all_to_all_single
+
+        def counted(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            self.bytes += input.nbytes
+            return original(output, input, *args, **kwargs)
+
+        torch.distributed.all_to_all_single = counted
+        try:
+            yield
+        finally:
+            torch.distributed.all_to_all_single = original
 
 
 class KeptTensors:
@@ -187,14 +227,24 @@ def _states(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if torch.is_tensor(tensor)]
 
 
-def on_rank(layouts: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, int]]]:
-    """By name of the layout: predicted and measured memory of this rank of a launch."""
+def on_rank(layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By name of the layout: what was predicted and measured on this rank of a launch."""
     return {name: _compare_on_rank(case) for name, case in layouts.items()}
 
 
-def _compare_on_rank(case: dict[str, Any]) -> list[dict[str, int]]:
+def _compare_on_rank(case: dict[str, Any]) -> dict[str, Any]:
     with parallel_groups(make_settings(parallel=case["parallel"]).parallel):
-        return [asdict(memory) for memory in compare(case, torch.device("cpu"))]
+        outcome = compare(case, torch.device("cpu"))
+    planned = [c for c in collectives(outcome.plan, 0, CLUSTER) if c.group == "EP"]
+    return {
+        "predicted": asdict(outcome.predicted),
+        "measured": asdict(outcome.measured),
+        "planned_exchanges": [
+            sum(c.times * c.calls for c in planned),
+            sum(c.sent_per_step for c in planned),
+        ],
+        "exchanges": [outcome.exchanged.calls, outcome.exchanged.bytes],
+    }
 
 
 def assert_near(predicted: Memory, measured: Memory, activations: float = 0.05) -> None:
@@ -211,11 +261,13 @@ def main() -> None:
     rows = []
     for name, case in CASES.items():
         with parallel_groups(make_settings().parallel):
-            rows.append((name, *compare(case, device)))
+            outcome = compare(case, device)
+        rows.append((name, outcome.predicted, outcome.measured))
     torch.distributed.destroy_process_group()
     for rank, results in enumerate(launch("tests.memory:on_rank", 2, PAIRS, timeout_s=600)):
-        for name, memories in results.items():
-            rows.append((f"{name}, rank {rank}", *(Memory(**memory) for memory in memories)))
+        for name, result in results.items():
+            memories = (Memory(**result[part]) for part in ("predicted", "measured"))
+            rows.append((f"{name}, rank {rank}", *memories))
     parts = ("weights", "gradients", "optimizer", "activations")
     print(f"| case | {' | '.join(parts)} |\n|---|{'---|' * len(parts)}")
     for name, predicted, measured in rows:

@@ -27,7 +27,7 @@ from megatron_coe.planning.plan import Plan
 
 _TOUCHES = 5
 """Times that a kept byte crosses the memory's interface: written, read and read again, and its
-gradient written and read."""
+gradient written and read. What is made anew for the backward pass is written and read once more."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _layer_seconds(plan: Plan, is_moe: bool, cluster: Cluster) -> float:
     core = 2 * sizes.attention_core_macs(model, model.seq_length) * plan.own_tokens
     core /= gpu.flops * ATTENTION_EFFICIENCY
     kept = layer_kept(plan, is_moe)
-    moved = _TOUCHES * (kept.held + kept.remade) / gpu.memory_bandwidth
+    moved = (_TOUCHES * kept.held + (_TOUCHES + 2) * kept.remade) / gpu.memory_bandwidth
     passes = 3.0  # a backward pass is twice a forward pass
     routed_passes = passes
     if model.recompute_granularity == "full":

@@ -15,9 +15,9 @@ from tests.memory import CASES, assert_near, compare
 
 @pytest.mark.parametrize("case", CASES)
 def test_predicted_memory_is_what_a_step_takes(single_rank: torch.device, case: str) -> None:
-    predicted, measured = compare(CASES[case], single_rank)
+    outcome = compare(CASES[case], single_rank)
     # What recomputation makes anew is freed little by little while it is used.
-    assert_near(predicted, measured, 0.1 if "recompute" in case else 0.03)
+    assert_near(outcome.predicted, outcome.measured, 0.1 if "recompute" in case else 0.03)
 
 
 def plan(**changes) -> Plan:
