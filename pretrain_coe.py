@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.dry_run or options.eval_only:  # nothing to save: signals do what they do
                 unblock()
             else:
-                stack.enter_context(stop.listening())
+                stack.enter_context(stop.listening(process_ends=arguments is None))
             try:
                 trainer = prepare(options, stack)
             except (ValueError, OSError) as error:

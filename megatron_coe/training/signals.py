@@ -39,11 +39,14 @@ class StopRequest:
         self._interrupted_s: float | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, process_ends: bool = False) -> Iterator[None]:
         """Notes signals from here on, those that a launcher blocked until now included.
 
-        Main thread only. Once one was noted the process is about to end: from then on the others
-        are ignored, lest they change its exit status.
+        Main thread only.
+
+        Args:
+            process_ends: when this is left, so does the process: signals are then ignored, lest
+                one that is late change the exit status. Otherwise earlier handlers come back.
         """
         previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         unblock()
@@ -51,7 +54,7 @@ class StopRequest:
             yield
         finally:
             for number, handler in previous.items():
-                signal.signal(number, signal.SIG_IGN if self.received else handler)
+                signal.signal(number, signal.SIG_IGN if process_ends else handler)
 
     def agreed(self, device: torch.device) -> signal.Signals | None:
         """A signal that some rank has received, with the same answer on every rank.

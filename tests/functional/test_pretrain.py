@@ -22,7 +22,7 @@ from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.training.metrics import read_records
-from megatron_coe.training.signals import STOP_SIGNALS, STOPPED
+from megatron_coe.training.signals import STOPPED
 
 REPO = Path(__file__).parents[2]
 
@@ -223,19 +223,8 @@ def test_a_vocabulary_larger_than_the_tokenizers_trains(config, tmp_path):
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The test runner's own signal handlers come back after a run that was stopped in it."""
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(
-    config, tmp_path, capfd, handlers, number
-):
+def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(config, tmp_path, capfd, number):
     unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
     arguments = ["--config", str(config), "train.steps=25"]
     assert pretrain_coe.main([*arguments, f"log.dir={unbroken}"]) == 0
@@ -250,7 +239,7 @@ def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(
         assert losses(folder, name) == losses(unbroken, name)
 
 
-def test_a_signal_where_nothing_is_kept_has_another_status(config, tmp_path, handlers):
+def test_a_signal_where_nothing_is_kept_has_another_status(config, tmp_path):
     arguments = ["--config", str(config), "train.steps=1000000", "checkpoint.save=null"]
     with once_it_has_steps(tmp_path / "run", 1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert pretrain_coe.main(arguments) == 128 + signal.SIGTERM

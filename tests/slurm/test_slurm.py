@@ -77,7 +77,7 @@ def test_a_time_limit_interrupts_a_run_that_then_ends_as_if_it_had_not(
     cluster, submit, config, tmp_path
 ):
     """Slurm's own signal -> checkpoint -> requeue -> resume -> finish; then both are converted."""
-    limited = ("--nodes=2", "--time=6", "--signal=USR1@270", REPO / "slurm/pretrain.sbatch")
+    limited = ("--nodes=2", "--time=6", "--signal=USR1@250", REPO / "slurm/pretrain.sbatch")
     constant = ("train.lr_warmup_fraction=0", f"train.steps={ENDLESS}", "train.eval_interval=50")
     job = submit(*limited, "--config", config, *constant)
 

@@ -27,7 +27,7 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_is_noted_and_no_other_changes_the_end(number, capfd):
     stop = StopRequest()
-    with stop.listening():
+    with stop.listening(process_ends=True):
         assert stop.received is None
         signal.raise_signal(number)
         for other in STOP_SIGNALS:  # within a second: a launcher's echo, also of Ctrl-C
@@ -40,10 +40,18 @@ def test_the_first_signal_is_noted_and_no_other_changes_the_end(number, capfd):
     ]
 
 
-def test_without_a_signal_the_handlers_come_back():
+def test_a_signal_after_the_last_step_does_not_spoil_the_status():
+    with StopRequest().listening(process_ends=True):
+        pass
+    for number in STOP_SIGNALS:
+        signal.raise_signal(number)
+
+
+def test_the_handlers_of_a_process_that_goes_on_come_back():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest().listening():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+        signal.raise_signal(signal.SIGUSR1)
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
