@@ -14,6 +14,10 @@ HF_MODEL = "megatron_coe/hf/modeling_coe.py"
 DATASETS = "megatron_coe/data/datasets.py"
 OBJECTIVE = "megatron_coe/training/objective.py"
 SETUP = "megatron_coe/training/setup.py"
+LOOP = "megatron_coe/training/loop.py"
+SIGNALS = "megatron_coe/training/signals.py"
+TORCH = "megatron_coe/backends/torch.py"
+MODEL = "megatron_coe/training/model.py"
 
 OF_LAYER = ("tests/unit/moe/test_layer.py",)
 OF_ROUTER = ("tests/unit/moe/test_router.py",)
@@ -21,6 +25,7 @@ OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/un
 OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
 OF_SETUP = ("tests/unit/training/test_setup.py",)
+OF_SIGNALS = ("tests/unit/training/test_signals.py",)
 OF_LAYOUTS = ("tests/distributed/test_layouts.py",)
 OF_UPCYCLE = ("tests/unit/conversion/test_upcycle.py",)
 OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
@@ -264,5 +269,82 @@ FAULTS = [
         "config.adds_stream if chain else True",
         "config.adds_stream",
         OF_HF,
+    ),
+    Fault(
+        "a signal ends what a save has started",
+        SIGNALS,
+        "resource_tracker.ensure_running()",
+        "pass",
+        OF_SIGNALS,
+    ),
+    Fault(
+        "a signal that a launcher kept back is lost",
+        SIGNALS,
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)",
+        "pass",
+        OF_SIGNALS,
+    ),
+    Fault(
+        "a run stopped before its first checkpoint is not saved",
+        LOOP,
+        "if self.progress.step > saved:",
+        "if self.progress.step > saved > 0:",
+        ("tests/distributed/test_signals.py",),
+    ),
+    Fault(
+        "experts' gradients not summed over TP, as Megatron forgets to",
+        LAYER,
+        "parameter.allreduce = False",
+        "parameter.allreduce = True",
+        OF_LAYOUTS,
+    ),
+    Fault(
+        "interleaved pipeline with batched messages, Megatron's default",
+        MODEL,
+        '"overlap_p2p_comm": True, "batch_p2p_comm": False',
+        '"overlap_p2p_comm": False, "batch_p2p_comm": True',
+        OF_LAYOUTS,
+    ),
+    Fault(
+        "context-parallel chunks of keys out of order",
+        TORCH,
+        "torch.cat(chunks[::2] + chunks[::-2])",
+        "torch.cat(chunks)",
+        OF_LAYOUTS,
+    ),
+    Fault(
+        "the second chunk of queries does not see what lies between the two",
+        TORCH,
+        "zip((rank, last - rank), query.chunk(2), strict=True)",
+        "zip((rank, rank + 1), query.chunk(2), strict=True)",
+        OF_LAYOUTS,
+    ),
+    Fault(
+        "rotary keys keep each tensor-parallel rank's own gradient, as Megatron's",
+        TORCH,
+        "return TensorParallelMLA",
+        "return MLASelfAttention",
+        OF_LAYOUTS,
+    ),
+    Fault(
+        "later tokens weighed by the micro-batch's mask alone",
+        LOOP,
+        'loss_mask=batch["loss_mask"] * scale,',
+        'loss_mask=batch["loss_mask"],',
+        ("tests/unit/training/test_mtp.py",),
+    ),
+    Fault(
+        "a resumed optimizer counts its steps from 0",
+        "megatron_coe/training/optimizer_state.py",
+        "set_step(self.optimizer, step)",
+        "set_step(self.optimizer, 0)",
+        ("tests/unit/training/test_checkpoint.py",),
+    ),
+    Fault(
+        "64 experts may be divided by anything",
+        "megatron_coe/layout.py",
+        'Rule("num_moe_experts", (_EP,), lambda layout: layout.expert_model_parallel_size)',
+        'Rule("num_moe_experts", (_EP,), lambda layout: 1)',
+        ("tests/unit/test_layout.py",),
     ),
 ]

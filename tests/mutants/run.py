@@ -34,7 +34,8 @@ def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         "PYTHONPATH": str(tree),
         "MEGATRON_COE_SHARED": shared,
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     done = subprocess.run(
         command,
         cwd=tree,
