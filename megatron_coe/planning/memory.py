@@ -76,11 +76,10 @@ def stage_memory(plan: Plan, stage: int) -> Memory:
 
 def fullest_stage(plan: Plan) -> int:
     """The pipeline stage whose ranks need most."""
-    stages = range(plan.model.pipeline_model_parallel_size)
-    return max(stages, key=lambda stage: stage_memory(plan, stage).total)
+    return max(plan.distinct_stages, key=lambda stage: stage_memory(plan, stage).total)
 
 
 def rank_memory(plan: Plan) -> Memory:
     """Memory of the fullest rank."""
-    stages = range(plan.model.pipeline_model_parallel_size)
-    return max((stage_memory(plan, stage) for stage in stages), key=lambda memory: memory.total)
+    stages = (stage_memory(plan, stage) for stage in plan.distinct_stages)
+    return max(stages, key=lambda memory: memory.total)

@@ -95,6 +95,17 @@ class Plan:
                 chunks[stage].append([bool(next(pattern)) for _ in range(count)])
         return chunks
 
+    @cached_property
+    def distinct_stages(self) -> list[int]:
+        """The first pipeline stage of each kind: later ones with the same layers take the same time
+        and, with fewer micro-batches in flight, no more memory."""
+        last = len(self.chunks) - 1
+        kinds: dict[tuple, int] = {}
+        for stage, chunks in enumerate(self.chunks):
+            layers = tuple(tuple(chunk) for chunk in chunks)
+            kinds.setdefault((layers, stage == 0, stage == last), stage)
+        return list(kinds.values())
+
     def layers(self, stage: int) -> Chunk:
         """All layers of a pipeline stage, with multi-token prediction's on the last."""
         layers = [is_moe for chunk in self.chunks[stage] for is_moe in chunk]

@@ -39,14 +39,14 @@ def headline(plan: Plan, cluster: Cluster) -> str:
 def ranking_table(ranking: Ranking, cluster: Cluster, top: int) -> str:
     """The fastest layouts that fit, one a line."""
     limit = usable_memory(cluster) / GIB
-    title = (
-        f"{ranking.legal} legal layouts, of which {len(ranking.fitting)} fit in {limit:.0f} GiB of "
-        "each GPU; the fastest:"
-    )
+    title = f"the layout as configured; {limit:.0f} GiB of each GPU can be used"
+    if [found.recompute for found in ranking.fitting] != [CONFIGURED]:
+        fit = len(ranking.fitting)
+        title = f"{ranking.legal} legal layouts, of which {fit} fit in {limit:.0f} GiB of each GPU"
     columns = (*_SIZES, "DP", "micro-batch", "recompute", "GiB", "weights", "gradients")
     columns += ("optimizer", "activations", "ms", "exposed", "bubble", "MFU")
     rows = [columns, *(_row(estimate) for estimate in ranking.fitting[:top])]
-    return f"{title}\n{_aligned(rows)}"
+    return f"{title}:\n{_aligned(rows)}"
 
 
 def nothing_fits(ranking: Ranking, cluster: Cluster) -> str:

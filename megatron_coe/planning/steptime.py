@@ -48,11 +48,7 @@ class StepTime:
 
 def step_time(plan: Plan, cluster: Cluster) -> StepTime:
     """The step of the slowest pipeline stage."""
-    last = len(plan.chunks) - 1
-    kinds = {  # stages of the same layers take the same time; only the ends differ
-        (tuple(plan.layers(stage)), stage == 0, stage == last): stage for stage in range(last + 1)
-    }
-    times = (_stage_time(plan, stage, cluster) for stage in kinds.values())
+    times = (_stage_time(plan, stage, cluster) for stage in plan.distinct_stages)
     slowest = max(times, key=lambda time: time.total)
     model = plan.model
     tokens = plan.global_batch_size * model.seq_length
