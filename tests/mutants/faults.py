@@ -29,6 +29,7 @@ OF_SIGNALS = ("tests/unit/training/test_signals.py",)
 OF_LAYOUTS = ("tests/distributed/test_layouts.py",)
 OF_UPCYCLE = ("tests/unit/conversion/test_upcycle.py",)
 OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
+OF_PLANS = ("tests/unit/planning/test_memory.py",)
 OF_DATA = ("tests/unit/data/test_datasets.py",)
 
 
@@ -346,5 +347,40 @@ FAULTS = [
         'Rule("num_moe_experts", (_EP,), lambda layout: layout.expert_model_parallel_size)',
         'Rule("num_moe_experts", (_EP,), lambda layout: 1)',
         ("tests/unit/test_layout.py",),
+    ),
+    Fault(
+        "activations of one iteration only",
+        "megatron_coe/planning/activations.py",
+        "iterations = range(plan.model.coe_iterations)",
+        "iterations = range(1)",
+        OF_PLANS,
+    ),
+    Fault(
+        "one micro-batch in flight on every stage",
+        "megatron_coe/planning/activations.py",
+        "return [min(total, stages - stage)]",
+        "return [min(total, 1)]",
+        OF_PLANS,
+    ),
+    Fault(
+        "routers divided by tensor-parallel ranks",
+        "megatron_coe/sizes.py",
+        "C * N * config.hidden_size, whole=routers)",
+        "C * N * config.hidden_size)",
+        ("tests/unit/planning/test_build.py",),
+    ),
+    Fault(
+        "what is recomputed does not have to fit",
+        "megatron_coe/planning/search.py",
+        "return candidate.memory.total <= usable_memory(cluster)",
+        "return candidate.memory.weights <= usable_memory(cluster)",
+        ("tests/unit/planning/test_search.py",),
+    ),
+    Fault(
+        "tokens exchanged once, whatever the iterations",
+        "megatron_coe/planning/communication.py",
+        "iterations = moe * model.coe_iterations",
+        "iterations = moe",
+        ("tests/distributed/test_memory.py",),
     ),
 ]
