@@ -1,6 +1,6 @@
 """The layouts that a model and a number of GPUs allow, ranked by the estimated time of a step.
 
-python tools/plan.py --config examples/scale/lite.yaml --gpus 512 [--gpu h200] [section.key=value …]
+python tools/plan.py --config examples/scale/lite_coe-2_3-65.yaml --gpus 512 [--gpu h200]
 
 Nothing is trained and no GPU is needed. The last lines are YAML for the fastest layout that fits.
 """
