@@ -14,6 +14,7 @@ import torch
 from tests.distributed import parity
 from tests.distributed.launch import launch
 from tests.distributed.layouts import CHAINS, WORLDS, every_setting
+from tests.distributed.parity_table import measure
 
 TOLERANCE = 1e-9
 WITH_LOSSES_IN_FP32 = {"mtp": 2e-6}
@@ -67,10 +68,8 @@ ALL = {
 TRAINED = ["DP2", "TP2·ETP1", "PP2·VPP2", "EP2·DO", "CP2"]
 
 
-def measure(cases: list[str], world_size: int, folder: str, timeout_s: float) -> dict:
-    pairs = [case.split(", ") for case in cases]
-    function = "tests.distributed.parity:differences"
-    return launch(function, world_size, pairs, folder, timeout_s=timeout_s)[0]
+def split(cases: list[str]) -> list[list[str]]:
+    return [case.split(", ") for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def core(references) -> dict[str, list[float]]:
     return {
         case: errors
         for world_size, cases in CORE.items()
-        for case, errors in measure(cases, world_size, references, timeout_s=600).items()
+        for case, errors in measure(split(cases), world_size, references).items()
     }
 
 
@@ -111,7 +110,7 @@ def test_a_layout_computes_what_one_process_does(core, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_every_layout_computes_what_one_process_does(references, world_size):
-    errors = measure(ALL[world_size], world_size, references, timeout_s=7200)
+    errors = measure(split(ALL[world_size]), world_size, references)
     worse = {case: pair for case, pair in errors.items() if not max(pair) < TOLERANCE}
     assert not worse and len(errors) == len(ALL[world_size])
 
