@@ -22,6 +22,16 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 EXTENDS = "extends"
 
+NOT_OFFERED = {
+    "optimizer_cpu_offload": "Megatron's hybrid optimizer keeps its state where the checkpoints of "
+    "this package do not look; share it out with parallel.use_distributed_optimizer instead",
+    "use_precision_aware_optimizer": "it is Transformer Engine's, and untested here; share the "
+    "optimizer's state out with parallel.use_distributed_optimizer instead",
+    "use_megatron_fsdp": "its shards are untested with a layer entered several times; use "
+    "parallel.use_distributed_optimizer",
+}
+"""Settings of Megatron's that people look for, and why they are not here."""
+
 
 @dataclass
 class ParallelSettings:
@@ -215,6 +225,8 @@ def _merge(base: DictConfig, content: DictConfig, source: str) -> DictConfig:
     except ConfigKeyError as error:
         key = str(error.full_key)
         section, _, name = key.rpartition(".")
+        if name in NOT_OFFERED:
+            raise ValueError(f"{source}: {key!r} is not offered: {NOT_OFFERED[name]}") from error
         known = [str(other) for other in (base[section] if section else base)]
         raise ValueError(f"{source}: unknown key {key!r}{suggestion(name, known)}") from error
     except (OmegaConfBaseException, TypeError) as error:

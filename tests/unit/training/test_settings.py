@@ -56,6 +56,7 @@ def test_saved_settings_read_back_the_same(tmp_path):
         ("train.stepz=1", "unknown key 'train.stepz'; did you mean 'steps'?"),
         ("trane.steps=1", "unknown key 'trane'; did you mean 'train'?"),
         ("parallel.zzz=1", "unknown key 'parallel.zzz'"),
+        ("train.optimizer_cpu_offload=true", "'train.optimizer_cpu_offload' is not offered: "),
         ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted"),
         ("train.steps=1.5", "train.steps: Value '1.5' of type 'float' could not be converted"),
         ("train.lr=true", "train.lr: Value 'True' of type 'bool' could not be converted"),
