@@ -52,102 +52,91 @@ class _Group:
 
 def collectives(plan: Plan, stage: int, cluster: Cluster) -> list[Collective]:
     """All that a rank of a pipeline stage takes part in, but those of a few bytes."""
-    return [c for c in _all(plan, stage, cluster) if c.calls and c.times]
+    made = _Maker(cluster, {group.name: group for group in _groups(plan)})
+    parts = (_of_experts, _of_attention, _of_ends, _of_step)
+    found = [collective for part in parts for collective in part(plan, stage, made)]
+    return [collective for collective in found if collective.calls and collective.times]
 
 
-def _all(plan: Plan, stage: int, cluster: Cluster) -> Iterator[Collective]:
-    model, m = plan.model, plan.num_microbatches
-    layers = plan.layers(stage)
-    moe, dense = sum(layers) * m, (len(layers) - sum(layers)) * m
-    iterations = moe * model.coe_iterations
-    H, e, t, T = model.hidden_size, plan.element_size, plan.own_tokens, plan.tokens
-    groups = {group.name: group for group in _groups(plan)}
-    tp = groups["TP"].size
+@dataclass(frozen=True)
+class _Maker:
+    """Makes a `Collective` of what a rank sends in `calls` of them; none in a group of one."""
 
-    def made(name, group, place, times, calls, sent, to_each=False) -> Collective:
-        g = groups[group]
+    cluster: Cluster
+    groups: dict[str, _Group]
+
+    def __call__(
+        self,
+        name: str,
+        group: str,
+        place: str,
+        times: int,
+        calls: int,
+        sent: float,
+        to_each: bool = False,
+    ) -> Collective:
+        g = self.groups[group]
         calls, sent = (calls, int(sent)) if g.size > 1 else (0, 0)
         each = sent / calls if calls else 0
-        seconds = calls * cluster.collective(each, g.size, g.stride, to_each=to_each)
+        seconds = calls * self.cluster.collective(each, g.size, g.stride, to_each=to_each)
         return Collective(name, group, place, times, calls, sent, seconds)
 
-    # A recomputed forward pass communicates again.
-    again = 1 + (model.recompute_granularity == "full")
-    routed_again = again + _recomputes_moe(plan)
-    ep, etp = groups["EP"].size, groups["ETP"].size
-    rows = t * model.moe_router_topk
-    away = (ep - 1) / ep
-    yield made(
-        "dispatch: rows and weights, all-to-all",
-        "EP",
-        "iteration",
-        iterations,
-        2 * (routed_again + 1),
-        (routed_again + 1) * rows * (H * e + _FP32) * away,
-        True,
-    )
-    yield made(
-        "combine: rows, all-to-all",
-        "EP",
-        "iteration",
-        iterations,
-        routed_again + 1,
-        (routed_again + 1) * rows * H * e * away,
-        True,
-    )
-    yield made(
-        "gather and scatter rows over ETP",
-        "ETP",
-        "iteration",
-        iterations,
-        3 * (routed_again + 1),
-        (routed_again + 1) * rows * (2 * H * e + _FP32) * (etp - 1),
-    )
-    shared = model.moe_shared_expert_intermediate_size is not None
-    part = t * H * e * (tp - 1)  # what a rank sends to gather or scatter the sequence once
-    yield made(
-        "shared expert: gather and scatter",
-        "TP",
-        "iteration",
-        iterations * shared,
-        2 * routed_again + 3,
-        (2 * routed_again + 3) * part,
-    )
-    yield made(
-        "dense MLP: gather and scatter", "TP", "layer", dense, 2 * again + 3, (2 * again + 3) * part
-    )
-    gathers, latent = _attention_gathers(plan)
-    # Forward: gather each input, scatter the output. Backward: the reverse, and inputs once more.
-    yield made(
-        "attention: gather and scatter",
-        "TP",
-        "layer",
-        moe + dense,
-        again * (gathers + 1) + 2 * gathers + 1,
-        part * (again * (latent + 1) + 2 * latent + 1),
-    )
-    keys_values = T * _key_value_width(plan) * e
-    cp = groups["CP"].size
-    yield made(
-        "attention: keys and values",
-        "CP",
-        "layer",
-        moe + dense,
-        again + 1,
-        (again + 1) * keys_values * (cp - 1),
-    )
+
+def _of_experts(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
+    """Routed and shared experts in each iteration, and dense networks."""
+    model, layers = plan.model, plan.layers(stage)
+    H, e = model.hidden_size, plan.element_size
+    iterations = sum(layers) * plan.num_microbatches * model.coe_iterations
+    forwards = _forwards(plan) + _recomputes_moe(plan)
+    passes = forwards + 1
+    ep, etp = made.groups["EP"].size, made.groups["ETP"].size
+    rows = plan.own_tokens * model.moe_router_topk
+    place = ("EP", "iteration", iterations)
+    away = passes * rows * (ep - 1) / ep
+    name = "dispatch: rows and weights, all-to-all"
+    yield made(name, *place, 2 * passes, away * (H * e + _FP32), to_each=True)
+    yield made("combine: rows, all-to-all", *place, passes, away * H * e, to_each=True)
+    part = passes * rows * (etp - 1)
+    name = "gather and scatter rows over ETP"
+    yield made(name, "ETP", "iteration", iterations, 3 * passes, part * (2 * H * e + _FP32))
+
+    # Forward: gather the input, scatter the output. Backward: the reverse, and the input once more.
+    part = _sequence_part(plan)
+    if model.moe_shared_expert_intermediate_size is not None:
+        calls = 2 * forwards + 3
+        name = "shared expert: gather and scatter"
+        yield made(name, "TP", "iteration", iterations, calls, calls * part)
+    dense = layers.count(False) * plan.num_microbatches
+    calls = 2 * _forwards(plan) + 3
+    yield made("dense MLP: gather and scatter", "TP", "layer", dense, calls, calls * part)
+
+
+def _of_attention(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
+    times, forwards = len(plan.layers(stage)) * plan.num_microbatches, _forwards(plan)
+    inputs, width = _attention_inputs(plan)
+    calls = forwards * (inputs + 1) + 2 * inputs + 1
+    sent = _sequence_part(plan) * (forwards * (width + 1) + 2 * width + 1)
+    yield made("attention: gather and scatter", "TP", "layer", times, calls, sent)
+    keys_values = plan.tokens * _key_value_width(plan) * plan.element_size
+    calls, others = forwards + 1, made.groups["CP"].size - 1
+    sent = calls * keys_values * others
+    yield made("attention: keys and values", "CP", "layer", times, calls, sent)
+
+
+def _of_ends(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
+    """Embedding, output head and the neighbouring pipeline stages."""
+    m, part = plan.num_microbatches, _sequence_part(plan)
     if stage == 0:
         yield made("embedding: scatter", "TP", "micro-batch", m, 2, 2 * part)
     if stage == len(plan.chunks) - 1:
         yield made("output head: gather and scatter", "TP", "micro-batch", m, 3, 3 * part)
-    rounds = len(plan.chunks[stage])
-    yield made(
-        "activations and gradients to neighbours", "PP", "micro-batch", m * rounds, 2, 2 * t * H * e
-    )
-    yield from _per_step(plan, stage, made)
+    times, sent = m * len(plan.chunks[stage]), plan.own_tokens * _row(plan)
+    name = "activations and gradients to neighbours"
+    yield made(name, "PP", "micro-batch", times, 2, 2 * sent)
 
 
-def _per_step(plan: Plan, stage: int, made) -> Iterator[Collective]:
+def _of_step(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
+    """Gradients and weights of the replicas."""
     weights, experts = stage_params(plan, stage)
     for name, group, params, n in (
         ("", "DP", weights, plan.dense_replicas),
@@ -159,6 +148,21 @@ def _per_step(plan: Plan, stage: int, made) -> Iterator[Collective]:
             yield made(f"{name}weights: gather", group, "step", 1, 1, share * plan.element_size)
         else:
             yield made(f"{name}gradients: all-reduce", group, "step", 1, 1, 2 * share * _FP32)
+
+
+def _row(plan: Plan) -> int:
+    """Bytes of a token's hidden state."""
+    return plan.model.hidden_size * plan.element_size
+
+
+def _sequence_part(plan: Plan) -> int:
+    """What a rank sends to gather, or to scatter, the sequence over TP once."""
+    return plan.own_tokens * _row(plan) * (plan.model.tensor_model_parallel_size - 1)
+
+
+def _forwards(plan: Plan) -> int:
+    """Forward passes of a micro-batch: a recomputed one communicates again."""
+    return 1 + (plan.model.recompute_granularity == "full")
 
 
 def _groups(plan: Plan) -> list[_Group]:
@@ -177,7 +181,7 @@ def _groups(plan: Plan) -> list[_Group]:
     ]
 
 
-def _attention_gathers(plan: Plan) -> tuple[int, float]:
+def _attention_inputs(plan: Plan) -> tuple[int, float]:
     """(number of gathered inputs, their width in units of H) of an attention's projections."""
     model = plan.model
     if not model.multi_latent_attention:

@@ -379,8 +379,8 @@ FAULTS = [
     Fault(
         "tokens exchanged once, whatever the iterations",
         "megatron_coe/planning/communication.py",
-        "iterations = moe * model.coe_iterations",
-        "iterations = moe",
+        "plan.num_microbatches * model.coe_iterations",
+        "plan.num_microbatches",
         ("tests/distributed/test_memory.py",),
     ),
 ]
