@@ -323,8 +323,8 @@ FAULTS = [
     Fault(
         "rotary keys keep each tensor-parallel rank's own gradient, as Megatron's",
         TORCH,
-        "return TensorParallelMLA",
-        "return MLASelfAttention",
+        "self.linear_kv_down_proj.register_forward_hook(self._own_tokens)",
+        "pass",
         OF_LAYOUTS,
     ),
     Fault(
