@@ -26,6 +26,8 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    from tests.threads import release_groups
+
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -37,3 +39,4 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
         MoEAuxLossAutoScaler.main_loss_backward_scale = None  # set by a training step, for good
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+        release_groups()

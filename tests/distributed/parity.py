@@ -48,6 +48,7 @@ from megatron_coe.training.model import build_provider
 from megatron_coe.training.objective import count_valid_tokens, loss_scale, make_loss_function
 from megatron_coe.training.settings import Settings
 from tests.distributed.layouts import BATCH
+from tests.threads import release_groups
 from tests.unit.training.runs import make_settings, make_trainer
 
 SEQ, VOCAB = 16, 96
@@ -351,6 +352,7 @@ def setup_groups(settings: Settings) -> Iterator[None]:
         return
     with setup.parallel_groups(settings.parallel):
         yield
+    release_groups()
 
 
 @contextmanager
