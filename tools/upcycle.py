@@ -20,8 +20,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")
+    from megatron_coe.conversion.memory import give_back_what_is_freed
     from megatron_coe.conversion.upcycle import upcycle  # imports Megatron, which takes seconds
 
+    give_back_what_is_freed()
     step = upcycle(options.load, options.save, options.iterations)
     print(f"{options.load} -> {step}; train it with --config {step / 'config.yaml'}")
 
