@@ -335,7 +335,7 @@ def difference(layout: str, variant: str, path: str | Path) -> list[float]:
         loss, gradients = step(settings, build(settings, torch.float64))
     if dist.get_rank() > 0:
         return [torch.nan, torch.nan]
-    expected = torch.load(path)
+    expected = torch.load(path, weights_only=True)
     assert gradients.keys() == expected["gradients"].keys(), "not the same tensors"
     worst = 0.0
     for name, want in expected["gradients"].items():

@@ -92,7 +92,9 @@ def load_in(layout: str, folders: dict[str, str], losses: dict[str, float]) -> d
             (checkpoint,) = find_checkpoints(Path(folder))
             trainer.progress = load_checkpoint(checkpoint, trainer.trainee)
             state = gathered_state(trainer.trainee)
-            same = dist.get_rank() > 0 or _same_bits(state, torch.load(Path(folder) / "state.pt"))
+            same = dist.get_rank() > 0 or _same_bits(
+                state, torch.load(Path(folder) / "state.pt", weights_only=True)
+            )
             loss = trainer.figures(trainer.step())["train_loss"]
             results[source] = [same, abs(loss - losses[source]) / losses[source]]
     return results

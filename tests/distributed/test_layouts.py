@@ -92,7 +92,9 @@ def core(references) -> dict[str, list[float]]:
 def test_there_is_something_to_compare(references):
     """Each tensor has a gradient well above rounding, and the balance loss is in the routers'."""
     for variant in parity.VARIANTS:
-        gradients = torch.load(os.path.join(references, f"{variant}.pt"))["gradients"]
+        gradients = torch.load(os.path.join(references, f"{variant}.pt"), weights_only=True)[
+            "gradients"
+        ]
         assert any("router" in name for name in gradients)
         for chosen, part in (("bias", "expert_bias"), ("upcycled", "coe_weights"), ("mtp", "mtp.")):
             assert variant != chosen or any(part in name for name in gradients)

@@ -44,6 +44,7 @@ def test_a_signal_after_the_last_step_does_not_spoil_the_status():
     with StopRequest().listening(process_ends=True):
         pass
     for number in STOP_SIGNALS:
+        assert signal.getsignal(number) is signal.SIG_IGN
         signal.raise_signal(number)
 
 
