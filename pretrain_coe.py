@@ -22,7 +22,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_coe.training.signals import STOPPED, StopRequest, unblock
+from megatron_coe.training.exit_status import MISTAKE, STOPPED
+from megatron_coe.training.signals import StopRequest, unblock
 
 if TYPE_CHECKING:
     from megatron_coe.training.loop import Trainer
@@ -104,7 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def complain(error: Exception) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
         print(f"pretrain_coe.py: error: {error}", file=sys.stderr)
-    return 2
+    return MISTAKE
 
 
 if __name__ == "__main__":

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-STOPPED = 75
-"""Exit status of a run that a signal ended with everything saved: the same command goes on
-(`EX_TEMPFAIL` of sysexits.h: try again)."""
-
 ECHO_S = 1.0
 """A SIGINT that follows the first by less is the same Ctrl-C: torchrun sends its workers once more
 what the terminal has sent them already."""
