@@ -1,4 +1,4 @@
-"""How `pretrain_coe.py` ends: statuses a batch system can act on, those of sysexits.h where one fits.
+"""How `pretrain_coe.py` ends: statuses for batch systems, those of sysexits.h where one fits.
 
 A signal that ends a run with nothing saved, or a second Ctrl-C, gives 128 plus its number.
 """

@@ -21,8 +21,8 @@ from megatron_coe.data.corpus import make_corpus
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
-from megatron_coe.training.metrics import read_records
 from megatron_coe.training.exit_status import STOPPED
+from megatron_coe.training.metrics import read_records
 
 REPO = Path(__file__).parents[2]
 
