@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,18 @@ class Progress:
     """How far a run has come."""
 
     step: int = 0
-    """Completed updates of the weights."""
+    """Steps done: updates of the weights, and those skipped because they were not finite."""
     samples: int = 0
     """Training sequences consumed: where in the data to go on."""
+    skipped: int = 0
+    """Steps that updated nothing."""
+    skipped_in_row: int = 0
+    """How many of them were the latest steps."""
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights, as Adam's bias correction counts them."""
+        return self.step - self.skipped
 
 
 MODEL_ONLY = {
@@ -84,7 +93,7 @@ def save_checkpoint(
         state["optimizer"] = OptimizerState(trainee.optimizer, state).tensors
     state |= {
         "schedule": trainee.schedule.state_dict(),
-        "progress": {"step": progress.step, "samples": progress.samples},
+        "progress": asdict(progress),
         "layout": _layout(),
         "rng": _sharded_rng(_rng_state()),
     }
@@ -128,7 +137,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     for key, chunk in _chunks(trainee):
         chunk.load_state_dict(loaded[key])
     if progress.step > 0:
-        optimizer_state.restore(loaded["optimizer"], progress.step)
+        optimizer_state.restore(loaded["optimizer"], progress.updates)
     else:
         trainee.optimizer.reload_model_params()
     trainee.schedule.step(progress.step - trainee.schedule.num_steps)
