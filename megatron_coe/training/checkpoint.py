@@ -20,17 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_coe.training.optimizer_state import OptimizerState
+from megatron_coe.training.rng import rng_state, set_rng_state
 from megatron_coe.training.setup import Trainee
 from megatron_coe.training.signals import shielded_children
 
@@ -95,7 +94,7 @@ def save_checkpoint(
         "schedule": trainee.schedule.state_dict(),
         "progress": asdict(progress),
         "layout": _layout(),
-        "rng": _sharded_rng(_rng_state()),
+        "rng": _sharded_rng(rng_state()),
     }
     with shielded_children():
         dist_checkpointing.save(state, str(partial))
@@ -142,7 +141,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         trainee.optimizer.reload_model_params()
     trainee.schedule.step(progress.step - trainee.schedule.num_steps)
     if same_layout:
-        _set_rng_state(loaded["rng"])
+        set_rng_state(loaded["rng"])
     return progress
 
 
@@ -187,21 +186,6 @@ def _layout() -> dict[str, int]:
         "ep": parallel_state.get_expert_model_parallel_world_size(),
         "etp": parallel_state.get_expert_tensor_parallel_world_size(),
     }
-
-
-def _rng_state() -> dict[str, Any]:
-    """Generators that a step may draw from (data are drawn by position, not by a generator)."""
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
 
 
 def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
