@@ -1,0 +1,68 @@
+"""What became of the injected faults, as one Markdown table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One injected fault."""
+
+    kind: str
+    """The row that it belongs to."""
+    name: str
+    """What was injected, with all that is needed to do it again."""
+    failures: tuple[str, ...] = ()
+    """What did not go as promised; empty: survived, or caught."""
+    seconds: float = 0.0
+    note: str = ""
+    """Something that is counted over the row, such as where the fault really struck."""
+
+
+@dataclass
+class Row:
+    """One kind of fault."""
+
+    kind: str
+    injected: int = 0
+    caught: int = 0
+    detail: str = ""
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+def rows(outcomes: Iterable[Outcome]) -> list[Row]:
+    """A row per kind, in the order in which they first appear."""
+    table: dict[str, Row] = {}
+    notes: dict[str, Counter[str]] = {}
+    for outcome in outcomes:
+        row = table.setdefault(outcome.kind, Row(outcome.kind))
+        row.injected += 1
+        row.caught += not outcome.failures
+        row.seconds += outcome.seconds
+        row.failures += [f"{outcome.name}: {failure}" for failure in outcome.failures]
+        if outcome.note:
+            notes.setdefault(outcome.kind, Counter())[outcome.note] += 1
+    for kind, counted in notes.items():
+        table[kind].detail = ", ".join(f"{n} {note}" for note, n in sorted(counted.items()))
+    return list(table.values())
+
+
+def render(table: Iterable[Row]) -> str:
+    """The table, and below it every fault that was missed."""
+    lines = [
+        "| kind | injected | caught or survived | seconds | of which |",
+        "|---|---|---|---|---|",
+    ]
+    failures: list[str] = []
+    injected = caught = 0
+    for row in table:
+        cells = (row.kind, row.injected, row.caught, f"{row.seconds:.0f}", row.detail)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        failures += [f"- MISSED {row.kind}: {failure}" for failure in row.failures]
+        injected, caught = injected + row.injected, caught + row.caught
+    lines.append(f"| **all** | **{injected}** | **{caught}** | | |")
+    return "\n".join([*lines, *(["", *failures] if failures else [])])

@@ -1,0 +1,240 @@
+"""Runs of a command line without the seconds that importing Megatron takes.
+
+A zygote is a process that has imported everything once and started nothing: no thread, no process
+group. For each run it forks a child, which then is that run: it executes the script's file as
+`__main__`, has its pid, its process group, its files and its environment, dies of signals and ends
+with a status, all as if a shell had started it (tests/faults/test_harness.py compares them).
+
+    with Zygote(REPO) as zygote:
+        process = zygote.start("pretrain_coe.py", ["--config", "run.yaml"], folder, environment)
+        status = process.wait(60)
+
+Requests go to the zygote and replies come back as lines of JSON. It ends when the pipe ends, so
+however the harness ends, and takes all process groups that it started with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+# All that a run imports, also late: what is missing here only takes longer.
+IMPORTS = (
+    "megatron_coe.training.run",
+    "megatron_coe.training.checks",
+    "megatron_coe.data.tokenizer",
+    "torch.utils.tensorboard",
+    "sentencepiece",
+    "multiprocessing.managers",
+)
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.005
+
+
+class Process:
+    """A run that a zygote has started, and everything that it starts itself."""
+
+    def __init__(self, zygote: Zygote, pid: int, out: Path, err: Path) -> None:
+        self._zygote = zygote
+        self.pid = pid
+        self.returncode: int | None = None
+        self.out, self.err = out, err
+
+    def poll(self) -> int | None:
+        """The exit status as `subprocess` gives it (-9 for SIGKILL); None while it runs.
+
+        Until this has seen the end, the pid is nobody else's, so signals cannot go astray.
+        """
+        if self.returncode is None:
+            self.returncode = self._zygote.ask(poll=self.pid)
+        return self.returncode
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Like `poll`, after at most `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        return self.returncode
+
+    def send(self, number: int) -> bool:
+        """Signal the process itself; whether it was still there."""
+        if self.poll() is not None:
+            return False
+        os.kill(self.pid, number)
+        return True
+
+    def end(self) -> None:
+        """Kill whatever is left of its process group."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait(10)
+
+    def said(self) -> str:
+        return self.out.read_text(errors="replace")
+
+    def complained(self) -> str:
+        return self.err.read_text(errors="replace")
+
+
+class Zygote:
+    """The harness's end. Import paths are those of `tree`, a checkout of this repository."""
+
+    def __init__(self, tree: Path) -> None:
+        self._tree = tree
+        # Threads that libraries start while they are imported would not survive a fork.
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), str(tree)],
+            cwd=tree,
+            env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the harness
+        )
+
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(30)
+
+    def start(
+        self,
+        script: str,
+        arguments: Sequence[object],
+        files: Path,
+        environment: Mapping[str, str],
+        plant: str | None = None,
+    ) -> Process:
+        """Run `script` (relative to the tree) from the tree's root.
+
+        Args:
+            files: folder for what it prints; `out` and `err` of the rank are made anew.
+            environment: all of it.
+            plant: `module:function` to call in the new process before the script: a fault.
+        """
+        rank = environment.get("RANK", "0")
+        out, err = files / f"out{rank}", files / f"err{rank}"
+        pid = self.ask(
+            start={
+                "argv": [str(self._tree / script), *map(str, arguments)],
+                "cwd": str(self._tree),
+                "env": dict(environment),
+                "out": str(out),
+                "err": str(err),
+                "plant": plant,
+            }
+        )
+        assert pid is not None
+        return Process(self, pid, out, err)
+
+    def ask(self, **request: object) -> int | None:
+        server = self._server
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        reply = server.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"the zygote has ended with status {server.wait()}")
+        return json.loads(reply)
+
+
+# --- the zygote's own side ---------------------------------------------------------------
+
+
+def _serve() -> dict | None:
+    """Answer requests until there are no more. A forked child returns: with what it has to be."""
+    children: dict[int, int | None] = {}
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    for line in _lines():
+        request = json.loads(line)
+        if "start" in request:
+            pid = os.fork()
+            if pid == 0:
+                os.close(replies)
+                return request["start"]
+            with contextlib.suppress(OSError):  # the child does the same: whoever is first
+                os.setpgid(pid, pid)
+            children[pid] = reply = pid
+        else:
+            reply = _poll(request["poll"])
+        os.write(replies, (json.dumps(reply) + "\n").encode())
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    return None
+
+
+def _lines():
+    """Lines of standard input, unbuffered, lest a child inherits some."""
+    pending = b""
+    while chunk := os.read(0, 65536):
+        *lines, pending = (pending + chunk).split(b"\n")
+        yield from lines
+
+
+def _poll(pid: int) -> int | None:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _become(job: dict) -> None:
+    """Make this fork the process that the shell's `python script …` would be."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for fd, path, mode in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, job["out"], flags),
+        (2, job["err"], flags),
+    ):
+        opened = os.open(path, mode, 0o644)
+        os.dup2(opened, fd)
+        os.close(opened)
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    sys.argv[:] = job["argv"]
+    if job["plant"]:
+        module, _, function = job["plant"].partition(":")
+        getattr(importlib.import_module(module), function)()
+    runpy.run_path(job["argv"][0], run_name="__main__")
+
+
+def _main() -> None:
+    sys.path[0] = sys.argv[1]  # where `python script` finds its modules: the script's folder
+    for name in IMPORTS:
+        importlib.import_module(name)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, "an import has started a thread, which no fork would have"
+    job = _serve()
+    if job is not None:
+        _become(job)
+
+
+if __name__ == "__main__":
+    _main()
