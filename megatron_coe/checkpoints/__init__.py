@@ -1,1 +1,1 @@
-"""Checkpoint folders on disk: written whole or not at all, verified and vetted before they are read."""
+"""Checkpoint folders: written whole or not at all, verified and vetted before they are read."""

@@ -25,27 +25,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_coe.checkpoints.errors import BadCheckpointError
+from megatron_coe.checkpoints.trust import INDEX_FILE, read_index
 from megatron_coe.conversion.names import LAYERS
 
-INDEX_FILE = ".metadata"
 DATA_FILE = "__0_0.distcp"
 # Beside weights: states of optimizers and generators, and modules' extra states (FP8 scales).
 _NO_WEIGHTS = ("optimizer.", "rng/")
 _EXTRA_STATE = "_extra_state"
-
-# All that the pickle of an index refers to.
-_DCP = "torch.distributed.checkpoint."
-_INDEX_NAMES = {
-    f"{_DCP}metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
-        *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
-        "_MEM_FORMAT_ENCODING",
-    },
-    f"{_DCP}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    f"{_DCP}filesystem": {"_StorageInfo"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-}
 
 
 class CheckpointReader:
@@ -54,7 +41,10 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         """Raises: ValueError for an index that is damaged or names anything but tensors."""
         self.folder = folder
-        self._index = _read_index(folder / INDEX_FILE)
+        try:
+            self._index = read_index(folder)
+        except BadCheckpointError as error:
+            raise BadCheckpointError(f"{folder}: {error}") from error
         self._boxes: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
         for key, stored in self._index.state_dict_metadata.items():
             if not isinstance(stored, TensorStorageMetadata) or key.startswith(_NO_WEIGHTS):
@@ -172,26 +162,3 @@ def _of_layer(key: str, layer: int | None) -> str:
 
 def _holds(box: ChunkStorageMetadata, layer: int) -> bool:
     return box.offsets[0] <= layer < box.offsets[0] + box.sizes[0]
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads an index and nothing else: a pickle could otherwise run any code on opening."""
-
-    def find_class(self, module: str, name: str) -> object:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _INDEX_NAMES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged pickle makes of itself
-        raise ValueError(f"{path}: no index of a checkpoint ({error})") from error
-    if not isinstance(index, Metadata) or index.storage_data is None:
-        raise ValueError(f"{path}: no index of a checkpoint")
-    return index

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.conversion import config as hf_config
 from megatron_coe.conversion.card import model_card
 from megatron_coe.conversion.distcp import CheckpointReader
@@ -29,6 +30,7 @@ from megatron_coe.conversion.model import (
     find_step,
     open_folder,
     provider_of,
+    verify_step,
     write_model,
 )
 from megatron_coe.conversion.names import weights
@@ -36,7 +38,6 @@ from megatron_coe.conversion.shards import ShardWriter
 from megatron_coe.conversion.tokenizer import copy_tokenizer, write_tokenizer
 from megatron_coe.conversion.transfer import export, match_checkpoint
 from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.checkpoint import CONFIG_FILE
 from megatron_coe.training.settings import Settings, load_settings
 
 GENERATION_CONFIG = "generation_config.json"
@@ -71,6 +72,7 @@ def to_hf(
     """
     check_absent(folder)
     step = find_step(checkpoint)
+    verify_step(step)
     settings = load_settings(step / CONFIG_FILE)
     provider = provider_of(settings)
     native = family == hf_config.DEEPSEEK_V2

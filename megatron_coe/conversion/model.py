@@ -14,6 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_coe.checkpoints.errors import BadCheckpointError
+from megatron_coe.checkpoints.folder import CONFIG_FILE, FORMAT_FILE, LATEST_FILE, find_checkpoints
+from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
+from megatron_coe.checkpoints.verify import check_checkpoint
 from megatron_coe.conversion.config import to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import HF_CONFIG, check_absent, new_folder, read_json
@@ -29,7 +33,6 @@ from megatron_coe.conversion.transfer import (
 )
 from megatron_coe.data.tokenizer import load_tokenizer
 from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.checkpoint import CONFIG_FILE, LATEST_FILE, find_checkpoints
 from megatron_coe.training.model import build_provider
 from megatron_coe.training.settings import ParallelSettings, Settings, load_settings
 
@@ -82,6 +85,7 @@ def open_checkpoint(checkpoint: Path) -> StoredModel:
     Raises: ValueError, OSError: as `open_folder`.
     """
     step = find_step(checkpoint)
+    verify_step(step)
     settings = load_settings(step / CONFIG_FILE)
     provider = provider_of(settings)
     reader, table = CheckpointReader(step), weights(provider)
@@ -125,6 +129,7 @@ def write_model(model: StoredModel, checkpoint: Path) -> Path:
             settings.data.tokenizer = str(checkpoint / KEPT_FOLDER / TOKENIZER_FOLDER)
         write_checkpoint(step, model.table, model.read, model.provider)
         (step / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+        write_manifest(step, 0, describe_folder(step))
         (partial / LATEST_FILE).write_text(STEP_0 + "\n", encoding="utf-8")
     return checkpoint / STEP_0
 
@@ -134,12 +139,23 @@ def find_step(checkpoint: Path) -> Path:
 
     Raises: ValueError if it is neither.
     """
-    if (checkpoint / "metadata.json").is_file():
+    if (checkpoint / FORMAT_FILE).is_file():
         return checkpoint
     found = find_checkpoints(checkpoint)
     if not found:
         raise ValueError(f"{checkpoint}: neither a checkpoint nor a folder of checkpoints")
     return found[0]
+
+
+def verify_step(step: Path) -> None:
+    """Compare a checkpoint with its manifest, and see that reading it executes nothing.
+
+    Raises: ValueError naming what is wrong; OSError: a file cannot be read.
+    """
+    try:
+        check_checkpoint(step)
+    except BadCheckpointError as error:
+        raise BadCheckpointError(f"checkpoint {step} is bad: {error}") from error
 
 
 def provider_of(settings: Settings) -> CoEModelProvider:

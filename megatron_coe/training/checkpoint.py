@@ -1,41 +1,38 @@
-"""Saving and resuming the whole state of a run with Megatron's distributed checkpoints.
+"""The whole state of a run as one sharded state, and back.
 
-    <save>/step_00000100/   model, optimizer, schedule, RNG and data position; config.yaml
-    <save>/latest           name of the newest one, for people and scripts
+    model, optimizer          sharded tensors
+    rng                       an object per rank
+    schedule, progress, layout, tokenizer   plain values that all ranks share
 
-A checkpoint is written under another name and renamed when it is complete, so a folder `step_…`
-with Megatron's `metadata.json` (the last file it writes) is whole. The state is sharded: any other
-layout of the same model can load it, with or without the distributed optimizer, but then without
-RNG states, which belong to ranks.
+Any other layout of the same model can load it, with or without the distributed optimizer, but then
+without RNG states, which belong to ranks. How it gets to disk: `megatron_coe.training.saving`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_coe.checkpoints.agreement import check_together
+from megatron_coe.checkpoints.errors import BadCheckpointError
+from megatron_coe.checkpoints.trust import vet
 from megatron_coe.training.optimizer_state import OptimizerState
 from megatron_coe.training.rng import rng_state, set_rng_state
 from megatron_coe.training.setup import Trainee
-from megatron_coe.training.signals import shielded_children
-
-CONFIG_FILE = "config.yaml"
-LATEST_FILE = "latest"
-_NAME = re.compile(r"step_(\d{8})")
 
 
 @dataclass
@@ -64,51 +61,39 @@ MODEL_ONLY = {
 """What is beside the weights in a checkpoint that no training run wrote: it starts one."""
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, the newest first."""
-    if not folder.is_dir():
-        return []
-    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    complete = [path for path in named if (path / "metadata.json").is_file()]
-    return sorted(complete, key=lambda path: path.name, reverse=True)
-
-
-def save_checkpoint(
-    folder: Path, trainee: Trainee, progress: Progress, config: str, keep: int
-) -> Path:
-    """Write a checkpoint and drop all but the `keep` newest. A collective of all ranks.
+def run_state(
+    trainee: Trainee, progress: Progress, tokenizer: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """All that a checkpoint holds, sharded. A collective of all ranks; tensors are the live ones.
 
     Args:
-        config: the resolved settings as YAML, kept inside.
+        tokenizer: what identifies the tokenizer that the run's data were made with.
     """
-    final = folder / f"step_{progress.step:08d}"
-    partial = folder / f".partial_{final.name}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     with _gathered_parameters(trainee):
         state = _model_state(trainee)
         state["optimizer"] = OptimizerState(trainee.optimizer, state).tensors
-    state |= {
+    return state | {
         "schedule": trainee.schedule.state_dict(),
         "progress": asdict(progress),
         "layout": _layout(),
+        "tokenizer": tokenizer,
         "rng": _sharded_rng(rng_state()),
     }
-    with shielded_children():
-        dist_checkpointing.save(state, str(partial))
-    if dist.get_rank() == 0:
-        (partial / CONFIG_FILE).write_text(config, encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        pointer = folder / f".{LATEST_FILE}"
-        pointer.write_text(final.name + "\n", encoding="utf-8")
-        os.replace(pointer, folder / LATEST_FILE)
-        for old in find_checkpoints(folder)[keep:]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+
+
+def state_size(trainee: Trainee) -> int:
+    """About how many bytes of a checkpoint this rank's weights make, before there is a state.
+
+    A weight has two fp32 moments, and an fp32 master where it is narrower itself.
+    """
+    total = 0
+    for value in nested_values(_model_state(trainee)):
+        if not isinstance(value, ShardedBase) or not is_main_replica(value.replica_id):
+            continue
+        if isinstance(value.data, torch.Tensor):
+            width = value.data.itemsize
+            total += value.data.numel() * (width + 8 + (4 if width < 4 else 0))
+    return total
 
 
 def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
@@ -117,9 +102,12 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     Hyperparameters stay those of the present settings: what is restored is what training changed.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        ValueError: the checkpoint is of another model, or holds what could execute code.
     """
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    try:
+        common = check_together(partial(vet, path, dist.get_rank(), dist.get_world_size()))
+    except BadCheckpointError as error:
+        raise BadCheckpointError(f"checkpoint {path}: {error}") from error
     progress = Progress(**common["progress"])
     state = _model_state(trainee)
     if progress.step > 0:  # before the first step there is no optimizer state to speak of

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_coe.data.indexed import unigram_entropy
 from megatron_coe.moe.balance import collect_balance
 from megatron_coe.training.batches import BatchSource
-from megatron_coe.training.checkpoint import Progress, save_checkpoint
+from megatron_coe.training.checkpoint import Progress
 from megatron_coe.training.checks import num_microbatches
 from megatron_coe.training.metrics import Reporter
 from megatron_coe.training.objective import (
@@ -31,6 +30,7 @@ from megatron_coe.training.objective import (
     make_loss_function,
 )
 from megatron_coe.training.profiling import StepProfiler
+from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
 from megatron_coe.training.setup import Trainee
 from megatron_coe.training.signals import StopRequest
@@ -75,6 +75,7 @@ class Trainer:
         validation: Validation | None,
         progress: Progress,
         reporter: Reporter | None,
+        saver: Saver | None = None,
     ) -> None:
         self.settings = settings
         self.trainee = trainee
@@ -82,6 +83,7 @@ class Trainer:
         self.validation = validation
         self.progress = progress
         self.reporter = reporter
+        self.saver = saver or Saver(settings.checkpoint, settings.to_yaml())
         self.num_microbatches = num_microbatches(settings, dist.get_world_size())
 
     def run(self, stop: StopRequest | None = None) -> signal.Signals | None:
@@ -98,9 +100,11 @@ class Trainer:
         stop = stop or StopRequest()
         saved = self.progress.step
         while self.progress.step < last:
+            self.saver.poll()
             if reason := stop.agreed(self.train.device):
                 if self.progress.step > saved:
                     self.save()
+                self.saver.finish()
                 if self.reporter is not None:
                     self.reporter.say(f"stopped by {reason.name} after step {self.progress.step}")
                 return reason
@@ -122,6 +126,7 @@ class Trainer:
             if step == last or _due(step, self.settings.checkpoint.save_interval):
                 self.save()
                 saved = step
+        self.saver.finish()
         return None
 
     def step(self) -> StepFigures:
@@ -168,16 +173,8 @@ class Trainer:
             self.reporter.say(f"step {self.progress.step} | valid loss {measured}")
 
     def save(self) -> None:
-        """Write a checkpoint, where `checkpoint.save` names a folder."""
-        options = self.settings.checkpoint
-        if options.save is not None:
-            save_checkpoint(
-                Path(options.save),
-                self.trainee,
-                self.progress,
-                config=self.settings.to_yaml(),
-                keep=options.keep,
-            )
+        """Write a checkpoint, or begin to, where `checkpoint.save` names a folder."""
+        self.saver.save(self.trainee, self.progress)
 
     def figures(self, step: StepFigures) -> dict[str, float]:
         """What is reported of a training step."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,21 +12,20 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from megatron_coe import backends
+from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.data.datasets import build_datasets
 from megatron_coe.data.indexed import data_summary
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.training import setup
 from megatron_coe.training.batches import BatchSource
-from megatron_coe.training.checkpoint import (
-    CONFIG_FILE,
-    Progress,
-    find_checkpoints,
-    load_checkpoint,
-)
+from megatron_coe.training.checkpoint import Progress, load_checkpoint
 from megatron_coe.training.estimate import describe_sizes, plan_of
 from megatron_coe.training.loop import Trainer, Validation
 from megatron_coe.training.metrics import Reporter
 from megatron_coe.training.model import build_provider
+from megatron_coe.training.resume import check_changes, choose_checkpoint
+from megatron_coe.training.resume_policy import identity_of
+from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
 
 
@@ -56,12 +54,18 @@ def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
     backends.refuse_unusable(provider)
-    checkpoint = _newest_checkpoint(settings, must_resume)
+    saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(tokenizer))
     with setup.process_groups(settings.parallel, device):
+        checkpoint = choose_checkpoint(settings.checkpoint, must_resume)
+        changed = []
+        if checkpoint:
+            changed = check_changes(checkpoint, settings, tokenizer, model_only=must_resume)
         setup.seed_everything(settings.train.seed)
         train_set, valid_set = _build_data(settings, tokenizer, provider.seq_length)
         trainee = setup.build_trainee(provider, settings, device)
         progress = load_checkpoint(checkpoint, trainee) if checkpoint else Progress()
+        if not must_resume and progress.step < settings.train.steps:
+            saver.check(trainee)
         train = _source(train_set, settings, device)
         validation = None
         if valid_set is not None:
@@ -69,8 +73,10 @@ def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
         reporter = _open_reports(settings, progress) if dist.get_rank() == 0 else None
         if reporter and checkpoint:
             reporter.say(f"resumed from {checkpoint}")
+            for change in changed:
+                reporter.say(f"changed since then: {change}")
         try:
-            yield Trainer(settings, trainee, train, validation, progress, reporter)
+            yield Trainer(settings, trainee, train, validation, progress, reporter, saver=saver)
         finally:
             if reporter:
                 reporter.close()
@@ -103,14 +109,6 @@ def _build_data(
         seed=train.seed,
         cache_dir=data.cache,
     )
-
-
-def _newest_checkpoint(settings: Settings, must_resume: bool) -> Path | None:
-    folder = settings.checkpoint.save
-    found = find_checkpoints(Path(folder)) if folder else []
-    if must_resume and not found:
-        raise ValueError(f"checkpoint.save={folder}: holds no complete checkpoint to start from")
-    return found[0] if found else None
 
 
 def _source(dataset: Dataset, settings: Settings, device: torch.device) -> BatchSource:

@@ -3,7 +3,9 @@
     settings = load_settings(Path("examples/quickstart.yaml"), ["train.steps=10"])
 
 A file may name another with `extends: other.yaml` (relative to itself) and then holds only what
-differs. Section `model` takes the fields of `CoEModelProvider` under Megatron's names; they are
+differs. A value may refer to another, `${section.key}`; nothing else is looked up for it (not the
+environment, which would end up in every checkpoint), and no tag of YAML makes an object of Python.
+Section `model` takes the fields of `CoEModelProvider` under Megatron's names; they are
 checked by `megatron_coe.training.model.build_provider`, because knowing them means importing
 Megatron. Everything else is checked here, before that import and before any process group exists.
 """
@@ -11,7 +13,8 @@ Megatron. Everything else is checked here, before that import and before any pro
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 EXTENDS = "extends"
+
+# Far beyond what settings need: a file that is larger is no file of settings, or is hostile.
+MAX_BYTES = 1 << 20
+MAX_NESTING = 50
+MAX_REFERENCES = 10
+MAX_CHARACTERS = 1 << 16
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)+)\}")
 
 NOT_OFFERED = {
     "optimizer_cpu_offload": "Megatron's hybrid optimizer keeps its state where the checkpoints of "
@@ -103,6 +113,14 @@ class TrainSettings:
     """How many of the first held-out sequences are used, the same each time; None: all."""
     deterministic: bool = True
     """On a GPU, use kernels whose sums have a fixed order: the same command, the same bits."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step with a NaN or Inf in loss or gradients does, beside updating nothing: stop the
+    run, saved as of the step before; or leave its sequences out and go on."""
+    max_skipped_steps: int = 10
+    """How many steps in a row are skipped before the run stops after all."""
+    hang_timeout_s: float = 600.0
+    """Seconds without progress, in a step or a validation, after which a run ends and names the
+    rank that hangs; start-up, data and checkpoints have six times as long. 0: it waits for ever."""
 
 
 @dataclass
@@ -110,11 +128,21 @@ class CheckpointSettings:
     """Where the state of the run is kept and how often it is written."""
 
     save: str | None = "${log.dir}/checkpoints"
-    """Folder; a run resumes from the newest valid checkpoint in it. None: nothing is kept."""
+    """Folder; a run resumes from the newest good checkpoint in it. None: nothing is kept."""
     save_interval: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this stay as well; 0: none."""
+    verify: bool = True
+    """Write a manifest with the size and SHA-256 of every file, and compare it before loading; a
+    checkpoint that differs, or has none, is not used. False: neither."""
+    async_save: bool = False
+    """Write copies of the state in the background while training goes on. A copy takes as much host
+    memory as the rank's share of the checkpoint."""
+    accept_changes: list[str] = field(default_factory=list)
+    """Keys of settings whose change since the checkpoint would be refused, and is meant."""
 
 
 @dataclass
@@ -164,10 +192,12 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         merged = _merge(merged, content, str(source))
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"override {override!r}")
+    _check_references(path, merged)
     try:
         settings = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise ValueError(f"{path}: {_first_line(error)}") from error
+    except OmegaConfBaseException as error:  # a reference that leads nowhere, a value left out
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ValueError(f"{path}: {key}{_first_line(error)}") from error
     assert isinstance(settings, Settings)
     return settings
 
@@ -188,7 +218,11 @@ def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
         if any(path.resolve() == earlier.resolve() for earlier, _ in chain):
             route = " -> ".join(str(source) for source in [*(p for p, _ in chain), path])
             raise ValueError(f"{path}: 'extends' goes round in a circle: {route}")
-        content = _read_yaml(path)
+        try:
+            content = _read_yaml(path)
+        except OSError as error:
+            named = f"{chain[-1][0]}: 'extends' names {path}" if chain else str(path)
+            raise OSError(f"{named}: cannot be read ({error.strerror or error})") from error
         base = content.pop(EXTENDS, None)
         chain.append((path, content))
         if base is None:
@@ -199,18 +233,73 @@ def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
 
 
 def _read_yaml(path: Path) -> DictConfig:
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES:,} bytes, so it is no file of settings")
     try:
+        _check_nesting(path, text)
         content = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (OSError, RecursionError) as error:  # OmegaConf's word for a file that is a number
+        content = error
     if not isinstance(content, DictConfig):
-        raise ValueError(f"{path}: must hold sections ({', '.join(SECTIONS)}), got a list")
+        raise ValueError(f"{path}: must hold sections ({', '.join(SECTIONS)}), as `train: …`")
     return content
+
+
+def _check_nesting(path: Path, text: bytes) -> None:
+    """Parsers recurse, and the quick one ends the process without a word."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_NESTING:
+            raise ValueError(f"{path}: nested more than {MAX_NESTING} deep")
+
+
+def _check_references(path: Path, settings: DictConfig) -> None:
+    """Only `${section.key}`, in no circle, and not so often that values grow without bounds."""
+    texts = dict(_texts("", OmegaConf.to_container(settings, resolve=False)))
+
+    def length(key: str, route: tuple[str, ...]) -> int:
+        """Characters of a value, with all that it refers to put in."""
+        if key in route:
+            raise ValueError(f"{path}: {' -> '.join([*route, key])}: references go in a circle")
+        if len(route) > MAX_REFERENCES:
+            raise ValueError(f"{path}: {route[0]}: refers on more than {MAX_REFERENCES} times")
+        inside = (text for other, text in texts.items() if f"{other}.".startswith(f"{key}."))
+        total = 0
+        for text in inside:
+            named = _REFERENCE.findall(text)
+            total += len(text) + sum(length(other, (*route, key)) for other in named)
+            if total > MAX_CHARACTERS:
+                raise ValueError(f"{path}: {key}: more than {MAX_CHARACTERS:,} characters long")
+        return total
+
+    for key, text in texts.items():
+        if "${" in _REFERENCE.sub("", text):
+            raise ValueError(
+                f"{path}: {key}={text!r}: only other settings can be referred to, as "
+                "${section.key}; a shell puts in its variables on the command line, as "
+                'log.dir="$HOME/run"'
+            )
+        length(key, ())
+
+
+def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
+    """Every text in nested values, with its place, as `data.train.0`."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(f"{key}.{name}" if key else str(name), part)
 
 
 def _parse_override(override: str) -> DictConfig:
     key, equals, _ = override.partition("=")
-    if not equals or "." not in key:
+    if not equals or "." not in key or not all(key.split(".")):
         raise ValueError(f"override {override!r}: must have the form section.key=value")
     try:
         return OmegaConf.from_dotlist([override])

@@ -8,15 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.conversion.model import STEP_0
-from megatron_coe.training.checkpoint import (
-    CONFIG_FILE,
-    Progress,
-    load_checkpoint,
-    save_checkpoint,
-)
-from megatron_coe.training.settings import ParallelSettings, load_settings
+from megatron_coe.training.checkpoint import Progress, load_checkpoint
+from megatron_coe.training.saving import Saver
+from megatron_coe.training.settings import CheckpointSettings, ParallelSettings, load_settings
 from megatron_coe.training.setup import parallel_groups
 from tests.distributed.launch import launch
 from tests.unit.conversion.models import write_random_model
@@ -69,8 +66,9 @@ def save_in_every_layout(root: str) -> None:
         with parallel_groups(settings.parallel):
             trainer = make_trainer(settings, torch.device("cpu"))
             load_checkpoint(step, trainer.trainee)
-            folder = folder_of(root, model, layout)
-            save_checkpoint(folder, trainer.trainee, Progress(), settings.to_yaml(), keep=1)
+            folder = str(folder_of(root, model, layout))
+            saver = Saver(CheckpointSettings(save=folder), settings.to_yaml())
+            saver.save(trainer.trainee, Progress())
 
 
 @pytest.fixture(scope="module")

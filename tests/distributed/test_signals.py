@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_coe.training.checkpoint import find_checkpoints, load_checkpoint
+from megatron_coe.checkpoints.folder import find_checkpoints
+from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.setup import parallel_groups
 from megatron_coe.training.signals import StopRequest
 from tests.distributed.launch import launch

@@ -10,9 +10,10 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.conversion.config import to_hf_config
 from megatron_coe.conversion.names import weights
-from megatron_coe.training.checkpoint import CONFIG_FILE, load_checkpoint
+from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.settings import load_settings
 from tests.builders import tiny_provider
 from tests.unit.training.runs import make_trainer

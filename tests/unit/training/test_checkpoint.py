@@ -8,12 +8,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_coe.training.checkpoint import (
-    CONFIG_FILE,
-    LATEST_FILE,
-    find_checkpoints,
-    load_checkpoint,
-)
+from megatron_coe.checkpoints.folder import CONFIG_FILE, LATEST_FILE, find_checkpoints
+from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.settings import load_settings
 from tests.unit.training.runs import make_settings, make_trainer, weights
 
@@ -112,19 +108,18 @@ def test_generators_come_back(single_rank, tmp_path):
         assert torch.equal(torch.rand(3, device=single_rank), drawn[1])
 
 
-def test_the_newest_are_kept_and_incomplete_ones_are_not_seen(single_rank, tmp_path):
-    settings = make_settings(tmp_path, checkpoint={"keep": 2}, model={"num_layers": 1})
+def test_the_newest_are_kept_and_those_past_them_are_left_alone(single_rank, tmp_path):
+    settings = make_settings(
+        tmp_path, checkpoint={"keep": 2, "keep_every": 50}, model={"num_layers": 1}
+    )
     trainer = make_trainer(settings, single_rank)
-    for step in (5, 100, 20):
+    for step in (5, 50, 70, 300, 100, 120):  # 300 was bad, say, and the run went back to 70
         trainer.progress.step = step
         trainer.save()
     names = [path.name for path in find_checkpoints(tmp_path)]
-    assert names == ["step_00000100", "step_00000020"]
-    assert (tmp_path / LATEST_FILE).read_text().strip() == "step_00000020"
+    assert names == [f"step_{step:08d}" for step in (300, 120, 100, 50)]
+    assert (tmp_path / LATEST_FILE).read_text() == "step_00000120\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, LATEST_FILE])
-    cut = tmp_path / "step_00000300"
-    cut.mkdir()
-    (cut / "common.pt").write_bytes(b"")
     (tmp_path / "step_x").mkdir()
     assert [path.name for path in find_checkpoints(tmp_path)] == names
     assert find_checkpoints(tmp_path / "nowhere") == []

@@ -1,0 +1,121 @@
+"""The folder of a run's checkpoints: names, the pointer to the newest, and which ones are kept.
+
+    <save>/step_00000100/           a checkpoint; it has this name only when it is whole
+    <save>/latest                   name of the newest one, for people and scripts
+    <save>/.partial_step_00000200/  one that is being written, or was when the run died
+    <save>/.removed_step_00000050/  one that is being deleted, or has just been replaced
+
+Each change is one rename followed by an fsync of the folder, so that a run that dies between any
+two instructions leaves a folder that the next one can use.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_coe.checkpoints.durable import replace_file, sync_folder
+
+CONFIG_FILE = "config.yaml"
+LATEST_FILE = "latest"
+COMMON_FILE = "common.pt"
+FORMAT_FILE = "metadata.json"
+_STEP = re.compile(r"step_(\d{8})")
+_PARTIAL, _REMOVED = ".partial_", ".removed_"
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a folder's name says; None for another name."""
+    found = _STEP.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first; whether they are good remains to be seen."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=lambda path: path.name, reverse=True)
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written until it is whole."""
+    return folder / f"{_PARTIAL}{step_name(step)}"
+
+
+def publish(folder: Path, step: int) -> Path:
+    """Give a whole partial checkpoint its name, and point `latest` at it."""
+    partial, final = partial_folder(folder, step), folder / step_name(step)
+    sync_folder(partial)
+    replaced = folder / f"{_REMOVED}{final.name}"
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    partial.rename(final)
+    sync_folder(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    replace_file(folder / LATEST_FILE, f"{final.name}\n".encode())
+    return final
+
+
+def retain(folder: Path, step: int, keep: int, keep_every: int) -> None:
+    """Delete old checkpoints after that of `step` was written.
+
+    Kept are the `keep` newest and those whose step is a multiple of `keep_every` (0: none). Those
+    past `step` are neither counted nor deleted: they were found bad when the run resumed, and in
+    the place of a good one they would have it deleted.
+    """
+    earlier = [path for path in find_checkpoints(folder) if step_of(path) <= step]
+    for old in earlier[keep:]:
+        if keep_every == 0 or step_of(old) % keep_every:
+            _remove(old)
+
+
+def clean(folder: Path) -> None:
+    """Clear away what a run that died has left half done."""
+    for removed in folder.glob(f"{_REMOVED}step_*"):
+        final = folder / removed.name.removeprefix(_REMOVED)
+        if not final.exists() and (folder / f"{_PARTIAL}{final.name}").exists():
+            removed.rename(final)  # it died between the two renames of `publish`
+            sync_folder(folder)
+        else:
+            shutil.rmtree(removed)
+    for partial in folder.glob(f"{_PARTIAL}step_*"):
+        shutil.rmtree(partial)
+    with suppress(FileNotFoundError):
+        (folder / f".{LATEST_FILE}.new").unlink()
+
+
+def doubts_about_pointer(folder: Path, found: list[Path]) -> str | None:
+    """What is wrong with `latest`, beside the checkpoints that were found; None if nothing is.
+
+    Nothing is ever loaded because of it: the newest is told by the names of the folders.
+    """
+    path = folder / LATEST_FILE
+    try:
+        name = path.read_bytes()[:100].decode().removesuffix("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return f"{path}: cannot be read"
+    names = [checkpoint.name for checkpoint in found]
+    if name not in names:
+        return f"{path}: names {name!r}, and there is no such checkpoint"
+    if name != names[0]:
+        return f"{path}: names {name}, and the newest is {names[0]}"
+    return None
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; half of one is never seen under its name."""
+    removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    checkpoint.rename(removed)
+    sync_folder(checkpoint.parent)
+    shutil.rmtree(removed)

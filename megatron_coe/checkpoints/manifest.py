@@ -1,0 +1,91 @@
+"""`manifest.json`: the size and SHA-256 of every other file of a checkpoint, and its step.
+
+    {"files": {"__0_0.distcp": {"sha256": "…", "size": 1048576}, …}, "step": 100}
+
+It is the last file to be written and holds no more than that, in one spelling: a byte that differs
+anywhere, in it or in what it lists, is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_coe.checkpoints.durable import FileFacts, facts_of, write_file
+from megatron_coe.checkpoints.errors import BadCheckpointError
+
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of."""
+
+    step: int
+    files: Mapping[str, FileFacts]
+
+    def text(self) -> str:
+        content = {"step": self.step, "files": {n: asdict(f) for n, f in self.files.items()}}
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def write_manifest(folder: Path, step: int, files: Mapping[str, FileFacts]) -> None:
+    """Write the manifest of a folder and fsync it."""
+    write_file(folder / MANIFEST_FILE, Manifest(step, files).text().encode())
+
+
+def describe_folder(folder: Path) -> dict[str, FileFacts]:
+    """The facts of every file that is in a folder, its manifest aside."""
+    return {
+        path.name: facts_of(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises: BadCheckpointError if there is none, or it is not as `write_manifest` left it."""
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
+        manifest = Manifest(content["step"], files)
+    except FileNotFoundError as error:
+        raise BadCheckpointError(
+            f"{MANIFEST_FILE} is missing, so that nothing in it can be verified; if it was written "
+            "by an earlier version or with checkpoint.verify=false and you trust it, load it with "
+            "checkpoint.verify=false"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error
+    plain = all(
+        type(facts.size) is int and isinstance(facts.sha256, str) and Path(name).name == name
+        for name, facts in files.items()
+    )
+    if not plain or type(manifest.step) is not int or manifest.text() != text:
+        raise BadCheckpointError(f"{MANIFEST_FILE} is damaged")
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Compare files with a manifest: all sizes, and the hashes of every `parts`-th file.
+
+    The files are dealt out by size, so that ranks that share the work have about as much to read.
+
+    Raises: BadCheckpointError naming the first file that differs.
+    """
+    for name, facts in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise BadCheckpointError(f"{name} is missing")
+        if (size := path.stat().st_size) != facts.size:
+            raise BadCheckpointError(f"{name} has {size} bytes, {MANIFEST_FILE} says {facts.size}")
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    for name in by_size[part::parts]:
+        if facts_of(folder / name) != manifest.files[name]:
+            raise BadCheckpointError(
+                f"the SHA-256 of {name} is not the one in {MANIFEST_FILE}: the content has changed"
+            )

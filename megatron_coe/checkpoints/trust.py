@@ -1,0 +1,184 @@
+"""What a checkpoint may make Python do: nothing. Every pickle is vetted before it is opened.
+
+Three kinds of pickle lie in a checkpoint, and Megatron or torch opens each without looking:
+
+    .metadata       pickle.load in torch/distributed/checkpoint/filesystem.py
+    common.pt       torch.load in megatron/core/dist_checkpointing/strategies/common.py
+    objects in *.distcp (states of generators, extra states of modules)
+                    torch.load in torch/distributed/checkpoint/default_planner.py, with
+                    weights_only=False; Transformer Engine unpickles extra states once more
+
+Tensors in *.distcp are read with `weights_only=True` by torch itself. Here the first is read by an
+unpickler that knows the classes of an index and no other name, the others as weights only.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from megatron_coe.checkpoints.errors import BadCheckpointError
+from megatron_coe.checkpoints.folder import COMMON_FILE, FORMAT_FILE
+
+INDEX_FILE = ".metadata"
+FORMAT = CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1)
+_EXTRA_STATE = "_extra_state"
+
+# All that the pickle of an index refers to.
+_DCP = "torch.distributed.checkpoint."
+_INDEX_NAMES = {
+    f"{_DCP}metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_DCP}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    f"{_DCP}filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+}
+
+# All that the pickle of an extra state of Transformer Engine refers to, its recipes aside.
+_EXTRA_NAMES = {
+    "torch": {"Size", "device"},
+    "torch._utils": {"_rebuild_tensor_v2"},
+    "collections": {"OrderedDict", "deque"},
+    "_codecs": {"encode"},
+}
+_RECIPES = "transformer_engine.common.recipe"
+
+
+def read_index(folder: Path) -> Metadata:
+    """Which tensor and which object of a checkpoint lies where.
+
+    Raises:
+        BadCheckpointError: it is damaged, names anything that no index does, or points out of the
+            folder.
+        OSError: it cannot be read.
+    """
+    with (folder / INDEX_FILE).open("rb") as file:
+        try:
+            index = _IndexUnpickler(file).load()
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            raise BadCheckpointError(f"{INDEX_FILE}: no index of a checkpoint ({error})") from error
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        raise BadCheckpointError(f"{INDEX_FILE}: no index of a checkpoint")
+    for place in index.storage_data.values():
+        name = place.relative_path if isinstance(place, _StorageInfo) else None
+        if not isinstance(name, str) or Path(name).name != name or place.transform_descriptors:
+            raise BadCheckpointError(f"{INDEX_FILE}: no index of a checkpoint (data at {name!r})")
+    return index
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What all ranks share of a checkpoint: plain values and tensors.
+
+    Raises: BadCheckpointError: it is damaged or holds anything else; OSError: it cannot be read.
+    """
+    with (folder / COMMON_FILE).open("rb") as file:
+        common = _read_weights(file, COMMON_FILE)
+    if not isinstance(common, dict):
+        raise BadCheckpointError(f"{COMMON_FILE}: holds no state of a run")
+    return common
+
+
+def vet(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Look at whatever Megatron will unpickle in a checkpoint; nothing of it is executed.
+
+    Args:
+        part, parts: of the objects, look at every `parts`-th (ranks share the work).
+
+    Returns: what all ranks share (`common.pt`).
+
+    Raises: BadCheckpointError naming the file; OSError: a file cannot be read.
+    """
+    _check_format(folder)
+    common = read_common(folder)
+    index = read_index(folder)
+    objects = sorted(
+        key
+        for key, stored in index.state_dict_metadata.items()
+        if isinstance(stored, BytesStorageMetadata)
+    )
+    for key in objects[part::parts]:
+        place = index.storage_data.get(MetadataIndex(key))
+        if place is None:
+            raise BadCheckpointError(f"{INDEX_FILE}: {key} is nowhere")
+        where = f"{place.relative_path}: {key}"
+        with (folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            content = _read_weights(io.BytesIO(file.read(place.length)), where)
+        if _EXTRA_STATE in key:
+            _check_extra_state(content, where)
+    return common
+
+
+def _check_format(folder: Path) -> None:
+    try:
+        content = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
+        is_ours = CheckpointingConfig(**content) == FORMAT
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadCheckpointError(f"{FORMAT_FILE} is damaged") from error
+    if not is_ours:
+        raise BadCheckpointError(f"{FORMAT_FILE}: {content} is another format than {FORMAT}")
+
+
+def _read_weights(file: BinaryIO, where: str) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged archive makes of itself
+        reason = str(error).strip().split("\n")[0]
+        raise BadCheckpointError(
+            f"{where} is damaged, or holds more than plain values and tensors ({reason})"
+        ) from error
+
+
+def _check_extra_state(content: object, where: str) -> None:
+    """Transformer Engine keeps FP8 scales as a pickle in a tensor of bytes, or nothing in it."""
+    for state in content if isinstance(content, list) else [content]:
+        if not isinstance(state, torch.Tensor) or state.numel() == 0:
+            continue
+        try:
+            _ExtraStateUnpickler(io.BytesIO(state.numpy().tobytes())).load()
+        except Exception as error:
+            raise BadCheckpointError(f"{where}: no state of a module ({error})") from error
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads an index and nothing else: a pickle could otherwise run any code on opening."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if _is_dtype(module, name) or name in _INDEX_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
+
+
+class _ExtraStateUnpickler(pickle.Unpickler):
+    """Reads a module's extra state and nothing else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage  # torch's own unpickles whatever the bytes hold
+        if _is_dtype(module, name) or name in _EXTRA_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        if module == _RECIPES and name.isidentifier():
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == _RECIPES:
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no extra state does")
+
+
+def _is_dtype(module: str, name: str) -> bool:
+    return module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def _load_storage(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True)

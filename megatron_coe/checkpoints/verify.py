@@ -1,0 +1,50 @@
+"""Is this checkpoint what was written, and may it be read?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_coe.checkpoints.errors import BadCheckpointError
+from megatron_coe.checkpoints.folder import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_of
+from megatron_coe.checkpoints.manifest import MANIFEST_FILE, read_manifest, verify_files
+from megatron_coe.checkpoints.trust import INDEX_FILE, read_index, vet
+
+
+def check_checkpoint(
+    folder: Path, verify: bool = True, part: int = 0, parts: int = 1
+) -> dict[str, Any]:
+    """Verify a checkpoint against its manifest, before anything is unpickled, and vet its pickles.
+
+    Args:
+        verify: False leaves the manifest out of account.
+        part, parts: do this part of the reading, of as many (ranks share it).
+
+    Returns: what all ranks share of the state (`common.pt`).
+
+    Raises: BadCheckpointError with the file and what is wrong with it; OSError: one is unreadable.
+    """
+    if verify:
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest, part, parts)
+    common = vet(folder, part, parts)
+    step = _step_inside(common)
+    if verify:
+        if manifest.step != step:
+            raise BadCheckpointError(f"{MANIFEST_FILE} says step {manifest.step}, not {step}")
+        index = read_index(folder)
+        needed = {place.relative_path for place in index.storage_data.values()}
+        needed |= {INDEX_FILE, COMMON_FILE, FORMAT_FILE, CONFIG_FILE}
+        if unlisted := sorted(needed - manifest.files.keys()):
+            raise BadCheckpointError(f"{MANIFEST_FILE} does not list {unlisted[0]}")
+    if step_of(folder) not in (None, step):
+        raise BadCheckpointError(f"holds step {step}: the folder has been renamed or exchanged")
+    return common
+
+
+def _step_inside(common: dict[str, Any]) -> int:
+    progress = common.get("progress")
+    step = progress.get("step") if isinstance(progress, dict) else None
+    if type(step) is not int:
+        raise BadCheckpointError(f"{COMMON_FILE}: holds no state of a run")
+    return step

@@ -1,0 +1,136 @@
+"""Which settings may change between a checkpoint and the run that goes on from it: one table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from megatron_coe.checkpoints.trust import read_common
+from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training.settings import Settings
+
+
+class Policy(Enum):
+    """What becomes of a change."""
+
+    SAFE = "goes unsaid: the numbers stay the same, up to the order of sums"
+    SAID = "is printed: training goes on, differently"
+    REFUSED = "ends the run: the model or its data would mean something else"
+
+
+_SAFE, _SAID, _REFUSED = Policy.SAFE, Policy.SAID, Policy.REFUSED
+
+RULES: tuple[tuple[str, Policy], ...] = (
+    ("log.*", _SAFE),
+    ("checkpoint.*", _SAFE),
+    ("parallel.*", _SAFE),
+    ("data.tokenizer", _SAFE),  # it may move; its content is compared, see `tokenizer_change`
+    ("data.valid", _SAFE),
+    ("data.cache", _SAFE),
+    ("data.*", _REFUSED),
+    ("train.stop_step", _SAFE),
+    ("train.micro_batch_size", _SAFE),
+    ("train.eval_*", _SAFE),
+    # Packed data are shuffled for all the steps, and the learning rate's schedule spans them.
+    ("train.steps", _REFUSED),
+    ("train.seed", _REFUSED),
+    ("train.global_batch_size", _REFUSED),
+    ("train.precision", _REFUSED),
+    ("train.*", _SAID),
+    ("model.backend", _SAFE),
+    ("model.recompute_*", _SAFE),
+    ("model.*_fusion", _SAFE),
+    ("model.moe_token_dispatcher_type", _SAFE),
+    ("model.moe_grouped_gemm", _SAFE),
+    ("model.attention_backend", _SAFE),
+    ("model.*_dropout", _SAID),
+    ("model.moe_aux_loss_coeff", _SAID),
+    ("model.moe_z_loss_coeff", _SAID),
+    ("model.moe_router_bias_update_rate", _SAID),
+    ("model.*", _REFUSED),
+    ("*", _SAID),
+)
+"""Patterns of keys; the first that matches decides."""
+
+_PATHS = ("data.train",)
+_TOKENIZER = "data.tokenizer"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was."""
+
+    key: str
+    before: object
+    now: object
+    is_refused: bool
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.before!r} and is {self.now!r}"
+
+
+def policy_of(key: str) -> Policy:
+    return next(policy for pattern, policy in RULES if fnmatchcase(key, pattern))
+
+
+def changes(before: Settings, now: Settings, model_only: bool = False) -> list[Change]:
+    """All changes that are worth saying or refused, by key.
+
+    Args:
+        model_only: leave out what is not the model's.
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        policy = policy_of(key)
+        if policy is _SAFE or (model_only and not key.startswith("model.")):
+            continue
+        values = [_value(key, side) for side in (old, new)]
+        if _comparable(key, values[0]) != _comparable(key, values[1]):
+            found.append(Change(key, *values, is_refused=policy is _REFUSED))
+    return found
+
+
+def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint keeps of a tokenizer: size and content of its vocabulary, not its path."""
+    return {"vocab_size": tokenizer.vocab_size, **tokenizer.unique_identifiers}
+
+
+def tokenizer_change(checkpoint: Path, tokenizer: Tokenizer) -> Change | None:
+    """A tokenizer whose ids mean something else than those that the checkpoint has learnt."""
+    before, now = read_common(checkpoint).get("tokenizer"), identity_of(tokenizer)
+    if before is None or before == now:
+        return None
+    return Change(_TOKENIZER, _describe(before), _describe(now), is_refused=True)
+
+
+def _flat(settings: Settings) -> Iterator[tuple[str, object]]:
+    for section, values in asdict(settings).items():
+        for name, value in values.items():
+            yield f"{section}.{name}", value
+
+
+def _value(key: str, side: dict[str, object]) -> object:
+    """A setting, or the model's default for one that is not given."""
+    if key in side or not key.startswith("model."):
+        return side.get(key)
+    field = next((f for f in fields(CoEModelProvider) if f"model.{f.name}" == key), None)
+    if field is None or field.default is MISSING:
+        return None
+    return field.default
+
+
+def _comparable(key: str, value: object) -> object:
+    if key in _PATHS and isinstance(value, list):
+        return [os.path.abspath(path) for path in value]
+    return value
+
+
+def _describe(identity: dict[str, Any]) -> str:
+    return f"{identity.get('vocab_size')} ids, SHA-256 {str(identity.get('sha256'))[:12]}…"
