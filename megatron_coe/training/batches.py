@@ -30,19 +30,26 @@ class BatchSource:
 
     def training(self, first: int, num_microbatches: int) -> list[Batch]:
         """The replica's share of the global batch whose first sequence is number `first`."""
+        return [self._batch(numbers) for numbers in self.numbers(first, num_microbatches)]
+
+    def numbers(self, first: int, num_microbatches: int) -> list[range]:
+        """Which sequences the micro-batches of `training` hold."""
         stride = self.micro_batch_size * self.replicas
         starts = [
             first + index * stride + self.rank * self.micro_batch_size
             for index in range(num_microbatches)
         ]
-        return [self._batch(range(start, start + self.micro_batch_size)) for start in starts]
+        return [range(start, start + self.micro_batch_size) for start in starts]
 
-    def validation(self, samples: int, num_microbatches: int) -> Iterator[Batch]:
+    def validation(self, samples: int, num_microbatches: int, begin: int = 0) -> Iterator[Batch]:
         """The replica's share of the first `samples` sequences, each read by one replica only.
 
         Positions past the last sequence are filled up with the first one, masked out of the loss.
+
+        Args:
+            begin: the micro-batch to begin with, counted from 0.
         """
-        for index in range(num_microbatches):
+        for index in range(begin, begin + num_microbatches):
             start = (index * self.replicas + self.rank) * self.micro_batch_size
             numbers = range(start, start + self.micro_batch_size)
             batch = self._batch([number if number < samples else 0 for number in numbers])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 
 from megatron_coe import layout as layouts
 from megatron_coe.layout import Layout
@@ -14,8 +17,23 @@ from megatron_coe.training.settings import (
 )
 
 
+LARGEST_SEED = 2**32 - 1  # numpy's
+_LARGEST = 10**12
+_LARGEST_BY_NAME = {"num_layers": 10_000, "coe_iterations": 1_000, "mtp_num_layers": 1_000}
+
+
+def world_size() -> int:
+    """Number of processes of this run, as torchrun says; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or not 1 <= int(text) <= _LARGEST:
+        raise ValueError(f"WORLD_SIZE={text}: must be the number of processes; torchrun sets it")
+    return int(text)
+
+
 def check_values(settings: Settings) -> None:
     """Raise ValueError for a value that no layout could run with."""
+    for key, number in _numbers("", asdict(settings)):
+        _check_number(key, number)
     _more_than_zero(
         settings,
         *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
@@ -27,7 +45,8 @@ def check_values(settings: Settings) -> None:
     _zero_or_more(
         settings,
         *("train.seed", "train.min_lr", "train.weight_decay", "train.clip_grad"),
-        *("train.eval_interval", "checkpoint.save_interval"),
+        *("train.eval_interval", "train.max_skipped_steps", "train.hang_timeout_s"),
+        *("checkpoint.save_interval",),
     )
     train = settings.train
     for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
@@ -35,8 +54,24 @@ def check_values(settings: Settings) -> None:
             raise ValueError(f"train.{name}={getattr(train, name)}: give a number in [0, 1)")
     if train.min_lr > train.lr:
         raise ValueError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}")
+    if train.seed > LARGEST_SEED:
+        raise ValueError(f"train.seed={train.seed}: must be at most {LARGEST_SEED}")
     _check_data(settings.data)
     _check_profile(settings.log)
+
+
+def check_files_named(settings: Settings) -> None:
+    """Raise ValueError when a run would not know what to read."""
+    data = settings.data
+    if not data.tokenizer:
+        raise ValueError(
+            "data.tokenizer is not set: give a SentencePiece .model file or a tokenizer folder"
+        )
+    if not data.train:
+        raise ValueError("data.train is empty: name at least one data set")
+    for key in ("train", "valid"):
+        if not all(getattr(data, key)):
+            raise ValueError(f"data.{key}={getattr(data, key)}: holds an empty name")
 
 
 def check_layout(settings: Settings, world_size: int) -> None:
@@ -100,6 +135,23 @@ def _check_batch(settings: Settings, world_size: int) -> None:
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size ({train.micro_batch_size}) x data-parallel size ({replicas})"
         )
+
+
+def _numbers(key: str, value: object) -> Iterator[tuple[str, int | float]]:
+    """Every number in nested settings, with its place."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(f"{key}.{name}" if key else str(name), part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def _check_number(key: str, number: int | float) -> None:
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"{key}={number}: must be a finite number")
+    largest = _LARGEST_BY_NAME.get(key.rpartition(".")[2], _LARGEST)
+    if isinstance(number, int) and abs(number) > largest:
+        raise ValueError(f"{key}={number}: must be at most {largest:,}")
 
 
 def _check_data(data: DataSettings) -> None:

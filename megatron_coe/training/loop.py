@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_coe.data.indexed import unigram_entropy
 from megatron_coe.moe.balance import collect_balance
+from megatron_coe.training.activity import EVALUATION, SAVING, STEP, Activity
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress
 from megatron_coe.training.checks import num_microbatches
 from megatron_coe.training.metrics import Reporter
+from megatron_coe.training.nonfinite import NotFiniteError, explain
 from megatron_coe.training.objective import (
     Batch,
     LossFunction,
@@ -34,6 +37,11 @@ from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
 from megatron_coe.training.setup import Trainee
 from megatron_coe.training.signals import StopRequest
+from megatron_coe.training.spikes import SpikeWatch
+from megatron_coe.training.update import StepStart, apply_update, prepare_update
+
+VALIDATED_AT_ONCE = 4
+"""Micro-batches of a validation, per pipeline stage, between two looks at the signals."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,13 @@ class Validation:
 class StepFigures:
     """What a training step leaves to be reported."""
 
-    totals: torch.Tensor
-    """[summed loss, valid tokens] of this rank."""
+    loss: float
+    """Per valid token of the global batch."""
     lr: float
     grad_norm: float
     seconds: float
+    skipped: str | None = None
+    """Why nothing was updated."""
 
 
 class Trainer:
@@ -65,6 +75,8 @@ class Trainer:
         validation: None when there is no held-out set.
         progress: how far the trainee has come, counted on in place.
         reporter: where figures go, on rank 0; None on the others.
+        activity: told what this rank is doing.
+        saver: writes the checkpoints; None: one of its own.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class Trainer:
         validation: Validation | None,
         progress: Progress,
         reporter: Reporter | None,
+        activity: Activity | None = None,
         saver: Saver | None = None,
     ) -> None:
         self.settings = settings
@@ -84,22 +97,31 @@ class Trainer:
         self.progress = progress
         self.reporter = reporter
         self.saver = saver or Saver(settings.checkpoint, settings.to_yaml())
+        self.activity = activity or Activity()
+        self.activity.follow(trainee.chunks)
         self.num_microbatches = num_microbatches(settings, dist.get_world_size())
+        self._start = StepStart(trainee.chunks)
+        self._spikes = SpikeWatch()
 
     def run(self, stop: StopRequest | None = None) -> signal.Signals | None:
         """Train from the present step to the last one, and save it.
 
-        A signal that `stop` has received on any rank ends the run before the next step, saved.
+        A signal that `stop` has received on any rank ends the run before the next step, saved, or
+        in the midst of a validation, which the resumed run makes up for.
 
         Returns:
             that signal; None when the last step was done.
+
+        Raises:
+            NotFiniteError: on all ranks; the step before is saved.
         """
         train, log = self.settings.train, self.settings.log
         last = min(train.steps, train.stop_step or train.steps)
         profiler = StepProfiler(log, enabled=dist.get_rank() == 0)
         stop = stop or StopRequest()
         saved = self.progress.step
-        while self.progress.step < last:
+        owed = self._owes_validation()
+        while owed or self.progress.step < last:
             self.saver.poll()
             if reason := stop.agreed(self.train.device):
                 if self.progress.step > saved:
@@ -108,53 +130,103 @@ class Trainer:
                 if self.reporter is not None:
                     self.reporter.say(f"stopped by {reason.name} after step {self.progress.step}")
                 return reason
-            step = self.progress.step + 1
-            with profiler.step(step):
-                outcome = self.step()
             record = {}
-            if step in (1, last) or _due(step, log.interval):
-                record |= self.figures(outcome)
-            if step == train.steps or _due(step, train.eval_interval):
-                record |= self.evaluate()
-            if step == train.steps and self.validation and self.reporter:
+            if not owed:
+                with profiler.step(self.progress.step + 1):
+                    try:
+                        outcome = self.step()
+                    except NotFiniteError as error:
+                        if error.weights_are_finite and self.progress.step > saved:
+                            self.save()
+                        self.saver.finish()
+                        raise
+                record = self._report(outcome, last)
+            step = self.progress.step
+            late, owed = owed, False
+            if late or step == train.steps or _due(step, train.eval_interval):
+                validated = self.evaluate(stop)
+                owed = validated is None
+                record |= validated or {}
+            if step == train.steps and not owed and self.validation and self.reporter:
                 # What a model without any context reaches, beside what this one has reached.
                 record["unigram_entropy"] = unigram_entropy(self.validation.source.dataset)
-            if self.reporter is not None:
-                self.reporter.advance()
-                if record:
-                    self.reporter.record(step, record)
-            if step == last or _due(step, self.settings.checkpoint.save_interval):
+            if self.reporter is not None and record:
+                self.reporter.record(step, record)
+            if not late and (step == last or _due(step, self.settings.checkpoint.save_interval)):
                 self.save()
                 saved = step
         self.saver.finish()
         return None
 
     def step(self) -> StepFigures:
-        """One update of the weights."""
+        """One update of the weights; none where loss or gradients are not finite.
+
+        Raises:
+            NotFiniteError: such a step is not to be skipped; nothing has changed by it.
+        """
         started_s = time.perf_counter()
+        self.activity.enter(STEP, self.progress.step + 1)
         trainee = self.trainee
+        self._start.note()
         batches = self.train.training(self.progress.samples, self.num_microbatches)
-        valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
-        positions = self.settings.train.global_batch_size * trainee.provider.seq_length
-        scale = loss_scale(valid_tokens, positions)
-        for chunk in trainee.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        trainee.optimizer.zero_grad()
-        clear_aux_losses_tracker()  # so that reports show one step, wherever the run began
-        totals = self._forward_backward(lambda: iter(batches), self.num_microbatches, scale)
+        totals = self._gradients(batches)
         lr = get_canonical_lr_for_logging(trainee.optimizer.param_groups)
-        _, grad_norm, _ = trainee.optimizer.step()
+        grad_norm = prepare_update(trainee.optimizer)
+        loss, finite = _agreed_loss(totals, grad_norm)
+        skipped = None
+        if finite:
+            apply_update(trainee.optimizer, grad_norm)
+            self.progress.skipped_in_row = 0
+        else:
+            skipped = self._skip(batches, loss, grad_norm)
         trainee.schedule.step(1)
         self.progress.step += 1
         self.progress.samples += self.settings.train.global_batch_size
-        return StepFigures(totals, lr, grad_norm, time.perf_counter() - started_s)
+        return StepFigures(loss, lr, grad_norm, time.perf_counter() - started_s, skipped)
+
+    def _gradients(self, batches: list[Batch]) -> torch.Tensor:
+        """Gradients of the objective, summed over all ranks; returns this rank's totals."""
+        valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
+        positions = self.settings.train.global_batch_size * self.trainee.provider.seq_length
+        scale = loss_scale(valid_tokens, positions)
+        for chunk in self.trainee.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.trainee.optimizer.zero_grad()
+        clear_aux_losses_tracker()  # so that reports show one step, wherever the run began
+        return self._forward_backward(lambda: iter(batches), self.num_microbatches, scale)
+
+    def _skip(self, batches: list[Batch], loss: float, grad_norm: float) -> str:
+        """Undo what a bad step has changed, and say why; NotFiniteError if it cannot be skipped."""
+        train, progress = self.settings.train, self.progress
+        self._start.put_back()
+        found = explain(
+            self.trainee.chunks,
+            lambda: self._gradients(batches),
+            self.train.numbers(progress.samples, self.num_microbatches),
+            loss,
+            grad_norm,
+        )
+        self._start.put_back()
+        report = f"step {progress.step + 1} is not finite: {found.text}; nothing was updated"
+        if train.nonfinite == "stop":
+            raise NotFiniteError(report, found.weights_are_finite)
+        if not found.weights_are_finite or progress.skipped_in_row >= train.max_skipped_steps:
+            row = f"; {progress.skipped_in_row} steps before it were skipped"
+            raise NotFiniteError(report + row, found.weights_are_finite)
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        return report
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Cross-entropy per valid token of the whole held-out set; empty when there is none."""
+    def evaluate(self, stop: StopRequest | None = None) -> dict[str, float] | None:
+        """Cross-entropy per valid token of the whole held-out set; empty when there is none.
+
+        None when a signal that `stop` has received on any rank has cut it short.
+        """
         if self.validation is None:
             return {}
+        self.activity.enter(EVALUATION)
         for chunk in self.trainee.chunks:
             chunk.eval()
         source, samples = self.validation.source, self.validation.samples
@@ -162,30 +234,70 @@ class Trainer:
         # The interleaved schedule wants a multiple of the stages; what is too much is masked.
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         count = -(-count // stages) * stages
-        totals = self._forward_backward(lambda: source.validation(samples, count), count)
-        return {"valid_loss": _mean_loss(totals)}
+        totals = torch.zeros(2, dtype=torch.float64, device=self.train.device)
+        at_once = VALIDATED_AT_ONCE * stages
+        for begin in range(0, count, at_once):
+            if begin and stop and stop.agreed(self.train.device):
+                return None
+            part = min(at_once, count - begin)
+            totals += self._forward_backward(
+                lambda part=part, begin=begin: source.validation(samples, part, begin), part
+            )
+        dist.all_reduce(totals)
+        return {"valid_loss": _mean(*totals.tolist())}
 
     def validate(self) -> None:
         """Report the validation loss of the trainee as it is, on the console only."""
-        loss = self.evaluate().get("valid_loss")
+        loss = (self.evaluate() or {}).get("valid_loss")
         if self.reporter is not None:
             measured = "no held-out set (data.valid)" if loss is None else f"{loss:.6f}"
             self.reporter.say(f"step {self.progress.step} | valid loss {measured}")
 
     def save(self) -> None:
         """Write a checkpoint, or begin to, where `checkpoint.save` names a folder."""
+        self.activity.enter(SAVING)
         self.saver.save(self.trainee, self.progress)
 
     def figures(self, step: StepFigures) -> dict[str, float]:
-        """What is reported of a training step."""
+        """What is reported of a training step that has updated the weights. A collective."""
         train, provider = self.settings.train, self.trainee.provider
         return {
-            "train_loss": _mean_loss(step.totals),
+            "train_loss": step.loss,
             "lr": step.lr,
-            "grad_norm": float(step.grad_norm),
+            "grad_norm": step.grad_norm,
             "tokens_per_second": train.global_batch_size * provider.seq_length / step.seconds,
             **self._balance(),
         }
+
+    def _report(self, outcome: StepFigures, last: int) -> dict[str, float]:
+        """The record of a step, empty where none is due; what is out of the way is said at once."""
+        step, record = self.progress.step, {}
+        if self.reporter is not None:
+            self.reporter.advance()
+        if outcome.skipped:
+            if self.reporter is not None:
+                self.reporter.say(f"warning: {outcome.skipped}: skipped")
+            return {"skipped_steps": self.progress.skipped}
+        if step in (1, last) or _due(step, self.settings.log.interval):
+            record = self.figures(outcome)
+        if (score := self._spikes.score(outcome.loss)) is not None:
+            record |= {"train_loss": outcome.loss, "loss_spike": score}
+            if self.reporter is not None:
+                self.reporter.say(
+                    f"warning: step {step}: the loss, {outcome.loss:.4f}, lies {score:.0f} "
+                    "standard deviations above the median of the latest steps"
+                )
+        return record
+
+    def _owes_validation(self) -> bool:
+        """Whether a signal cut short the validation that belongs to the step resumed from."""
+        step, train = self.progress.step, self.settings.train
+        if step == 0 or not (step == train.steps or _due(step, train.eval_interval)):
+            return False
+        owed = self.reporter is not None and not self.reporter.has(step, "valid_loss")
+        flag = torch.tensor(int(owed and self.validation is not None), device=self.train.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _balance(self) -> dict[str, float]:
         """Balance losses of the latest step: mean over layers, and layer by layer."""
@@ -214,7 +326,7 @@ class Trainer:
         """
         reports = get_forward_backward_func()(
             forward_step_func=partial(forward_step, scale=scale or 0.0),
-            data_iterator=[batches() for _ in self.trainee.chunks],
+            data_iterator=[self._counted(batches()) for _ in self.trainee.chunks],
             model=self.trainee.chunks,
             num_microbatches=count,
             seq_length=self.trainee.provider.seq_length,
@@ -224,6 +336,11 @@ class Trainer:
         if not reports or parallel_state.get_tensor_model_parallel_rank() > 0:
             return torch.zeros(2, dtype=torch.float64, device=self.train.device)
         return torch.stack(reports).sum(dim=0)
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.activity.next_microbatch()
+            yield batch
 
 
 def forward_step(
@@ -241,11 +358,18 @@ def forward_step(
     return output, make_loss_function(batch["loss_mask"], scale)
 
 
-def _mean_loss(totals: torch.Tensor) -> float:
-    """Loss per valid token out of the ranks' [summed loss, valid tokens]; 0 without any token."""
-    totals = totals.clone()
-    dist.all_reduce(totals)
-    loss_sum, tokens = totals.tolist()
+def _agreed_loss(totals: torch.Tensor, grad_norm: float) -> tuple[float, bool]:
+    """The loss per valid token of the global batch, and whether it and the gradients of every rank
+    are finite; the same on all ranks. One collective, over three numbers."""
+    bad = totals.new_tensor([0.0 if math.isfinite(grad_norm) else 1.0])
+    sums = torch.cat([totals, bad])
+    dist.all_reduce(sums)
+    loss_sum, tokens, bad_ranks = sums.tolist()
+    return _mean(loss_sum, tokens), math.isfinite(loss_sum) and bad_ranks == 0
+
+
+def _mean(loss_sum: float, tokens: float) -> float:
+    """Loss per valid token; 0 without any token."""
     return loss_sum / max(tokens, 1.0)
 
 

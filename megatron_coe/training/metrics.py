@@ -24,6 +24,8 @@ _CONSOLE = {
     "lr": ("lr", ".3e"),
     "grad_norm": ("grad norm", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
+    "loss_spike": ("SPIKE", ".0f"),
+    "skipped_steps": ("SKIPPED", ".0f"),
 }
 _BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
 
@@ -92,6 +94,12 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         self.say(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a figure of that step has been recorded."""
+        if not self.path.exists():
+            return False
+        return any(record["step"] == step and name in record for record in read_records(self.path))
 
     def close(self) -> None:
         if self._bar is not None:

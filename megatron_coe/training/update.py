@@ -1,0 +1,54 @@
+"""An update of the weights in two parts, so that loss and gradients can be judged in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_coe.training.rng import rng_state, set_rng_state
+
+
+def prepare_update(optimizer: MegatronOptimizer) -> float:
+    """The gradients' global norm before clipping, the same on every rank; weights stay. A
+    collective."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the prepared gradients to the configured norm and update. A collective.
+
+    With `prepare_update` it is what `ChainedOptimizer.step` does (megatron/core/optimizer).
+    """
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
+            clip_grads.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+
+
+class StepStart:
+    """What forward and backward passes change by themselves, noted to be put back.
+
+    These are the generators and the routers' buffers: Megatron counts tokens there, and moves the
+    biases of loss-free balancing before anybody has seen the gradients' norm.
+    """
+
+    def __init__(self, chunks: Iterable[torch.nn.Module]) -> None:
+        routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+        self._owners = [
+            (module, name) for module in routers for name, _ in module.named_buffers(recurse=False)
+        ]
+        self.note()
+
+    def note(self) -> None:
+        self._rng = rng_state()
+        self._values = [getattr(module, name).clone() for module, name in self._owners]
+
+    def put_back(self) -> None:
+        set_rng_state(self._rng)
+        for (module, name), value in zip(self._owners, self._values, strict=True):
+            getattr(module, name).copy_(value)
