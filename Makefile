@@ -13,6 +13,7 @@
 #   PYTHON=python3.11                    the interpreter to make it with
 #   VENV_ARGS=--system-site-packages     use a torch that is installed already
 #   OVERRIDES="train.steps=50"           settings passed on to pretrain_coe.py by quickstart
+#   JOBS=2                               test processes at once
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +21,7 @@ VENV_ARGS ?=
 UNPINNED ?= none
 PACKAGES ?=
 OVERRIDES ?=
+JOBS ?= 2
 
 # Threads that wait for others sleep, instead of keeping busy a core that another process could use.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -91,8 +93,11 @@ clean-quickstart:
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
 test test-all test-mutants test-transformers-4 test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
 
+# A file's tests share what they build, so one process takes the whole file.
+SHARED_OUT := -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.installed-test
-	$(PY) -m pytest -m "not slow and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not gpu and not slurm" $(SHARED_OUT)
 
 test-all: $(VENV)/.installed-test
 	$(PY) -m pytest -m "not slurm"

@@ -30,6 +30,7 @@ setup(
         "plot": ["matplotlib"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "ruff",
             "safetensors",
             "transformers>=4.57",
