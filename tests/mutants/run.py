@@ -25,7 +25,7 @@ PASSED, FAILED = 0, 1  # pytest's exit statuses; anything else is neither
 COPIED = ("megatron_coe", "tests", "examples", "tools", "pretrain_coe.py", "pyproject.toml")
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+def run_tests(tree: Path, tests: tuple[str, ...], *more: str) -> tuple[int, str]:
     """Run `tests` in `tree`; returns pytest's exit status and the last lines of its output."""
     shared = os.environ.get("MEGATRON_COE_SHARED", str(REPO.parent / "shared"))
     environment = {
@@ -34,7 +34,7 @@ def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         "PYTHONPATH": str(tree),
         "MEGATRON_COE_SHARED": shared,
     }
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *more]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     done = subprocess.run(
         command,
@@ -89,7 +89,7 @@ def main(names: list[str]) -> int:
         return 2
     faults = [fault for fault in FAULTS if not names or fault.name in names]
     tests = tuple(sorted({test for fault in faults for test in fault.tests}))
-    status, tail = run_tests(REPO, tests)
+    status, tail = run_tests(REPO, tests, "-n", "2", "--dist", "loadfile")
     if status != PASSED:
         print(f"the tests do not pass without a fault:\n{tail}")
         return 1
