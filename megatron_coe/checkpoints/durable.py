@@ -12,11 +12,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition, Thread
+from queue import SimpleQueue
+from threading import Thread
 from typing import ParamSpec, TypeVar
+
+import numpy as np
 
 _BLOCK = 1 << 20
 
+Buffer = bytes | memoryview | np.ndarray
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -71,8 +75,8 @@ def facts_of(path: Path) -> FileFacts:
 class HashedFile:
     """A new file, hashed while it is written and fsynced.
 
-    A thread follows the writer through the system's page cache, so that hashing costs no second
-    reading of the disk and hides behind its waiting (hashlib and fsync both release the GIL).
+    A thread hashes out of the writer's own memory while the disk is busy: hashlib, write and fsync
+    all release the GIL.
 
     Args:
         hashed: False leaves the hash out.
@@ -81,13 +85,17 @@ class HashedFile:
     def __init__(self, path: Path, hashed: bool = True) -> None:
         self.error: OSError | None = None
         """The first error of a write: torch.save hides it behind one of its own."""
-        self._file = path.open("w+b", buffering=0)
-        self._written = 0
-        self._complete = False
-        self._grown = Condition()
-        self._facts = in_background(self._follow) if hashed else None
+        self._file = path.open("wb", buffering=0)
+        self._size = 0
+        self._steady: np.ndarray | None = None
+        self._to_hash: SimpleQueue[Buffer | None] = SimpleQueue()
+        self._digest = in_background(self._hash) if hashed else None
 
-    def write(self, data: memoryview | bytes) -> int:
+    def expect(self, steady: np.ndarray) -> None:
+        """Announce memory that stays as it is until the file is closed; no copy is made of it."""
+        self._steady = steady
+
+    def write(self, data: Buffer) -> int:
         view = memoryview(data).cast("B")
         try:
             done = 0
@@ -96,51 +104,43 @@ class HashedFile:
         except OSError as error:
             self.error = self.error or error
             raise
-        self._grow(len(view))
-        return len(view)
+        self._size += done
+        if self._digest is not None and done:
+            self._to_hash.put(self._steady if self._is_steady(view) else bytes(view))
+        return done
 
     def tell(self) -> int:
-        return self._written
+        return self._size
 
     def flush(self) -> None:
         """Nothing is buffered."""
 
     def close(self) -> FileFacts:
         """Fsync, and the facts; the hash is empty where none was wanted."""
-        self._grow(0, complete=True)
+        self._to_hash.put(None)
         try:
             os.fsync(self._file.fileno())
-            return self._facts.result() if self._facts else FileFacts(self._written, "")
+            return FileFacts(self._size, self._digest.result() if self._digest else "")
         finally:
-            self.abandon()
+            self._file.close()
 
     def abandon(self) -> None:
-        self._grow(0, complete=True)
-        if self._facts:
-            self._facts.exception()  # the thread reads from the descriptor until it ends
+        """Close the file if it is not closed."""
+        self._to_hash.put(None)
         self._file.close()
 
-    def _grow(self, count: int, complete: bool = False) -> None:
-        with self._grown:
-            self._written += count
-            self._complete |= complete
-            self._grown.notify()
+    def _is_steady(self, view: memoryview) -> bool:
+        """Whether the bytes are those of the memory announced, to their last."""
+        steady = self._steady
+        if steady is None or len(view) != steady.nbytes:
+            return False
+        return np.frombuffer(view, np.uint8).ctypes.data == steady.ctypes.data
 
-    def _follow(self) -> FileFacts:
-        digest, offset = hashlib.sha256(), 0
-        block = memoryview(bytearray(_BLOCK))
-        while True:
-            with self._grown:
-                self._grown.wait_for(lambda: self._written > offset or self._complete)  # noqa: B023
-                end, complete = self._written, self._complete
-            while offset < end:
-                count = os.preadv(self._file.fileno(), [block[: end - offset]], offset)
-                if count == 0:
-                    raise OSError(f"{self._file.name} shrank while it was written")
-                digest.update(block[:count])
-                offset += count
-            if complete:
-                return FileFacts(offset, digest.hexdigest())
+    def _hash(self) -> str:
+        digest = hashlib.sha256()
+        while (data := self._to_hash.get()) is not None:
+            digest.update(data)
+        return digest.hexdigest()
 
 
 def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:

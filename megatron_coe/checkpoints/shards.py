@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_coe.checkpoints.durable import FileFacts, HashedFile, in_background
 
@@ -70,7 +71,9 @@ class ShardFile:
                 if isinstance(data, io.BytesIO):
                     file.write(data.getbuffer())
                 else:
-                    torch.save(_compact(data), file)
+                    tensor = _compact(data)
+                    file.expect(tensor.reshape(-1).view(torch.uint8).numpy())
+                    torch.save(tensor, file)
                 place = _StorageInfo(self.name, start, file.tell() - start)
                 results.append(WriteResult(item.index, place.length, place))
             return Written({self.name: file.close()}, results)
@@ -108,9 +111,15 @@ class SharePlan:
 
     def write(self, hashed: bool) -> Written:
         """Write this rank's files, all at once, fsynced. Raises: OSError."""
-        started = [in_background(file.write, self.folder, hashed) for file in self.files]
-        for future in started:
-            future.exception()  # all have ended before any error is raised
+        computes_crc32 = get_crc32_options()
+        # Torch's own checksums are never compared on loading: the manifest's take their place.
+        set_crc32_options(computes_crc32 and not hashed)
+        try:
+            started = [in_background(file.write, self.folder, hashed) for file in self.files]
+            for future in started:
+                future.exception()  # all have ended before any error is raised
+        finally:
+            set_crc32_options(computes_crc32)
         whole = Written()
         for future in started:
             written = future.result()
