@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -92,7 +94,7 @@ def make_data(folder: Path) -> Path:
 
 @dataclass
 class Launch:
-    """The ranks of one start of the command."""
+    """One start of the command: its ranks, or the launcher that has started them."""
 
     ranks: list[Process]
 
@@ -102,6 +104,24 @@ class Launch:
     def __exit__(self, *error: object) -> None:
         for rank in self.ranks:
             rank.end()
+
+    def pids(self) -> list[int]:
+        """Of the ranks, by rank."""
+        if len(self.ranks) > 1:
+            return [process.pid for process in self.ranks]
+        (only,) = self.ranks
+        workers = {}
+        for child in psutil.Process(only.pid).children():
+            with contextlib.suppress(psutil.Error):
+                workers[int(child.environ().get("RANK", -1))] = child.pid
+        workers.pop(-1, None)
+        return [workers[rank] for rank in sorted(workers)] or [only.pid]
+
+    def kill(self) -> None:
+        """SIGKILL to everything at once."""
+        for rank in self.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
 
     def poll(self) -> list[int | None]:
         return [rank.poll() for rank in self.ranks]
@@ -120,14 +140,20 @@ class Launch:
     def complained(self) -> str:
         return "".join(rank.complained() for rank in self.ranks)
 
+    def last_words(self) -> str:
+        """The end of what each rank complained of."""
+        lines = [rank.complained().strip().split("\n")[-1][-300:] for rank in self.ranks]
+        return " / ".join(lines)
+
 
 @dataclass
 class Bench:
-    """Where the runs take place: a folder, the data, and a zygote."""
+    """Where the runs take place: a folder, the data, a zygote and the checkout that it runs."""
 
     work: Path
     zygote: Zygote
     data: Path
+    tree: Path
     _unbroken: dict[str, Path] = field(default_factory=dict)
     save_s: float = 0.5
     """How long a save takes here, measured on the first unbroken run."""
@@ -152,9 +178,14 @@ class Bench:
         layout: str = "one rank",
         overrides: Sequence[str] = (),
         plants: Mapping[int, str] | None = None,
-        environment: Mapping[str, str] | None = None,
+        environments: Mapping[int, Mapping[str, str]] | None = None,
     ) -> Launch:
-        """Start all ranks of the command as a launcher would; `plants` are faults by rank."""
+        """Start all ranks of the command as a launcher would.
+
+        Args:
+            plants: faults from inside, by rank (tests/faults/plants.py).
+            environments: additional variables by rank.
+        """
         count = LAYOUTS[layout][0]
         port = _free_port()
         ranks = []
@@ -165,7 +196,11 @@ class Bench:
                     SCRIPT,
                     self.arguments(folder, layout, overrides),
                     folder,
-                    {**base_environment(), **of_rank, **(environment or {})},
+                    {
+                        **base_environment(self.tree),
+                        **of_rank,
+                        **(environments or {}).get(rank, {}),
+                    },
                     plant=(plants or {}).get(rank),
                 )
             )
@@ -173,24 +208,25 @@ class Bench:
 
     def start_really(
         self, folder: Path, layout: str = "one rank", overrides: Sequence[str] = ()
-    ) -> subprocess.Popen:
+    ) -> Launch:
         """The same as a process of its own: `python pretrain_coe.py`, or torchrun over it."""
         launcher: tuple[str, ...] = ()
         if (count := LAYOUTS[layout][0]) > 1:
             launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
         with (folder / "out0").open("wb") as out, (folder / "err0").open("wb") as err:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [
-                    *(sys.executable, *launcher, str(REPO / SCRIPT)),
+                    *(sys.executable, *launcher, str(self.tree / SCRIPT)),
                     *self.arguments(folder, layout, overrides),
                 ],
-                cwd=REPO,
-                env=base_environment(),
+                cwd=self.tree,
+                env=base_environment(self.tree),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
             )
+        return Launch([Process(process.pid, process.poll, folder / "out0", folder / "err0")])
 
     def unbroken(self, layout: str) -> Path:
         """The folder of a run without faults, made once."""
@@ -221,14 +257,14 @@ class Bench:
 def bench(work: Path, tree: Path = REPO) -> Iterator[Bench]:
     """A bench in the folder `work`, for the checkout `tree`; no process outlives it."""
     with Zygote(tree) as zygote:
-        yield Bench(work, zygote, make_data(work / "data"))
+        yield Bench(work, zygote, make_data(work / "data"), tree)
 
 
-def base_environment() -> dict[str, str]:
+def base_environment(tree: Path) -> dict[str, str]:
     """That of this process, without what a launcher of its own has left in it."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_OF_LAUNCHERS)}
     fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-    return {**kept, **fixed, "PYTHONPATH": str(REPO)}
+    return {**kept, **fixed, "PYTHONPATH": os.pathsep.join([str(tree), str(REPO)])}
 
 
 def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:

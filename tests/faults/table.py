@@ -18,8 +18,8 @@ class Outcome:
     failures: tuple[str, ...] = ()
     """What did not go as promised; empty: survived, or caught."""
     seconds: float = 0.0
-    note: str = ""
-    """Something that is counted over the row, such as where the fault really struck."""
+    notes: tuple[str, ...] = ()
+    """What is counted over the row, such as where the fault really struck."""
 
 
 @dataclass
@@ -44,8 +44,7 @@ def rows(outcomes: Iterable[Outcome]) -> list[Row]:
         row.caught += not outcome.failures
         row.seconds += outcome.seconds
         row.failures += [f"{outcome.name}: {failure}" for failure in outcome.failures]
-        if outcome.note:
-            notes.setdefault(outcome.kind, Counter())[outcome.note] += 1
+        notes.setdefault(outcome.kind, Counter()).update(outcome.notes)
     for kind, counted in notes.items():
         table[kind].detail = ", ".join(f"{n} {note}" for note, n in sorted(counted.items()))
     return list(table.values())

@@ -25,7 +25,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -43,12 +44,17 @@ _POLL_S = 0.005
 
 
 class Process:
-    """A run that a zygote has started, and everything that it starts itself."""
+    """A run, with a process group of its own for everything that it starts itself.
 
-    def __init__(self, zygote: Zygote, pid: int, out: Path, err: Path) -> None:
-        self._zygote = zygote
+    Args:
+        ask: gives the exit status, once the process has ended; None until then.
+        out, err: what it prints.
+    """
+
+    def __init__(self, pid: int, ask: Callable[[], int | None], out: Path, err: Path) -> None:
         self.pid = pid
         self.returncode: int | None = None
+        self._ask = ask
         self.out, self.err = out, err
 
     def poll(self) -> int | None:
@@ -57,7 +63,7 @@ class Process:
         Until this has seen the end, the pid is nobody else's, so signals cannot go astray.
         """
         if self.returncode is None:
-            self.returncode = self._zygote.ask(poll=self.pid)
+            self.returncode = self._ask()
         return self.returncode
 
     def wait(self, timeout_s: float) -> int | None:
@@ -147,7 +153,7 @@ class Zygote:
             }
         )
         assert pid is not None
-        return Process(self, pid, out, err)
+        return Process(pid, partial(self.ask, poll=pid), out, err)
 
     def ask(self, **request: object) -> int | None:
         server = self._server
@@ -226,7 +232,8 @@ def _become(job: dict) -> None:
 
 
 def _main() -> None:
-    sys.path[0] = sys.argv[1]  # where `python script` finds its modules: the script's folder
+    repository = str(Path(__file__).resolve().parents[2])
+    sys.path[0:1] = [sys.argv[1], repository]  # the script's folder as ever, and that of plants
     for name in IMPORTS:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
