@@ -69,6 +69,11 @@ class CoEConfig(MLATransformerConfig):
     through learnable gates a_t [H], which start at zero, where the layer is still that mixture:
     x(1) = f_1(x(0)), x(t) = x(t-1) + a_t * f_t(x(t-1)) for t >= 2, output h + x(C)."""
 
+    coe_local_dispatcher: bool = True
+    """Where a rank holds every expert whole (expert and expert-tensor parallelism of 1), use
+    `megatron_coe.moe.dispatcher.LocalDispatcher` for Megatron's "alltoall". The numbers are the
+    same; False is for comparisons."""
+
     vocab_size: int = 0
     """Number of token ids. 0 while it is not known: the tables then count nothing."""
 
@@ -128,6 +133,18 @@ class CoEConfig(MLATransformerConfig):
     def adds_stream(self) -> bool:
         """Whether the layer's output is h + x(C) (True) or x(C) alone."""
         return self.coe_residual in STREAM_MODES
+
+    @property
+    def dispatches_locally(self) -> bool:
+        """Whether tokens go to their experts by the local dispatcher, which drops and pads none."""
+        one_rank = self.expert_model_parallel_size == self.expert_tensor_parallel_size == 1
+        dense_map = (
+            self.moe_router_fusion
+            or self.moe_expert_capacity_factor is not None
+            or self.moe_router_padding_for_quantization
+        )
+        wanted = self.coe_local_dispatcher and self.moe_token_dispatcher_type == "alltoall"
+        return wanted and one_rank and not dense_map
 
     @property
     def padded_vocab_size(self) -> int:

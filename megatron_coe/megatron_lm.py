@@ -56,6 +56,12 @@ def add_coe_args(parser: ArgumentParser) -> ArgumentParser:
         help="a chain made of a pretrained mixture of experts: gates let in later iterations",
     )
     group.add_argument(
+        "--coe-megatron-dispatcher",
+        action="store_false",
+        dest="coe_local_dispatcher",
+        help="keep Megatron's all-to-all dispatcher where a rank holds every expert",
+    )
+    group.add_argument(
         "--moe-router-group-score",
         choices=GROUP_SCORES,
         default="sum",

@@ -10,15 +10,19 @@ Axis letters: S sequence, B batch, H hidden, C iterations.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
 from megatron_coe.config import CoEConfig
+from megatron_coe.moe.dispatcher import LocalDispatcher
+from megatron_coe.moe.experts import GroupedExperts
 
 
 class CoELayer(MoELayer):
@@ -41,6 +45,8 @@ class CoELayer(MoELayer):
     ) -> None:
         """`later`: what only Megatron's later versions give and take (`is_mtp_layer`, `name`)."""
         super().__init__(config, submodules, layer_number, pg_collection, **later)
+        if config.dispatches_locally:
+            self._dispatch_locally(pg_collection)
         for parameter in self.experts.parameters():
             # Megatron reduces expert gradients over all replicas only if EP > 1; at TP > 1 with
             # EP = ETP = 1 it forgets the TP ranks (tensor_parallel/layers.py, line 829).
@@ -82,23 +88,42 @@ class CoELayer(MoELayer):
 
         residual, upcycled = self.config.coe_residual, self.config.coe_upcycled
         x_0 = x = hidden_states
-        for t in range(self.config.coe_iterations):
-            update = self._iterate(t, x, padding_mask)
-            if upcycled and t > 0:
-                x = x + self.coe_weights[str(t)] * update
-            elif residual in ("inner", "inner_outer"):
-                x = x + update
-            elif residual == "addinit":
-                x = x_0 + update
-            else:  # "outer", "none"
-                x = update
+        with self._experts_chained():
+            for t in range(self.config.coe_iterations):
+                update = self._iterate(t, x, padding_mask)
+                if upcycled and t > 0:
+                    x = x + self.coe_weights[str(t)] * update
+                elif residual in ("inner", "inner_outer"):
+                    x = x + update
+                elif residual == "addinit":
+                    x = x_0 + update
+                else:  # "outer", "none"
+                    x = update
         return x, None
+
+    def _experts_chained(self) -> AbstractContextManager[None]:
+        """Let the iterations share what `GroupedExperts.chained` says. An iteration that is
+        recomputed by itself is one in a graph of its own, and shares nothing."""
+        if isinstance(self.experts, GroupedExperts) and not self.moe_layer_recompute:
+            return self.experts.chained(self.config.coe_iterations)
+        return nullcontext()
 
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """The parent's phase, with the router of iteration t = `iteration` + 1."""
-        return self.router(hidden_states, padding_mask, iteration)
+        """The parent's phase, with the router of iteration t = `iteration` + 1.
+
+        Returns weights and choice as the dispatcher takes them: see `CoERouter.forward`.
+        """
+        compact = self.config.dispatches_locally
+        return self.router(hidden_states, padding_mask, iteration, compact)
+
+    def _dispatch_locally(self, pg_collection: ProcessGroupCollection | None) -> None:
+        overlapped = self.token_dispatcher.shared_experts
+        groups = pg_collection or get_default_pg_collection()
+        self.token_dispatcher = LocalDispatcher(self.config, groups)
+        if overlapped is not None:
+            self.token_dispatcher.set_shared_experts(overlapped)
 
     def _iterate(self, t: int, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """f_t(x(t-1)), recomputed in the backward pass if `recompute_modules` has "moe".

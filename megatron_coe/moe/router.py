@@ -51,6 +51,7 @@ class CoERouter(TopKRouter):
         # Those number the layers of multi-token prediction from 1 again.
         self.first_layer = config.num_layers if later.get("is_mtp_layer") else 0
         self.iteration = 0
+        self.compact = False
         self.num_tokens: int | Tensor = 0  # tokens of the latest call that count for the loss
 
     def reset_parameters(self) -> None:
@@ -60,15 +61,20 @@ class CoERouter(TopKRouter):
             torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(
-        self, input: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
+        self,
+        input: Tensor,
+        padding_mask: Tensor | None = None,
+        iteration: int = 0,
+        compact: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Route x(t-1) [S, B, H] of iteration t = `iteration` + 1.
 
         Returns:
             probs [T, N], the weight of each chosen expert and 0 elsewhere, in the router's dtype;
-            routing_map [T, N], bool.
+            routing_map [T, N], bool. If `compact` instead the weights of the chosen [T, K] and
+            their numbers [T, K], int64 (for a router whose `config.dispatches_locally`).
         """
-        self.iteration = iteration
+        self.iteration, self.compact = iteration, compact
         return super().forward(input, padding_mask)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -85,6 +91,8 @@ class CoERouter(TopKRouter):
         self.num_tokens = S * B if padding_mask is None else (~padding_mask).sum()
 
         logits_TN = self.apply_z_loss(logits_TN, padding_mask=padding_mask)
+        if self.compact:
+            return self.route_compactly(logits_TN, S, B, padding_mask)
         probs, routing_map = self.select(logits_TN)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
@@ -97,13 +105,40 @@ class CoERouter(TopKRouter):
             )
         if self.training and torch.is_grad_enabled():
             if self.is_aux_loss_enabled():
-                probs = self.attach_balance_losses(probs, logits_TN, S, B, padding_mask)
-            if self.enable_expert_bias:
-                counted = routing_map
-                if padding_mask is not None:
-                    counted = routing_map & ~padding_mask[:, None]
-                self.local_tokens_per_expert += counted.sum(dim=0)
+                scores = self.scores(logits_TN)
+                best = as_map(scores.topk(self.topk, dim=1).indices, self.num_experts)
+                probs = self.attach_balance_losses(probs, scores, best, S, B, padding_mask)
+            self.count_for_bias(routing_map, padding_mask)
         return probs, routing_map
+
+    def route_compactly(
+        self, logits_TN: Tensor, S: int, B: int, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, as weights and numbers of the chosen experts [T, K].
+
+        Where experts are chosen by their scores alone, the balance losses are about those scores
+        and that choice: neither is computed, or kept for the backward pass, a second time.
+        """
+        probs_TK, chosen_TK, scores_TN = self.choose(logits_TN)
+        if self.training and torch.is_grad_enabled():
+            if self.is_aux_loss_enabled():
+                if scores_TN is None:
+                    scores_TN = self.scores(logits_TN)
+                by_score = self.expert_bias is None and self.router_replay is None
+                by_score &= not self.config.moe_router_group_topk
+                best_TK = chosen_TK if by_score else scores_TN.topk(self.topk, dim=1).indices
+                best = as_map(best_TK, self.num_experts)
+                probs_TK = self.attach_balance_losses(probs_TK, scores_TN, best, S, B, padding_mask)
+            if self.enable_expert_bias:
+                self.count_for_bias(as_map(chosen_TK, self.num_experts), padding_mask)
+        return probs_TK, chosen_TK
+
+    def count_for_bias(self, routing_map: Tensor, padding_mask: Tensor | None) -> None:
+        """Note how many tokens each expert got, where a bias is to even that out."""
+        if self.enable_expert_bias:
+            if padding_mask is not None:
+                routing_map = routing_map & ~padding_mask[:, None]
+            self.local_tokens_per_expert += routing_map.sum(dim=0)
 
     def scores(self, logits_TN: Tensor) -> Tensor:
         """Scores of all experts [T, N], in at least fp32 and returned in the logits' dtype.
@@ -133,7 +168,14 @@ class CoERouter(TopKRouter):
                 expert_bias=self.expert_bias,
                 fused=True,
             )
-        renormalised = self.score_function == "softmax" and not config.moe_router_pre_softmax
+        probs_TK, chosen_TK, _ = self.choose(logits_TN)
+        probs_TN = torch.zeros_like(logits_TN).scatter(1, chosen_TK, probs_TK)
+        return probs_TN, as_map(chosen_TK, self.num_experts)
+
+    def choose(self, logits_TN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The K best experts of each token: their weights and numbers [T, K], and the scores
+        [T, N] of all experts if they were needed for it."""
+        renormalised = self.score_function == "softmax" and not self.config.moe_router_pre_softmax
         scores = logits_TN if renormalised else self.scores(logits_TN)
         biased = scores if self.expert_bias is None else scores + self.expert_bias
         chosen_TK = self.best(biased)
@@ -142,10 +184,9 @@ class CoERouter(TopKRouter):
             probs_TK = self.scores(probs_TK)
         elif self.score_function == "sigmoid" and self.topk > 1:
             probs_TK = probs_TK / (probs_TK.sum(dim=-1, keepdim=True) + NORMALISING_EPS)
-        if config.moe_router_topk_scaling_factor:
-            probs_TK = probs_TK * config.moe_router_topk_scaling_factor
-        probs_TN = torch.zeros_like(logits_TN).scatter(1, chosen_TK, probs_TK)
-        return probs_TN, as_map(chosen_TK, self.num_experts)
+        if self.config.moe_router_topk_scaling_factor:
+            probs_TK = probs_TK * self.config.moe_router_topk_scaling_factor
+        return probs_TK, chosen_TK, None if renormalised else scores
 
     def best(self, scores_TN: Tensor) -> Tensor:
         """Indices of the K best experts [T, K], within the best groups where groups are limited."""
@@ -168,13 +209,20 @@ class CoERouter(TopKRouter):
     # -- balance losses ------------------------------------------------------------------------
 
     def attach_balance_losses(
-        self, probs: Tensor, logits_TN: Tensor, S: int, B: int, padding_mask: Tensor | None
+        self,
+        probs: Tensor,
+        scores: Tensor,
+        routing_map: Tensor,
+        S: int,
+        B: int,
+        padding_mask: Tensor | None,
     ) -> Tensor:
-        """Hang the configured balance losses of this iteration on `probs`' gradient."""
-        scores = self.scores(logits_TN)
+        """Hang the configured balance losses of this iteration on `probs`' gradient.
+
+        They are about all experts' scores [T, N] and the K best by score, `routing_map` [T, N].
+        """
         if self.score_function == "sigmoid":
             scores = scores / (scores.sum(dim=-1, keepdim=True) + NORMALISING_EPS)
-        routing_map = as_map(scores.topk(self.topk, dim=1).indices, self.num_experts)
         if padding_mask is not None:
             routing_map = routing_map & ~padding_mask[:, None]
             scores = scores * ~padding_mask[:, None]
@@ -253,10 +301,14 @@ class IterationRouters(torch.nn.ModuleList):
             router.set_layer_number(layer_number)
 
     def forward(
-        self, input: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
+        self,
+        input: Tensor,
+        padding_mask: Tensor | None = None,
+        iteration: int = 0,
+        compact: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Route x(t-1) with its iteration's router; see `CoERouter.forward`."""
-        return self[iteration](input, padding_mask, iteration)
+        return self[iteration](input, padding_mask, iteration, compact)
 
 
 def as_map(chosen_TK: Tensor, num_experts: int) -> Tensor:

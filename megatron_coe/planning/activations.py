@@ -106,9 +106,13 @@ def iteration_kept(plan: Plan, t: int) -> Kept:
     x = own * H * e if t else 0
     scored = 8 if model.moe_router_dtype == "fp64" else _FP32
     balanced = 2 if _balanced(plan) else 1
-    # Scores, chosen indices (both twice under a balance loss), the map and weights by expert, and
-    # the order in which rows go to experts.
-    router = own * (N * (scored * (balanced + 1) + 1) + K * _INDEX * (balanced + 1))
+    if model.dispatches_locally:
+        # Scores, chosen indices, and both ways the rows' places, at half an index each.
+        router = own * (N * scored + K * 2 * _INDEX)
+    else:
+        # Scores, chosen indices (both twice under a balance loss), the map and weights by expert,
+        # and the order in which rows go to experts.
+        router = own * (N * (scored * (balanced + 1) + 1) + K * _INDEX * (balanced + 1))
     gates = own * H * e if model.coe_upcycled and t else 0
     shared = 0
     if model.moe_shared_expert_intermediate_size:

@@ -17,6 +17,12 @@ pytestmark = [
 ]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry; TF32 is off
 
+DISPATCHERS = {
+    "local": {},
+    "alltoall": {"coe_local_dispatcher": False},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+}
+
 
 def error(ours: torch.Tensor, oracle: torch.Tensor) -> float:
     return ((ours.double() - oracle.double()).abs().max() / oracle.abs().max()).item()
@@ -43,11 +49,9 @@ def test_grouped_mm_is_a_product_per_expert(device: torch.device, dtype: torch.d
 
 
 @pytest.mark.parametrize("residual", ["inner", "outer", "addinit"])
-@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_layer_is_the_reference(single_rank, dispatcher: str, residual: str) -> None:
-    config = tiny_config(
-        coe_iterations=3, coe_residual=residual, moe_token_dispatcher_type=dispatcher
-    )
+    config = tiny_config(coe_iterations=3, coe_residual=residual, **DISPATCHERS[dispatcher])
     layer = build_layer(config).to(single_rank)
     generator = torch.Generator().manual_seed(1)
     randomise(layer, generator, std=0.15)
@@ -65,3 +69,22 @@ def test_layer_is_the_reference(single_rank, dispatcher: str, residual: str) -> 
     assert error(x.grad, x_ref.grad) < 1e-4
     for name, grad_of, oracle in pairs:
         assert error(grad_of(), oracle.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["no mask", "padding mask"])
+@pytest.mark.parametrize("changes", [{}, {"moe_shared_expert_overlap": True}])
+def test_a_layer_never_waits_for_the_device(single_rank, changes: dict, padding: bool) -> None:
+    """Forward and backward, after one pass that makes what is made once."""
+    config = tiny_config(params_dtype=torch.bfloat16, bf16=True, **changes)
+    layer = build_layer(config).to(single_rank).train()
+    weigh_balance_losses(1.0)
+    x = torch.randn(16, 4, 32, dtype=torch.bfloat16, device=single_rank, requires_grad=True)
+    mask = torch.zeros(4, 16, dtype=torch.bool, device=single_rank) if padding else None
+    y_grad = torch.randn_like(x)
+    layer(x, padding_mask=mask)[0].backward(y_grad)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, padding_mask=mask)[0].backward(y_grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.grad.isfinite().all()
