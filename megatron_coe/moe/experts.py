@@ -10,7 +10,9 @@ H hidden, F expert FFN size (of this rank, if expert-tensor-parallel).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,6 @@ from megatron.core.fusions.fused_weighted_squared_relu import weighted_squared_r
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import (
-    CheckpointWithoutOutput,
     get_cuda_rng_tracker,
     get_expert_parallel_rng_tracker_name,
 )
@@ -36,14 +37,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
-from megatron_coe.moe.grouped_linear import Grouping, grouped_linear, grouping
+from megatron_coe.moe.expert_activation import ByAutograd, ExpertActivation, SwiGLU
+from megatron_coe.moe.expert_mlp import Chain, expert_mlp
+from megatron_coe.moe.grouped_linear import grouping
 
 Offsets = tuple[tuple[int, int, int], ...]
 """Megatron's sharded offsets: (axis, index of this fragment, number of fragments) each."""
 
 
 class GroupedLinear(torch.nn.Module):
-    """The same linear layer of every local expert: `weight` [E, out, in], no bias.
+    """The weight [E, out, in] of the same linear layer of every local expert, no bias.
 
     Args:
         blocks: equal parts the full weight consists of along the output axis, each sharded over
@@ -111,10 +114,6 @@ class GroupedLinear(torch.nn.Module):
         parts = full.chunk(self.blocks, dim=0)
         own = [p.chunk(self.tp.size(), dim=self.shard_axis - 1)[self.tp.rank()] for p in parts]
         return torch.cat(own)
-
-    def forward(self, x_TI: Tensor, groups: Grouping) -> Tensor:
-        """[T, in] -> [T, out], rows of expert e times its own matrix."""
-        return grouped_linear(x_TI, self.weight, groups)
 
     def sharded_weight(
         self, key: str, offsets: Offsets, one_key_per_expert: bool
@@ -229,9 +228,8 @@ class GroupedExperts(MegatronModule):
             blocks=1,
             pg_collection=groups,
         )
-        self.recompute_activation = (
-            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
-        )
+        self.activation = _activation(config)
+        self._chain: Chain | None = None
         self.register_load_state_dict_post_hook(_forget_extra_states)
 
     def forward(
@@ -255,47 +253,25 @@ class GroupedExperts(MegatronModule):
             probs_T1 = torch.ones_like(probs_T1)
         w1, w2 = self.linear_fc1.weight, self.linear_fc2.weight
         groups = grouping(x_TH, tokens_per_expert, (*w1.shape[1:], *w2.shape[1:]))
+        chain = self._chain
+        if chain is None or chain.exhausted:
+            chain = Chain(w1, w2, calls=1)
+        fp8_hidden = self.config.activation_func_fp8_input_store
+        return expert_mlp(x_TH, probs_T1, chain, groups, self.activation, fp8_hidden), None
 
-        hidden_TF = self.linear_fc1(x_TH, groups)
-        if not self.recompute_activation:
-            return self.linear_fc2(self._activate(hidden_TF, probs_T1), groups), None
-        # fp8=None, not False: False means "with fp8" there.
-        checkpoint = CheckpointWithoutOutput(fp8=None)
-        output_TH = self.linear_fc2(
-            checkpoint.checkpoint(self._activate, hidden_TF, probs_T1), groups
-        )
-        checkpoint.discard_output_and_register_recompute(output_TH)
-        return output_TH, None
+    @contextmanager
+    def chained(self, calls: int) -> Iterator[None]:
+        """Within it, up to `calls` calls share one node of the graph for their weights.
 
-    def _activate(self, hidden_TF: Tensor, probs_T1: Tensor) -> Tensor:
-        """activation(hidden) * probs, by Megatron's rules: the product in the wider dtype of the
-        two, the result in that of the hidden states."""
-        config = self.config
-        if config.bias_activation_fusion and config.activation_func is F.silu:
-            return weighted_bias_swiglu_impl(
-                hidden_TF, None, probs_T1, config.activation_func_fp8_input_store
-            )
-        if config.bias_activation_fusion and config.activation_func is quick_gelu:
-            return weighted_bias_quick_geglu_impl(
-                hidden_TF,
-                None,
-                probs_T1,
-                config.activation_func_fp8_input_store,
-                config.glu_linear_offset,
-                config.activation_func_clamp_value,
-            )
-        if config.use_fused_weighted_squared_relu and config.activation_func is squared_relu:
-            return weighted_squared_relu_impl(hidden_TF, probs_T1)
-        if config.gated_linear_unit:
-            gate, up = hidden_TF.chunk(2, dim=-1)
-            if (limit := config.activation_func_clamp_value) is not None:
-                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-            if config.glu_linear_offset:
-                up = up + config.glu_linear_offset
-            activated = config.activation_func(gate) * up
-        else:
-            activated = config.activation_func(hidden_TF)
-        return (activated * probs_T1).to(hidden_TF.dtype)
+        Autograd then sees one gradient per parameter, complete after the last of their backward
+        passes; and it can be made of all their rows at once (`coe_merge_weight_gradients`).
+        """
+        merged = getattr(self.config, "coe_merge_weight_gradients", False)
+        self._chain = Chain(self.linear_fc1.weight, self.linear_fc2.weight, calls, merged)
+        try:
+            yield
+        finally:
+            self._chain = None  # the graph has what it needs of it
 
     def backward_dw(self) -> None:
         """Nothing to do: weight gradients are never delayed here."""
@@ -330,6 +306,41 @@ class GroupedExperts(MegatronModule):
             )
             for expert in range(first, first + self.num_local_experts)
         }
+
+
+def _activation(config: TransformerConfig) -> ExpertActivation:
+    plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+    eager = not config.bias_activation_fusion
+    if config.gated_linear_unit and config.activation_func is F.silu and plain and eager:
+        return SwiGLU()
+    return ByAutograd(partial(_activate, config))
+
+
+def _activate(config: TransformerConfig, hidden_TF: Tensor, probs_T1: Tensor) -> Tensor:
+    """activation(hidden) * probs, by Megatron's rules: the product in the wider dtype of the two,
+    the result in that of the hidden states."""
+    if config.bias_activation_fusion and config.activation_func is F.silu:
+        return weighted_bias_swiglu_impl(hidden_TF, None, probs_T1)
+    if config.bias_activation_fusion and config.activation_func is quick_gelu:
+        return weighted_bias_quick_geglu_impl(
+            hidden_TF,
+            None,
+            probs_T1,
+            linear_offset=config.glu_linear_offset,
+            clamp_value=config.activation_func_clamp_value,
+        )
+    if config.use_fused_weighted_squared_relu and config.activation_func is squared_relu:
+        return weighted_squared_relu_impl(hidden_TF, probs_T1)
+    if config.gated_linear_unit:
+        gate, up = hidden_TF.chunk(2, dim=-1)
+        if (limit := config.activation_func_clamp_value) is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if config.glu_linear_offset:
+            up = up + config.glu_linear_offset
+        activated = config.activation_func(gate) * up
+    else:
+        activated = config.activation_func(hidden_TF)
+    return (activated * probs_T1).to(hidden_TF.dtype)
 
 
 def _forget_extra_states(module: torch.nn.Module, incompatible_keys: object) -> None:

@@ -120,7 +120,9 @@ def iteration_kept(plan: Plan, t: int) -> Kept:
         shared += 2 * own * H * e if model.moe_shared_expert_gate else 0
     rows, width = plan.routed_rows, model.moe_ffn_hidden_size // plan.expert_tp
     first = rows * width * (2 if model.gated_linear_unit else 1) * e
-    activated = rows * width * _activated(plan, routed=True) * e
+    activated = 0  # the torch backend's experts always make it anew, with or without "moe_act"
+    if model.backend == "te":
+        activated = rows * width * _activated(plan, routed=True) * e
     routed = rows * (H * e + scored) + first
     if _recomputes(plan, "moe"):
         return Kept(x, router + gates + shared + routed + activated)

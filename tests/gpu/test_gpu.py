@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_coe.moe.grouped_linear import grouped_linear, grouping
+from megatron_coe.moe.expert_activation import SwiGLU
+from megatron_coe.moe.expert_mlp import Chain, expert_mlp
+from megatron_coe.moe.grouped_linear import grouping
 from tests.builders import build_layer, randomise, reference_of, tiny_config, weigh_balance_losses
 
 pytestmark = [
@@ -28,24 +30,43 @@ def error(ours: torch.Tensor, oracle: torch.Tensor) -> float:
     return ((ours.double() - oracle.double()).abs().max() / oracle.abs().max()).item()
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_grouped_mm_is_a_product_per_expert(device: torch.device, dtype: torch.dtype) -> None:
+def test_grouped_mm_is_a_product_per_expert(
+    device: torch.device, dtype: torch.dtype, merged: bool
+) -> None:
     rows = torch.tensor([5, 0, 64, 17])
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(86, 64, generator=generator).to(device, dtype).requires_grad_()
-    weight = torch.randn(4, 32, 64, generator=generator).to(device, dtype).requires_grad_()
+
+    def random(*shape: int) -> torch.Tensor:
+        scaled = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return scaled.to(device, dtype).requires_grad_()
+
+    leaves = x, probs, w1, w2 = random(86, 64), random(86, 1), random(4, 64, 64), random(4, 64, 32)
     groups = grouping(x, rows.to(device), (32, 64))
     assert isinstance(groups, torch.Tensor), "the sizes must stay on the device"
-    y = grouped_linear(x, weight, groups)
-    dy = torch.randn(86, 32, generator=generator).to(device, dtype)
-    grads = torch.autograd.grad(y, (x, weight), dy)
+    chain = Chain(w1, w2, calls=2, merged=merged)
+    y = expert_mlp(x, probs, chain, groups, SwiGLU())
+    y = y + expert_mlp(y, probs, chain, groups, SwiGLU())
+    dy = random(86, 64).detach()
+    grads = torch.autograd.grad(y, leaves, dy)
 
-    x_64, weight_64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    parts = zip(x_64.split(rows.tolist()), weight_64, strict=True)
-    expected = torch.cat([part @ w.t() for part, w in parts])
-    oracles = torch.autograd.grad(expected, (x_64, weight_64), dy.double())
-    for ours, oracle in zip((y, *grads), (expected, *oracles), strict=True):
-        assert error(ours, oracle) < TOLERANCE[dtype]
+    exact = x, probs, w1, w2 = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.split(rows.tolist()), probs.split(rows.tolist()), w1, w2, strict=True)
+        return torch.cat([_swiglu(x_e @ u.t()) * p_e @ v.t() for x_e, p_e, u, v in parts])
+
+    expected = oracle(x)
+    expected = expected + oracle(expected)
+    oracles = torch.autograd.grad(expected, exact, dy.double())
+    for ours, want in zip((y, *grads), (expected, *oracles), strict=True):
+        assert error(ours, want) < TOLERANCE[dtype]
+
+
+def _swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
 
 
 @pytest.mark.parametrize("residual", ["inner", "outer", "addinit"])
