@@ -64,15 +64,16 @@ def prepare(options: argparse.Namespace, stack: ExitStack) -> Trainer | None:
     Raises ValueError or OSError for whatever the user can mend.
     """
     # Megatron and torch are imported only after what can be said without them: they take seconds.
-    from megatron_coe.training.checks import check_layout, check_values, smallest_world_size
+    from megatron_coe.training import checks
     from megatron_coe.training.settings import load_settings
 
     settings = load_settings(options.config, options.overrides)
-    check_values(settings)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    checks.check_values(settings)
+    checks.check_files_named(settings, held_out=options.eval_only)
+    world_size = checks.world_size()
     if options.dry_run:  # one process can look at a layout for many
-        world_size = max(world_size, smallest_world_size(settings))
-    check_layout(settings, world_size)
+        world_size = max(world_size, checks.smallest_world_size(settings))
+    checks.check_layout(settings, world_size)
     # Megatron says so in every module; the setting `model.backend` says what stands in.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")

@@ -29,7 +29,11 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     settings = load_settings(options.config, options.overrides)
     check_values(settings)
-    world_size = options.world_size or smallest_world_size(settings)
+    world_size = options.world_size
+    if world_size is None:
+        world_size = smallest_world_size(settings)
+    if world_size < 1:
+        raise ValueError(f"--world-size={world_size}: give 1 or more")
     check_layout(settings, world_size)
     # Only now, because they take seconds.
     import torch

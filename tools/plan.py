@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_coe.planning.build import Built
     from megatron_coe.planning.plan import Plan
 
+MOST_GPUS = 1 << 20
+
 
 def main() -> None:
     options = parse()
@@ -82,6 +84,8 @@ def check_options(options: argparse.Namespace, settings: Settings) -> None:
     for name in ("gpus", "gpus_per_node", "top"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)}: give 1 or more")
+    if gpus > MOST_GPUS:
+        raise ValueError(f"--gpus={gpus}: layouts are listed for at most {MOST_GPUS:,}")
     if gpus > per_node and gpus % per_node:
         raise ValueError(
             f"--gpus={gpus} is no multiple of --gpus-per-node={per_node}: give whole nodes"

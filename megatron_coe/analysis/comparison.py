@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_coe.training.checks import check_files_named, check_values
 from megatron_coe.training.metrics import METRICS_FILE, read_records
+from megatron_coe.training.settings import load_settings
 
 ENTRY_POINT = Path(__file__).resolve().parents[2] / "pretrain_coe.py"
 
@@ -29,11 +31,19 @@ def compare(
         overrides: `section.key=value` settings for all runs.
 
     Raises:
-        ValueError: two files have the same name, or a run failed or did not validate.
+        ValueError: two files have the same name, a seed stands twice, there is a mistake in the
+            settings, or a run failed or did not validate.
+        OSError: a file cannot be read.
     """
     names = [config.stem for config in configs]
     if len(set(names)) < len(names):
         raise ValueError(f"two of the files go by the same name: {', '.join(names)}")
+    if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds={list(seeds)}: give each number once, 0 or more")
+    for config in configs:  # a mistake in the last file must not show after hours of the first
+        settings = load_settings(config, overrides)
+        check_values(settings)
+        check_files_named(settings, held_out=True)
     losses: dict[str, list[float]] = {name: [] for name in names}
     for seed in seeds:
         for config in configs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_coe.data.files import atomic_path
 from megatron_coe.training.metrics import read_records
 
 
@@ -29,11 +30,15 @@ def plot_losses(metrics: Path, output: Path, title: str = "") -> None:
         ValueError: the file holds no losses, or matplotlib is missing.
     """
     try:
+        from matplotlib.backend_bases import FigureCanvasBase
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plots need matplotlib; pip install 'megatron-coe[plot]'") from error
 
     records = read_records(metrics)
+    kind, known = output.suffix[1:].lower(), FigureCanvasBase.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"output {output}: unknown kind of picture; use one of {', '.join(known)}")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     drawn = False
@@ -54,5 +59,5 @@ def plot_losses(metrics: Path, output: Path, title: str = "") -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    with atomic_path(output) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150)

@@ -31,7 +31,14 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset, Subset
 
-from megatron_coe.data.indexed import IndexedFile, check_token_ids, inspect
+from megatron_coe.data import index_cache
+from megatron_coe.data.indexed import (
+    CheckedDataset,
+    DataError,
+    IndexedFile,
+    check_token_ids,
+    inspect,
+)
 from megatron_coe.data.tokenizer import Tokenizer
 
 Mode = Literal["packed", "examples"]
@@ -39,6 +46,14 @@ Mode = Literal["packed", "examples"]
 # Validation samples must not move with the seed of a run.
 VALIDATION_SEED = 0
 MAX_SEED = 2**32 - 1  # numpy's
+
+
+class PackedDataset(GPTDataset):
+    """Megatron's, over data whose ids are checked as they are read."""
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        return CheckedDataset(dataset_path, config.tokenizer, mmap=config.mmap_bin_files)
 
 
 class ExampleDataset(MegatronDataset):
@@ -73,7 +88,7 @@ class ExampleDataset(MegatronDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
-        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files)
+        return CheckedDataset(dataset_path, config.tokenizer, mmap=config.mmap_bin_files)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -104,6 +119,10 @@ class ExampleDataset(MegatronDataset):
             length -= len(parts[-1])
             if length == 0:
                 break
+        if not sum(map(len, parts)):
+            raise DataError(
+                f"{self.dataset_path}: document {document} is empty: preprocess the data again"
+            )
         return np.concatenate(parts).astype(np.int64)
 
     def _document_order(self) -> np.ndarray:
@@ -120,8 +139,10 @@ class ExampleDataset(MegatronDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """Megatron's builder, which in 0.16.1 cannot blend outside of torch.distributed with a cache:
-    `BlendedDataset` then asks for its rank. Its index is quickly built again, so it goes without.
+    """Megatron's builder without its collectives: ranks meet in `index_cache.prepare`.
+
+    Outside of torch.distributed 0.16.1 cannot blend with a cache (`BlendedDataset` asks for its
+    rank): a blend's index is quickly built again, so it goes without.
     """
 
     @staticmethod
@@ -130,13 +151,20 @@ class _Builder(BlendedMegatronDatasetBuilder):
         is_built_on_rank: Callable[[], bool],
         synchronize_ranks: bool,
         *args: object,
-    ) -> Dataset | None:
+    ) -> Dataset:
         if cls is BlendedDataset and not torch.distributed.is_initialized():
             *arguments, config = args
             args = (*arguments, replace(config, path_to_cache=None))
-        return BlendedMegatronDatasetBuilder.build_generic_dataset(
-            cls, is_built_on_rank, synchronize_ranks, *args
-        )
+        return cls(*args)
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: list[float], sizes_per_dataset: list[list[int]]
+    ) -> list[list[MegatronDataset | None]]:
+        of_each = [
+            self._build_megatron_dataset_splits(prefix, split, sizes, synchronize_ranks=False)
+            for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
+        ]
+        return [list(datasets) for datasets in zip(*of_each, strict=True)]
 
 
 def build_datasets(
@@ -168,6 +196,69 @@ def build_datasets(
 
     Raises: ValueError naming the argument or the file that cannot be used.
     """
+    files, weights, valid_files = check_datasets(
+        train=train,
+        valid=valid,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        mode=mode,
+        num_samples=num_samples,
+        seed=seed,
+    )
+    cache = Path(cache_dir) if cache_dir else Path(files[0].prefix).parent / "index_cache"
+
+    def config(split: Split, chosen: Sequence[IndexedFile], **options: object) -> GPTDatasetConfig:
+        blend = ([file.prefix for file in chosen], weights if split is Split.train else None)
+        return GPTDatasetConfig(
+            random_seed=seed if split is Split.train else VALIDATION_SEED,
+            sequence_length=seq_length,
+            blend_per_split=[blend if split is which else None for which in Split],
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            **options,
+        )
+
+    def build(split: Split, chosen: Sequence[IndexedFile], size: int | None, **options: object):
+        kind = PackedDataset if mode == "packed" else ExampleDataset
+        described = config(split, chosen, **options)
+        use = (kind.__name__, split.name, size, seq_length, described.random_seed, weights)
+        folder = cache / _fingerprint(chosen, (*use, tokenizer.unique_identifiers))
+        blends = len(chosen) > 1 and torch.distributed.is_initialized()
+        if mode == "packed" or blends:  # otherwise Megatron keeps no index
+            index_cache.prepare(
+                folder, lambda partial: _build(kind, split, size, described, partial)
+            )
+        return _build(kind, split, size, described, folder)
+
+    surplus = _surplus(weights, num_samples[0])
+    train_set = build(Split.train, files, num_samples[0], mid_level_dataset_surplus=surplus)
+    if not valid_files:
+        return train_set, None
+    valid_set = build(Split.valid, valid_files, None)
+    if num_samples[1] is not None and num_samples[1] < len(valid_set):
+        valid_set = Subset(valid_set, range(num_samples[1]))
+    return train_set, valid_set
+
+
+def check_datasets(
+    *,
+    train: Sequence[str | tuple[str, float]],
+    valid: Sequence[str],
+    tokenizer: Tokenizer,
+    seq_length: int,
+    mode: Mode,
+    num_samples: tuple[int, int | None],
+    seed: int,
+) -> tuple[list[IndexedFile], list[float], list[IndexedFile]]:
+    """What `build_datasets` would refuse, said at once and by each process for itself.
+
+    Returns: the training files, their weights, and the held-out files.
+
+    Raises: as `build_datasets`.
+    """
     if mode not in ("packed", "examples"):
         raise ValueError(f"mode={mode!r}: choose packed or examples")
     if seq_length < 2:
@@ -187,39 +278,18 @@ def build_datasets(
                 f"{file.prefix} has {file.tokens} tokens, too few for one packed sample of "
                 f"seq_length={seq_length} (it takes {seq_length + 1}); shorten it, or use examples"
             )
-    cache = Path(cache_dir) if cache_dir else Path(files[0].prefix).parent / "index_cache"
-
-    def config(split: Split, chosen: Sequence[IndexedFile], **options: object) -> GPTDatasetConfig:
-        blend = ([file.prefix for file in chosen], weights if split is Split.train else None)
-        return GPTDatasetConfig(
-            random_seed=seed if split is Split.train else VALIDATION_SEED,
-            sequence_length=seq_length,
-            blend_per_split=[blend if split is which else None for which in Split],
-            path_to_cache=str(cache / _fingerprint(chosen)),
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-            **options,
-        )
-
-    kind = GPTDataset if mode == "packed" else ExampleDataset
-    surplus = _surplus(weights, num_samples[0])
-    train_config = config(Split.train, files, mid_level_dataset_surplus=surplus)
-    train_set = _build(kind, Split.train, num_samples[0], train_config)
-    if not valid_files:
-        return train_set, None
-    valid_set = _build(kind, Split.valid, None, config(Split.valid, valid_files))
-    if num_samples[1] is not None and num_samples[1] < len(valid_set):
-        valid_set = Subset(valid_set, range(num_samples[1]))
-    return train_set, valid_set
+    return files, weights, valid_files
 
 
 def _build(
-    kind: type[MegatronDataset], split: Split, size: int | None, config: GPTDatasetConfig
+    kind: type[MegatronDataset],
+    split: Split,
+    size: int | None,
+    config: GPTDatasetConfig,
+    cache: Path,
 ) -> Dataset:
     sizes = [size if split is which else 0 for which in Split]
+    config = replace(config, path_to_cache=str(cache))
     return _Builder(kind, sizes, lambda: True, config).build()[split.value]
 
 
@@ -227,7 +297,7 @@ def _training_blend(
     train: Sequence[str | tuple[str, float]], mode: Mode
 ) -> tuple[list[IndexedFile], list[float]]:
     if not train:
-        raise ValueError("train is empty: name at least one data set")
+        raise ValueError("data.train is empty: name at least one data set")
     weighted = [source for source in train if not isinstance(source, str)]
     if len(weighted) not in (0, len(train)):
         raise ValueError(f"train={list(train)}: give every data set a weight, or none")
@@ -258,8 +328,8 @@ def _surplus(weights: Sequence[float], size: int) -> float:
     return max((share * len(weights) + 1) / max(1.0, share * size) for share in shares)
 
 
-def _fingerprint(files: Sequence[IndexedFile]) -> str:
-    """Name of a cache folder; Megatron's cached indices know the path of the data only, and would
-    be taken for files written anew under the same name."""
-    stamps = repr([file.stamp for file in files]).encode()
-    return hashlib.sha256(stamps).hexdigest()[:16]
+def _fingerprint(files: Sequence[IndexedFile], use: tuple[object, ...]) -> str:
+    """Name of the folder for the index of some files in one use. Megatron's own names know the path
+    of the data only: its index would be taken for files written anew under the same name."""
+    described = repr([(file.prefix, file.stamp) for file in files] + list(use)).encode()
+    return hashlib.sha256(described).hexdigest()[:16]

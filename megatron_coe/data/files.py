@@ -14,12 +14,17 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def naming_errors(path: Path) -> Iterator[None]:
-    """An OSError inside says that `path` cannot be written, and why (a full disk does not)."""
+def naming_errors(path: Path, mend: str = "") -> Iterator[None]:
+    """An OSError inside says that `path` cannot be written, and why (a full disk does not).
+
+    Args:
+        mend: what could be done about it, unless the reason speaks for itself.
+    """
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        reason = f"cannot write {path}: {error.strerror or error}"
+        raise OSError(f"{reason}; {mend}" if mend else reason) from error
 
 
 @contextmanager

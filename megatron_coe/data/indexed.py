@@ -1,18 +1,21 @@
 """What is in a `.bin/.idx` pair, checked before Megatron maps it into memory.
 
-Megatron asserts or fails deep inside on files that are missing, cut short or of another tokenizer;
-here each of these is one error that names the file.
+Megatron asserts or fails deep inside on files that are missing, cut short, damaged or of another
+tokenizer, or reads on in the wrong place; here each of these is one error that names the file.
+Sizes and counts are always checked, contents as far as a quick start allows (`_looks`); what is read
+is checked again when it is read (`CheckedDataset`).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from torch.utils.data import Dataset
 
 from megatron_coe.data.tokenizer import Tokenizer
@@ -22,8 +25,16 @@ _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _BYTES_PER_SEQUENCE = 4 + 8  # length (int32) and offset (int64)
 
-# Larger files are checked in their first tokens only, so that a start stays quick.
+# Of larger files only so much is looked at, in pieces from the first to the last, so that a start
+# stays quick.
 CHECKED_TOKENS = 1 << 24
+CHECKED_ENTRIES = 1 << 24
+_PIECES = 16
+_FINGERPRINTED_BYTES = 1 << 20
+
+
+class DataError(ValueError):
+    """Data that turned out to be damaged when it was read, in the middle of a run."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class IndexedFile:
     Attributes:
         sequences: as many as documents, unless sentences were split.
         dtype: of a token id in the `.bin`.
-        stamp: changes when the pair is written anew.
+        stamp: changes when the pair is written anew, also within the clock's tick or with the
+            time of the old one.
     """
 
     prefix: str
@@ -41,7 +53,7 @@ class IndexedFile:
     sequences: int
     tokens: int
     dtype: np.dtype
-    stamp: tuple[int, int]
+    stamp: tuple[int, ...]
 
 
 def inspect(prefix: str) -> IndexedFile:
@@ -53,41 +65,154 @@ def inspect(prefix: str) -> IndexedFile:
     for path in (idx, bin_):
         if not path.is_file():
             raise ValueError(f"{path} does not exist (data sets are named without .bin and .idx)")
-    with idx.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise ValueError(f"{idx} is not an index of Megatron's")
-        _, version, code, sequences, boundaries = _HEADER.unpack(header)
-        if version != 1 or code not in {kind.value for kind in DType}:
-            raise ValueError(f"{idx} is of an unknown version ({version}) or dtype ({code})")
-        needed = _HEADER.size + sequences * _BYTES_PER_SEQUENCE + boundaries * 8
-        if idx.stat().st_size < needed:
-            raise ValueError(f"{idx} is cut short: {idx.stat().st_size} of {needed} bytes")
+    code, sequences, boundaries = _read_header(idx)
     if sequences == 0 or boundaries < 2:
         raise ValueError(f"{prefix} holds no document")
-    lengths = np.memmap(idx, dtype="<i4", mode="r", offset=_HEADER.size, shape=(sequences,))
-    tokens = int(lengths.sum(dtype=np.int64))
     dtype = np.dtype(DType.dtype_from_code(code))
+    if not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"{idx} says that ids are of type {dtype} ({code}): they must be integers")
+    content = np.memmap(idx, mode="r")[_HEADER.size :]
+    lengths = content[: 4 * sequences].view("<i4")
+    if int(lengths.min()) < 0:
+        number = int(lengths.argmin())
+        raise ValueError(f"{idx} is damaged: sequence {number} has the length {lengths[number]}")
+    tokens = int(lengths.sum(dtype=np.int64))
     needed, size = tokens * dtype.itemsize, bin_.stat().st_size
     if size != needed:
         difference = "shorter" if size < needed else "longer"
         raise ValueError(f"{bin_} is {difference} than {idx} says: {size} bytes, not {needed}")
     if tokens == 0:
         raise ValueError(f"{prefix} holds no token")
-    stamp = (idx.stat().st_size, idx.stat().st_mtime_ns)
+    middle = _BYTES_PER_SEQUENCE * sequences
+    _check_offsets(idx, lengths, content[4 * sequences : middle].view("<i8"), dtype.itemsize)
+    _check_documents(idx, content[middle:].view("<i8"), sequences)
+    stamp = (idx.stat().st_size, idx.stat().st_mtime_ns, _checksum(content))
     return IndexedFile(prefix, boundaries - 1, sequences, tokens, dtype, stamp)
 
 
 def check_token_ids(file: IndexedFile, tokenizer: Tokenizer) -> None:
     """Raises: ValueError when the file holds ids that the tokenizer has not."""
-    count = min(file.tokens, CHECKED_TOKENS)
-    ids = np.memmap(f"{file.prefix}.bin", dtype=file.dtype, mode="r", shape=(count,))
-    for token in (int(ids.min()), int(ids.max())):
-        if not 0 <= token < tokenizer.vocab_size:
+    ids = np.memmap(f"{file.prefix}.bin", dtype=file.dtype, mode="r", shape=(file.tokens,))
+    for piece in _looks(file.tokens, CHECKED_TOKENS):
+        part = ids[piece]
+        wrong = _first_wrong(part, tokenizer.vocab_size)
+        if wrong is not None:
+            place = piece.start + wrong
             raise ValueError(
-                f"{file.prefix}.bin holds token id {token}, but tokenizer {tokenizer.path} has "
-                f"{tokenizer.vocab_size} tokens: preprocess the data with the same tokenizer"
+                _wrong_id(file.prefix, _document_of(file, place), int(ids[place]), tokenizer)
             )
+
+
+class CheckedDataset(IndexedDataset):
+    """Megatron's reader of a `.bin/.idx` pair; every id that it gives is one of the tokenizer's.
+
+    An embedding asked for another id fails far from its cause, and on a GPU takes the process with
+    it. Only what is read is looked at, so it costs nothing beside a step.
+    """
+
+    def __init__(self, prefix: str, tokenizer: Tokenizer, mmap: bool = True) -> None:
+        super().__init__(prefix, mmap=mmap)
+        self._tokenizer = tokenizer
+
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Ids of sequence `idx`; see Megatron's. Raises: DataError for one that cannot be."""
+        ids = super().get(idx, offset, length)
+        wrong = _first_wrong(ids, self._tokenizer.vocab_size)
+        if wrong is not None:
+            document = int(np.searchsorted(self.document_indices, idx, side="right")) - 1
+            raise DataError(_wrong_id(self.path_prefix, document, int(ids[wrong]), self._tokenizer))
+        return ids
+
+
+def _read_header(idx: Path) -> tuple[int, int, int]:
+    """Code of the dtype, number of sequences, number of document boundaries."""
+    with idx.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise ValueError(f"{idx} is not an index of Megatron's")
+    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    if version != 1 or code not in {kind.value for kind in DType}:
+        raise ValueError(f"{idx} is of an unknown version ({version}) or dtype ({code})")
+    needed = _HEADER.size + sequences * _BYTES_PER_SEQUENCE + boundaries * 8
+    size = idx.stat().st_size
+    if size != needed:
+        fault = "is cut short" if size < needed else "is longer than its counts say"
+        raise ValueError(f"{idx} {fault}: {size} of {needed} bytes")
+    return code, sequences, boundaries
+
+
+def _check_offsets(idx: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> None:
+    """Each sequence begins where the one before it ends."""
+    if offsets[0] != 0:
+        raise ValueError(f"{idx} is damaged: sequence 0 has the offset {offsets[0]}, not 0")
+    for piece in _looks(len(lengths) - 1, CHECKED_ENTRIES):
+        after = slice(piece.start + 1, piece.stop + 1)
+        expected = offsets[piece] + lengths[piece].astype(np.int64) * itemsize
+        wrong = np.flatnonzero(offsets[after] != expected)
+        if wrong.size:
+            number = after.start + int(wrong[0])
+            raise ValueError(
+                f"{idx} is damaged: sequence {number} has the offset {offsets[number]}, but the "
+                f"one before it ends at {expected[wrong[0]]}; preprocess the data again"
+            )
+
+
+def _check_documents(idx: Path, boundaries: np.ndarray, sequences: int) -> None:
+    """Documents follow one another from the first sequence to the last."""
+    damaged = f"{idx} is damaged: the documents "
+    if boundaries[0] != 0 or boundaries[-1] != sequences:
+        raise ValueError(
+            f"{damaged}go from sequence {boundaries[0]} to {boundaries[-1]} instead of from 0 to "
+            f"{sequences}; preprocess the data again"
+        )
+    for piece in _looks(len(boundaries) - 1, CHECKED_ENTRIES):
+        steps = np.diff(boundaries[piece.start : piece.stop + 1])
+        if steps.min() < 0:
+            number = piece.start + int(steps.argmin())
+            raise ValueError(f"{damaged}overlap: document {number} ends before it begins")
+
+
+def _looks(size: int, limit: int) -> Iterator[slice]:
+    """Pieces of `size` entries to look at: all, or about `limit` of them, first and last too."""
+    if size <= limit:
+        if size > 0:
+            yield slice(0, size)
+        return
+    length = limit // _PIECES
+    for number in range(_PIECES):
+        start = (size - length) * number // (_PIECES - 1)
+        yield slice(start, start + length)
+
+
+def _first_wrong(ids: np.ndarray, vocab_size: int) -> int | None:
+    """Place of the first id outside of [0, vocab_size)."""
+    if ids.size == 0 or (ids.min() >= 0 and ids.max() < vocab_size):
+        return None
+    return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+
+
+def _document_of(file: IndexedFile, token: int) -> int:
+    """Which document a token is of, for a message."""
+    content = np.memmap(f"{file.prefix}.idx", mode="r")[_HEADER.size :]
+    middle = _BYTES_PER_SEQUENCE * file.sequences
+    offsets, boundaries = content[4 * file.sequences : middle], content[middle:]
+    byte = token * file.dtype.itemsize
+    sequence = int(np.searchsorted(offsets.view("<i8"), byte, side="right")) - 1
+    return int(np.searchsorted(boundaries.view("<i8"), sequence, side="right")) - 1
+
+
+def _wrong_id(prefix: str, document: int, token: int, tokenizer: Tokenizer) -> str:
+    return (
+        f"{prefix}.bin holds token id {token} in document {document}, but tokenizer "
+        f"{tokenizer.path} has {tokenizer.vocab_size} tokens: preprocess the data with the same "
+        "tokenizer"
+    )
+
+
+def _checksum(content: np.ndarray) -> int:
+    """Of the beginning and the end of an index, where another's differs even at equal size."""
+    ends = content[:_FINGERPRINTED_BYTES].tobytes(), content[-_FINGERPRINTED_BYTES:].tobytes()
+    return zlib.crc32(ends[1], zlib.crc32(ends[0]))
 
 
 def data_summary(prefixes: Iterable[str]) -> str:

@@ -67,6 +67,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         """Raises: ValueError when the file is not a SentencePiece model."""
         model = path.read_bytes()
+        if not model:
+            raise ValueError(f"tokenizer {path} is not a SentencePiece model (it is empty)")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             vocab_size = self._processor.get_piece_size()

@@ -60,8 +60,12 @@ def check_values(settings: Settings) -> None:
     _check_profile(settings.log)
 
 
-def check_files_named(settings: Settings) -> None:
-    """Raise ValueError when a run would not know what to read."""
+def check_files_named(settings: Settings, held_out: bool = False) -> None:
+    """Raise ValueError when a run would not know what to read.
+
+    Args:
+        held_out: whether it cannot do without held-out data.
+    """
     data = settings.data
     if not data.tokenizer:
         raise ValueError(
@@ -72,6 +76,8 @@ def check_files_named(settings: Settings) -> None:
     for key in ("train", "valid"):
         if not all(getattr(data, key)):
             raise ValueError(f"data.{key}={getattr(data, key)}: holds an empty name")
+    if held_out and not data.valid:
+        raise ValueError("data.valid is empty: name the held-out data to validate on")
 
 
 def check_layout(settings: Settings, world_size: int) -> None:

@@ -125,17 +125,22 @@ def console_line(values: dict[str, float]) -> str:
 def read_records(path: Path) -> list[dict[str, float]]:
     """All records of a metrics.jsonl; ValueError names file and line of a broken one."""
     records = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-                record["step"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path}:{number}: not a record of a run: {line.strip()[:80]!r}"
-                ) from error
+                is_record = type(record["step"]) is int and all(map(_is_number, record.values()))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                is_record = False
+            if not is_record:
+                shown = line.strip()[:80].decode(errors="replace")
+                raise ValueError(f"{path}:{number}: not a record of a run: {shown!r}")
             records.append(record)
     return records
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def drop_records_after(path: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from megatron_coe import backends
 from megatron_coe.checkpoints.folder import CONFIG_FILE
-from megatron_coe.data.datasets import build_datasets
+from megatron_coe.data.datasets import build_datasets, check_datasets
 from megatron_coe.data.indexed import data_summary
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.training import setup
@@ -23,6 +23,7 @@ from megatron_coe.training.estimate import describe_sizes, plan_of
 from megatron_coe.training.loop import Trainer, Validation
 from megatron_coe.training.metrics import Reporter
 from megatron_coe.training.model import build_provider
+from megatron_coe.training.preflight import check_files, data_arguments
 from megatron_coe.training.resume import check_changes, choose_checkpoint
 from megatron_coe.training.resume_policy import identity_of
 from megatron_coe.training.saving import Saver
@@ -34,6 +35,7 @@ def describe(settings: Settings, world_size: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
+    check_datasets(**data_arguments(settings, tokenizer, provider.seq_length))
     sizes = describe_sizes(plan_of(settings, provider, world_size, device.type == "cuda"))
     return "\n".join([settings.to_yaml(), sizes, "", *_describe_data(settings, tokenizer)])
 
@@ -54,6 +56,7 @@ def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
     backends.refuse_unusable(provider)
+    check_files(settings, tokenizer, provider.seq_length, saves=not must_resume)
     saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(tokenizer))
     with setup.process_groups(settings.parallel, device):
         checkpoint = choose_checkpoint(settings.checkpoint, must_resume)
@@ -95,20 +98,8 @@ def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
 def _build_data(
     settings: Settings, tokenizer: Tokenizer, seq_length: int
 ) -> tuple[Dataset, Dataset | None]:
-    data, train = settings.data, settings.train
-    sources = data.train
-    if data.train_weights is not None:
-        sources = list(zip(data.train, data.train_weights, strict=True))
-    return build_datasets(
-        train=sources,
-        valid=data.valid,
-        tokenizer=tokenizer,
-        seq_length=seq_length,
-        mode=data.mode,
-        num_samples=(train.steps * train.global_batch_size, train.eval_samples),
-        seed=train.seed,
-        cache_dir=data.cache,
-    )
+    arguments = data_arguments(settings, tokenizer, seq_length)
+    return build_datasets(**arguments, cache_dir=settings.data.cache)
 
 
 def _source(dataset: Dataset, settings: Settings, device: torch.device) -> BatchSource:

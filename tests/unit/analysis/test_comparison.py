@@ -40,5 +40,11 @@ def test_models_need_names_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"missing_seed-1.*status 2"):
-        compare([tmp_path / "missing.yaml"], [1], tmp_path, [])
+    config = tmp_path / "wrong.yaml"
+    config.write_text("data: {tokenizer: none.model, train: [none], valid: [none]}\n")
+    with pytest.raises(ValueError, match=r"wrong_seed-1.*status 2"):
+        compare([config], [1], tmp_path, [])
+    with pytest.raises(OSError, match=r"missing\.yaml"):
+        compare([config, tmp_path / "missing.yaml"], [1], tmp_path, [])
+    with pytest.raises(ValueError, match=r"seeds=\[1, 1\]"):
+        compare([config], [1, 1], tmp_path, [])

@@ -71,7 +71,9 @@ def test_token_ids_of_another_tokenizer_are_refused(
     check_token_ids(file, tokenizer)
     smaller = SentencePieceTokenizer(tokenizer.path)
     smaller.vocab_size = 300
-    with pytest.raises(ValueError, match=r"holds token id 3\d\d, but tokenizer .* has 300 tokens"):
+    with pytest.raises(
+        ValueError, match=r"holds token id 3\d\d in document \d+, but tokenizer .* has 300 tokens"
+    ):
         check_token_ids(file, smaller)
 
 

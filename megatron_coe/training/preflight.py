@@ -1,0 +1,67 @@
+"""What a run will read and write, looked at before its process groups are made.
+
+Each process looks for itself, so that a mistake is one message and not a rank that others wait for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_coe.data.datasets import check_datasets
+from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.training.metrics import METRICS_FILE
+from megatron_coe.training.settings import Settings
+
+
+def data_arguments(settings: Settings, tokenizer: Tokenizer, seq_length: int) -> dict[str, Any]:
+    """What `check_datasets` and `build_datasets` are asked for."""
+    data, train = settings.data, settings.train
+    sources = data.train
+    if data.train_weights is not None:
+        sources = list(zip(data.train, data.train_weights, strict=True))
+    return {
+        "train": sources,
+        "valid": data.valid,
+        "tokenizer": tokenizer,
+        "seq_length": seq_length,
+        "mode": data.mode,
+        "num_samples": (train.steps * train.global_batch_size, train.eval_samples),
+        "seed": train.seed,
+    }
+
+
+def check_files(
+    settings: Settings, tokenizer: Tokenizer, seq_length: int, saves: bool = True
+) -> None:
+    """Data sets whole and of this tokenizer; folders of the run's own there, or to be made.
+
+    Args:
+        saves: whether the run writes checkpoints.
+
+    Raises: ValueError naming the file; OSError naming the setting of a folder.
+    """
+    check_datasets(**data_arguments(settings, tokenizer, seq_length))
+    if os.environ.get("RANK", "0") != "0":  # the first one alone writes what all share
+        return
+    if saves and settings.checkpoint.save:
+        _check_folder("checkpoint.save", settings.checkpoint.save)
+    _check_folder("log.dir", settings.log.dir)
+    metrics = Path(settings.log.dir, METRICS_FILE)
+    if metrics.exists() and not metrics.is_file():
+        raise ValueError(f"{metrics} is no file: the run writes its metrics there; move it away")
+
+
+def _check_folder(key: str, folder: str) -> None:
+    """Make a folder and a file in it, which goes again."""
+    probe = Path(folder, f".writable-{os.getpid()}")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            f"{key}={folder}: cannot be written ({reason}): name another folder"
+        ) from error
