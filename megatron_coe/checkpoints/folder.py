@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_coe.checkpoints.durable import replace_file, sync_folder
@@ -77,19 +76,22 @@ def retain(folder: Path, step: int, keep: int, keep_every: int) -> None:
             _remove(old)
 
 
-def clean(folder: Path) -> None:
-    """Clear away what a run that died has left half done."""
+def restore(folder: Path) -> None:
+    """Give a checkpoint its name back whose replacement has not got it: the run died in between."""
     for removed in folder.glob(f"{_REMOVED}step_*"):
         final = folder / removed.name.removeprefix(_REMOVED)
         if not final.exists() and (folder / f"{_PARTIAL}{final.name}").exists():
-            removed.rename(final)  # it died between the two renames of `publish`
+            removed.rename(final)
             sync_folder(folder)
-        else:
-            shutil.rmtree(removed)
-    for partial in folder.glob(f"{_PARTIAL}step_*"):
-        shutil.rmtree(partial)
-    with suppress(FileNotFoundError):
-        (folder / f".{LATEST_FILE}.new").unlink()
+
+
+def clean(folder: Path) -> None:
+    """Clear away what a run that died has left half done."""
+    restore(folder)
+    for pattern in (f"{_REMOVED}step_*", f"{_PARTIAL}step_*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+    (folder / f".{LATEST_FILE}.new").unlink(missing_ok=True)
 
 
 def doubts_about_pointer(folder: Path, found: list[Path]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_coe.checkpoints.folder import (
     LATEST_FILE,
     doubts_about_pointer,
     find_checkpoints,
+    restore,
     step_of,
 )
 from megatron_coe.checkpoints.verify import check_checkpoint
@@ -39,7 +41,7 @@ def choose_checkpoint(options: CheckpointSettings, must_resume: bool = False) ->
             raise ValueError("checkpoint.save=null: there is no checkpoint to start from")
         return None
     folder = Path(options.save)
-    found, doubts = _look(folder)
+    found, doubts = _look(folder, mend=not must_resume)
     if doubts:
         _say(doubts)
     for path in found:
@@ -92,10 +94,13 @@ def check_changes(
     return [str(change) for change in found]
 
 
-def _look(folder: Path) -> tuple[list[Path], str | None]:
+def _look(folder: Path, mend: bool) -> tuple[list[Path], str | None]:
     """What rank 0 sees, on every rank: others may see an older state of a network's disk."""
     seen: list[tuple[list[Path], str | None] | None] = [None]
     if dist.get_rank() == 0:
+        if mend:
+            with suppress(OSError):  # of a folder that cannot be changed, but can be read
+                restore(folder)
         found = find_checkpoints(folder)
         seen = [(found, doubts_about_pointer(folder, found))]
     dist.broadcast_object_list(seen)

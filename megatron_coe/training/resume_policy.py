@@ -37,6 +37,9 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("train.stop_step", _SAFE),
     ("train.micro_batch_size", _SAFE),
     ("train.eval_*", _SAFE),
+    ("train.nonfinite", _SAFE),
+    ("train.max_skipped_steps", _SAFE),
+    ("train.hang_timeout_s", _SAFE),
     # Packed data are shuffled for all the steps, and the learning rate's schedule spans them.
     ("train.steps", _REFUSED),
     ("train.seed", _REFUSED),
@@ -60,6 +63,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
 
 _PATHS = ("data.train",)
 _TOKENIZER = "data.tokenizer"
+_LENGTH = "model.seq_length"
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,14 @@ def changes(before: Settings, now: Settings, model_only: bool = False) -> list[C
     """All changes that are worth saying or refused, by key.
 
     Args:
-        model_only: leave out what is not the model's.
+        model_only: leave out what is not the model's (how long its sequences are is not).
     """
     old, new = dict(_flat(before)), dict(_flat(now))
     found = []
     for key in sorted(old.keys() | new.keys()):
         policy = policy_of(key)
-        if policy is _SAFE or (model_only and not key.startswith("model.")):
+        is_models = key.startswith("model.") and key != _LENGTH
+        if policy is _SAFE or (model_only and not is_models):
             continue
         values = [_value(key, side) for side in (old, new)]
         if _comparable(key, values[0]) != _comparable(key, values[1]):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE
+from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
@@ -188,6 +189,9 @@ def test_a_run_that_takes_its_vocabulary_from_its_tokenizer(tmp_path):
     del settings.model["vocab_size"]
     settings.data.tokenizer = str(tokenizer)
     (step / CONFIG_FILE).write_text(settings.to_yaml())
+    with pytest.raises(ValueError, match=r"step_00000000 is bad: .*config\.yaml"):
+        to_hf(tmp_path / "checkpoints", tmp_path / "out")
+    write_manifest(step, 0, describe_folder(step))
 
     to_hf(tmp_path / "checkpoints", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -333,6 +337,7 @@ def test_a_checkpoint_of_another_model_is_refused(imported, tmp_path):
         changed, count = re.subn(rf"(?m)^  {pattern}$", f"  {change}", original)
         assert count == 1, pattern
         path.write_text(changed)
+        write_manifest(path.parent, 0, describe_folder(path.parent))
         with pytest.raises(ValueError, match=told):
             to_hf(tmp_path / "checkpoints", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
@@ -342,7 +347,7 @@ def test_a_damaged_checkpoint_leaves_nothing(imported, tmp_path):
     shutil.copytree(imported / "checkpoints", tmp_path / "checkpoints")
     (data,) = (tmp_path / "checkpoints" / "step_00000000").glob("*.distcp")
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"\.distcp: .* cannot be read"):
+    with pytest.raises(ValueError, match=r"__0_0\.distcp has .* bytes, manifest\.json says"):
         to_hf(tmp_path / "checkpoints", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 

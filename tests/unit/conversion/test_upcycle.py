@@ -163,7 +163,7 @@ def test_a_damaged_mixture_is_named_and_leaves_nothing(tmp_path):
     (data,) = (tmp_path / "checkpoints").rglob("*.distcp")
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     before = sorted(tmp_path.iterdir())
-    for source, told in (("hf", rf"{expert}.* is all zero"), ("checkpoints", "cannot be read")):
+    for source, told in (("hf", rf"{expert}.* is all zero"), ("checkpoints", "is bad: __0_0")):
         with pytest.raises(ValueError, match=told):
             upcycle(tmp_path / source, tmp_path / "chain", 2)
         assert sorted(tmp_path.iterdir()) == before
