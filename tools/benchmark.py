@@ -1,100 +1,168 @@
-"""Time the kernels of the routed experts against one dense product of the same size.
+"""Time and memory of a chain of experts, beside a mixture's, other frameworks' and the ceiling.
 
-    python tools/benchmark.py --threads 1
+    python tools/benchmark.py --what all --threads 1 --clock processor --output runs/benchmark.json
+    python tools/benchmark.py --what step layer --vary model.bias_activation_fusion=on,off
+    torchrun --nproc-per-node 2 tools/benchmark.py --what parallel
 
-One linear layer per expert, forward and backward: the loop, `grouped_mm`, and as the ceiling one
-dense matrix product over all rows. The arms of a shape take turns within each round, and what is
-printed is the median of their rates over the rounds with the smallest and the largest.
+Arms of a subject take turns in one process; docs/performance.md says what is measured and how.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import dataclasses
+import os
 import sys
-import time
-from collections.abc import Callable
-
-import torch
+from itertools import product
+from pathlib import Path
 
 from megatron_coe.data.command_line import run
-from megatron_coe.moe.grouped_linear import grouped_linear
 
-SHAPES = (
-    # experts, inputs, outputs, rows per expert
-    (64, 1024, 1408, 64),
-    (64, 1024, 1408, 512),
-    (64, 256, 352, 128),
-    (16, 128, 256, 512),
+REPOSITORY = Path(__file__).resolve().parents[1]
+SUBJECTS = (
+    *("kernels", "experts", "layer", "step", "matched", "transformers", "memory"),
+    *("synchronisations", "parallel", "long"),
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCALES = ("paper", "paper-32k", "cpu", "cpu-32k", "tiny")
+SWITCH = {"on": "true", "off": "false"}
 
 
 def main() -> None:
+    options = parse()
+    # Only now, because they take seconds.
+    import torch
+    import torch.distributed as dist
+
+    from megatron_coe import backends
+    from megatron_coe.benchmark import report
+    from megatron_coe.benchmark.subjects import ALL
+    from megatron_coe.benchmark.subjects import SUBJECTS as MEASURE
+    from megatron_coe.training import setup
+    from megatron_coe.training.settings import ParallelSettings
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = backends.prepare()
+    bench = bench_of(options, device)
+    outcomes = []
+    ranks = setup.world_size()
+    with setup.process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
+        speaks = dist.get_rank() == 0
+        heading = {
+            "commit": report.commit(REPOSITORY),
+            "machine": report.machine(device),
+            "versions": report.versions(),
+            "options": vars(options),
+        }
+        if speaks:
+            print("\n".join(f"{name}: {value}" for name, value in heading.items()), flush=True)
+        for subject in ALL if "all" in options.what else options.what:
+            outcomes.append(MEASURE[subject](bench))
+            if speaks:
+                print("\n" + outcomes[-1].markdown(), flush=True)
+                if options.output:
+                    report.write_json(options.output, heading, outcomes)
+        if speaks and not options.vary:
+            figures = {k: v for outcome in outcomes for k, v in outcome.figures.items()}
+            print("\n" + report.target_table(figures, device.type == "cuda"))
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default=None, help="bf16 on a GPU, else fp32")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        *("--what", "-w"),
+        nargs="+",
+        choices=("all", *SUBJECTS),
+        default=["all"],
+        help="subjects; all: those of one process that take minutes",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, help="sizes (default: paper on a GPU, cpu without)"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="default: 50 on a GPU, else 10")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
+    parser.add_argument("--profiles", type=int, default=3, help="profiled runs of each arm")
+    parser.add_argument("--steps", type=int, default=1000, help="of the subject long")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="on a CPU; processor: this process's own time, for one thread on a shared machine",
+    )
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=A,B",
+        help="compare CoE-2(4/64) with these values of a setting (on and off are true and false)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="settings for every arm, as pretrain_coe.py takes them",
+    )
+    for name in ("sequences", "seq-length", "num-layers", "vocab-size"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
+    parser.add_argument(
+        "--presets", type=Path, default=REPOSITORY / "examples/paper", help="the paper's models"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file with every sample")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    print("| experts x (inputs -> outputs), rows each | loop | grouped_mm | dense |")
-    print("|---|---|---|---|")
-    for shape in SHAPES:
-        rates = measure(shape, device, dtype, options.rounds)
-        experts, inputs, outputs, rows = shape
-        cells = [f"{experts} x ({inputs} -> {outputs}), {rows}", *map(spread, rates.values())]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    for name in ("rounds", "steps", "threads", "sequences", "seq_length", "num_layers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if options.clock == "processor" and options.threads != 1:
+        raise ValueError(
+            "--clock processor counts the time of all threads together: add --threads 1"
+        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if (ranks > 1) != (options.what == ["parallel"]):
+        raise ValueError(
+            f"--what {' '.join(options.what)} on {ranks} process(es): 'parallel' needs several "
+            "(torchrun), by itself, and every other subject needs one"
+        )
+    return options
 
 
-def measure(
-    shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, rounds: int
-) -> dict[str, list[float]]:
-    """GFLOP/s of each arm in each round; the first round warms up and is left out."""
-    experts, inputs, outputs, rows = shape
-    x = torch.randn(experts * rows, inputs, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(experts, outputs, inputs, device=device, dtype=dtype, requires_grad=True)
-    dy = torch.randn(experts * rows, outputs, device=device, dtype=dtype)
-    counts = [rows] * experts
-    ends = torch.tensor(counts, device=device).cumsum(0, dtype=torch.int32)
-    one_weight = weight[0].detach().clone().requires_grad_()
-    arms: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {
-        "loop": (lambda: grouped_linear(x, weight, counts), weight),
-        "grouped_mm": (lambda: grouped_linear(x, weight, ends), weight),
-        "dense": (lambda: x @ one_weight.t(), one_weight),
-    }
-    flops = 3 * 2 * experts * rows * inputs * outputs
-    rates: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds + 1):
-        for name, (arm, parameter) in arms.items():
-            rates[name].append(flops / seconds(arm, dy, (x, parameter), device) / 1e9)
-    return {name: values[1:] for name, values in rates.items()}
+def bench_of(options: argparse.Namespace, device):
+    """Sizes and counts as the options and the machine say."""
+    from megatron_coe.benchmark.scale import SCALES
+    from megatron_coe.benchmark.subjects import Bench
+
+    on_gpu = device.type == "cuda"
+    scale = SCALES[options.scale or ("paper" if on_gpu else "cpu")]
+    sizes = ("sequences", "seq_length", "num_layers", "vocab_size")
+    given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    return Bench(
+        presets=options.presets,
+        scale=dataclasses.replace(scale, **given),
+        device=device,
+        rounds=options.rounds or (50 if on_gpu else 10),
+        warmup=options.warmup,
+        clock=options.clock,
+        profiles=options.profiles,
+        steps=options.steps,
+        variants=variants_of(options.vary),
+        changes=tuple(options.set),
+    )
 
 
-def seconds(
-    arm: Callable[[], torch.Tensor],
-    dy: torch.Tensor,
-    leaves: tuple[torch.Tensor, ...],
-    device: torch.device,
-) -> float:
-    """Wall time of one forward and backward pass."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    torch.autograd.grad(arm(), leaves, dy)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):,.0f} ({min(values):,.0f} … {max(values):,.0f})"
+def variants_of(varied: list[str]) -> tuple[tuple[str, ...], ...]:
+    """Every combination of the values given, as overrides of settings."""
+    choices = []
+    for text in varied:
+        key, equals, values = text.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"--vary {text!r}: must have the form section.key=A,B")
+        choices.append([f"{key}={SWITCH.get(value, value)}" for value in values.split(",")])
+    return tuple(product(*choices)) if choices else ()
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, interrupted="interrupted"))

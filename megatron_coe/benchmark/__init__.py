@@ -1,0 +1,1 @@
+"""What the model costs in time and memory, beside what it could cost: see docs/performance.md."""

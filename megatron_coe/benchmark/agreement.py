@@ -1,0 +1,43 @@
+"""Arms that claim to compute the same are held to it: a wrong layer's speed is worth nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest ||a - b|| / ||b||. Arms sum in other orders, and now and then a tie between two experts
+falls the other way: one token of thousands then differs wholly."""
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """||ours - theirs|| / ||theirs||; 0 where both are zero."""
+    gap = torch.linalg.vector_norm(ours.double() - theirs.double())
+    norm = torch.linalg.vector_norm(theirs.double())
+    return float(gap / norm) if norm > 0 else float(gap)
+
+
+def check_agreement(
+    names: tuple[str, str], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The relative difference of each value that both arms name.
+
+    Raises:
+        ValueError: one is larger than the tolerance of its dtype (fp32: 1e-3, bf16: 5e-2), or they
+            have nothing in common.
+    """
+    differences = {}
+    for name in ours.keys() & theirs.keys():
+        value = difference(ours[name], theirs[name])
+        tolerance = TOLERANCES.get(ours[name].dtype, max(TOLERANCES.values()))
+        if not value <= tolerance:  # nan too
+            raise ValueError(
+                f"arms {names[0]!r} and {names[1]!r} do not compute the same: {name} differs by "
+                f"{value:.1e} of its norm, allowed is {tolerance:.0e}"
+            )
+        differences[name] = value
+    if not differences:
+        raise ValueError(f"arms {names[0]!r} and {names[1]!r} have no value in common to compare")
+    return differences

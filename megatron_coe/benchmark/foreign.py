@@ -1,0 +1,164 @@
+"""The same mixture of experts by transformers, whose `grouped_mm` experts are its fastest on a CPU.
+
+Both sides are one model: this package's with one iteration and the stream's residual is
+`deepseek_v2`, and here they even share their weights' memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_coe.benchmark.layers import BACKWARD, FORWARD
+from megatron_coe.benchmark.steps import RandomTokens
+from megatron_coe.benchmark.timing import Arm, Lap
+from megatron_coe.conversion.config import to_deepseek_v2_config
+from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training import setup
+from megatron_coe.training.model import build_provider
+from megatron_coe.training.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV2ForCausalLM
+
+CHANGES = ("model.coe_residual=outer", "model.moe_aux_loss_coeff=0.0")
+"""What makes a preset of one iteration the model that transformers has: it trains no balance."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models and the batch that both take."""
+
+    provider: CoEModelProvider
+    ours: torch.nn.Module
+    theirs: DeepseekV2ForCausalLM
+    tokens: Tensor
+    """[B, S], as `labels`."""
+    labels: Tensor
+
+    def arms(self) -> list[Arm]:
+        """Forward with loss, and backward; the update is left out on both sides."""
+        count = self.tokens.numel()
+        flops = count * self.provider.flops_per_token(self.provider.seq_length)
+        return [
+            Arm("MoE(8/64)", lambda lap: self._run(self._our_loss, lap), self._clear, flops, count),
+            Arm(
+                "transformers deepseek_v2, grouped_mm",
+                lambda lap: self._run(self._their_loss, lap),
+                self._clear,
+                flops,
+                count,
+            ),
+        ]
+
+    def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Of both: the loss and three gradients that all the others feed into."""
+        for arm in self.arms():
+            arm.prepare()
+            arm.run(lambda part: None)
+        ours = dict(self.ours.module.named_parameters())
+        theirs = dict(self.theirs.named_parameters())
+        names = (
+            ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+            ("decoder.layers.0.mlp.experts.linear_fc1.weight", f"{_LAYER}0.mlp.experts.{_UP}"),
+            ("decoder.layers.0.mlp.router.0.weight", f"{_LAYER}0.mlp.gate.weight"),
+        )
+        with torch.no_grad():
+            losses = {"loss": self._our_loss()}, {"loss": self._their_loss()}
+        return (
+            losses[0] | {name: ours[name].main_grad for name, _ in names},
+            losses[1] | {name: theirs[other].grad for name, other in names},
+        )
+
+    def _clear(self) -> None:
+        self.theirs.zero_grad(set_to_none=True)
+
+    def _run(self, loss_of, lap: Lap) -> None:
+        if loss_of == self._our_loss:
+            self.ours.zero_grad_buffer()  # within the time: theirs needs none
+        loss = loss_of()
+        lap(FORWARD)
+        loss.backward()
+        lap(BACKWARD)
+
+    def _our_loss(self) -> Tensor:
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        positions = positions.expand_as(self.tokens)
+        losses_BS = self.ours(self.tokens, positions, None, labels=self.labels)
+        return losses_BS.float().mean()
+
+    def _their_loss(self) -> Tensor:
+        return self.theirs(
+            input_ids=self.tokens,
+            labels=self.labels,
+            shift_labels=self.labels,  # shifted already
+            use_cache=False,
+        ).loss
+
+
+_LAYER, _UP = "model.layers.", "gate_up_proj"
+
+
+def build_pair(settings: Settings, device: torch.device) -> Pair:
+    """Both models with one set of weights.
+
+    Raises: ValueError: transformers is not installed, or has no choice of experts.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, DeepseekV2Config
+    except ImportError as error:
+        raise ValueError(
+            "the comparison with transformers needs its version 5: pip install "
+            "'megatron_coe[hf]', or leave '--what transformers' out"
+        ) from error
+    setup.seed_everything(settings.train.seed)
+    provider = build_provider(settings, device)
+    (ours,) = setup.build_model(provider, settings.parallel, device)
+    keys = to_deepseek_v2_config(provider) | {"vocab_size": provider.padded_vocab_size}
+    config = DeepseekV2Config(**{k: v for k, v in keys.items() if k != "model_type"})
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+    _share_weights(ours.module, theirs, provider.num_layers)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)
+    dataset = RandomTokens(provider)
+    items = [dataset[index] for index in range(settings.train.micro_batch_size)]
+    tokens, labels = (torch.stack([i[k] for i in items]).to(device) for k in ("tokens", "labels"))
+    return Pair(provider, ours.train(), theirs.train(), tokens, labels)
+
+
+def _share_weights(ours: torch.nn.Module, theirs: torch.nn.Module, num_layers: int) -> None:
+    """Give transformers' model, made on meta, this package's weights."""
+    weights = dict(ours.named_parameters())
+    state = {
+        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"],
+        "model.norm.weight": weights["decoder.final_layernorm.weight"],
+        "lm_head.weight": weights["output_layer.weight"],
+    }
+    for index in range(num_layers):
+        source, target = f"decoder.layers.{index}.", f"{_LAYER}{index}."
+        for name, other in _NAMES.items():
+            state[target + other] = weights[source + name]
+        gate, up = weights[f"{source}mlp.shared_experts.linear_fc1.weight"].chunk(2)
+        state[f"{target}mlp.shared_experts.gate_proj.weight"] = gate
+        state[f"{target}mlp.shared_experts.up_proj.weight"] = up
+    detached = {name: torch.nn.Parameter(weight.detach()) for name, weight in state.items()}
+    theirs.load_state_dict(detached, strict=True, assign=True)
+
+
+_NAMES = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+    "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.router.0.weight": "mlp.gate.weight",
+    "mlp.experts.linear_fc1.weight": f"mlp.experts.{_UP}",
+    "mlp.experts.linear_fc2.weight": "mlp.experts.down_proj",
+    "mlp.shared_experts.linear_fc2.weight": "mlp.shared_experts.down_proj.weight",
+}
+"""Weights of a layer here, and of transformers' `deepseek_v2`; both lie the same way."""

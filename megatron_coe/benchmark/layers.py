@@ -1,0 +1,236 @@
+"""The layer by itself as arms: this package's, Megatron's own called C times, and their ceiling.
+
+All are set up as they are trained: wrapped by Megatron's `DistributedDataParallel`, whose gradient
+buffer every weight gradient ends in. Arms that compute the same share their weights' memory, so
+that they must agree.
+
+Axis letters: S sequence, B batch, T = S * B tokens, H hidden, N routed experts, K chosen per token
+and iteration, C iterations, F feed-forward size of an expert, R = T * K rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megatron_coe.backends import resolve_backend
+from megatron_coe.benchmark.timing import Arm, Lap
+from megatron_coe.config import CoEConfig
+from megatron_coe.moe.experts import GroupedExperts
+from megatron_coe.moe.layer import CoELayer
+from megatron_coe.provider import CoEModelProvider
+from megatron_coe.sizes import ffn_params, moe_work
+from megatron_coe.specs import get_coe_decoder_block_spec
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+class StockChain(torch.nn.Module):
+    """Megatron's `MoELayer` over `SequentialMLP`, called C times with a residual: no CoE code."""
+
+    def __init__(self, config: CoEConfig) -> None:
+        super().__init__()
+        spec = get_moe_module_spec_for_backend(
+            LocalSpecProvider(), num_experts=config.num_moe_experts, moe_grouped_gemm=False
+        )
+        self.iterations = config.coe_iterations
+        self.layer: MoELayer = build_module(spec, config=replace(config))
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        for _ in range(self.iterations):
+            x_SBH = x_SBH + self.layer(x_SBH)[0]
+        return x_SBH
+
+    def share_weights(self, layer: CoELayer) -> None:
+        """Take the storage of a CoE layer's weights, and let all its routers use one's."""
+        for router in layer.router:
+            router.weight.data = self.layer.router.weight.data
+        self.share_experts(layer.experts)
+        if layer.use_shared_expert:
+            for name in ("linear_fc1", "linear_fc2"):
+                ours = getattr(layer.shared_experts, name)
+                getattr(self.layer.shared_experts, name).weight.data = ours.weight.data
+
+    def share_experts(self, experts: GroupedExperts) -> None:
+        """Take the storage of grouped experts' weights."""
+        for index, expert in enumerate(self.layer.experts.local_experts):
+            expert.linear_fc1.weight.data = experts.linear_fc1.weight.data[index]
+            expert.linear_fc2.weight.data = experts.linear_fc2.weight.data[index]
+
+
+def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
+    """A CoE layer as the model's specs have it, of no model: its balance is logged nowhere."""
+    block = get_coe_decoder_block_spec(provider, resolve_backend(provider.backend))
+    layer = build_module(block.layer_specs[0].submodules.mlp, config=provider)
+    return layer.to(device, provider.params_dtype)
+
+
+def build_stock(provider: CoEModelProvider, device: torch.device) -> StockChain:
+    """Megatron's layer of the same sizes; its residual is that of mode `inner`."""
+    if provider.coe_residual != "inner":
+        raise ValueError(f"coe_residual={provider.coe_residual!r}: the stock chain has 'inner'")
+    return StockChain(provider).to(device, provider.params_dtype)
+
+
+@dataclass(frozen=True)
+class PassArm:
+    """A module under training, its inputs and the gradients of its outputs."""
+
+    name: str
+    module: DistributedDataParallel
+    xs: tuple[Tensor, ...]
+    """Inputs whose gradients are asked for."""
+    dys: tuple[Tensor, ...]
+    flops: int
+    tokens: int
+    forward: Callable[..., tuple[Tensor, ...]]
+    """Calls the module on the inputs."""
+
+    def arm(self) -> Arm:
+        """Forward and backward, apart."""
+        return Arm(self.name, self.run, self.prepare, self.flops, self.tokens)
+
+    def prepare(self) -> None:
+        """No gradients; and balance losses weigh as they are, whatever a training step left."""
+        self.module.zero_grad_buffer()
+        for x in self.xs:
+            x.grad = None
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.xs[0].device))
+
+    def run(self, lap: Lap) -> None:
+        ys = self.forward(self.module, *self.xs)
+        lap(FORWARD)
+        torch.autograd.backward(ys, self.dys)
+        lap(BACKWARD)
+
+    def work(self) -> None:
+        """A run with nobody looking at the clock."""
+        self.prepare()
+        self.run(lambda part: None)
+
+    def result(self) -> dict[str, Tensor]:
+        """Outputs, and gradients of the inputs, of one run."""
+        self.prepare()
+        ys = self.forward(self.module, *self.xs)
+        torch.autograd.backward(ys, self.dys)
+        outputs = {f"output {i}": y.detach() for i, y in enumerate(ys)}
+        return outputs | {f"gradient of input {i}": x.grad for i, x in enumerate(self.xs)}
+
+
+def under_training(module: torch.nn.Module, provider: CoEModelProvider) -> DistributedDataParallel:
+    """Wrapped as `megatron_coe.training.setup.build_model` wraps a model."""
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=provider.bf16)
+    return DistributedDataParallel(config=provider, ddp_config=config, module=module)
+
+
+def layer_arm(
+    name: str,
+    module: CoELayer | StockChain,
+    provider: CoEModelProvider,
+    batch: tuple[Tensor, Tensor],
+) -> PassArm:
+    """A whole layer as an arm, on x [S, B, H] and the gradient of its output."""
+
+    def forward(module: torch.nn.Module, x_SBH: Tensor) -> tuple[Tensor, ...]:
+        output = module(x_SBH)
+        return (output[0] if isinstance(output, tuple) else output,)
+
+    x, dy = batch
+    tokens = x.shape[0] * x.shape[1]
+    flops = 6 * moe_work(provider).macs * tokens
+    x = x.clone().requires_grad_()
+    return PassArm(name, under_training(module, provider), (x,), (dy,), flops, tokens, forward)
+
+
+def random_batch(
+    provider: CoEModelProvider, sequences: int, device: torch.device, seed: int = 1
+) -> tuple[Tensor, Tensor]:
+    """x [S, B, H] of unit variance, as a norm leaves it, and a gradient of the same shape."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (provider.seq_length, sequences, provider.hidden_size)
+    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    return x.to(device, provider.params_dtype), dy.to(device, provider.params_dtype)
+
+
+# --- routed experts alone -------------------------------------------------------------------------
+
+
+def expert_flops(config: CoEConfig, rows: int) -> int:
+    """Forward and backward of the routed experts on R rows: two products each way per weight."""
+    return 6 * rows * ffn_params(config, config.moe_ffn_hidden_size)
+
+
+def natural_counts(config: CoEConfig, tokens: int, seed: int = 2) -> Tensor:
+    """Rows of each expert [N] as a fresh router divides T tokens: even, but for chance."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, config.num_moe_experts, generator=generator)
+    chosen = scores.topk(config.moe_router_topk, dim=1).indices
+    return torch.bincount(chosen.flatten(), minlength=config.num_moe_experts)
+
+
+def experts_arm(
+    name: str,
+    experts: torch.nn.Module,
+    provider: CoEModelProvider,
+    tokens: int,
+    device: torch.device,
+) -> PassArm:
+    """The routed experts in C passes, each over rows of its own that are sorted already."""
+    rows = tokens * provider.moe_router_topk
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, provider.params_dtype)
+
+    iterations = range(provider.coe_iterations)
+    xs = tuple(random(rows, provider.hidden_size).requires_grad_() for _ in iterations)
+    dys = tuple(random(rows, provider.hidden_size) for _ in iterations)
+    probs = torch.rand(rows, generator=generator).to(device)
+    counts = natural_counts(provider, tokens).to(device)
+
+    def forward(experts: torch.nn.Module, *xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(experts(x_RH, counts, probs)[0] for x_RH in xs)
+
+    flops = expert_flops(provider, len(xs) * rows)
+    return PassArm(name, under_training(experts, provider), xs, dys, flops, tokens, forward)
+
+
+def dense_arm(provider: CoEModelProvider, tokens: int, device: torch.device) -> Arm:
+    """The ceiling: as many multiplications as the routed experts', in products of all rows at once.
+
+    Nothing but `torch.mm`, into memory that is there already: up and gate, down, and for each the
+    gradients of its input and of its weight.
+    """
+    rows, width = tokens * provider.moe_router_topk, provider.hidden_size
+    ffn, passes = provider.moe_ffn_hidden_size, range(provider.coe_iterations)
+    up_width = ffn_params(provider, ffn) // width - ffn  # 2F with a gate, F without
+
+    def matrices(*shapes: tuple[int, int]) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(s, device=device, dtype=provider.params_dtype) for s in shapes)
+
+    shapes = ((rows, width), (rows, up_width), (rows, ffn), (up_width, width), (width, ffn))
+    x_RH, hidden_RU, active_RF, up_UH, down_HF = matrices(*shapes)
+    into_RH, into_RU, into_RF, into_UH, into_HF = matrices(*shapes)
+
+    def run(lap: Lap) -> None:
+        for _ in passes:
+            torch.mm(x_RH, up_UH.t(), out=into_RU)
+            torch.mm(active_RF, down_HF.t(), out=into_RH)
+        lap(FORWARD)
+        for _ in passes:
+            torch.mm(x_RH, down_HF, out=into_RF)
+            torch.mm(x_RH.t(), active_RF, out=into_HF)
+            torch.mm(hidden_RU, up_UH, out=into_RH)
+            torch.mm(hidden_RU.t(), x_RH, out=into_UH)
+        lap(BACKWARD)
+
+    return Arm("dense matmul", run, flops=expert_flops(provider, len(passes) * rows), tokens=tokens)

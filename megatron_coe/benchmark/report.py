@@ -1,0 +1,187 @@
+"""Results as JSON with every sample, as Markdown tables, and beside the ratios to reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from megatron_coe.benchmark.timing import Samples, Spread
+
+PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "triton")
+
+
+@dataclass
+class Outcome:
+    """What a subject has found."""
+
+    subject: str
+    title: str
+    header: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    figures: dict[str, Spread] = field(default_factory=dict)
+    """By the names that TARGETS look for."""
+    samples: Samples = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
+    """Whatever else belongs into the JSON file."""
+    further: list[Outcome] = field(default_factory=list)
+    """More tables of the same subject."""
+
+    def markdown(self) -> str:
+        """The title and the table, then the further ones."""
+        parts = [f"**{self.title}**", "", table(self.header, self.rows)]
+        for other in self.further:
+            parts += ["", other.markdown()]
+        return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio to reach: a row of the report's last table."""
+
+    title: str
+    figure: str
+    must_cpu: float | None
+    must_gpu: float | None
+    stretch_cpu: float | None
+    stretch_gpu: float | None
+    at_most: bool
+    """Whether less is better."""
+    command: str
+    """The subject that measures it, as `--what` takes it."""
+
+    def bounds(self, on_gpu: bool) -> tuple[float | None, float | None]:
+        """(must, stretch) on such a device; None where it is nobody's target there."""
+        if on_gpu:
+            return self.must_gpu, self.stretch_gpu
+        return self.must_cpu, self.stretch_cpu
+
+
+TARGETS = (
+    Target("step time CoE-2(4/64) / MoE(8/64)", "step", 1.10, 1.10, 1.06, 1.06, True, "step"),
+    Target("step time CoE-2(3+1) / MoE(7+1)", "matched", 1.07, 1.07, 1.03, 1.03, True, "matched"),
+    Target(
+        "CoE layer: speed-up over stock MoELayer + SequentialMLP called C times",
+        *("layer", 1.2, 1.5, 1.5, 2.3, False, "layer"),
+    ),
+    Target(
+        "routed experts' rate / dense matmul's rate",
+        *("experts", 0.65, 0.35, 0.80, 0.50, False, "experts"),
+    ),
+    Target("peak memory CoE / MoE", "memory", 1.07, 1.07, 1.04, 1.04, True, "memory"),
+    Target(
+        "seconds for 1,000 steps of CoE-2(4/64), V = 102,400, one H200",
+        *("long", None, 150.0, None, 100.0, True, "long --scale paper"),
+    ),
+    Target(
+        "synchronisations per step",
+        *("synchronisations", None, 4, None, 0, True, "synchronisations"),
+    ),
+    Target(
+        "EP > 1: exposed share of communication in a step",
+        *("parallel", None, 0.10, None, 0.05, True, "parallel, under torchrun"),
+    ),
+    Target(
+        "tokens/s over transformers' deepseek_v2 MoE(8/64) with grouped_mm, fp32",
+        *("transformers", 1.2, None, 1.5, None, False, "transformers"),
+    ),
+)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def target_table(figures: dict[str, Spread], on_gpu: bool) -> str:
+    """Every target with what was measured here; what was not is said so."""
+    rows = []
+    for target in TARGETS:
+        must, stretch = target.bounds(on_gpu)
+        found = figures.get(target.figure)
+        verdict = ""
+        if found is None:
+            gpu_only = target.must_cpu is None and not on_gpu
+            shown = "not measured" + (" (needs a GPU)" if gpu_only else "")
+        else:
+            shown = found.text()
+            verdict = _verdict(found.median, must, stretch, target.at_most)
+        sign = "<=" if target.at_most else ">="
+        bounds = [f"{sign} {bound:g}" if bound is not None else "" for bound in (must, stretch)]
+        rows.append([target.title, *bounds, shown, verdict, f"`--what {target.command}`"])
+    return table(["ratio", "must", "stretch", "measured", "", "command"], rows)
+
+
+def _verdict(value: float, must: float | None, stretch: float | None, at_most: bool) -> str:
+    def reached(bound: float | None) -> bool:
+        return bound is not None and (value <= bound if at_most else value >= bound)
+
+    if must is None:
+        return ""
+    return "stretch" if reached(stretch) else "must" if reached(must) else "missed"
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """What it was measured on."""
+    found: dict[str, object] = {
+        "platform": platform.platform(),
+        "processor": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(load, 2) for load in os.getloadavg()],
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' that matter, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(repository: Path) -> str:
+    """The commit checked out, with `+` where files differ from it; `unknown` without git."""
+    try:
+        name = _git(repository, "rev-parse", "--short", "HEAD")
+        changed = _git(repository, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed else "")
+
+
+def write_json(path: Path, heading: dict[str, object], outcomes: list[Outcome]) -> None:
+    """Everything, with every sample."""
+    document = {**heading, "outcomes": [asdict(outcome) for outcome in outcomes]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _git(repository: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(repository), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,84 @@
+"""The paper's models in a size that a machine can hold and a round can afford."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training.checks import check_values
+from megatron_coe.training.model import build_provider
+from megatron_coe.training.settings import Settings, load_settings
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a measurement. H, F, N, heads are the presets' own unless `overrides` say else.
+
+    The proportion of the head to the layers decides how much the chain shows in a whole step: the
+    paper's 4 layers with 102,400 ids are a layer for every 25,600, with 32,000 one for every 8,000.
+    """
+
+    sequences: int
+    seq_length: int
+    num_layers: int
+    vocab_size: int
+    overrides: tuple[str, ...] = ()
+    """`section.key=value`, laid over the preset last."""
+
+    @property
+    def tokens(self) -> int:
+        """T of a step, which is one micro-batch."""
+        return self.sequences * self.seq_length
+
+
+TINY = (
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.kv_lora_rank=32",
+    "model.qk_head_dim=16",
+    "model.qk_pos_emb_head_dim=16",
+    "model.v_head_dim=16",
+    "model.moe_ffn_hidden_size=32",
+    "model.moe_shared_expert_intermediate_size=32",
+)
+
+SCALES = {
+    "paper": Scale(64, 512, 4, 102_400),
+    "paper-32k": Scale(64, 512, 4, 32_000),
+    "cpu": Scale(4, 512, 1, 25_600),
+    "cpu-32k": Scale(4, 512, 1, 8_000),
+    "tiny": Scale(2, 32, 1, 128, TINY),
+}
+"""`paper` needs a large GPU; `cpu` is its width and proportions with a sixteenth of its tokens."""
+
+
+def preset_settings(preset: Path, scale: Scale, *changes: str) -> Settings:
+    """A preset of examples/paper at that scale, `changes` winning over both.
+
+    Raises: ValueError, OSError: as `load_settings`.
+    """
+    settings = load_settings(
+        preset,
+        [
+            f"model.num_layers={scale.num_layers}",
+            f"model.seq_length={scale.seq_length}",
+            f"model.vocab_size={scale.vocab_size}",
+            "model.backend=torch",
+            f"train.micro_batch_size={scale.sequences}",
+            f"train.global_batch_size={scale.sequences}",
+            "train.deterministic=false",
+            "checkpoint.save=null",
+            *scale.overrides,
+            *changes,
+        ],
+    )
+    check_values(settings)
+    return settings
+
+
+def preset_provider(settings: Settings, device: torch.device) -> CoEModelProvider:
+    """The model of `preset_settings`, its vocabulary as large as the scale says."""
+    return build_provider(settings, device)

@@ -1,0 +1,96 @@
+"""Whole training steps as arms: the `Trainer` that `pretrain_coe.py` runs, on random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch.utils.data import Dataset
+
+from megatron_coe.benchmark.timing import Arm, Lap
+from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training import setup
+from megatron_coe.training.batches import BatchSource
+from megatron_coe.training.checkpoint import Progress
+from megatron_coe.training.loop import Trainer
+from megatron_coe.training.model import build_provider
+from megatron_coe.training.settings import Settings
+
+GRADIENTS, OPTIMIZER = "gradients", "optimizer"
+"""The two parts of a step: forward and backward; and the update with its clipping."""
+
+
+class RandomTokens(Dataset):
+    """Sequences of uniformly random ids, each a function of its number, without padding."""
+
+    def __init__(self, provider: CoEModelProvider, seed: int = 0) -> None:
+        self.vocab_size, self.seq_length = provider.vocab_size, provider.seq_length
+        self.seed = seed
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
+        ids = torch.randint(self.vocab_size, (self.seq_length + 1,), generator=generator)
+        return {
+            "tokens": ids[:-1],
+            "labels": ids[1:],
+            "loss_mask": torch.ones(self.seq_length),
+            "position_ids": torch.arange(self.seq_length),
+        }
+
+
+@dataclass(frozen=True)
+class StepArm:
+    """A model in training, and its step as an arm."""
+
+    name: str
+    trainer: Trainer
+    provider: CoEModelProvider
+    tokens: int
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The first model chunk, as it is wrapped for data parallelism."""
+        return self.trainer.trainee.chunks[0]
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward; the update is not counted, as is usual."""
+        return self.tokens * self.provider.flops_per_token(self.provider.seq_length)
+
+    def arm(self) -> Arm:
+        """The step in two parts, the second beginning where the optimizer is called."""
+        return Arm(self.name, self._run, flops=self.flops, tokens=self.tokens)
+
+    def _run(self, lap: Lap) -> None:
+        optimizer = self.trainer.trainee.optimizer
+        update = type(optimizer).step
+
+        def step() -> object:
+            lap(GRADIENTS)
+            return update(optimizer)
+
+        optimizer.step = step  # on this object only, and only while its step is timed
+        try:
+            self.trainer.step()
+        finally:
+            del optimizer.step
+        lap(OPTIMIZER)
+
+
+def build_step(name: str, settings: Settings, device: torch.device) -> StepArm:
+    """A freshly initialised model in training; Megatron's parallel groups must be there."""
+    setup.seed_everything(settings.train.seed)
+    provider = build_provider(settings, device)
+    trainee = setup.build_trainee(provider, settings, device)
+    source = BatchSource(
+        RandomTokens(provider),
+        settings.train.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        device,
+    )
+    trainer = Trainer(settings, trainee, source, None, Progress(), None)
+    replicas = parallel_state.get_data_parallel_world_size()
+    tokens = settings.train.global_batch_size * provider.seq_length // replicas
+    return StepArm(name, trainer, provider, tokens)

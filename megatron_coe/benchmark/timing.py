@@ -1,0 +1,152 @@
+"""Arms that take turns in one process, and what their times say about one another.
+
+A shared machine is faster one minute and slower the next. Arms that take turns see the same
+minutes, so a ratio is formed within each round and its median is reported, with its quartiles;
+plain seconds stand beside it for orientation only.
+
+Where other work takes turns with this process on the same core, the wall's seconds are also the
+others'. For one thread there is a clock without them: the processor time of this process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+Lap = Callable[[str], None]
+"""Ends a part of an arm's run, under that name."""
+
+Samples = dict[str, dict[str, list[float]]]
+"""Seconds of each part of each arm, a value per round: `samples[arm][part]`."""
+
+CLOCKS: dict[str, Callable[[], float]] = {
+    "wall": time.perf_counter,
+    "processor": time.process_time,
+}
+"""What seconds are on a CPU; on a GPU they are always the stream's."""
+
+TOTAL = "total"
+"""The name of the sum of an arm's parts."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared.
+
+    Args:
+        run: does the work, and calls its argument at the end of each part.
+        prepare: what must be done before each run and is not timed.
+        flops: floating-point operations of a run; 0 where nobody asks for a rate.
+        tokens: of a run.
+    """
+
+    name: str
+    run: Callable[[Lap], None]
+    prepare: Callable[[], None] = field(default=lambda: None)
+    flops: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a list of samples, with its ends."""
+
+    median: float
+    lower: float
+    upper: float
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Raises: ValueError for no values at all."""
+        if not values:
+            raise ValueError("no samples: give --rounds at least 1")
+        if len(values) == 1:
+            return cls(*[values[0]] * 5)
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper, min(values), max(values))
+
+    def text(self, digits: int = 3) -> str:
+        """Median, and the quartiles in brackets."""
+        shown = (f"{value:,.{digits}f}" for value in (self.median, self.lower, self.upper))
+        return "{} ({} … {})".format(*shown)
+
+
+class Stopwatch:
+    """Seconds between laps: of a clock on a CPU, of the stream on a GPU."""
+
+    def __init__(self, device: torch.device, clock: str = "wall") -> None:
+        self._on_gpu = device.type == "cuda"
+        self._now = CLOCKS[clock]
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Nothing that was asked for earlier is still under way when the time begins."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._marks = []
+        self.lap("")
+
+    def lap(self, name: str) -> None:
+        """End the part `name`. On a GPU its end is marked in the stream, without waiting for it."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, self._now()))
+
+    def stop(self) -> dict[str, float]:
+        """Seconds of each part since `start`, and of all."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+            seconds[name] = seconds.get(name, 0.0) + self._between(begin, end)
+        return {**seconds, TOTAL: sum(seconds.values())}
+
+    def _between(self, begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+        if self._on_gpu:
+            return begin.elapsed_time(end) / 1e3  # it counts milliseconds
+        return end - begin
+
+
+def interleave(
+    arms: Sequence[Arm],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    clock: str = "wall",
+) -> Samples:
+    """Run each arm once per round, the first `warmup` rounds without counting them.
+
+    Each round begins with another arm, so that none always follows the same one.
+    """
+    samples: Samples = {arm.name: {} for arm in arms}
+    watch = Stopwatch(device, clock)
+    for index in range(-warmup, rounds):
+        first = index % len(arms)
+        for arm in [*arms[first:], *arms[:first]]:
+            arm.prepare()
+            watch.start()
+            arm.run(watch.lap)
+            seconds = watch.stop()
+            for part, value in seconds.items() if index >= 0 else ():
+                samples[arm.name].setdefault(part, []).append(value)
+    return samples
+
+
+def ratio(samples: Samples, arm: str, to: str, part: str = TOTAL) -> Spread:
+    """The time of `arm` over that of `to`, formed within each round."""
+    pairs = zip(samples[arm][part], samples[to][part], strict=True)
+    return Spread.of([ours / theirs for ours, theirs in pairs])
+
+
+def rate(samples: Samples, arm: Arm, part: str = TOTAL) -> Spread:
+    """GFLOP/s of an arm."""
+    return Spread.of([arm.flops / seconds / 1e9 for seconds in samples[arm.name][part]])
