@@ -10,6 +10,7 @@ Axis letters: S sequence, B batch, H hidden, C iterations.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from megatron_coe.config import CoEConfig
 from megatron_coe.moe.dispatcher import LocalDispatcher
+from megatron_coe.moe.experts import GroupedExperts
 
 
 class CoELayer(MoELayer):
@@ -86,17 +88,25 @@ class CoELayer(MoELayer):
 
         residual, upcycled = self.config.coe_residual, self.config.coe_upcycled
         x_0 = x = hidden_states
-        for t in range(self.config.coe_iterations):
-            update = self._iterate(t, x, padding_mask)
-            if upcycled and t > 0:
-                x = x + self.coe_weights[str(t)] * update
-            elif residual in ("inner", "inner_outer"):
-                x = x + update
-            elif residual == "addinit":
-                x = x_0 + update
-            else:  # "outer", "none"
-                x = update
+        with self._experts_chained():
+            for t in range(self.config.coe_iterations):
+                update = self._iterate(t, x, padding_mask)
+                if upcycled and t > 0:
+                    x = x + self.coe_weights[str(t)] * update
+                elif residual in ("inner", "inner_outer"):
+                    x = x + update
+                elif residual == "addinit":
+                    x = x_0 + update
+                else:  # "outer", "none"
+                    x = update
         return x, None
+
+    def _experts_chained(self) -> AbstractContextManager[None]:
+        """Let the iterations share what `GroupedExperts.chained` says. An iteration that is
+        recomputed by itself is one in a graph of its own, and shares nothing."""
+        if isinstance(self.experts, GroupedExperts) and not self.moe_layer_recompute:
+            return self.experts.chained(self.config.coe_iterations)
+        return nullcontext()
 
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
