@@ -25,6 +25,8 @@ from megatron_coe.data.records import check_inputs, question_prompt, read_values
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed={options.seed}: give a number from 0 to {2**32 - 1}")
     examples = read_examples(options)
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")

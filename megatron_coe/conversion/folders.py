@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_coe.conversion.config import Config
-from megatron_coe.data.files import partial_path
+from megatron_coe.data.files import naming_errors, partial_path
 
 HF_CONFIG = "config.json"
 
@@ -25,9 +25,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that gets its name on success and is removed on any failure."""
     partial = partial_path(folder)
     try:
-        partial.mkdir(parents=True)
+        with naming_errors(folder):
+            partial.mkdir(parents=True)
         yield partial
-        partial.replace(folder)
+        with naming_errors(folder):
+            partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -36,7 +38,7 @@ def read_json(path: Path) -> Config:
     """Raises: ValueError for a file that is no JSON, or no object; OSError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold an object")

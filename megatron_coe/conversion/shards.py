@@ -55,7 +55,7 @@ class ShardReader:
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 return {name: self.folder / Path(file).name for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{index}: not an index of safetensors files") from error
         if not single.is_file():
             raise ValueError(f"{self.folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")

@@ -1,4 +1,4 @@
-"""Megatron's index files: under their name only when they are whole, read only as they were written.
+"""Megatron's index files: named when they are whole, and read only as they were written.
 
 Megatron 0.16.1 writes the index of a data set (which sample stands where) file by file under the
 final names, and later takes whatever it finds there: half a file, or a pickle, which it would run
@@ -7,7 +7,7 @@ every use, has a folder of its own, which is
 
     made        by one rank, under another name, and renamed when it is complete and sealed;
     checked     against its seal (size and SHA-256 of every file) before Megatron opens it, and made
-                anew, with a word about it, when it does not agree: nothing has to be deleted by hand;
+                anew, with a word about it, when it differs: nothing is to be deleted by hand;
     shared      by the ranks of a run, and by runs at the same time: whoever comes second to the
                 renaming takes what is there.
 """

@@ -2,8 +2,8 @@
 
 Megatron asserts or fails deep inside on files that are missing, cut short, damaged or of another
 tokenizer, or reads on in the wrong place; here each of these is one error that names the file.
-Sizes and counts are always checked, contents as far as a quick start allows (`_looks`); what is read
-is checked again when it is read (`CheckedDataset`).
+Sizes and counts are always checked, contents as far as a quick start allows (`_looks`); ids are
+checked again when they are read (`CheckedDataset`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from megatron_coe.training.settings import (
     Settings,
 )
 
-
 LARGEST_SEED = 2**32 - 1  # numpy's
 _LARGEST = 10**12
 _LARGEST_BY_NAME = {"num_layers": 10_000, "coe_iterations": 1_000, "mtp_num_layers": 1_000}

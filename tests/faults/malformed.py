@@ -1,0 +1,20 @@
+"""Malformed settings, command lines and data files: each must be answered in one message.
+
+    python -m tests.faults.malformed [-O] [part of a name …]
+
+The message stands on stderr, names the field or file, its value and the mend; the status is not
+zero; no process group has been made and nothing half written is left.
+"""
+
+from __future__ import annotations
+
+from tests.faults import malformed_data, malformed_settings, malformed_tools
+from tests.faults.commands import Case, main
+
+
+def cases() -> list[Case]:
+    return [*malformed_settings.cases(), *malformed_data.cases(), *malformed_tools.cases()]
+
+
+if __name__ == "__main__":
+    main("tests.faults.malformed")
