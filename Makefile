@@ -2,6 +2,8 @@
 #                   folder and some of its answers, in runs/quickstart
 # make test         the fast tests           make test-all      the slow ones too
 # make lint         style                    make test-mutants  does the suite catch planted faults?
+# make test-faults  kills, signals, damaged checkpoints, hangs, hostile and malformed input, injected
+#                   into real runs; prints the table of docs/reliability.md
 # make test-gpu     what only a GPU can show
 # make parity       every parallel layout against one process      make resharding   checkpoints
 #                   from every layout in every other; both write a table of docs/results.md
@@ -32,7 +34,7 @@ DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
 .PHONY: quickstart test test-all test-gpu test-slurm test-mutants test-transformers-4 test-eval lint clean-quickstart
-.PHONY: parity resharding
+.PHONY: parity resharding test-faults
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
@@ -91,7 +93,7 @@ clean-quickstart:
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-mutants test-transformers-4 test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
+test test-all test-mutants test-faults test-transformers-4 test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
 
 # A file's tests share what they build, so one process takes the whole file.
 SHARED_OUT := -n $(JOBS) --dist loadfile
@@ -111,6 +113,9 @@ test-slurm: $(VENV)/.installed-test
 
 test-mutants: $(VENV)/.installed-test
 	$(PY) tests/mutants/run.py
+
+test-faults: $(VENV)/.installed-test
+	$(PY) -W ignore tests/faults/run.py
 
 # Each in an environment of its own, beside the one that everything else uses.
 test-transformers-4:

@@ -14,6 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_coe.moe.layer import CoELayer
 
 PHASES = {
     "start-up": "megatron_coe.backends:prepare",
@@ -83,3 +88,84 @@ def stall() -> None:
         return slow
 
     wrap(PHASES["step"], around)
+
+
+def loop() -> None:
+    """Never come out of step FAULT_STEP."""
+
+    def around(step: Callable) -> Callable:
+        def endless(trainer: object, *args: object, **kwargs: object) -> object:
+            while _is_due(trainer):
+                time.sleep(0.01)
+            return step(trainer, *args, **kwargs)
+
+        return endless
+
+    wrap(PHASES["step"], around)
+
+
+def fail() -> None:
+    """Raise an error in step FAULT_STEP."""
+
+    def around(step: Callable) -> Callable:
+        def failing(trainer: object, *args: object, **kwargs: object) -> object:
+            if _is_due(trainer):
+                raise RuntimeError("planted")
+            return step(trainer, *args, **kwargs)
+
+        return failing
+
+    wrap(PHASES["step"], around)
+
+
+def not_finite() -> None:
+    """FAULT_VALUE in the first iteration of layer 2, in every attempt at step FAULT_STEP.
+
+    FAULT_PLACE says where: in what the experts give (`output`), or in the router's `gradient`.
+    """
+    value, place = float(os.environ["FAULT_VALUE"]), os.environ["FAULT_PLACE"]
+    due, calls = False, 0
+
+    def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+        bad = tensor.clone()
+        bad.view(-1)[:1] = value
+        return bad
+
+    def enter(chain: object, args: object) -> None:
+        nonlocal calls
+        calls = 0
+
+    def leave(experts: object, args: object, output: tuple) -> tuple | None:
+        nonlocal calls
+        calls += 1
+        return (poisoned(output[0]), *output[1:]) if due and calls == 1 else None
+
+    def around(step: Callable) -> Callable:
+        def bad_step(trainer: Any, *args: object, **kwargs: object) -> object:
+            nonlocal due
+            if _is_due(trainer):
+                chain = _chains(trainer)[1]
+                if place == "output":
+                    chain.register_forward_pre_hook(enter)
+                    chain.experts.register_forward_hook(leave)
+                else:
+                    weight = next(chain.router.parameters())
+                    weight.register_hook(lambda gradient: poisoned(gradient) if due else None)
+            due = _is_due(trainer)
+            try:
+                return step(trainer, *args, **kwargs)
+            finally:
+                due = False
+
+        return bad_step
+
+    wrap(PHASES["step"], around)
+
+
+def _is_due(trainer: Any) -> bool:
+    return trainer.progress.step + 1 == int(os.environ["FAULT_STEP"])
+
+
+def _chains(trainer: Any) -> list[CoELayer]:
+    chunks = trainer.trainee.chunks
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, CoELayer)]

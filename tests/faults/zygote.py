@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -96,21 +97,35 @@ class Process:
 
 
 class Zygote:
-    """The harness's end. Import paths are those of `tree`, a checkout of this repository."""
+    """The harness's end.
 
-    def __init__(self, tree: Path) -> None:
+    Args:
+        tree: a checkout of this repository, whose modules are imported.
+        environment: additional variables for the interpreter, such as PYTHONOPTIMIZE.
+    """
+
+    def __init__(self, tree: Path, environment: Mapping[str, str] | None = None) -> None:
         self._tree = tree
         # Threads that libraries start while they are imported would not survive a fork.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(tree)],
             cwd=tree,
-            env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"},
+            env={
+                **os.environ,
+                **threads,
+                **{"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"},
+                **(environment or {}),
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C is for the harness
         )
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
 
     def __enter__(self) -> Zygote:
         return self
@@ -236,6 +251,7 @@ def _main() -> None:
     sys.path[0:1] = [sys.argv[1], repository]  # the script's folder as ever, and that of plants
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.freeze()  # so that collections of garbage in a fork leave the shared memory alone
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "an import has started a thread, which no fork would have"
     job = _serve()
