@@ -11,6 +11,7 @@ and iteration, C iterations, F feed-forward size of an expert, R = T * K rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -198,7 +199,9 @@ def experts_arm(
     counts = natural_counts(provider, tokens).to(device)
 
     def forward(experts: torch.nn.Module, *xs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(experts(x_RH, counts, probs)[0] for x_RH in xs)
+        chained = getattr(experts.module, "chained", nullcontext)  # Megatron's know no chain
+        with chained(len(xs)):
+            return tuple(experts(x_RH, counts, probs)[0] for x_RH in xs)
 
     flops = expert_flops(provider, len(xs) * rows)
     return PassArm(name, under_training(experts, provider), xs, dys, flops, tokens, forward)

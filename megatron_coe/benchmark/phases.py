@@ -29,7 +29,7 @@ Phases = dict[str, tuple[float, float]]
 """Seconds of each phase in the forward pass (and the update) and in the backward pass."""
 
 
-def targets(model: torch.nn.Module, optimizer: object | None = None) -> Iterator[Target]:
+def targets(model: torch.nn.Module) -> Iterator[Target]:
     """The calls of a model that are phases, by Megatron's names for the parts."""
     for name, module in model.named_modules():
         part = name.rpartition(".")[2]
@@ -44,8 +44,6 @@ def targets(model: torch.nn.Module, optimizer: object | None = None) -> Iterator
             yield module, "forward", "embedding"
         if hasattr(module, "_postprocess"):  # GPTModel: head and loss
             yield module, "_postprocess", "head"
-    if optimizer is not None:
-        yield optimizer, "step", "optimizer"
 
 
 def _layer_targets(layer: MoELayer) -> Iterator[Target]:
@@ -65,9 +63,13 @@ def marked(calls: Iterable[Target]) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, phase in calls:
             method = getattr(owner, name, None)
-            if method is not None:
-                setattr(owner, name, _within(PREFIX + phase, method))
-                stack.callback(owner.__dict__.pop, name)
+            if method is None:
+                continue
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, method)
+            else:
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, _within(PREFIX + phase, method))
         yield
 
 

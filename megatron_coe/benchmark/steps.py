@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
+from megatron_coe.benchmark.phases import GRADIENT_BUFFERS, Target, targets
 from megatron_coe.benchmark.timing import Arm, Lap
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training import setup
@@ -53,6 +54,17 @@ class StepArm:
         """The first model chunk, as it is wrapped for data parallelism."""
         return self.trainer.trainee.chunks[0]
 
+    def calls(self) -> list[Target]:
+        """What of a step is to be told apart."""
+        trainee = self.trainer.trainee
+        calls = list(targets(self.model))
+        calls += [
+            (trainee.optimizer, method, "optimizer")
+            for method in ("prepare_grads", "get_grad_norm", "step_with_ready_grads")
+        ]
+        calls += [(chunk, "zero_grad_buffer", GRADIENT_BUFFERS) for chunk in trainee.chunks]
+        return [*calls, (self.provider, "finalize_model_grads_func", GRADIENT_BUFFERS)]
+
     @property
     def flops(self) -> int:
         """Of forward and backward; the update is not counted, as is usual."""
@@ -64,17 +76,17 @@ class StepArm:
 
     def _run(self, lap: Lap) -> None:
         optimizer = self.trainer.trainee.optimizer
-        update = type(optimizer).step
+        prepare = optimizer.prepare_grads  # Megatron's first call of every update
 
-        def step() -> object:
+        def prepare_grads() -> bool:
             lap(GRADIENTS)
-            return update(optimizer)
+            return prepare()
 
-        optimizer.step = step  # on this object only, and only while its step is timed
+        optimizer.prepare_grads = prepare_grads  # on this object only, while its step is timed
         try:
             self.trainer.step()
         finally:
-            del optimizer.step
+            del optimizer.prepare_grads
         lap(OPTIMIZER)
 
 

@@ -120,7 +120,7 @@ def layer(bench: Bench) -> Outcome:
     outcome.figures["layer"] = ratio(samples, timed[-1].name, timed[0].name)
     outcome.figures["layer coe / moe"] = ratio(samples, timed[0].name, timed[1].name)
     outcome.details["largest difference from stock"] = max(differences.values())
-    work = {arm.name: (arm.work, arm.module) for arm in arms}
+    work = {arm.name: (arm.work, list(phases.targets(arm.module))) for arm in arms}
     if bench.profiles:
         outcome.further.append(_phase_table(bench, work))
     _discard(arm.module for arm in arms)
@@ -295,13 +295,8 @@ def _steps(bench: Bench, subject: str, pair: tuple[str, str]) -> Outcome:
     outcome.figures[subject] = ratio(samples, timed[0].name, last.name)
     outcome.figures[f"{subject} gradients"] = ratio(samples, timed[0].name, last.name, GRADIENTS)
     if bench.profiles:
-        outcome.further.append(
-            _phase_table(
-                bench,
-                {arm.name: (arm.trainer.step, arm.model) for arm in arms},
-                {arm.name: arm.trainer.trainee.optimizer for arm in arms},
-            )
-        )
+        work = {arm.name: (arm.trainer.step, arm.calls()) for arm in arms}
+        outcome.further.append(_phase_table(bench, work))
     _discard(arm.model for arm in arms)
     return outcome
 
@@ -320,13 +315,11 @@ def _pass_table(
 
 def _phase_table(
     bench: Bench,
-    work: dict[str, tuple[Callable[[], None], torch.nn.Module]],
-    optimizers: dict[str, object] | None = None,
+    work: dict[str, tuple[Callable[[], None], Sequence[phases.Target]]],
 ) -> Outcome:
     """Seconds of each phase, the least of several profiled runs."""
     found = {}
-    for name, (run, model) in work.items():
-        calls = list(phases.targets(model, (optimizers or {}).get(name)))
+    for name, (run, calls) in work.items():
         profiles = [phases.measure_phases(run, calls, bench.device) for _ in range(bench.profiles)]
         found[name] = phases.smallest(profiles)
     title = f"Phases: forward + backward, s, the least of {bench.profiles} profiled runs (wall)"
