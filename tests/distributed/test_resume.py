@@ -1,0 +1,36 @@
+"""Three resumes in a row end bitwise where the unbroken run does; ranks agree on what is good."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.launch import launch
+from tests.distributed.layouts import WORLDS
+
+FEW = ["PP2·VPP2", "TP2·EP2·ETP1·DO"]
+ALL = WORLDS[4]
+
+
+def test_three_resumes_of_two_layouts(tmp_path):
+    (one, other) = launch("tests.distributed.resume:differences", 2, str(tmp_path), FEW, True)
+    assert one == other == {layout: [] for layout in FEW}, "layout: what differs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["at_once", "in_the_background"])
+@pytest.mark.parametrize("optimizer", ["", "·DO"], ids=["plain", "distributed_optimizer"])
+def test_three_resumes_of_every_layout_of_four_ranks(tmp_path, optimizer, asynchronous):
+    layouts = [layout + optimizer for layout in ALL]
+    function = "tests.distributed.resume:differences"
+    for rank in launch(function, 4, str(tmp_path), layouts, asynchronous, timeout_s=3600.0):
+        assert rank == {layout: [] for layout in layouts}
+
+
+def test_ranks_agree_on_failures_and_on_damage(tmp_path):
+    ranks = launch("tests.distributed.resume:agreements", 2, str(tmp_path))
+    assert ranks[0] == ranks[1]
+    *failures, damage_is_noticed = ranks[0]
+    for told, *names in failures:
+        assert "step_00000002 was not written: rank 1 on " in told
+        assert names == ["step_00000001", "step_00000001", "step_00000003 step_00000001"]
+    assert damage_is_noticed
