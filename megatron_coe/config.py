@@ -69,10 +69,15 @@ class CoEConfig(MLATransformerConfig):
     through learnable gates a_t [H], which start at zero, where the layer is still that mixture:
     x(1) = f_1(x(0)), x(t) = x(t-1) + a_t * f_t(x(t-1)) for t >= 2, output h + x(C)."""
 
-    coe_local_dispatcher: bool = True
-    """Where a rank holds every expert whole (expert and expert-tensor parallelism of 1), use
-    `megatron_coe.moe.dispatcher.LocalDispatcher` for Megatron's "alltoall". The numbers are the
-    same; False is for comparisons."""
+    coe_own_dispatchers: bool = True
+    """Use those of `megatron_coe.moe.dispatcher` for Megatron's "alltoall": where a rank holds all
+    experts whole, one without communication; where experts are spread over ranks, one whose
+    all-to-alls run under the shared expert. The numbers are the same; False is to compare."""
+
+    coe_merge_weight_gradients: bool = False
+    """Make an expert's weight gradients once for all iterations, from all their rows, instead of
+    once for each. Without effect on Transformer Engine's experts, and where iterations are
+    recomputed by themselves (`recompute_modules` with "moe")."""
 
     vocab_size: int = 0
     """Number of token ids. 0 while it is not known: the tables then count nothing."""
@@ -143,8 +148,18 @@ class CoEConfig(MLATransformerConfig):
             or self.moe_expert_capacity_factor is not None
             or self.moe_router_padding_for_quantization
         )
-        wanted = self.coe_local_dispatcher and self.moe_token_dispatcher_type == "alltoall"
+        wanted = self.coe_own_dispatchers and self.moe_token_dispatcher_type == "alltoall"
         return wanted and one_rank and not dense_map
+
+    @property
+    def dispatches_asynchronously(self) -> bool:
+        """Whether tokens go to other ranks while the shared expert works on its own.
+
+        Megatron's `moe_shared_expert_overlap` is its own way to do so, on CUDA streams.
+        """
+        wanted = self.coe_own_dispatchers and self.moe_token_dispatcher_type == "alltoall"
+        spread = self.expert_model_parallel_size > 1
+        return wanted and spread and not self.moe_shared_expert_overlap
 
     @property
     def padded_vocab_size(self) -> int:

@@ -58,8 +58,8 @@ def add_coe_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--coe-megatron-dispatcher",
         action="store_false",
-        dest="coe_local_dispatcher",
-        help="keep Megatron's all-to-all dispatcher where a rank holds every expert",
+        dest="coe_own_dispatchers",
+        help="dispatch tokens by Megatron's own all-to-all dispatcher",
     )
     group.add_argument(
         "--moe-router-group-score",

@@ -7,7 +7,10 @@ T * K whatever is chosen: one sort of the chosen experts' numbers says where eac
 takes them there and one gather with a sum over K brings them back. Each is the other's adjoint, so
 the backward pass is made of the same two kernels, without atomics: deterministic on a GPU too.
 
-Plugs into megatron/core/transformer/moe/token_dispatcher.py.
+`AsyncDispatcher` is Megatron's all-to-all dispatcher with all-to-alls that can be under way while
+the rank computes.
+
+Plug into megatron/core/transformer/moe/token_dispatcher.py.
 
 Axis letters: T tokens, H hidden, N experts, K chosen, R = T * K rows.
 """
@@ -19,11 +22,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_coe.config import CoEConfig
+from megatron_coe.moe.exchange import Exchange
 
 
 class Order(NamedTuple):
@@ -114,6 +121,39 @@ class LocalDispatcher(MoETokenDispatcher):
         """[T, H] -> [S, B, H], with an overlapped shared expert's output."""
         output = hidden_states.view(self.hidden_shape)
         return output if self.shared_experts is None else output + self.shared_experts.get_output()
+
+
+class AsyncDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's, with rows on their way to other ranks from `token_dispatch` on until
+    `dispatch_postprocess` needs them. The shared expert's work fits in between.
+
+    The rows' way back has nothing to hide under: the next iteration's router needs them.
+    """
+
+    _dispatched: Exchange | None = None
+
+    def token_dispatch(
+        self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The parent's, but what it returns has not arrived."""
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            "before_ep_alltoall", self.tokens_per_expert
+        )
+        self._dispatched = Exchange(self.ep_group, self.output_splits, self.input_splits)
+        return self._dispatched.start(permutated_local_input_tokens, permuted_probs)
+
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The parent's, once the rows are there."""
+        exchange, self._dispatched = self._dispatched, None
+        return super().dispatch_postprocess(*exchange.finish(global_input_tokens, global_probs))
+
+    def token_combine(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        """The parent's, by an exchange that can be measured."""
+        exchange = Exchange(self.ep_group, self.input_splits, self.output_splits)
+        (rows,) = exchange.finish(*exchange.start(hidden_states))
+        return rows
 
 
 class _ToExperts(torch.autograd.Function):

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
 from megatron_coe.config import CoEConfig
-from megatron_coe.moe.dispatcher import LocalDispatcher
+from megatron_coe.moe.dispatcher import AsyncDispatcher, LocalDispatcher
 from megatron_coe.moe.experts import GroupedExperts
 
 
@@ -45,8 +45,7 @@ class CoELayer(MoELayer):
     ) -> None:
         """`later`: what only Megatron's later versions give and take (`is_mtp_layer`, `name`)."""
         super().__init__(config, submodules, layer_number, pg_collection, **later)
-        if config.dispatches_locally:
-            self._dispatch_locally(pg_collection)
+        self._choose_dispatcher(pg_collection or get_default_pg_collection())
         for parameter in self.experts.parameters():
             # Megatron reduces expert gradients over all replicas only if EP > 1; at TP > 1 with
             # EP = ETP = 1 it forgets the TP ranks (tensor_parallel/layers.py, line 829).
@@ -118,12 +117,17 @@ class CoELayer(MoELayer):
         compact = self.config.dispatches_locally
         return self.router(hidden_states, padding_mask, iteration, compact)
 
-    def _dispatch_locally(self, pg_collection: ProcessGroupCollection | None) -> None:
-        overlapped = self.token_dispatcher.shared_experts
-        groups = pg_collection or get_default_pg_collection()
-        self.token_dispatcher = LocalDispatcher(self.config, groups)
-        if overlapped is not None:
-            self.token_dispatcher.set_shared_experts(overlapped)
+    def _choose_dispatcher(self, groups: ProcessGroupCollection) -> None:
+        """Take one of ours in place of the parent's, where there is one for the layout."""
+        if self.config.dispatches_locally:
+            overlapped = self.token_dispatcher.shared_experts
+            self.token_dispatcher = LocalDispatcher(self.config, groups)
+            if overlapped is not None:
+                self.token_dispatcher.set_shared_experts(overlapped)
+        elif self.config.dispatches_asynchronously:
+            self.token_dispatcher = AsyncDispatcher(
+                self.num_local_experts, self.local_expert_indices, self.config, groups
+            )
 
     def _iterate(self, t: int, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """f_t(x(t-1)), recomputed in the backward pass if `recompute_modules` has "moe".
@@ -143,10 +147,13 @@ class CoELayer(MoELayer):
 
     def _experts_pass(self, t: int, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """One pass of Megatron's phases, with router t."""
-        shared_output = self.shared_experts_compute(x)
+        meanwhile = self.config.dispatches_asynchronously
+        shared_output = None if meanwhile else self.shared_experts_compute(x)
         probs, routing_map = self.route(x, padding_mask, iteration=t)
         hidden_states, probs = self.preprocess(x, probs, routing_map)
         dispatched, probs = self.dispatch(hidden_states, probs)
+        if meanwhile:
+            shared_output = self.shared_experts_compute(x)
         output, _ = self.routed_experts_compute(dispatched, probs)
         output = self.combine(output)
         return self.postprocess(output, shared_output)

@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry;
 
 DISPATCHERS = {
     "local": {},
-    "alltoall": {"coe_local_dispatcher": False},
+    "alltoall": {"coe_own_dispatchers": False},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 

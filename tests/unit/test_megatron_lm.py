@@ -22,7 +22,7 @@ def test_a_chain_has_arguments_of_its_own() -> None:
         "coe_residual": "inner",
         "coe_independent_gate": True,
         "coe_upcycled": False,
-        "coe_local_dispatcher": True,
+        "coe_own_dispatchers": True,
         "moe_router_group_score": "sum",
     }
     given = parser.parse_args(["--coe-shared-gate", "--coe-residual", "addinit"])
