@@ -35,9 +35,9 @@ class FileFacts:
     """Hexadecimal."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -58,7 +58,7 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     write_file(temporary, content)
     temporary.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def facts_of(path: Path) -> FileFacts:

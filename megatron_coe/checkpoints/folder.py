@@ -15,7 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_coe.checkpoints.durable import replace_file, sync_folder
+from megatron_coe.checkpoints.durable import replace_file, sync
 
 CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest"
@@ -51,13 +51,13 @@ def partial_folder(folder: Path, step: int) -> Path:
 def publish(folder: Path, step: int) -> Path:
     """Give a whole partial checkpoint its name, and point `latest` at it."""
     partial, final = partial_folder(folder, step), folder / step_name(step)
-    sync_folder(partial)
+    sync(partial)
     replaced = folder / f"{_REMOVED}{final.name}"
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    sync_folder(folder)
+    sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     replace_file(folder / LATEST_FILE, f"{final.name}\n".encode())
     return final
@@ -82,7 +82,7 @@ def restore(folder: Path) -> None:
         final = folder / removed.name.removeprefix(_REMOVED)
         if not final.exists() and (folder / f"{_PARTIAL}{final.name}").exists():
             removed.rename(final)
-            sync_folder(folder)
+            sync(folder)
 
 
 def clean(folder: Path) -> None:
@@ -119,5 +119,5 @@ def _remove(checkpoint: Path) -> None:
     removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
     shutil.rmtree(removed, ignore_errors=True)
     checkpoint.rename(removed)
-    sync_folder(checkpoint.parent)
+    sync(checkpoint.parent)
     shutil.rmtree(removed)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_coe.checkpoints.durable import FileFacts, facts_of, write_file
+from megatron_coe.checkpoints.durable import FileFacts, facts_of, sync, write_file
 from megatron_coe.checkpoints.errors import BadCheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -45,6 +45,20 @@ def describe_folder(folder: Path) -> dict[str, FileFacts]:
     }
 
 
+def sign(folder: Path, step: int) -> None:
+    """Write the manifest of a checkpoint that has none, durably: its content is taken on trust.
+
+    Raises: BadCheckpointError if there is one, which this would overrule.
+    """
+    if (folder / MANIFEST_FILE).exists():
+        raise BadCheckpointError(f"{MANIFEST_FILE} is there already: remove it to overrule it")
+    files = describe_folder(folder)
+    for name in files:
+        sync(folder / name)
+    write_manifest(folder, step, files)
+    sync(folder)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Raises: BadCheckpointError if there is none, or it is not as `write_manifest` left it."""
     path = folder / MANIFEST_FILE
@@ -57,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BadCheckpointError(
             f"{MANIFEST_FILE} is missing, so that nothing in it can be verified; if it was written "
             "by an earlier version or with checkpoint.verify=false and you trust it, load it with "
-            "checkpoint.verify=false"
+            "checkpoint.verify=false, or let tools/verify_checkpoint.py --write-manifest write one"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error

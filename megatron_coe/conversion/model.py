@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_coe.checkpoints.errors import BadCheckpointError
 from megatron_coe.checkpoints.folder import CONFIG_FILE, FORMAT_FILE, LATEST_FILE, find_checkpoints
-from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
+from megatron_coe.checkpoints.manifest import sign
 from megatron_coe.checkpoints.verify import check_checkpoint
 from megatron_coe.conversion.config import to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
@@ -129,7 +129,7 @@ def write_model(model: StoredModel, checkpoint: Path) -> Path:
             settings.data.tokenizer = str(checkpoint / KEPT_FOLDER / TOKENIZER_FOLDER)
         write_checkpoint(step, model.table, model.read, model.provider)
         (step / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-        write_manifest(step, 0, describe_folder(step))
+        sign(step, 0)
         (partial / LATEST_FILE).write_text(STEP_0 + "\n", encoding="utf-8")
     return checkpoint / STEP_0
 

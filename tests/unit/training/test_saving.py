@@ -156,7 +156,7 @@ def test_an_error_at_the_end_leaves_nothing_partial(single_rank, tmp_path, monke
     def fail(folder):
         raise OSError(30, "Read-only file system", str(folder))
 
-    monkeypatch.setattr("megatron_coe.checkpoints.folder.sync_folder", fail)
+    monkeypatch.setattr("megatron_coe.checkpoints.folder.sync", fail)
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
         trainer.save()
     assert not list(tmp_path.iterdir())
