@@ -32,13 +32,8 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset, Subset
 
 from megatron_coe.data import index_cache
-from megatron_coe.data.indexed import (
-    CheckedDataset,
-    DataError,
-    IndexedFile,
-    check_token_ids,
-    inspect,
-)
+from megatron_coe.data.errors import DataError
+from megatron_coe.data.indexed import CheckedDataset, IndexedFile, check_token_ids, inspect
 from megatron_coe.data.tokenizer import Tokenizer
 
 Mode = Literal["packed", "examples"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written until it is complete; the process id keeps two writers apart."""
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """Where `path` is written until it is complete; machine and process keep two writers apart."""
+    return path.with_name(f".{path.name}.partial-{platform.node()}-{os.getpid()}")
 
 
 @contextmanager

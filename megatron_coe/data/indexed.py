@@ -18,6 +18,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from torch.utils.data import Dataset
 
+from megatron_coe.data.errors import DataError
 from megatron_coe.data.tokenizer import Tokenizer
 
 # magic, version, code of the dtype, number of sequences, number of document boundaries
@@ -31,10 +32,6 @@ CHECKED_TOKENS = 1 << 24
 CHECKED_ENTRIES = 1 << 24
 _PIECES = 16
 _FINGERPRINTED_BYTES = 1 << 20
-
-
-class DataError(ValueError):
-    """Data that turned out to be damaged when it was read, in the middle of a run."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import multiprocessing
 
 from megatron_coe.data import index_cache
 from megatron_coe.data.datasets import build_datasets
-from megatron_coe.data.indexed import DataError, inspect
+from megatron_coe.data.errors import DataError
+from megatron_coe.data.indexed import inspect
 from megatron_coe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.faults.payloads import PAYLOADS, Call
 from tests.unit.data.texts import random_texts
@@ -98,30 +97,6 @@ def test_data_written_anew_at_the_same_time_and_size_is_noticed(
     second = inspect(prefix)
     assert (second.stamp[:2], second.tokens) == (first.stamp[:2], first.tokens)
     assert second.stamp != first.stamp
-
-
-def _read(rank: int, folder: Path, prefix: str, model: Path, runs: int) -> None:
-    """Rank `rank % 2` of run `rank // 2`; both ranks of a run share their groups."""
-    run, rank = divmod(rank, 2)
-    store = torch.distributed.FileStore(str(folder / f"store{run}"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = samples(prefix, model, folder / "cache")
-    np.save(folder / f"found{run}-{rank}.npy", np.array(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_and_runs_share_a_cache(
-    tmp_path: Path, make_data: MakeData, tokenizer: SentencePieceTokenizer
-) -> None:
-    prefix = make_data("a", random_texts(40, 8))
-    expected = samples(prefix, tokenizer.path, tmp_path / "alone")
-    multiprocessing.spawn(_read, (tmp_path, prefix, tokenizer.path, 2), nprocs=4)
-    for run in range(2):
-        for rank in range(2):
-            assert np.load(tmp_path / f"found{run}-{rank}.npy").tolist() == expected
-    (folder,) = (tmp_path / "cache").iterdir()
-    assert index_cache.fault(folder) is None
 
 
 def test_whoever_comes_second_takes_what_is_there(tmp_path: Path) -> None:
