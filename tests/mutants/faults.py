@@ -18,6 +18,7 @@ LOOP = "megatron_coe/training/loop.py"
 SIGNALS = "megatron_coe/training/signals.py"
 TORCH = "megatron_coe/backends/torch.py"
 MODEL = "megatron_coe/training/model.py"
+CHECKPOINTS = "megatron_coe/checkpoints/"
 
 OF_LAYER = ("tests/unit/moe/test_layer.py",)
 OF_ROUTER = ("tests/unit/moe/test_router.py",)
@@ -31,6 +32,9 @@ OF_UPCYCLE = ("tests/unit/conversion/test_upcycle.py",)
 OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
 OF_PLANS = ("tests/unit/planning/test_memory.py",)
 OF_DATA = ("tests/unit/data/test_datasets.py",)
+OF_SAVING = ("tests/unit/training/test_saving.py",)
+OF_RESUMING = ("tests/unit/training/test_resume.py",)
+OF_FOLDERS = ("tests/unit/checkpoints/test_folder.py",)
 
 
 @dataclass(frozen=True)
@@ -382,5 +386,82 @@ FAULTS = [
         "plan.num_microbatches * model.coe_iterations",
         "plan.num_microbatches",
         ("tests/distributed/test_memory.py",),
+    ),
+    Fault(
+        "a save in the background writes the live weights",
+        "megatron_coe/training/saving.py",
+        "self._together(progress.step, plan.take_copy)",
+        "pass",
+        OF_SAVING,
+    ),
+    Fault(
+        "a manifest's hashes are not compared",
+        CHECKPOINTS + "manifest.py",
+        "if facts_of(folder / name) != manifest.files[name]:",
+        "if facts_of(folder / name).size != manifest.files[name].size:",
+        OF_RESUMING,
+    ),
+    Fault(
+        "a manifest may belong to another step",
+        CHECKPOINTS + "verify.py",
+        "if manifest.step != step:",
+        "if False:",
+        OF_RESUMING,
+    ),
+    Fault(
+        "what a manifest does not list is read all the same",
+        CHECKPOINTS + "verify.py",
+        "needed - manifest.files.keys()",
+        "set()",
+        OF_RESUMING,
+    ),
+    Fault(
+        "a checkpoint's name is given before its files are durable",
+        CHECKPOINTS + "durable.py",
+        "os.fsync(self._file.fileno())",
+        "self._file.fileno()",
+        OF_SAVING,
+    ),
+    Fault(
+        "bad checkpoints of a later step count among the newest",
+        CHECKPOINTS + "folder.py",
+        "if step_of(path) <= step]",
+        "]",
+        OF_FOLDERS,
+    ),
+    Fault(
+        "a checkpoint whose replacement has not got its name is lost",
+        CHECKPOINTS + "folder.py",
+        "            removed.rename(final)",
+        "            pass",
+        OF_FOLDERS,
+    ),
+    Fault(
+        "objects of a checkpoint are unpickled whatever they are",
+        CHECKPOINTS + "trust.py",
+        'torch.load(file, map_location="cpu", weights_only=True)',
+        'torch.load(file, map_location="cpu", weights_only=False)',
+        OF_RESUMING,
+    ),
+    Fault(
+        "what is inside an extra state is not looked at",
+        CHECKPOINTS + "trust.py",
+        "if _EXTRA_STATE in key:",
+        "if False:",
+        OF_RESUMING,
+    ),
+    Fault(
+        "any memory of the same size is taken for the announced",
+        CHECKPOINTS + "durable.py",
+        "return np.frombuffer(view, np.uint8).ctypes.data == steady.ctypes.data",
+        "return True",
+        ("tests/unit/checkpoints/test_durable.py",),
+    ),
+    Fault(
+        "another seed on resume is only said",
+        "megatron_coe/training/resume_policy.py",
+        '("train.seed", _REFUSED)',
+        '("train.seed", _SAID)',
+        ("tests/unit/training/test_resume_policy.py",),
     ),
 ]
