@@ -266,7 +266,7 @@ class GroupedExperts(MegatronModule):
         Autograd then sees one gradient per parameter, complete after the last of their backward
         passes; and it can be made of all their rows at once (`coe_merge_weight_gradients`).
         """
-        merged = getattr(self.config, "coe_merge_weight_gradients", False)
+        merged = getattr(self.config, "coe_merge_weight_gradients", False)  # Megatron's: none
         self._chain = Chain(self.linear_fc1.weight, self.linear_fc2.weight, calls, merged)
         try:
             yield

@@ -41,6 +41,8 @@ CORE = {
         "CP2·DO·MB4, recomputed experts",
         "EP2·DO·MB4, shared expert overlapped",
         "TP2·ETP2·MB4, shared expert overlapped",
+        "DP2·DO·OVERLAP·MB4, weight gradients merged",
+        "PP2·VPP2·OVERLAP·MB4, weight gradients merged",
         "TP2·ETP1·MB4, upcycled",
         "TP2·EP2·ETP1·DO·MB4, upcycled",
         "PP2·MB4, upcycled",
