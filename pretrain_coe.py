@@ -6,9 +6,11 @@
 Run again, the same command goes on from its newest checkpoint. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1
 end it before the next step, saved; a second Ctrl-C ends it at once.
 
-Exit status: 0 done; 2 a mistake in settings, data or checkpoint (said in one line); 75 ended by a
-signal, to be continued by the same command; 128 + number of the signal (130 for Ctrl-C) that ended
-it without a checkpoint.
+Exit status: 0 done; 2 a mistake in settings, data or checkpoint, said in one line (also: there are
+checkpoints, and none is good); 65 loss or gradients were not finite, nothing was updated; 70 a rank
+hung, died or failed, and is named; 74 a checkpoint could not be written, earlier ones are intact;
+75 ended by a signal, to be continued by the same command; 128 + number of the signal (130 for
+Ctrl-C) that ended it without a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_coe.training.exit_status import MISTAKE, STOPPED
+from megatron_coe.checkpoints.errors import CheckpointWriteError
+from megatron_coe.data.errors import DataError
+from megatron_coe.training.endings import NotFiniteError, StoppedError, stopped
+from megatron_coe.training.exit_status import DONE, MISTAKE, NOT_WRITTEN, RANK_LOST
 from megatron_coe.training.signals import StopRequest, unblock
 
 if TYPE_CHECKING:
@@ -41,24 +47,39 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 stack.enter_context(stop.listening(process_ends=arguments is None))
             try:
-                trainer = prepare(options, stack)
+                trainer = prepare(options, stack, stop)
+            except CheckpointWriteError:
+                raise
             except (ValueError, OSError) as error:
-                return complain(error)
+                return complain(error, MISTAKE)
             if trainer is None:
-                return 0
+                return DONE
             if options.eval_only:
                 trainer.validate()
-                return 0
+                return DONE
             reason = trainer.run(stop)
             if reason is None:
-                return 0
-            return STOPPED if trainer.settings.checkpoint.save else 128 + reason
+                return DONE
+            return stopped(reason, saves=trainer.settings.checkpoint.save is not None)
     except KeyboardInterrupt:
         print("\npretrain_coe.py: stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
+    except StoppedError as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(end, flush=True)
+        return end.status
+    except NotFiniteError as end:
+        return complain(end, end.status)
+    except DataError as error:
+        return complain(error, MISTAKE)
+    except OSError as error:  # of a checkpoint or a record of the run
+        return complain(error, NOT_WRITTEN)
+    except Exception:
+        traceback.print_exc()
+        return RANK_LOST
 
 
-def prepare(options: argparse.Namespace, stack: ExitStack) -> Trainer | None:
+def prepare(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) -> Trainer | None:
     """The trainer, ready for its first step (nothing after a dry run).
 
     Raises ValueError or OSError for whatever the user can mend.
@@ -82,7 +103,7 @@ def prepare(options: argparse.Namespace, stack: ExitStack) -> Trainer | None:
     if options.dry_run:
         print(run.describe(settings, world_size))
         return None
-    return stack.enter_context(run.trainer(settings, must_resume=options.eval_only))
+    return stack.enter_context(run.trainer(settings, options.eval_only, stop))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -103,10 +124,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def complain(error: Exception) -> int:
+def complain(error: Exception, status: int) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
         print(f"pretrain_coe.py: error: {error}", file=sys.stderr)
-    return MISTAKE
+    return status
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from megatron_coe.training.activity import EVALUATION, SAVING, STEP, Activity
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress
 from megatron_coe.training.checks import num_microbatches
+from megatron_coe.training.endings import NotFiniteError
 from megatron_coe.training.metrics import Reporter
-from megatron_coe.training.nonfinite import NotFiniteError, explain
+from megatron_coe.training.nonfinite import explain
 from megatron_coe.training.objective import (
     Batch,
     LossFunction,

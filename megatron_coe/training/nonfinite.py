@@ -1,4 +1,4 @@
-"""What is said of a step whose loss or gradients are NaN or Inf, and when a run ends for it.
+"""What is said of a step whose loss or gradients are NaN or Inf.
 
 Of all ranks' findings (`megatron_coe.training.inspection`) the earliest is reported: what is not
 finite on one rank is soon so on those that it talks to.
@@ -31,14 +31,6 @@ _WHERE = {
     PARAMETER: "in the gradient of {}",
 }
 _MOST_NAMES = 8
-
-
-class NotFiniteError(ArithmeticError):
-    """Loss or gradients are not finite, and the run is to end. The message is the report."""
-
-    def __init__(self, report: str, weights_are_finite: bool) -> None:
-        super().__init__(report)
-        self.weights_are_finite = weights_are_finite
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,16 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from megatron_coe import backends
+from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.data.datasets import build_datasets, check_datasets
 from megatron_coe.data.indexed import data_summary
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.training import setup
+from megatron_coe.training.activity import DATA, LOADING, MODEL, Activity
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress, load_checkpoint
+from megatron_coe.training.endings import RunEndedError
 from megatron_coe.training.estimate import describe_sizes, plan_of
 from megatron_coe.training.loop import Trainer, Validation
 from megatron_coe.training.metrics import Reporter
@@ -28,6 +31,8 @@ from megatron_coe.training.resume import check_changes, choose_checkpoint
 from megatron_coe.training.resume_policy import identity_of
 from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
+from megatron_coe.training.signals import StopRequest
+from megatron_coe.training.watchdog import group_timeout, watched
 
 
 def describe(settings: Settings, world_size: int) -> str:
@@ -41,15 +46,20 @@ def describe(settings: Settings, world_size: int) -> str:
 
 
 @contextmanager
-def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
+def trainer(
+    settings: Settings, must_resume: bool = False, stop: StopRequest | None = None
+) -> Iterator[Trainer]:
     """A trainer at the newest checkpoint, or at step 0; its process groups last as long as it.
 
     Args:
         must_resume: there has to be a checkpoint.
+        stop: heeded after each part of the work; a hang or an error of a rank ends all of them.
 
     Raises:
         ValueError, OSError: settings, data or checkpoint cannot be used.
+        StoppedError: `stop` has received a signal, on any rank.
     """
+    stop, activity = stop or StopRequest(), Activity()
     device = backends.prepare()
     if settings.train.deterministic and device.type == "cuda":
         setup.use_deterministic_kernels()
@@ -58,14 +68,26 @@ def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
     backends.refuse_unusable(provider)
     check_files(settings, tokenizer, provider.seq_length, saves=not must_resume)
     saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(tokenizer))
-    with setup.process_groups(settings.parallel, device):
+    timeout_s = settings.train.hang_timeout_s
+    store, saves = setup.rendezvous(), settings.checkpoint.save is not None
+    with (
+        watched(store, timeout_s, activity, agreed=(RunEndedError, CheckpointWriteError)),
+        setup.process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
+    ):
+        stop.heed(device, "the data were looked at", saves)
+        activity.enter(LOADING)
         checkpoint = choose_checkpoint(settings.checkpoint, must_resume)
         changed = []
         if checkpoint:
             changed = check_changes(checkpoint, settings, tokenizer, model_only=must_resume)
         setup.seed_everything(settings.train.seed)
+        activity.enter(DATA)
         train_set, valid_set = _build_data(settings, tokenizer, provider.seq_length)
+        stop.heed(device, "the model was built", saves)
+        activity.enter(MODEL)
         trainee = setup.build_trainee(provider, settings, device)
+        stop.heed(device, "the checkpoint was loaded", saves)
+        activity.enter(LOADING)
         progress = load_checkpoint(checkpoint, trainee) if checkpoint else Progress()
         if not must_resume and progress.step < settings.train.steps:
             saver.check(trainee)
@@ -79,7 +101,7 @@ def trainer(settings: Settings, must_resume: bool = False) -> Iterator[Trainer]:
             for change in changed:
                 reporter.say(f"changed since then: {change}")
         try:
-            yield Trainer(settings, trainee, train, validation, progress, reporter, saver=saver)
+            yield Trainer(settings, trainee, train, validation, progress, reporter, activity, saver)
         finally:
             if reporter:
                 reporter.close()

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings
 
+MINUTE = timedelta(minutes=1)
+
 
 @dataclass(frozen=True)
 class Trainee:
@@ -43,28 +46,47 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rendezvous() -> dist.Store:
+    """Where the ranks of this run find one another: torchrun's; one in memory without it."""
+    if "WORLD_SIZE" not in os.environ:  # a single process needs no port
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
 @contextmanager
-def process_groups(parallel: ParallelSettings, device: torch.device) -> Iterator[None]:
+def process_groups(
+    parallel: ParallelSettings,
+    device: torch.device,
+    store: dist.Store | None = None,
+    timeout: timedelta | None = None,
+) -> Iterator[None]:
     """Torch's process group and Megatron's parallel groups, taken down at the end.
 
-    Under torchrun its rendezvous is used; a single process needs no port.
+    Args:
+        store: where the ranks meet; None: `rendezvous()`.
+        timeout: of every collective; None: the defaults of torch and Megatron.
     """
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store or rendezvous(),
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=world_size(),
+        timeout=timeout,
+    )
     try:
-        with parallel_groups(parallel):
+        with parallel_groups(parallel, timeout):
             yield
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def parallel_groups(parallel: ParallelSettings) -> Iterator[None]:
+def parallel_groups(parallel: ParallelSettings, timeout: timedelta | None = None) -> Iterator[None]:
     """Megatron's parallel groups over the processes that there are, taken down at the end."""
+    timeouts = {} if timeout is None else {"distributed_timeout_minutes": timeout / MINUTE}
     parallel_state.initialize_model_parallel(
+        **timeouts,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,

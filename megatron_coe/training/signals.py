@@ -1,9 +1,10 @@
 """Ending a run in order when a signal asks for it, on all ranks at the same step.
 
 SIGTERM (preemption), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning before a time limit) are noted
-when they arrive, at whatever moment, and heeded before the next step: what has begun is finished,
-and saved. A batch system sends several of them, to many processes or to one: any number counts as
-one. Only a second Ctrl-C, of a person who will not wait, interrupts the run where it is.
+when they arrive, at whatever moment, and heeded before the next step, between two parts of a start
+or in the midst of a validation: a step or a save that has begun is finished. A batch system sends
+several of them, to many processes or to one: any number counts as one. Only a second Ctrl-C, of a
+person who will not wait, interrupts the run where it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from megatron_coe.training.endings import StoppedError
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +65,16 @@ class StopRequest:
         number = torch.tensor(self.received or 0, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
         return signal.Signals(number.item()) if number else None
+
+    def heed(self, device: torch.device, before: str, saves: bool) -> None:
+        """Raise StoppedError on every rank, if some rank has received a signal. A collective.
+
+        Args:
+            before: what comes next, in the past tense.
+            saves: whether the same command could go on.
+        """
+        if reason := self.agreed(device):
+            raise StoppedError(reason, before, saves)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

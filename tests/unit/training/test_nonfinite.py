@@ -12,8 +12,8 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from megatron_coe.moe.layer import CoELayer
+from megatron_coe.training.endings import NotFiniteError
 from megatron_coe.training.loop import Trainer
-from megatron_coe.training.nonfinite import NotFiniteError
 from megatron_coe.training.rng import rng_state
 from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights
 
