@@ -21,7 +21,7 @@ CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest"
 COMMON_FILE = "common.pt"
 FORMAT_FILE = "metadata.json"
-_STEP = re.compile(r"step_(\d{8})")
+_STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL, _REMOVED = ".partial_", ".removed_"
 
 
@@ -40,7 +40,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=lambda path: path.name, reverse=True)
+    return sorted(named, key=step_of, reverse=True)
 
 
 def partial_folder(folder: Path, step: int) -> Path:

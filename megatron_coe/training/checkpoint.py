@@ -108,7 +108,10 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         common = check_together(partial(vet, path, dist.get_rank(), dist.get_world_size()))
     except BadCheckpointError as error:
         raise BadCheckpointError(f"checkpoint {path}: {error}") from error
-    progress = Progress(**common["progress"])
+    try:
+        progress = Progress(**common["progress"])
+    except TypeError as error:
+        raise BadCheckpointError(f"checkpoint {path} is of another version: {error}") from error
     state = _model_state(trainee)
     if progress.step > 0:  # before the first step there is no optimizer state to speak of
         optimizer_state = OptimizerState(trainee.optimizer, state, is_loading=True)

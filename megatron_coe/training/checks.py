@@ -45,7 +45,7 @@ def check_values(settings: Settings) -> None:
         settings,
         *("train.seed", "train.min_lr", "train.weight_decay", "train.clip_grad"),
         *("train.eval_interval", "train.max_skipped_steps", "train.hang_timeout_s"),
-        *("checkpoint.save_interval",),
+        *("checkpoint.save_interval", "checkpoint.keep_every"),
     )
     train = settings.train
     for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):

@@ -96,15 +96,19 @@ def check_changes(
 
 def _look(folder: Path, mend: bool) -> tuple[list[Path], str | None]:
     """What rank 0 sees, on every rank: others may see an older state of a network's disk."""
-    seen: list[tuple[list[Path], str | None] | None] = [None]
+    seen: list[tuple[list[Path], str | None] | str | None] = [None]
     if dist.get_rank() == 0:
         if mend:
             with suppress(OSError):  # of a folder that cannot be changed, but can be read
                 restore(folder)
-        found = find_checkpoints(folder)
-        seen = [(found, doubts_about_pointer(folder, found))]
+        try:
+            found = find_checkpoints(folder)
+            seen = [(found, doubts_about_pointer(folder, found))]
+        except OSError as error:
+            seen = [f"checkpoint.save={folder}: cannot be read ({error.strerror})"]
     dist.broadcast_object_list(seen)
-    assert seen[0] is not None
+    if not isinstance(seen[0], tuple):
+        raise ValueError(seen[0])
     return seen[0]
 
 
