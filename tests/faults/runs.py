@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -248,7 +249,7 @@ class Bench:
                     )
             if layout == "one rank":
                 self.run_s = time.monotonic() - started_s
-                self.save_s = max(lasted_s[1:], default=self.save_s)
+                self.save_s = statistics.median(lasted_s or [self.save_s])
             self._unbroken[layout] = folder
         return self._unbroken[layout]
 
@@ -366,6 +367,10 @@ def differences(folder: Path, expected: Path) -> list[str]:
     if left := litter(folder):
         found.append(f"litter: {left}")
     return found
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -142,7 +142,7 @@ class Zygote:
 
     def start(
         self,
-        script: str,
+        script: str | Path,
         arguments: Sequence[object],
         files: Path,
         environment: Mapping[str, str],

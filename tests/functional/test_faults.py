@@ -155,11 +155,14 @@ def test_a_run_that_loses_its_state_is_missed(runs, monkeypatch):
 
 def test_nothing_outlives_a_harness_that_is_killed(tmp_path):
     """Its zygote sees the end of the pipe, and ends every run that it has started."""
+    script = tmp_path / "endless.py"
+    script.write_text("import time\nwhile True:\n    time.sleep(1)\n")
     code = (
-        "import sys; from pathlib import Path; from tests.faults.runs import bench\n"
-        "with bench(Path(sys.argv[1]) / 'work') as runs:\n"
-        "    launch = runs.start(Path(sys.argv[1]), 'one rank', ['train.steps=1000000'])\n"
-        "    print(runs.zygote.pid, launch.pids()[0], flush=True)\n"
+        "import sys; from pathlib import Path; from tests.faults.zygote import Zygote\n"
+        "folder = Path(sys.argv[1])\n"
+        "with Zygote(Path.cwd()) as zygote:\n"
+        "    process = zygote.start(folder / 'endless.py', [], folder, {})\n"
+        "    print(zygote.pid, process.pid, flush=True)\n"
         "    sys.stdin.read()\n"
     )
     harness = subprocess.Popen(
@@ -170,10 +173,8 @@ def test_nothing_outlives_a_harness_that_is_killed(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    line = ""
-    while line.count(" ") != 1:
-        line = harness.stdout.readline()
-    pids = list(map(int, line.split()))
+    pids = list(map(int, harness.stdout.readline().split()))
+    assert len(pids) == 2
     assert all(psutil.pid_exists(pid) for pid in pids)
     harness.send_signal(signal.SIGKILL)
     harness.communicate()
