@@ -109,6 +109,11 @@ class Saver:
         if not self.options.async_save:
             self.finish()
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint has begun and is not complete."""
+        return self._pending is not None
+
     def poll(self) -> None:
         """Complete what was written in the background, once all ranks have."""
         if self._pending is not None:
