@@ -12,6 +12,8 @@ CONFIG = "megatron_coe/config.py"
 UPCYCLE = "megatron_coe/conversion/upcycle.py"
 HF_MODEL = "megatron_coe/hf/modeling_coe.py"
 DATASETS = "megatron_coe/data/datasets.py"
+INDEXED = "megatron_coe/data/indexed.py"
+INDEX_CACHE = "megatron_coe/data/index_cache.py"
 OBJECTIVE = "megatron_coe/training/objective.py"
 SETUP = "megatron_coe/training/setup.py"
 LOOP = "megatron_coe/training/loop.py"
@@ -32,6 +34,7 @@ OF_UPCYCLE = ("tests/unit/conversion/test_upcycle.py",)
 OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
 OF_PLANS = ("tests/unit/planning/test_memory.py",)
 OF_DATA = ("tests/unit/data/test_datasets.py",)
+OF_INDICES = ("tests/unit/data/test_indexed.py", "tests/unit/data/test_index_cache.py")
 OF_SAVING = ("tests/unit/training/test_saving.py",)
 OF_RESUMING = ("tests/unit/training/test_resume.py",)
 OF_FOLDERS = ("tests/unit/checkpoints/test_folder.py",)
@@ -463,5 +466,33 @@ FAULTS = [
         '("train.seed", _REFUSED)',
         '("train.seed", _SAID)',
         ("tests/unit/training/test_resume_policy.py",),
+    ),
+    Fault(
+        "a pickle in an index cache is left to Megatron",
+        INDEX_CACHE,
+        'np.load(path, mmap_mode="r", allow_pickle=False)',
+        "pass",
+        OF_INDICES,
+    ),
+    Fault(
+        "an index cache is taken without its digests",
+        INDEX_CACHE,
+        "if sealed[name] != _digest(path):",
+        "if name not in sealed:",
+        OF_INDICES,
+    ),
+    Fault(
+        "offsets of an index are not compared",
+        INDEXED,
+        "wrong = np.flatnonzero(offsets[after] != expected)",
+        "wrong = np.flatnonzero(offsets[after] < 0)",
+        OF_INDICES,
+    ),
+    Fault(
+        "ids are checked at the start alone",
+        INDEXED,
+        "wrong = _first_wrong(ids, self._tokenizer.vocab_size)",
+        "wrong = None",
+        OF_INDICES,
     ),
 ]

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_coe.data.datasets import build_datasets
@@ -62,6 +63,43 @@ def test_every_damage_is_named(make_data: MakeData, tokenizer: SentencePieceToke
     expect(r"a_text_document.idx is of an unknown version \(1\) or dtype \(99\)")
     idx.unlink()
     expect(r"a_text_document.idx does not exist")
+
+
+@pytest.mark.parametrize(
+    ("place", "form", "value", "message"),
+    [
+        ("lengths", "<i4", -3, r"idx is damaged: sequence 7 has the length -3"),
+        ("offsets", "<i8", 1 << 40, r"idx is damaged: sequence 7 has the offset 1099511627776"),
+        ("offsets", "<i8", -2, r"idx is damaged: sequence 7 has the offset -2"),
+        ("documents", "<i8", 3, r"idx is damaged: the documents overlap: document 6 "),
+    ],
+)
+def test_every_entry_of_an_index_is_checked(
+    make_data: MakeData, place: str, form: str, value: int, message: str
+) -> None:
+    prefix = make_data("a", random_texts(20, 1))
+    starts = {"lengths": 34, "offsets": 34 + 4 * 20, "documents": 34 + 12 * 20}
+    entries = np.memmap(f"{prefix}.idx", form, "r+", offset=starts[place])
+    entries[7] = value
+    entries.flush()
+    with pytest.raises(ValueError, match=message):
+        inspect(prefix)
+
+
+def test_ids_are_looked_at_from_the_first_to_the_last(
+    monkeypatch: pytest.MonkeyPatch, make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    monkeypatch.setattr("megatron_coe.data.indexed.CHECKED_TOKENS", 64)
+    file = inspect(make_data("a", random_texts(200, 4)))
+    assert file.tokens > 640
+    for place in (0, file.tokens - 1):
+        ids = np.memmap(f"{file.prefix}.bin", file.dtype, "r+")
+        kept, ids[place] = ids[place], 60_000
+        document = 0 if place == 0 else file.documents - 1
+        with pytest.raises(ValueError, match=rf"token id 60000 in document {document}, but"):
+            check_token_ids(file, tokenizer)
+        ids[place] = kept
+    check_token_ids(file, tokenizer)
 
 
 def test_token_ids_of_another_tokenizer_are_refused(

@@ -9,6 +9,11 @@ import pytest
 from megatron_coe.training.checks import check_layout, check_values, num_microbatches
 from megatron_coe.training.settings import Settings, load_settings
 
+GROWING = "model:\n  a0: some text\n" + "".join(
+    f"  a{number + 1}: '{f'${{model.a{number}}}' * 9}'\n" for number in range(7)
+)
+"""References to references: nine times as long at each."""
+
 
 def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
@@ -89,6 +94,13 @@ def test_a_wrong_override_is_named(tmp_path, override, expected):
         ("extends: [a, b]", "'extends' must be the path of one file"),
         ("checkpoint: {save: '${log.nowhere}/x'}", "Interpolation key"),
         ("train: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("[" * 100_000, "nested more than 50 deep"),
+        ("# " + "x" * (1 << 20), "no file of settings"),
+        ("17", "must hold sections"),
+        ("log: {dir: '${oc.env:HOME}'}", "log.dir='${oc.env:HOME}': only other settings"),
+        ("log: {dir: '${${log.wandb_name}:HOME}'}", "only other settings"),
+        ("log: {dir: '${log.dir}/x'}", "log.dir -> log.dir: references go in a circle"),
+        (GROWING, "more than 65,536 characters long"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, expected):
