@@ -113,6 +113,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="JSON file with every sample")
     options = parser.parse_args()
+    options.vary = variants_of(options.vary)
     for name in ("rounds", "steps", "threads", "sequences", "seq_length", "num_layers"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -148,7 +149,7 @@ def bench_of(options: argparse.Namespace, device):
         clock=options.clock,
         profiles=options.profiles,
         steps=options.steps,
-        variants=variants_of(options.vary),
+        variants=options.vary,
         changes=tuple(options.set),
     )
 

@@ -44,9 +44,9 @@ class Pair:
         count = self.tokens.numel()
         flops = count * self.provider.flops_per_token(self.provider.seq_length)
         return [
-            Arm("MoE(8/64)", lambda lap: self._run(self._our_loss, lap), self._clear, flops, count),
+            Arm("moe_8-64", lambda lap: self._run(self._our_loss, lap), self._clear, flops, count),
             Arm(
-                "transformers deepseek_v2, grouped_mm",
+                "transformers deepseek_v2",
                 lambda lap: self._run(self._their_loss, lap),
                 self._clear,
                 flops,

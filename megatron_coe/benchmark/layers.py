@@ -114,23 +114,43 @@ class PassArm:
         lap(BACKWARD)
 
     def work(self) -> None:
-        """A run with nobody looking at the clock."""
-        self.prepare()
+        """A run with nobody looking at the clock. (It adds to the gradients that are there.)"""
         self.run(lambda part: None)
 
     def result(self) -> dict[str, Tensor]:
-        """Outputs, and gradients of the inputs, of one run."""
+        """Outputs, and gradients of inputs and weights, of one run.
+
+        The weights' tell most: beside the residual an update of freshly drawn weights is small.
+        """
         self.prepare()
         ys = self.forward(self.module, *self.xs)
         torch.autograd.backward(ys, self.dys)
-        outputs = {f"output {i}": y.detach() for i, y in enumerate(ys)}
-        return outputs | {f"gradient of input {i}": x.grad for i, x in enumerate(self.xs)}
+        found = {f"output {i}": y.detach() for i, y in enumerate(ys)}
+        found |= {f"gradient of input {i}": x.grad for i, x in enumerate(self.xs)}
+        return found | weight_gradients(self.module.module)
 
 
 def under_training(module: torch.nn.Module, provider: CoEModelProvider) -> DistributedDataParallel:
     """Wrapped as `megatron_coe.training.setup.build_model` wraps a model."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=provider.bf16)
     return DistributedDataParallel(config=provider, ddp_config=config, module=module)
+
+
+def weight_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    """What has gathered in the gradient buffers of the routers, all together, and of the first
+    and the last expert, under names that do not depend on how a module keeps its weights."""
+    layer = module.layer if isinstance(module, StockChain) else module
+    experts = layer.experts if isinstance(layer, MoELayer) else layer
+    found: dict[str, Tensor] = {}
+    if isinstance(layer, MoELayer):
+        found["gradient of routers"] = sum(p.main_grad for p in layer.router.parameters())
+    for linear in ("linear_fc1", "linear_fc2"):
+        if isinstance(experts, GroupedExperts):
+            gradients = getattr(experts, linear).weight.main_grad
+        else:
+            gradients = [getattr(e, linear).weight.main_grad for e in experts.local_experts]
+        found |= {f"gradient of {linear}, expert {i}": gradients[i] for i in (0, -1)}
+    return found
 
 
 def layer_arm(

@@ -1,0 +1,79 @@
+"""`tools/benchmark.py` as users start it, on models of a few thousand weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+
+
+def benchmark(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(REPO / "tools/benchmark.py"), *map(str, arguments)],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_every_subject_of_one_process(tmp_path):
+    """Arms that must agree are held to it by the tool itself: it would end with an error."""
+    subjects = ("experts", "layer", "step", "transformers", "memory", "synchronisations", "long")
+    output = tmp_path / "benchmark.json"
+    result = benchmark(
+        *("--scale", "tiny", "--rounds", 2, "--warmup", 1, "--profiles", 1, "--steps", 2),
+        *("--threads", 1, "--clock", "processor", "--output", output, "--what", *subjects),
+    )
+    assert result.returncode == 0, result.stderr
+    document = json.loads(output.read_text())
+    found = {outcome["subject"]: outcome for outcome in document["outcomes"]}
+    assert tuple(found) == subjects
+
+    for name, arms in {
+        "experts": {"coe-2_4-64", "moe_8-64", "SequentialMLP", "dense matmul"},
+        "layer": {"coe-2_4-64", "moe_8-64", "stock MoELayer, C times"},
+        "step": {"coe-2_4-64", "moe_8-64"},
+        "transformers": {"moe_8-64", "transformers deepseek_v2"},
+    }.items():
+        samples = found[name]["samples"]
+        assert set(samples) == arms
+        for parts in samples.values():
+            assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in parts.values())
+            total = [sum(values) for values in zip(*_parts(parts), strict=True)]
+            assert max(abs(a - b) for a, b in zip(total, parts["total"], strict=True)) < 1e-9
+    for name in ("experts", "layer", "transformers"):
+        differences = found[name]["details"]["differences"]
+        assert 0 <= max(differences.values()) < 1e-3
+        assert len(differences) >= 4
+
+    (phases,) = found["step"]["further"]
+    of_chain = phases["details"]["phases"]["coe-2_4-64"]
+    expected = {"route", "permute", "experts", "combine", "shared", "attention", "head"}
+    assert expected | {"optimizer", "gradient buffers", "norms"} <= set(of_chain)
+    assert all(of_chain[phase][1] > 0 for phase in expected)  # backward, too
+    memory = found["memory"]["details"]
+    assert memory["coe-2_4-64"]["held"] > memory["moe_8-64"]["held"]  # a router more
+    for figure in ("step", "layer", "experts", "transformers", "memory", "synchronisations"):
+        assert f"`--what {figure}`" in result.stdout
+    assert result.stdout.count("not measured (needs a GPU)") == 2
+
+
+def _parts(parts: dict[str, list[float]]) -> list[list[float]]:
+    return [seconds for part, seconds in parts.items() if part != "total"]
+
+
+def test_mistakes_are_told_in_one_line():
+    for arguments, told in (
+        (("--clock", "processor"), "--threads 1"),
+        (("--vary", "coe_iterations"), "section.key=A,B"),
+    ):
+        result = benchmark(*arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert told in result.stderr
+        assert len(result.stderr.splitlines()) == 1
