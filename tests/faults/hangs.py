@@ -24,7 +24,7 @@ from tests.faults.runs import Bench, Launch, differences, last_step
 from tests.faults.table import Outcome
 
 HANG_TIMEOUT_S = 6.0
-_SLACK_S = 30.0
+_SLACK_S = 60.0
 """For a machine that is busy with other things."""
 AFTER_STEP = 3
 
@@ -114,9 +114,7 @@ def _lost(bench: Bench, case: Fault, folder: Path) -> list[str]:
             wanted[case.rank] = -signal.SIGKILL
         if statuses != wanted:
             failures.append(f"ended with {statuses}, not {wanted}: {launch.last_words()}")
-        if not re.search(
-            rf"rank {case.rank} (\([^)]*\) (hangs|has died|failed)|or its)", complaint
-        ):
+        if not re.search(rf"rank {case.rank} (\([^)]*\) (hangs|has died|failed))", complaint):
             failures.append(f"rank {case.rank} is not named: {launch.last_words()}")
     limit_s = 2 * HANG_TIMEOUT_S + _SLACK_S
     if lasted_s > limit_s:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -113,6 +114,8 @@ def main() -> int:
     outcomes: list[Outcome] = []
     started_s = time.monotonic()
     status = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave nothing behind either way
+    seldom_s = 0.1 if sys.stderr.isatty() else 30.0
     try:
         with (
             tempfile.TemporaryDirectory(prefix="faults-") as work,
@@ -120,7 +123,7 @@ def main() -> int:
         ):
             for kind in options.kinds or KINDS:
                 jobs = [job for job in harness.jobs(kind) if options.only in job.name]
-                for job in tqdm(jobs, desc=kind, unit="fault", disable=None):
+                for job in tqdm(jobs, desc=kind, unit="fault", mininterval=seldom_s):
                     outcome = job.run()
                     outcomes.append(outcome)
                     for failure in outcome.failures:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.distributed import TCPStore
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_coe.data.corpus import make_corpus
@@ -98,6 +98,8 @@ class Launch:
     """One start of the command: its ranks, or the launcher that has started them."""
 
     ranks: list[Process]
+    store: TCPStore | None = None
+    """Where they meet, kept alive as long as this."""
 
     def __enter__(self) -> Launch:
         return self
@@ -181,17 +183,17 @@ class Bench:
         plants: Mapping[int, str] | None = None,
         environments: Mapping[int, Mapping[str, str]] | None = None,
     ) -> Launch:
-        """Start all ranks of the command as a launcher would.
+        """Start all ranks of the command as torchrun would, which keeps their store.
 
         Args:
             plants: faults from inside, by rank (tests/faults/plants.py).
             environments: additional variables by rank.
         """
         count = LAYOUTS[layout][0]
-        port = _free_port()
+        store = _store() if count > 1 else None
         ranks = []
         for rank in range(count):
-            of_rank = {} if count == 1 else _rank_environment(rank, count, port)
+            of_rank = _rank_environment(rank, count, store.port) if store else {}
             ranks.append(
                 self.zygote.start(
                     SCRIPT,
@@ -205,7 +207,7 @@ class Bench:
                     plant=(plants or {}).get(rank),
                 )
             )
-        return Launch(ranks)
+        return Launch(ranks, store)
 
     def start_really(
         self, folder: Path, layout: str = "one rank", overrides: Sequence[str] = ()
@@ -273,13 +275,12 @@ def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
         **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
         **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def _store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 # --- what a run has left -----------------------------------------------------------------
