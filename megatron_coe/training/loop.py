@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_coe.data.indexed import unigram_entropy
-from megatron_coe.moe.balance import collect_balance
 from megatron_coe.training.activity import EVALUATION, SAVING, STEP, Activity
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress
 from megatron_coe.training.checks import num_microbatches
 from megatron_coe.training.endings import NotFiniteError
+from megatron_coe.training.figures import StepFigures, balance_figures
 from megatron_coe.training.metrics import Reporter
 from megatron_coe.training.nonfinite import explain
 from megatron_coe.training.objective import (
     Batch,
-    LossFunction,
     count_valid_tokens,
     loss_scale,
-    make_loss_function,
 )
+from megatron_coe.training.passes import forward_backward
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
 from megatron_coe.training.setup import Trainee
 from megatron_coe.training.signals import StopRequest
 from megatron_coe.training.spikes import SpikeWatch
-from megatron_coe.training.update import StepStart, apply_update, prepare_update
+from megatron_coe.training.update import (
+    StepStart,
+    agreed_loss,
+    apply_update,
+    mean_loss,
+    prepare_update,
+)
 
 VALIDATED_AT_ONCE = 4
 """Micro-batches of a validation, per pipeline stage, between two looks at the signals."""
@@ -51,19 +52,6 @@ class Validation:
 
     source: BatchSource
     samples: int
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """What a training step leaves to be reported."""
-
-    loss: float
-    """Per valid token of the global batch."""
-    lr: float
-    grad_norm: float
-    seconds: float
-    skipped: str | None = None
-    """Why nothing was updated."""
 
 
 class Trainer:
@@ -123,11 +111,11 @@ class Trainer:
         saved = self.progress.step
         owed = self._owes_validation()
         while owed or self.progress.step < last:
-            self.saver.poll()
+            self._complete_save(wait=False)
             if reason := stop.agreed(self.train.device):
                 if self.progress.step > saved:
                     self.save()
-                self.saver.finish()
+                self._complete_save(wait=True)
                 if self.reporter is not None:
                     self.reporter.say(f"stopped by {reason.name} after step {self.progress.step}")
                 return reason
@@ -139,7 +127,7 @@ class Trainer:
                     except NotFiniteError as error:
                         if error.weights_are_finite and self.progress.step > saved:
                             self.save()
-                        self.saver.finish()
+                        self._complete_save(wait=True)
                         raise
                 record = self._report(outcome, last)
             step = self.progress.step
@@ -156,7 +144,7 @@ class Trainer:
             if not late and (step == last or _due(step, self.settings.checkpoint.save_interval)):
                 self.save()
                 saved = step
-        self.saver.finish()
+        self._complete_save(wait=True)
         return None
 
     def step(self) -> StepFigures:
@@ -173,7 +161,7 @@ class Trainer:
         totals = self._gradients(batches)
         lr = get_canonical_lr_for_logging(trainee.optimizer.param_groups)
         grad_norm = prepare_update(trainee.optimizer)
-        loss, finite = _agreed_loss(totals, grad_norm)
+        loss, finite = agreed_loss(totals, grad_norm)
         skipped = None
         if finite:
             apply_update(trainee.optimizer, grad_norm)
@@ -245,7 +233,7 @@ class Trainer:
                 lambda part=part, begin=begin: source.validation(samples, part, begin), part
             )
         dist.all_reduce(totals)
-        return {"valid_loss": _mean(*totals.tolist())}
+        return {"valid_loss": mean_loss(*totals.tolist())}
 
     def validate(self) -> None:
         """Report the validation loss of the trainee as it is, on the console only."""
@@ -259,6 +247,15 @@ class Trainer:
         self.activity.enter(SAVING)
         self.saver.save(self.trainee, self.progress)
 
+    def _complete_save(self, wait: bool) -> None:
+        """Complete what is written in the background, once all ranks have written it."""
+        if self.saver.is_pending:
+            self.activity.enter(SAVING)
+            if wait:
+                self.saver.finish()
+            else:
+                self.saver.poll()
+
     def figures(self, step: StepFigures) -> dict[str, float]:
         """What is reported of a training step that has updated the weights. A collective."""
         train, provider = self.settings.train, self.trainee.provider
@@ -267,7 +264,7 @@ class Trainer:
             "lr": step.lr,
             "grad_norm": step.grad_norm,
             "tokens_per_second": train.global_batch_size * provider.seq_length / step.seconds,
-            **self._balance(),
+            **balance_figures(provider, self.num_microbatches, self.train.device),
         }
 
     def _report(self, outcome: StepFigures, last: int) -> dict[str, float]:
@@ -300,78 +297,11 @@ class Trainer:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
-    def _balance(self) -> dict[str, float]:
-        """Balance losses of the latest step: mean over layers, and layer by layer."""
-        provider = self.trainee.provider
-        values = collect_balance(provider, self.num_microbatches, self.train.device)
-        layers = [index for index, moe in enumerate(provider.moe_layer_pattern) if moe]
-        record = {}
-        for loss, value_CL in values.items():
-            for t, value_L in enumerate(value_CL[:, layers].tolist(), start=1):
-                record[f"balance/{loss}/iteration_{t}"] = sum(value_L) / len(value_L)
-                for layer, value in zip(layers, value_L, strict=True):
-                    record[f"balance/{loss}/iteration_{t}/layer_{layer + 1}"] = value
-        return record
-
     def _forward_backward(
         self, batches: Callable[[], Iterator[Batch]], count: int, scale: float | None = None
     ) -> torch.Tensor:
-        """Run `count` micro-batches, forward only without a scale.
-
-        Args:
-            batches: gives a new iterator over them (each model chunk reads its own).
-
-        Returns:
-            [summed loss, valid tokens] of this rank's micro-batches, float64: to be summed over
-            all ranks, and 0 where the loss is not computed or another rank computes it too.
-        """
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, scale=scale or 0.0),
-            data_iterator=[self._counted(batches()) for _ in self.trainee.chunks],
-            model=self.trainee.chunks,
-            num_microbatches=count,
-            seq_length=self.trainee.provider.seq_length,
-            micro_batch_size=self.train.micro_batch_size,
-            forward_only=scale is None,
-        )
-        if not reports or parallel_state.get_tensor_model_parallel_rank() > 0:
-            return torch.zeros(2, dtype=torch.float64, device=self.train.device)
-        return torch.stack(reports).sum(dim=0)
-
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.activity.next_microbatch()
-            yield batch
-
-
-def forward_step(
-    batches: Iterator[Batch], chunk: torch.nn.Module, scale: float
-) -> tuple[torch.Tensor, LossFunction]:
-    """One micro-batch through one model chunk, as Megatron's schedules call it."""
-    batch = get_batch_on_this_cp_rank(dict(next(batches)))
-    output = chunk(
-        batch["tokens"],
-        batch["position_ids"],
-        None,  # causal attention needs no mask: padding stands on the right
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"] * scale,  # what multi-token prediction weighs its losses by
-    )
-    return output, make_loss_function(batch["loss_mask"], scale)
-
-
-def _agreed_loss(totals: torch.Tensor, grad_norm: float) -> tuple[float, bool]:
-    """The loss per valid token of the global batch, and whether it and the gradients of every rank
-    are finite; the same on all ranks. One collective, over three numbers."""
-    bad = totals.new_tensor([0.0 if math.isfinite(grad_norm) else 1.0])
-    sums = torch.cat([totals, bad])
-    dist.all_reduce(sums)
-    loss_sum, tokens, bad_ranks = sums.tolist()
-    return _mean(loss_sum, tokens), math.isfinite(loss_sum) and bad_ranks == 0
-
-
-def _mean(loss_sum: float, tokens: float) -> float:
-    """Loss per valid token; 0 without any token."""
-    return loss_sum / max(tokens, 1.0)
+        size = self.train.micro_batch_size
+        return forward_backward(self.trainee, batches, count, size, self.activity, scale)
 
 
 def _due(step: int, interval: int) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer, clip_grads
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -28,6 +30,21 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
         if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
             clip_grads.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
+
+
+def agreed_loss(totals: torch.Tensor, grad_norm: float) -> tuple[float, bool]:
+    """The loss per valid token of the global batch, and whether it and the gradients of every rank
+    are finite; the same on all ranks. One collective, over three numbers."""
+    bad = totals.new_tensor([0.0 if math.isfinite(grad_norm) else 1.0])
+    sums = torch.cat([totals, bad])
+    dist.all_reduce(sums)
+    loss_sum, tokens, bad_ranks = sums.tolist()
+    return mean_loss(loss_sum, tokens), math.isfinite(loss_sum) and bad_ranks == 0
+
+
+def mean_loss(loss_sum: float, tokens: float) -> float:
+    """Loss per valid token; 0 without any token."""
+    return loss_sum / max(tokens, 1.0)
 
 
 class StepStart:

@@ -41,7 +41,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 from torch.nn import Parameter
 
 from megatron_coe.moe.router import CoERouter
-from megatron_coe.training import loop, setup
+from megatron_coe.training import loop, passes, setup
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checks import check_layout, num_microbatches
 from megatron_coe.training.model import build_provider
@@ -174,7 +174,7 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    forward = loop.forward_step if provider.mtp_num_layers else forward_step
+    forward = passes.forward_step if provider.mtp_num_layers else forward_step
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward, scale=loss_scale(tokens, BATCH * SEQ)),
         data_iterator=[iter(batches) for _ in chunks],

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_coe.training import signals
+from megatron_coe.training.checkpoint import load_checkpoint
+from megatron_coe.training.endings import StoppedError
+from megatron_coe.training.exit_status import STOPPED
+from megatron_coe.training.loop import VALIDATED_AT_ONCE, Validation
+from megatron_coe.training.metrics import Reporter, read_records
 from megatron_coe.training.signals import STOP_SIGNALS, StopRequest, shielded_children
-from tests.unit.training.runs import make_settings, make_trainer, weights
+from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +110,67 @@ def test_a_signal_before_the_first_step_ends_the_run_there(single_rank, tmp_path
     assert trainer.progress.step == 0
     assert not list(tmp_path.iterdir()), "there is nothing that a new start would not give"
     assert all(value.equal(before[name]) for name, value in weights(trainer).items())
+
+
+def test_a_signal_between_two_parts_of_a_start_says_whether_the_command_goes_on(single_rank):
+    stop = StopRequest()
+    stop.heed(single_rank, "the model was built", saves=True)
+    stop.received = signal.SIGUSR1
+    for saves, status in ((True, STOPPED), (False, 128 + signal.SIGUSR1)):
+        with pytest.raises(StoppedError, match="SIGUSR1 before the model was built") as stopped:
+            stop.heed(single_rank, "the model was built", saves)
+        assert stopped.value.status == status
+
+
+class HeldOut(Sequences):
+    """Held-out sequences of which one brings a signal, if `stop` is there to take it."""
+
+    def __init__(self, stop: StopRequest | None) -> None:
+        super().__init__(2)
+        self.stop, self.read = stop, 0
+
+    def __len__(self) -> int:
+        return 3 * VALIDATED_AT_ONCE
+
+    def __getitem__(self, number: int) -> dict:
+        self.read += 1
+        if self.stop and self.read == VALIDATED_AT_ONCE:
+            self.stop.received = signal.SIGTERM
+        return super().__getitem__(number)
+
+
+def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
+    """The step before it is kept, and the resumed run reports what an unbroken one would."""
+
+    def run(name: str, stop: StopRequest | None = None, resume: Path | None = None):
+        log = {"dir": str(tmp_path / name), "interval": 1}
+        settings = make_settings(
+            tmp_path / name / "saved", train={"steps": 3, "eval_interval": 2}, log=log
+        )
+        trainer = make_trainer(settings, single_rank)
+        held_out = HeldOut(stop)
+        source = replace(trainer.train, dataset=held_out)
+        trainer.validation = Validation(source, len(held_out))
+        if resume:
+            trainer.progress = load_checkpoint(resume, trainer.trainee)
+        trainer.reporter = Reporter(settings.log, 3, trainer.progress.step, {}, io.StringIO())
+        reason = trainer.run(stop)
+        trainer.reporter.close()
+        records = read_records(tmp_path / name / "metrics.jsonl")
+        figures = {
+            (r["step"], k): r[k] for r in records for k in ("train_loss", "valid_loss") if k in r
+        }
+        return reason, held_out.read, figures
+
+    _, _, expected = run("unbroken")
+    assert [key for key in expected if key[1] == "valid_loss"] == [
+        (2, "valid_loss"),
+        (3, "valid_loss"),
+    ]
+    reason, read, figures = run("broken", StopRequest())
+    assert reason is signal.SIGTERM
+    assert read == VALIDATED_AT_ONCE, "the rest waits for the resumed run"
+    assert (2, "train_loss") in figures and (2, "valid_loss") not in figures
+    resumed = run("broken", resume=tmp_path / "broken" / "saved" / "step_00000002")
+    assert resumed[0] is None
+    assert resumed[2] == expected
