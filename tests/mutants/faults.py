@@ -7,6 +7,8 @@ from dataclasses import dataclass
 LAYER = "megatron_coe/moe/layer.py"
 ROUTER = "megatron_coe/moe/router.py"
 EXPERTS = "megatron_coe/moe/experts.py"
+EXPERT_MLP = "megatron_coe/moe/expert_mlp.py"
+EXPERT_ACTIVATION = "megatron_coe/moe/expert_activation.py"
 SPECS = "megatron_coe/specs.py"
 CONFIG = "megatron_coe/config.py"
 UPCYCLE = "megatron_coe/conversion/upcycle.py"
@@ -26,6 +28,7 @@ OF_LAYER = ("tests/unit/moe/test_layer.py",)
 OF_ROUTER = ("tests/unit/moe/test_router.py",)
 OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/unit/test_config.py")
 OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
+OF_EXPERT_MLP = ("tests/unit/moe/test_expert_mlp.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
 OF_SETUP = ("tests/unit/training/test_setup.py",)
 OF_SIGNALS = ("tests/unit/training/test_signals.py",)
@@ -228,6 +231,41 @@ FAULTS = [
         "return (activated * probs_T1).to(hidden_TF.dtype)",
         "return (activated * probs_T1 * probs_T1).to(hidden_TF.dtype)",
         OF_EXPERTS,
+    ),
+    Fault(
+        "merged weight gradients made of the last call's rows only",
+        EXPERT_MLP,
+        "pieces = [piece for piece in pieces if len(piece[0])] or pieces[:1]",
+        "pieces = pieces[:1]",
+        OF_EXPERT_MLP,
+    ),
+    Fault(
+        "weight gradients of an earlier backward pass counted again",
+        EXPERT_MLP,
+        "passed = [number for number, ticket in enumerate(tickets) if ticket is not None]",
+        "passed = list(gradients.pieces) or [0]",
+        OF_EXPERT_MLP,
+    ),
+    Fault(
+        "a micro-batch's weight gradient overwrites the one before",
+        EXPERT_MLP,
+        "self.beta = 1 if main_grads else 0",
+        "self.beta = 0",
+        OF_EXPERT_MLP,
+    ),
+    Fault(
+        "rows of merged calls sorted by another order than the experts'",
+        EXPERT_MLP,
+        "order = experts.argsort(stable=True)",
+        "order = experts.argsort(stable=True, descending=True)",
+        OF_EXPERT_MLP,
+    ),
+    Fault(
+        "activation's gradient without the router's weight",
+        EXPERT_ACTIVATION,
+        "        dy_TF = _weighted(dy_TF, probs_T1)\n        dhidden",
+        "        dhidden",
+        OF_EXPERT_MLP,
     ),
     Fault(
         "padding in the loss",
