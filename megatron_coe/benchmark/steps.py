@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,3 +107,28 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepArm:
     replicas = parallel_state.get_data_parallel_world_size()
     tokens = settings.train.global_batch_size * provider.seq_length // replicas
     return StepArm(name, trainer, provider, tokens)
+
+
+def share_memory(arms: Sequence[StepArm]) -> None:
+    """Let arms train the same fp32 weights with the same moments, where names and shapes agree.
+
+    Only the gradient buffers remain each arm's own. What is learnt is nobody's concern here.
+    """
+    first, *others = arms
+    known = dict(first.model.named_parameters())
+    moments = _adam_state(first)
+    for arm in others:
+        state = _adam_state(arm)
+        for name, parameter in arm.model.named_parameters():
+            same = known.get(name)
+            if same is None or same.shape != parameter.shape or parameter not in state:
+                continue
+            parameter.data = same.data
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[parameter][moment] = moments[same][moment]
+
+
+def _adam_state(arm: StepArm) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of each parameter that the optimizer updates itself, not by an fp32 copy."""
+    parts = arm.trainer.trainee.optimizer.chained_optimizers
+    return {parameter: state for part in parts for parameter, state in part.optimizer.state.items()}

@@ -273,6 +273,7 @@ def _steps(bench: Bench, subject: str, pair: tuple[str, str]) -> Outcome:
         steps.build_step(name, bench.settings(preset, *changes), bench.device)
         for name, (preset, changes) in bench.models(pair).items()
     ]
+    steps.share_memory(arms)
     timed = [arm.arm() for arm in arms]
     samples = bench.time(timed)
     last = timed[-1]

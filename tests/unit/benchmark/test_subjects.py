@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_coe.benchmark.scale import SCALES, preset_settings
-from megatron_coe.benchmark.subjects import Bench, layer, step
+from megatron_coe.benchmark.steps import build_step, share_memory
+from megatron_coe.benchmark.subjects import COE, MOE, Bench, layer, step
 
 PRESETS = Path(__file__).parents[3] / "examples/paper"
 
@@ -46,3 +48,26 @@ def test_a_scale_changes_sizes_and_nothing_else(device):
     assert small.train.seed == 7
     for scale in (SCALES["paper"], SCALES["cpu"]):
         assert scale.vocab_size // scale.num_layers == 25_600
+
+
+def test_steps_share_memory_and_no_gradients(single_rank):
+    """Each arm's update is still its own: of its own gradients, on the weights that all share."""
+    bench = make_bench(single_rank)
+    arms = [build_step(name, bench.settings(name), single_rank) for name in (COE, MOE)]
+    share_memory(arms)
+    of_chain, of_mixture = (dict(arm.model.named_parameters()) for arm in arms)
+    shared = {
+        name for name in of_mixture if of_chain[name].data_ptr() == of_mixture[name].data_ptr()
+    }
+    assert set(of_mixture) == shared
+    assert set(of_chain) - shared == {"module.decoder.layers.0.mlp.router.1.weight"}
+    expert = "module.decoder.layers.0.mlp.experts.linear_fc1.weight"
+    assert of_chain[expert].main_grad.data_ptr() != of_mixture[expert].main_grad.data_ptr()
+    before = of_chain[expert].detach().clone()
+    arms[0].trainer.step()  # the first has a learning rate of 0
+    assert arms[0].trainer.step().grad_norm > 0
+    between = of_mixture[expert].detach().clone()
+    assert not torch.equal(before, between)
+    for _ in range(2):
+        arms[1].trainer.step()
+    assert not torch.equal(between, of_chain[expert].detach())
