@@ -81,7 +81,7 @@ $(RUN)/answers.txt: $(RUN)/hf/config.json $(DATA)/valid.idx | $(INSTALLED)
 	$(PY) tools/generate.py --load $(RUN)/hf --input $(DATA)/valid.jsonl $(QA) --samples 4 > $@
 
 quickstart: $(RUN)/answers.txt
-	$(PY) tools/plot_curves.py $(RUN)/metrics.jsonl --output $(RUN)/loss.png \
+	$(PY) tools/plot_runs.py $(RUN) --output $(RUN)/loss.png \
 	    --title "CoE-2 of examples/quickstart.yaml"
 	@echo "Held-out questions, what the model answers and the true answers ($<):"
 	@cat $<

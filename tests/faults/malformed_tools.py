@@ -19,7 +19,7 @@ def cases() -> list[Case]:
     ]
 
 
-_PLOT = "tools/plot_curves.py {d}/metrics.jsonl --output {d}/x.png"
+_PLOT = "tools/plot_runs.py {d}/metrics.jsonl --output {d}/x.png"
 _PREPARE = "tools/preprocess_data.py --tokenizer {d}/t.model --output-prefix {d}/x"
 _LEARN = "tools/train_tokenizer.py --output {d}/x.model"
 _ESTIMATE = "tools/estimate.py --config {d}/run.yaml"
@@ -151,10 +151,10 @@ def _making_data() -> Iterator[Case]:
 
 def _reading_metrics() -> Iterator[Case]:
     def metrics(name: str, content: str | bytes, *says: str) -> Case:
-        return Case(f"plot_curves: {name}", _PLOT, says, write("metrics.jsonl", content))
+        return Case(f"plot_runs: {name}", _PLOT, says, write("metrics.jsonl", content))
 
-    yield Case("plot_curves: no metrics", _PLOT, ("{d}/metrics.jsonl",), remove("metrics.jsonl"))
-    yield Case("plot_curves: a folder", _PLOT, ("{d}/metrics.jsonl",), folder_at("metrics.jsonl"))
+    yield Case("plot_runs: no metrics", _PLOT, ("{d}/metrics.jsonl",), remove("metrics.jsonl"))
+    yield Case("plot_runs: a folder", _PLOT, ("{d}/metrics.jsonl",), folder_at("metrics.jsonl"))
     yield metrics("empty", "", "{d}/metrics.jsonl", "no losses")
     yield metrics("broken line", '{"step": 1, "train_loss": 2}\n{"step\n', "{d}/metrics.jsonl:2")
     yield metrics("a list", "[1]\n", "{d}/metrics.jsonl:1")
@@ -165,19 +165,19 @@ def _reading_metrics() -> Iterator[Case]:
     yield metrics("nothing to draw", '{"step": 1, "lr": 2}\n', "{d}/metrics.jsonl", "no losses")
     yield metrics("not UTF-8", b"\xff\xfe\n", "{d}/metrics.jsonl")
     yield metrics("nested 100,000 deep", "[" * 100_000, "{d}/metrics.jsonl:1")
-    yield Case("plot_curves: no output", "tools/plot_curves.py {d}/metrics.jsonl", ("--output",))
+    yield Case("plot_runs: no output", "tools/plot_runs.py {d}/metrics.jsonl", ("--output",))
     yield Case(
-        "plot_curves: unknown picture",
-        "tools/plot_curves.py {d}/metrics.jsonl --output {d}/x.docx",
+        "plot_runs: unknown picture",
+        "tools/plot_runs.py {d}/metrics.jsonl --output {d}/x.docx",
         ("x.docx", "png"),
     )
     yield Case(
-        "plot_curves: output below a file",
-        "tools/plot_curves.py {d}/metrics.jsonl --output {d}/in.txt/x.png",
+        "plot_runs: output below a file",
+        "tools/plot_runs.py {d}/metrics.jsonl --output {d}/in.txt/x.png",
         ("{d}/in.txt",),
     )
     yield Case(
-        "plot_curves: full disk",
+        "plot_runs: full disk",
         _PLOT,
         ("{d}/x.png", "File too large"),
         plant="tests.faults.commands:small_files",

@@ -1,4 +1,4 @@
-"""`tools/estimate.py` and `tools/plot_curves.py` as users start them."""
+"""`tools/estimate.py` and `tools/plot_runs.py` as users start them."""
 
 from __future__ import annotations
 
@@ -38,14 +38,34 @@ def test_estimate_names_the_legal_expert_parallel_sizes():
     assert "1, 3, 7, 9, 21, 63" in result.stderr
 
 
-def test_plot_curves_draws_and_tells_the_end(tmp_path):
-    metrics, picture = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
-    records = [{"step": 1, "train_loss": 5.0}, {"step": 2, "train_loss": 4.0, "valid_loss": 4.5}]
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = run("plot_curves.py", metrics, "--output", picture)
+def write_run(folder: Path, losses: list[float]) -> Path:
+    folder.mkdir()
+    records = [{"step": 1, "train_loss": 5.0}]
+    records += [{"step": step, "valid_loss": loss} for step, loss in enumerate(losses, start=2)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def test_plot_runs_draws_and_tells_the_end(tmp_path):
+    picture, a, b = tmp_path / "loss.png", *(write_run(tmp_path / x, [4.5, 4.25]) for x in "ab")
+    for named in (a, a / "metrics.jsonl"):
+        result = run("plot_runs.py", named, "--output", picture)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"{picture}: validation loss 4.2500 at step 3\n"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    c = write_run(tmp_path / "c", [4.0, 3.75])
+    result = run("plot_runs.py", f"both={a},{c}", b, "--output", picture)
+    told = ["both: validation loss 4.0000 ± 0.3536 at step 3 (2 runs)", "b: validation loss 4.2500"]
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{picture}: validation loss 4.5000 at step 2\n"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    missing = run("plot_curves.py", tmp_path / "none.jsonl", "--output", picture)
-    assert missing.returncode == 2
-    assert "none.jsonl" in missing.stderr
+    for line, text in zip(result.stdout.splitlines(), told, strict=True):
+        assert line.startswith(f"{picture}: {text}")
+    (tmp_path / "other").mkdir()
+    for arguments, text in (
+        ([tmp_path / "none.jsonl"], "none.jsonl"),
+        ([a, write_run(tmp_path / "other" / "a", [1.0])], "two curves go by the same name"),
+        ([a, "--x", "tokens"], "config.yaml"),
+    ):
+        wrong = run("plot_runs.py", *arguments, "--output", picture)
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert text in wrong.stderr and len(wrong.stderr.splitlines()) == 1

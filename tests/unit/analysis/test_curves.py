@@ -1,19 +1,15 @@
-"""Loss curves: a picture with the losses in it, or a reason."""
+"""Loss curves: a picture with the losses in it, means with their spread, or a reason."""
 
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
+import statistics
 
 import pytest
 
-from megatron_coe.analysis.curves import describe_end, plot_losses
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
+from megatron_coe.analysis.curves import Group, describe_end, plot_losses
+from megatron_coe.analysis.figures import save
+from megatron_coe.analysis.runs import Run
 
 RECORDS = [
     {"step": 1, "train_loss": 5.0, "lr": 0.1},
@@ -22,39 +18,95 @@ RECORDS = [
 ]
 
 
+def group(folder, *of_runs, name="it") -> Group:
+    runs = []
+    for number, records in enumerate(of_runs):
+        path = folder / f"{name}-{number}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        runs.append(Run.read(path))
+    return Group(name, tuple(runs))
+
+
+def labels(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def lines(figure) -> dict[str, list[tuple[float, float]]]:
+    return {
+        line.get_label(): list(zip(*line.get_data(), strict=True)) for line in figure.axes[0].lines
+    }
+
+
 def test_a_png_is_drawn(tmp_path):
     output = tmp_path / "new" / "loss.png"
-    plot_losses(write(tmp_path / "metrics.jsonl", RECORDS), output, "title")
+    save(plot_losses([group(tmp_path, RECORDS)], title="title"), output)
     assert output.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert output.stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"loss\.docx: unknown kind of picture; use one of"):
+        save(plot_losses([group(tmp_path, RECORDS)]), tmp_path / "loss.docx")
 
 
 @pytest.mark.parametrize(
     ("records", "curves"),
-    [(RECORDS, 3), (RECORDS[:2], 2), (RECORDS[:1], 1)],
+    [
+        (RECORDS, ["validation", "training", "unigram entropy"]),
+        (RECORDS[:2], ["validation", "training"]),
+        (RECORDS[:1], ["training"]),
+    ],
     ids=["with entropy", "two curves", "training only"],
 )
-def test_each_curve_that_there_is_has_a_label(tmp_path, monkeypatch, records, curves):
-    import matplotlib
+def test_each_loss_of_one_run_is_a_curve(tmp_path, records, curves):
+    figure = plot_losses([group(tmp_path, records)])
+    assert labels(figure) == curves
+    assert figure.axes[0].get_ylabel() == "loss (nats per token)"
+    drawn = lines(figure)["training"]
+    assert drawn == [(record["step"], record["train_loss"]) for record in records]
 
-    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
-    output = tmp_path / "loss.svg"
-    plot_losses(write(tmp_path / "metrics.jsonl", records), output)
-    texts = [node.text for node in ElementTree.parse(output).iter() if node.tag.endswith("text")]
-    names = {"training", "validation", "unigram entropy"} & set(texts)
-    assert len(names) == curves
-    assert "loss (nats per token)" in texts
+
+def test_several_runs_are_compared_by_validation(tmp_path):
+    ours, others = (
+        group(tmp_path, RECORDS, name="ours"),
+        group(tmp_path, RECORDS[:2], name="others"),
+    )
+    figure = plot_losses([ours, others])
+    assert labels(figure) == ["ours", "others", "unigram entropy"]
+    assert lines(figure)["ours"] == [(2, 4.5), (3, 3.5)]
+    both = plot_losses([ours, others], losses=["training", "validation"])
+    assert labels(both)[:2] == ["ours, training", "others, training"]
+    only = plot_losses([group(tmp_path, RECORDS[:1], name=name) for name in "ab"])
+    assert lines(only)["b"] == [(1, 5.0)]
+
+
+def test_seeds_are_a_mean_in_a_band_over_the_steps_of_all(tmp_path):
+    values = {2: (4.5, 4.0, 5.0), 3: (3.5, 3.25, 2.5)}
+    of_runs = [
+        [{"step": step, "valid_loss": losses[run]} for step, losses in values.items()]
+        for run in range(3)
+    ]
+    of_runs[0].append({"step": 4, "valid_loss": 1.0})  # the others have not come so far
+    seeds = group(tmp_path, *of_runs)
+    expected = [
+        (step, pytest.approx(statistics.mean(losses)), pytest.approx(statistics.stdev(losses)))
+        for step, losses in values.items()
+    ]
+    assert seeds.curve("valid_loss", "steps") == expected
+    figure = plot_losses([seeds])
+    (band,) = figure.axes[0].collections
+    heights = {tuple(point) for point in band.get_paths()[0].vertices}
+    for step, mean, spread in expected:
+        for edge in (mean.expected - spread.expected, mean.expected + spread.expected):
+            assert any(x == step and y == pytest.approx(edge) for x, y in heights)
+    assert describe_end(seeds) == "validation loss 3.0833 ± 0.5204 at step 3 (3 runs)"
 
 
 def test_the_end_of_a_run_is_told_beside_the_entropy(tmp_path):
-    path = tmp_path / "metrics.jsonl"
     level = "2.0000 nats below the text's unigram entropy of 5.5000"
-    assert describe_end(write(path, RECORDS)) == f"validation loss 3.5000 at step 3, {level}"
-    assert describe_end(write(path, RECORDS[:2])) == "validation loss 4.5000 at step 2"
-    assert describe_end(write(path, RECORDS[:1])) == "no validation loss"
+    told = [describe_end(group(tmp_path, RECORDS[:count])) for count in (3, 2, 1)]
+    assert told[0] == f"validation loss 3.5000 at step 3, {level}"
+    assert told[1:] == ["validation loss 4.5000 at step 2", "no validation loss"]
 
 
-def test_a_run_without_losses_is_refused(tmp_path):
-    path = write(tmp_path / "metrics.jsonl", [{"step": 1, "lr": 0.1}])
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: holds no losses"):
-        plot_losses(path, tmp_path / "loss.png")
+@pytest.mark.parametrize("records", [[], [{"step": 1, "lr": 0.1}]], ids=["empty", "no loss"])
+def test_a_run_without_losses_is_refused(tmp_path, records):
+    with pytest.raises(ValueError, match=r"it-0\.jsonl: holds no losses"):
+        plot_losses([group(tmp_path, records)])

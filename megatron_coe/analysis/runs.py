@@ -1,0 +1,118 @@
+"""Runs as they lie in folders: records, settings, and how far a run was at each record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_coe.checkpoints.folder import CONFIG_FILE
+from megatron_coe.training.metrics import METRICS_FILE, read_records
+from megatron_coe.training.settings import Settings, load_settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's metrics and the settings beside them.
+
+    Attributes:
+        metrics: its metrics.jsonl.
+        records: one for each step that was reported, in order of steps.
+    """
+
+    metrics: Path
+    records: list[dict[str, float]]
+
+    @staticmethod
+    def read(path: Path) -> Run:
+        """The run of a folder, or of a metrics.jsonl.
+
+        Raises: ValueError for broken records; OSError: there is no such file.
+        """
+        metrics = path if path.suffix == ".jsonl" else path / METRICS_FILE
+        return Run(metrics, read_records(metrics))
+
+    @property
+    def name(self) -> str:
+        return self.metrics.resolve().parent.name
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Raises: ValueError, OSError: there are none beside the metrics, or they are broken."""
+        return load_settings(self.metrics.parent / CONFIG_FILE)
+
+    def values(self, name: str, axis: str = "steps") -> list[tuple[float, float]]:
+        """The points (place on the axis, value) of one figure, where it was recorded.
+
+        Args:
+            axis: one of `AXES`.
+
+        Raises: ValueError, OSError: the settings do not say how far the run was.
+        """
+        points = [
+            (step, record[name]) for step, record in enumerate(self.records) if name in record
+        ]
+        places = self._places(axis) if points else []
+        return [(places[number], value) for number, value in points]
+
+    def _places(self, axis: str) -> list[float]:
+        """Where on an axis each record is."""
+        return list(_AXES[axis][1](self))
+
+    def _steps(self) -> Sequence[float]:
+        return [record["step"] for record in self.records]
+
+    def _tokens(self) -> Sequence[float]:
+        """As recorded, or steps times tokens of a step."""
+        if all("tokens" in record for record in self.records):
+            return [record["tokens"] for record in self.records]
+        per_step = self.settings.train.global_batch_size * self._seq_length
+        return [record["step"] * per_step for record in self.records]
+
+    @property
+    def _seq_length(self) -> int:
+        length = self.settings.model.get("seq_length")
+        return length if isinstance(length, int) else self._provider.seq_length
+
+    @cached_property
+    def _provider(self):
+        from megatron_coe.conversion.model import provider_of  # imports Megatron: seconds
+
+        return provider_of(self.settings)
+
+    def _flops(self) -> Sequence[float]:
+        per_token = self._provider.flops_per_token(seq_length=self._seq_length)
+        return [tokens * per_token for tokens in self._tokens()]
+
+    def _seconds(self) -> Sequence[float]:
+        """As recorded, or tokens since the record before at the rate that a record tells.
+
+        Records without a rate (of a validation alone) stand where the next one's says.
+        """
+        if all("seconds" in record for record in self.records):
+            return [record["seconds"] for record in self.records]
+        rates = [record.get("tokens_per_second") for record in self.records]
+        if not any(rates):
+            raise ValueError(f"{self.metrics}: records neither seconds nor tokens_per_second")
+        places, elapsed, before = [], 0.0, 0.0
+        for number, tokens in enumerate(self._tokens()):
+            rate = next(r for r in [*rates[number:], *rates[number::-1]] if r)
+            elapsed += (tokens - before) / rate
+            before = tokens
+            places.append(elapsed)
+        return places
+
+
+_AXES: dict[str, tuple[str, Callable[[Run], Sequence[float]]]] = {
+    "steps": ("step", Run._steps),
+    "tokens": ("tokens", Run._tokens),
+    "flops": ("training FLOPs of the model", Run._flops),
+    "time": ("seconds of training", Run._seconds),
+}
+
+AXES = tuple(_AXES)
+
+
+def axis_label(axis: str) -> str:
+    return _AXES[axis][0]
