@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Largest ||a - b|| / ||b||. Arms sum in other orders, and now and then a tie between two experts
-falls the other way: one token of thousands then differs wholly."""
+falls the other way: a token then differs wholly, one of thousands in fp32, one of some hundred in
+bf16. (A pass too many or too few differs by about 1.)"""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -25,7 +26,7 @@ def check_agreement(
     """The relative difference of each value that both arms name.
 
     Raises:
-        ValueError: one is larger than the tolerance of its dtype (fp32: 1e-3, bf16: 5e-2), or they
+        ValueError: one is larger than the tolerance of its dtype (fp32: 1e-3, bf16: 0.2), or they
             have nothing in common.
     """
     differences = {}

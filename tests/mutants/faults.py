@@ -18,6 +18,7 @@ INDEXED = "megatron_coe/data/indexed.py"
 INDEX_CACHE = "megatron_coe/data/index_cache.py"
 OBJECTIVE = "megatron_coe/training/objective.py"
 SETUP = "megatron_coe/training/setup.py"
+BENCHMARK = "megatron_coe/benchmark/"
 LOOP = "megatron_coe/training/loop.py"
 SIGNALS = "megatron_coe/training/signals.py"
 TORCH = "megatron_coe/backends/torch.py"
@@ -40,6 +41,7 @@ OF_DATA = ("tests/unit/data/test_datasets.py",)
 OF_INDICES = ("tests/unit/data/test_indexed.py", "tests/unit/data/test_index_cache.py")
 OF_SAVING = ("tests/unit/training/test_saving.py",)
 OF_RESUMING = ("tests/unit/training/test_resume.py",)
+OF_BENCHMARK = tuple(f"tests/unit/benchmark/test_{n}.py" for n in ("timing", "layers", "phases"))
 OF_FOLDERS = ("tests/unit/checkpoints/test_folder.py",)
 
 
@@ -55,6 +57,34 @@ class Fault:
 
 
 FAULTS = [
+    Fault(
+        "stock layer timed with an iteration too few",
+        BENCHMARK + "layers.py",
+        "for _ in range(self.iterations):",
+        "for _ in range(self.iterations - 1):",
+        OF_BENCHMARK,
+    ),
+    Fault(
+        "one arm always runs first",
+        BENCHMARK + "timing.py",
+        "first = index % len(arms)",
+        "first = 0",
+        OF_BENCHMARK,
+    ),
+    Fault(
+        "backward pass counted as forward",
+        BENCHMARK + "phases.py",
+        "seconds[phase][backward] += own_us / 1e6",
+        "seconds[phase][False] += own_us / 1e6",
+        OF_BENCHMARK,
+    ),
+    Fault(
+        "experts' FLOPs without the gate",
+        BENCHMARK + "layers.py",
+        "return 6 * rows * ffn_params(config, config.moe_ffn_hidden_size)",
+        "return 6 * rows * 2 * config.hidden_size * config.moe_ffn_hidden_size",
+        OF_BENCHMARK,
+    ),
     Fault(
         "second iteration's balance loss dropped",
         ROUTER,

@@ -1,0 +1,68 @@
+"""The benchmark's clocks and counters on a GPU; arms hold one another to agreement there too."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from megatron_coe.benchmark.memory import footprint
+from megatron_coe.benchmark.phases import measure_phases
+from megatron_coe.benchmark.synchronisations import count_synchronisations
+from megatron_coe.benchmark.timing import Stopwatch
+from tests.functional.test_benchmark import benchmark
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+SIZE = 8192
+
+
+def product(device: torch.device) -> torch.Tensor:
+    return torch.ones(SIZE, SIZE, device=device) @ torch.ones(SIZE, SIZE, device=device)
+
+
+def test_the_stream_is_timed_not_its_filling(device):
+    product(device)
+    watch = Stopwatch(device)
+    watch.start()
+    for _ in range(5):
+        product(device)
+    watch.lap("products")
+    torch.cuda.synchronize()
+    time.sleep(0.3)  # the host's time after the last mark
+    seconds = watch.stop()["products"]
+    assert seconds < 0.3
+    assert 5 * 2 * SIZE**3 / seconds < 3e15  # no GPU is as fast
+
+
+def test_memory_and_synchronisations(device):
+    held = torch.zeros(2**20, device=device)
+    found = footprint([held], lambda: torch.zeros(2**22, device=device).sum(), device)
+    assert found.held == 2**22
+    assert 2**24 <= found.passing < 2**24 + 2**21
+    assert count_synchronisations(lambda: product(device), device).total() == 0
+    counts = count_synchronisations(lambda: held.sum().item(), device)
+    assert counts.total() == 1
+    assert "test_benchmark.py" in next(iter(counts))
+
+
+def test_phases_are_the_kernels_time(device):
+    class Model:
+        def work(self) -> torch.Tensor:
+            return product(device)
+
+    model = Model()
+    model.work()
+    found = measure_phases(model.work, [(model, "work", "product")], device)
+    assert found["product"][0] > 2 * SIZE**3 / 3e15
+
+
+def test_every_subject(tmp_path):
+    subjects = ("experts", "layer", "step", "memory", "synchronisations", "long", "kernels")
+    result = benchmark(
+        *("--scale", "tiny", "--rounds", 2, "--profiles", 1, "--steps", 2, "--what", *subjects)
+    )
+    assert result.returncode == 0, result.stderr
