@@ -41,7 +41,8 @@ class Place:
     microbatch: int
     """Of the step, counted from 0."""
     order: int
-    """Among the rank's calls of this step, or among its parameters."""
+    """Of the call's beginning, or of its end where its output is to blame, among the rank's calls
+    of this step; of a parameter, among its parameters."""
     row: int | None = None
     """Which sequence of the micro-batch it was, if that can be told."""
 
@@ -85,6 +86,11 @@ class Inspection:
         for handle in self._handles:
             handle.remove()
 
+    def tick(self) -> int:
+        """The number of the present moment in the order of events."""
+        self._order += 1
+        return self._order
+
     def note(self, kind: int, place: Place) -> None:
         self.found.setdefault(kind, place)
 
@@ -102,8 +108,7 @@ class Inspection:
             self._calls[module] += 1
             microbatch = max(self._calls[chunk] - 1, 0)
             iteration = self._iteration(chain, module, args)
-            place = Place(name or "loss", layer, iteration, index, microbatch, self._order)
-            self._order += 1
+            place = Place(name or "loss", layer, iteration, index, microbatch, self.tick())
             call = _Call(self, place)
             self._open[module].append(call)
             entered = {name: call.enter(value) for name, value in kwargs.items()}
@@ -157,9 +162,11 @@ class _Call:
         return _Probe.apply(value, self) if _has_gradient(value) else value
 
     def leave(self, output: object) -> None:
+        ended = self.inspection.tick()  # a module ends after those within it, and has begun before
         for value in _tensors(output):
             if not is_finite(value):
-                self.inspection.note(FORWARD, replace(self.place, row=self._row(value)))
+                place = replace(self.place, order=ended, row=self._row(value))
+                self.inspection.note(FORWARD, place)
             if _has_gradient(value):
                 value.register_hook(self.receive)
 
