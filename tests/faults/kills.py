@@ -158,8 +158,12 @@ def _kill(bench: Bench, case: Kill, folder: Path, launch: Launch, draw: random.R
             return False
         time.sleep(draw.uniform(0, 0.8 * bench.save_s))
     else:
-        started_s = 5.0 if case.really else 0.0  # imports
-        launch.wait(draw.uniform(0, started_s + 0.9 * bench.run_s))
+        step = draw.randrange(
+            STEPS
+        )  # some moments lie before the first step, or before imports end
+        while last_step(folder) < step and launch.running():
+            time.sleep(0.002)
+        launch.wait(draw.uniform(0, bench.run_s / (3 if step == 0 else STEPS)))
     if not launch.running():
         return False
     if case.everyone:
