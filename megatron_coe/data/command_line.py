@@ -32,6 +32,11 @@ def add_text_arguments(
         metavar="FILE",
         help=".jsonl, .jsonl.gz, .parquet, or .txt with one text per line",
     )
+    add_key_arguments(parser)
+
+
+def add_key_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say under which keys texts stand; `fields_of` reads them."""
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument(
         "--json-keys",

@@ -22,7 +22,7 @@ FEW = (
     "data: id beyond the vocabulary",
     "output: checkpoint.save cannot be written",
     "preprocess: full disk",
-    "plot_curves: loss is a word",
+    "plot_runs: loss is a word",
     "settings: an object made by a call",
     "tokenizer: a pickle as .model",
     "checkpoint: .metadata, a dotted name in torch",

@@ -1,0 +1,137 @@
+"""From a model, or the checkpoints of a run, and a text to all that is measured of routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from megatron_coe import generation
+from megatron_coe.analysis import findings
+from megatron_coe.analysis.collect import (
+    Routing,
+    collect,
+    find_models,
+    random_model,
+    trained_mode,
+)
+from megatron_coe.analysis.findings import Test, Text
+from megatron_coe.analysis.heldout import Source, sequence_numbers, token_classes
+from megatron_coe.analysis.results import RANDOM, Analysis
+from megatron_coe.analysis.routing import Ints
+
+
+def analyze(
+    load: Path,
+    source: Source,
+    test: Test,
+    *,
+    device: torch.device,
+    control: bool = False,
+    batch_size: int = 8,
+    say: Callable[[str], object] = print,
+) -> Analysis:
+    """Run the text through every model under `load` and measure what its routers choose.
+
+    Args:
+        load: see `find_models`; of several checkpoints all are measured.
+        control: measure a model of the last one's shape with initial weights as well.
+        say: is told what is being done.
+
+    Raises:
+        ValueError: there is no model or not enough text, or they do not fit together.
+        OSError: a file cannot be read.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
+    dtype = torch.float32 if device.type == "cpu" else None
+    text, sequences, routings = None, [], []
+    models = find_models(load)
+    for path in models:
+        say(f"{path}: running the text through the model")
+        generator, _ = generation.load(path, [], dtype=dtype, device=device)
+        model = generator.model
+        if text is None:
+            sequences = source.read(generator.tokenizer, model.config, trained_mode(path))
+            ids = np.concatenate(sequences)
+            classes = token_classes(ids, generator.tokenizer)
+            text = Text(ids, sequence_numbers(sequences), classes)
+        routings.append(collect(model, sequences, path.name, batch_size))
+    assert text is not None
+    analysis = Analysis(_about(routings, source, sequences, test))
+    analysis.training = list(findings.training_rows(routings))
+    if control:
+        routings.append(_control(model, sequences, test.seed, batch_size))
+    for routing in routings:
+        say(f"{routing.name}: measuring {text.ids.size:,} tokens, {test.permutations} shuffles")
+        analysis.routers += findings.router_rows(routing, text, test)
+        analysis.transitions += findings.transition_rows(routing, text, test)
+        analysis.usage += findings.usage_rows(routing, text)
+    for routing in routings[len(models) - 1 :]:
+        for place, _, _, matrix in findings.coactivations(routing):
+            key = (routing.name, int(place["layer"]))
+            analysis.matrices.setdefault(key, []).append(matrix)
+    return analysis
+
+
+def _control(
+    model: PreTrainedModel, sequences: Sequence[Ints], seed: int, batch_size: int
+) -> Routing:
+    return collect(random_model(model, seed), sequences, RANDOM, batch_size)
+
+
+def _about(
+    routings: Sequence[Routing], source: Source, sequences: Sequence[Ints], test: Test
+) -> dict[str, object]:
+    last = routings[-1]
+    _, C, T, K = last.choices.shape
+    return {
+        "models": [routing.name for routing in routings],
+        "experts": last.experts,
+        "topk": K,
+        "iterations": C,
+        "layers": list(last.layers),
+        "data": [str(path) for path in source.paths],
+        "tokens": T,
+        "sequences": len(sequences),
+        "permutations": test.permutations,
+        "seed": test.seed,
+    }
+
+
+def as_table(analysis: Analysis) -> str:
+    """What matters most, as Markdown: dependence of iterations, or use of experts where C = 1."""
+    if not analysis.transitions:
+        head = ["model", "layer", "entropy of use", "max / mean", "dead", "neighbours in common"]
+        rows = [
+            [
+                f"{row['model']}",
+                f"{row['layer']}",
+                f"{row['entropy']:.3f}",
+                f"{row['max_over_mean']:.2f}",
+                f"{row['dead']}",
+                f"{row['consistency_1']:.3f} (by chance {row['consistency_by_chance']:.3f})",
+            ]
+            for row in analysis.routers
+        ]
+    else:
+        head = ["model", "layer", "iterations", "information (nats)", "by chance, at most"]
+        head += ["p: any token", "shifted", "same token", "diagonal", "asymmetry"]
+        rows = [
+            [
+                f"{row['model']}",
+                f"{row['layer']}",
+                f"{row['iteration']} → {row['iteration'] + 1}",
+                f"{row['information']:.4f}",
+                f"{row['any_token_largest_by_chance']:.4f}",
+                *(f"{row[f'{name}_p']:.3f}" for name in ("any_token", "shifted", "same_token")),
+                f"{row['diagonal']:.3f} (by chance {row['diagonal_by_chance']:.3f})",
+                f"{row['asymmetry']:.3f}",
+            ]
+            for row in analysis.transitions
+        ]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,170 @@
+"""Pictures of routing: co-activation, use of experts, neighbours, dependence, training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_coe.analysis.figures import COLOURS, new_figure
+from megatron_coe.analysis.findings import DISTANCES, Row
+from megatron_coe.analysis.routing import Ints
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+
+def coactivation_map(name: str, layer: int, matrices: Sequence[Ints]) -> Figure:
+    """A layer's co-activation matrices [N, N], one panel for each pair of iterations.
+
+    Rows are experts at t, columns at t + 1; colours count tokens, on one scale for all panels.
+    """
+    figure = new_figure(1.2 + 4.3 * len(matrices), 4.6)
+    panels = np.atleast_1d(figure.subplots(1, len(matrices)))
+    most = max(int(matrix.max()) for matrix in matrices)
+    for t, (axes, matrix) in enumerate(zip(panels, matrices, strict=True), start=1):
+        image = axes.imshow(matrix, vmin=0, vmax=most, cmap="viridis", interpolation="nearest")
+        axes.set(xlabel=f"expert at iteration {t + 1}", ylabel=f"expert at iteration {t}")
+        axes.set_title(f"iterations {t} → {t + 1}", fontsize="medium")
+    _scale(figure, image, panels, "tokens")
+    figure.suptitle(f"{name}, layer {layer}: co-activation", fontsize="medium")
+    return figure
+
+
+def usage_map(name: str, rows: Sequence[Row], experts: int) -> Figure:
+    """Load of every expert over the mean, a line of cells for each layer and iteration.
+
+    Args:
+        rows: of `usage_rows`.
+    """
+    loads = np.array([row["share"] for row in rows]).reshape(-1, experts) * experts
+    places = [(row["layer"], row["iteration"]) for row in rows[::experts]]
+    figure = new_figure(7, 1.3 + 0.24 * len(places))
+    axes = figure.subplots()
+    image = axes.imshow(
+        loads, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto", interpolation="nearest"
+    )
+    labels = [f"layer {layer}, iteration {t}" for layer, t in places]
+    axes.set_yticks(range(len(labels)), labels, fontsize="small")
+    axes.set(xlabel="expert")
+    axes.set_title(f"{name}: load of each expert", fontsize="medium")
+    _scale(figure, image, [axes], "load / mean (2: or more)")
+    return figure
+
+
+def consistency_plot(name: str, rows: Sequence[Row]) -> Figure:
+    """How many experts tokens have in common that stand so far apart, over what chance gives."""
+
+    def draw(axes: Axes, row: Row, style: dict) -> None:
+        excess = [row[f"consistency_{d}"] / row["consistency_by_chance"] for d in DISTANCES]
+        axes.plot(DISTANCES, excess, marker="o", markersize=3, **style)
+
+    figure = _panel_per_iteration(rows, draw)
+    for axes in figure.axes:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(DISTANCES, [str(distance) for distance in DISTANCES])
+        axes.set(xlabel="tokens apart")
+        axes.axhline(1, color="grey", linestyle="--", linewidth=1)
+    figure.axes[0].set(ylabel="experts in common / by chance")
+    figure.suptitle(f"{name}: local routing consistency", fontsize="medium")
+    return figure
+
+
+def information_plot(rows: Sequence[Row]) -> Figure:
+    """Mutual information of choices at t and t + 1, less its mean over shuffled tokens, by model.
+
+    Args:
+        rows: of `transition_rows`, of one or several models.
+    """
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    places = list(dict.fromkeys((row["layer"], row["iteration"]) for row in rows))
+    figure = new_figure(max(6.0, 1.5 + 0.7 * len(places)), 3.6)
+    axes = figure.subplots()
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        of_model = [row for row in rows if row["model"] == model]
+        at = np.arange(len(places)) + (number - (len(models) - 1) / 2) * width
+        heights = [row["any_token_excess"] for row in of_model]
+        axes.bar(at, heights, width, label=model, color=COLOURS[number % len(COLOURS)])
+        levels = [
+            row["any_token_largest_by_chance"] - row["any_token_by_chance"] for row in of_model
+        ]
+        axes.plot(
+            at, levels, linestyle="none", marker="_", markersize=12, color="#000000",
+            label="largest of the shuffles" if number == 0 else None,
+        )  # fmt: skip
+    labels = [f"layer {layer}\n{t} → {t + 1}" for layer, t in places]
+    axes.set_xticks(range(len(places)), labels, fontsize="small")
+    axes.set(ylabel="mutual information (nats)")
+    axes.set_title("Choices at one iteration and the next", fontsize="medium")
+    axes.grid(axis="y", alpha=0.3)
+    axes.margins(y=0.2)  # room for the legend
+    axes.legend(fontsize="small", ncols=len(models) + 1, loc="upper left")
+    return figure
+
+
+def training_plot(
+    routers: Sequence[Row], transitions: Sequence[Row], training: Sequence[Row]
+) -> Figure:
+    """Specialisation over checkpoints: a panel per measure, a line per layer, mean of iterations.
+
+    Args:
+        routers, transitions, training: rows of `findings`, of checkpoints in order of time.
+    """
+    panels: list[tuple[str, Sequence[Row], Callable[[Row], float]]] = [
+        ("entropy of use / log N", routers, lambda row: row["entropy"]),
+        ("expert and token id: information (nats)", routers, lambda row: row["token_excess"]),
+        ("share of the last one's experts", training, lambda row: row["saturation"]),
+    ]
+    if transitions:
+        panels += [
+            ("iterations: information (nats)", transitions, lambda row: row["any_token_excess"]),
+            ("share of the top tenth of pairs", transitions, lambda row: row["top_tenth"]),
+            ("asymmetry of transitions", transitions, lambda row: row["asymmetry"]),
+        ]
+    lines = len(panels) // 3
+    figure = new_figure(10, 3.2 * lines)
+    for axes, (title, rows, value) in zip(figure.subplots(lines, 3).flatten(), panels, strict=True):
+        _over_checkpoints(axes, rows, value)
+        axes.set_title(title, fontsize="medium")
+    figure.axes[0].legend(fontsize="small")
+    return figure
+
+
+def _over_checkpoints(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    for number, layer in enumerate(dict.fromkeys(row["layer"] for row in rows)):
+        means = [
+            np.mean([value(row) for row in rows if (row["model"], row["layer"]) == (model, layer)])
+            for model in models
+        ]
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3}
+        axes.plot(range(len(models)), means, label=f"layer {layer}", **style)
+    axes.set_xticks(
+        range(len(models)), [model.removeprefix("step_").lstrip("0") or "0" for model in models]
+    )
+    axes.set(xlabel="step")
+    axes.grid(alpha=0.3)
+
+
+def _panel_per_iteration(rows: Sequence[Row], draw: Callable[[Axes, Row, dict], None]) -> Figure:
+    """Panels side by side, in each a curve per layer."""
+    iterations = sorted({int(row["iteration"]) for row in rows})
+    figure = new_figure(1 + 3.2 * len(iterations), 3.4)
+    panels = np.atleast_1d(figure.subplots(1, len(iterations), sharey=True))
+    for axes, t in zip(panels, iterations, strict=True):
+        for number, row in enumerate(row for row in rows if row["iteration"] == t):
+            colour = COLOURS[number % len(COLOURS)]
+            draw(axes, row, {"color": colour, "label": f"layer {row['layer']}"})
+        axes.set_title(f"iteration {t}", fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+def _scale(figure: Figure, image: AxesImage, panels: Iterable[Axes], label: str) -> None:
+    bar = figure.colorbar(image, ax=list(panels), label=label)
+    bar.solids.set_rasterized(True)  # one picture instead of 256 rectangles

@@ -1,0 +1,142 @@
+"""An analysis of routing in a folder: tables (CSV), all figures (JSON), pictures (PNG)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_coe.analysis import maps
+from megatron_coe.analysis.figures import save
+from megatron_coe.analysis.findings import Row
+from megatron_coe.analysis.routing import Ints
+from megatron_coe.data.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUMMARY = "summary.json"
+RANDOM = "random-init"
+"""Name of the control in every table."""
+
+_TABLES = ("routers", "transitions", "training")
+_MATRIX = re.compile(r"coactivation_(.+)_layer-(\d+)_iterations-(\d+)-\d+\.csv")
+
+
+@dataclass
+class Analysis:
+    """What was found out about one model or several, on one text.
+
+    Attributes:
+        about: names of the models, shape, text and test.
+        routers, transitions, training, usage: rows of `findings`.
+        matrices: co-activation of the last model and of the control: by model and layer, one
+            [N, N] for each pair of iterations.
+    """
+
+    about: dict[str, object]
+    routers: list[Row] = field(default_factory=list)
+    transitions: list[Row] = field(default_factory=list)
+    training: list[Row] = field(default_factory=list)
+    usage: list[Row] = field(default_factory=list)
+    matrices: dict[tuple[str, int], list[Ints]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Raises: ValueError if matplotlib is missing; OSError."""
+        for name, figure in self.pictures():
+            save(figure, folder / f"{name}.png")
+        for name in (*_TABLES, "usage"):
+            _write_csv(folder / f"{name}.csv", getattr(self, name))
+        for (model, layer), matrices in self.matrices.items():
+            for t, matrix in enumerate(matrices, start=1):
+                name = f"coactivation_{model}_layer-{layer}_iterations-{t}-{t + 1}.csv"
+                with atomic_path(folder / name) as temporary:
+                    np.savetxt(temporary, matrix, fmt="%d", delimiter=",")
+        content = {"about": self.about, **{name: getattr(self, name) for name in _TABLES}}
+        text = json.dumps(_without_nan(content), indent=1)
+        with atomic_path(folder / SUMMARY) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> Analysis:
+        """Raises: ValueError for files that `write` has not written; OSError."""
+        try:
+            content = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            rows = {
+                name: [{key: _number(value) for key, value in row.items()} for row in content[name]]
+                for name in _TABLES
+            }
+            usage = _read_csv(folder / "usage.csv")
+            matrices: dict[tuple[str, int], list[Ints]] = {}
+            found = [_MATRIX.fullmatch(path.name) for path in folder.iterdir()]
+            places = sorted((m[1], int(m[2]), int(m[3]), m[0]) for m in found if m)
+            for model, layer, _, name in places:
+                matrix = np.loadtxt(folder / name, dtype=np.int64, delimiter=",", ndmin=2)
+                matrices.setdefault((model, layer), []).append(matrix)
+            return Analysis(dict(content["about"]), **rows, usage=usage, matrices=matrices)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder} holds no analysis of routing ({error})") from error
+
+    def pictures(self) -> Iterator[tuple[str, Figure]]:
+        """Each picture and its name."""
+        last, shown = str(self.about["models"][-1]), [RANDOM]
+        for (model, layer), matrices in self.matrices.items():
+            name = f"coactivation_{model}_layer-{layer}"
+            yield name, maps.coactivation_map(model, layer, matrices)
+        for model in dict.fromkeys([last, *shown]):
+            rows, usage = (self._of(model, table) for table in (self.routers, self.usage))
+            if rows:
+                yield f"usage_{model}", maps.usage_map(model, usage, int(self.about["experts"]))
+                yield f"consistency_{model}", maps.consistency_plot(model, rows)
+        rows = [row for row in self.transitions if row["model"] in (last, RANDOM)]
+        if rows:
+            yield "information", maps.information_plot(rows)
+        if len(self.about["models"]) > 1:
+            tables = (self.routers, self.transitions, self.training)
+            yield "training", maps.training_plot(*(_without_control(rows) for rows in tables))
+
+    @staticmethod
+    def _of(model: str, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if row["model"] == model]
+
+
+def _without_control(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["model"] != RANDOM]
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["model"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {key: value if key == "model" else json.loads(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _without_nan(value: object) -> object:
+    """JSON has no word for "not a number"."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _number(value: str | float | None) -> str | float:
+    return math.nan if value is None else value

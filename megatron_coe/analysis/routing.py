@@ -1,0 +1,148 @@
+"""What routers choose, measured: plain functions of integer arrays.
+
+Choices are the numbers of the K experts that each token was sent to, [T, K], in any order and all
+different, tokens in the order of the text. Shares are of 1, entropies and divergences in nats.
+
+Axis letters: T tokens, N routed experts, K chosen per token and iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.integer]
+Floats = NDArray[np.floating]
+
+
+def entropy(weights: Floats | Ints) -> float:
+    """H = -Σ p log p of the distribution that the weights, of any shape, are proportional to."""
+    shares = weights[weights > 0] / weights.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+# --- one router -----------------------------------------------------------------------------------
+
+
+def expert_counts(choices_TK: Ints, experts: int) -> Ints:
+    """How many tokens each expert receives, [N]."""
+    return np.bincount(choices_TK.reshape(-1), minlength=experts)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How evenly a router uses its experts; p_i is expert i's share of all choices.
+
+    Attributes:
+        entropy: H(p) / log N; 1: all alike.
+        max_over_mean: N · max_i p_i, the load of the busiest expert over the mean.
+        dead: experts that no token was sent to.
+    """
+
+    entropy: float
+    max_over_mean: float
+    dead: int
+
+
+def usage(counts_N: Ints) -> Usage:
+    N = len(counts_N)
+    return Usage(
+        entropy=entropy(counts_N) / np.log(N) if N > 1 else 1.0,
+        max_over_mean=float(counts_N.max() / counts_N.mean()),
+        dead=int((counts_N == 0).sum()),
+    )
+
+
+def overlap(first_TK: Ints, second_TK: Ints) -> float:
+    """Share of a token's experts that both choices hold: mean over tokens of |A ∩ B| / K."""
+    return float((first_TK[:, :, None] == second_TK[:, None, :]).any(axis=2).mean())
+
+
+def chance_overlap(first_N: Ints, second_N: Ints, topk: int) -> float:
+    """`overlap` of two choices that know nothing of one another: K Σ_i p_i q_i.
+
+    An expert with the share p_i of all choices is among a token's K with probability K p_i.
+
+    Args:
+        first_N, second_N: how many tokens each expert receives in either.
+    """
+    return float(topk * (first_N / first_N.sum()) @ (second_N / second_N.sum()))
+
+
+def local_consistency(choices_TK: Ints, sequence_T: Ints, distance: int = 1) -> float:
+    """`overlap` of the experts of tokens that stand `distance` apart in the same sequence.
+
+    Args:
+        sequence_T: number of the sequence that each token is of; NaN if none is long enough.
+    """
+    together = sequence_T[distance:] == sequence_T[:-distance]
+    if not together.any():
+        return float("nan")
+    return overlap(choices_TK[:-distance][together], choices_TK[distance:][together])
+
+
+# --- from one iteration to the next ---------------------------------------------------------------
+
+
+def coactivation(first_TK: Ints, second_TK: Ints, experts: int) -> Ints:
+    """The paper's co-activation matrix M [N, N].
+
+    M_ij counts the tokens whose experts are i, among others, at iteration t (rows) and j, among
+    others, at t + 1 (columns); its sum is T K².
+    """
+    return contingency(first_TK, second_TK, (experts, experts))
+
+
+def contingency(first_TA: Ints, second_TB: Ints, sizes: tuple[int, int]) -> Ints:
+    """How often each pair of a label on the left and one on the right belongs to one token."""
+    rows, columns = sizes
+    pairs = first_TA[:, :, None].astype(np.int64) * columns + second_TB[:, None, :]
+    return np.bincount(pairs.reshape(-1), minlength=rows * columns).reshape(rows, columns)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A co-activation matrix in figures; q = M / ΣM, with row sums p and column sums p'.
+
+    Attributes:
+        entropy: H(q) - H(p) = Σ_i p_i H(q_i· / p_i), divided by log N: how open it is, given one
+            expert of a token, which one it meets at the next iteration. 1: fully.
+        asymmetry: Σ |M - Mᵀ| / (2 ΣM). 0: i leads to j as often as j to i; 1: never both.
+        diagonal: Σ_i q_ii, the share of pairs that are twice the same expert.
+        diagonal_by_chance: Σ_i p_i p'_i, what independent choices of the same usage give.
+        top_tenth: share of all pairs that fall on the tenth of the N² cells with the most.
+    """
+
+    entropy: float
+    asymmetry: float
+    diagonal: float
+    diagonal_by_chance: float
+    top_tenth: float
+
+
+def transition(matrix_NN: Ints) -> Transition:
+    N, total = len(matrix_NN), matrix_NN.sum()
+    rows, columns = matrix_NN.sum(axis=1), matrix_NN.sum(axis=0)
+    most = np.sort(matrix_NN, axis=None)[::-1][: max(1, N * N // 10)]
+    given = entropy(matrix_NN) - entropy(rows)
+    return Transition(
+        entropy=given / np.log(N) if N > 1 else 0.0,
+        asymmetry=float(np.abs(matrix_NN - matrix_NN.T).sum() / (2 * total)),
+        diagonal=float(np.trace(matrix_NN) / total),
+        diagonal_by_chance=float((rows / total) @ (columns / total)),
+        top_tenth=float(most.sum() / total),
+    )
+
+
+# --- from one checkpoint to the next --------------------------------------------------------------
+
+
+def divergence(first_N: Ints, second_N: Ints) -> float:
+    """Jensen-Shannon divergence of two usages: H((p + q) / 2) - (H(p) + H(q)) / 2.
+
+    0 where they are alike, log 2 where no expert is used in both.
+    """
+    middle = first_N / first_N.sum() + second_N / second_N.sum()
+    return max(0.0, entropy(middle) - (entropy(first_N) + entropy(second_N)) / 2)
