@@ -37,7 +37,7 @@ from tests.faults.table import Outcome
 COUNT = 52
 ASYNC = "checkpoint.async_save=true"
 HANG_TIMEOUT_S = 10.0
-SURVIVORS_S = 90.0
+SURVIVORS_S = 120.0
 """How long the ranks that were left may take to notice, and to end: start-up and saves have six
 times the timeout of a step."""
 _TRIES = 6

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def main() -> int:
             for kind in options.kinds or KINDS:
                 jobs = [job for job in harness.jobs(kind) if options.only in job.name]
                 for job in tqdm(jobs, desc=kind, unit="fault", mininterval=seldom_s):
-                    outcome = job.run()
+                    outcome = _run(kind, job)
                     outcomes.append(outcome)
                     for failure in outcome.failures:
                         tqdm.write(f"MISSED {job.name}: {failure}", file=sys.stderr)
@@ -135,6 +136,17 @@ def main() -> int:
     print(f"\nseed {options.seed}, {minutes:.1f} minutes")
     missed = any(outcome.failures for outcome in outcomes)
     return status or int(missed)
+
+
+def _run(kind: str, job: Job) -> Outcome:
+    """An error of the harness is a fault that was missed, and ends nothing."""
+    started_s = time.monotonic()
+    try:
+        return job.run()
+    except Exception as error:
+        traceback.print_exc()
+        failure = f"the harness failed: {type(error).__name__}: {error}"
+        return Outcome(f"{kind}: not judged", job.name, (failure,), time.monotonic() - started_s)
 
 
 def _parse() -> argparse.Namespace:

@@ -376,8 +376,10 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The one that `latest` names."""
-    pointer = checkpoints(folder) / "latest"
-    return checkpoints(folder) / pointer.read_text().strip() if pointer.exists() else None
+    try:
+        return checkpoints(folder) / (checkpoints(folder) / "latest").read_text().strip()
+    except OSError:
+        return None
 
 
 def same(one: object, other: object) -> bool:
