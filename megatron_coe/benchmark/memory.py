@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from megatron_coe.benchmark.timing import Lap
 from megatron_coe.training.setup import Trainee
 
 
@@ -18,18 +19,21 @@ class Footprint:
 
     held: int
     """Parameters, gradient buffers and optimizer state: there between two runs."""
-    passing: int
-    """What a run adds at its highest point: activations, gradients on their way, workspaces."""
+    passing: dict[str, int]
+    """What each part of a run adds at its highest point: activations, gradients on their way,
+    workspaces."""
 
     @property
     def peak(self) -> int:
-        return self.held + self.passing
+        return self.held + max(self.passing.values())
 
 
-def footprint(held: Iterable[Tensor], work: Callable[[], None], device: torch.device) -> Footprint:
+def footprint(
+    held: Iterable[Tensor], run: Callable[[Lap], None], device: torch.device
+) -> Footprint:
     """Of an arm that has run before, so that nothing of its state is still to be made."""
-    measure = _peak_on_gpu if device.type == "cuda" else _peak_on_cpu
-    return Footprint(storage_bytes(held), measure(work))
+    measure = _peaks_on_gpu if device.type == "cuda" else _peaks_on_cpu
+    return Footprint(storage_bytes(held), measure(run))
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -58,23 +62,40 @@ def module_tensors(module: torch.nn.Module) -> Iterable[Tensor]:
     yield from module.buffers()
 
 
-def _peak_on_gpu(work: Callable[[], None]) -> int:
+def _peaks_on_gpu(run: Callable[[Lap], None]) -> dict[str, int]:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    peaks: dict[str, int] = {}
+
+    def lap(part: str) -> None:
+        torch.cuda.synchronize()
+        peaks[part] = torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+
+    run(lap)
+    return peaks
 
 
-def _peak_on_cpu(work: Callable[[], None]) -> int:
+def _peaks_on_cpu(run: Callable[[Lap], None]) -> dict[str, int]:
     """By the allocations that torch's profiler sees; libraries' own workspaces are not torch's."""
+
+    def lap(part: str) -> None:
+        with record_function(_LAP + part):
+            pass
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    events = profiled.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        run(lap)
+    peaks: dict[str, int] = {}
     level = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        level += change
-        peak = max(peak, level)
-    return peak
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+        elif event.name().startswith(_LAP):
+            peaks[event.name().removeprefix(_LAP)] = peak
+            peak = level
+    return peaks
+
+
+_LAP = "end of "

@@ -19,7 +19,7 @@ from megatron_coe.training.loop import Trainer
 from megatron_coe.training.model import build_provider
 from megatron_coe.training.settings import Settings
 
-GRADIENTS, OPTIMIZER = "gradients", "optimizer"
+PARTS = GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 """The two parts of a step: forward and backward; and the update with its clipping."""
 
 

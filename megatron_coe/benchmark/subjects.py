@@ -16,7 +16,7 @@ from megatron_coe.benchmark.communication import exposed_share
 from megatron_coe.benchmark.layers import BACKWARD, FORWARD, PassArm
 from megatron_coe.benchmark.report import Outcome
 from megatron_coe.benchmark.scale import Scale, preset_settings
-from megatron_coe.benchmark.steps import GRADIENTS, OPTIMIZER, StepArm
+from megatron_coe.benchmark.steps import GRADIENTS, PARTS, StepArm
 from megatron_coe.benchmark.synchronisations import count_synchronisations
 from megatron_coe.benchmark.timing import TOTAL, Arm, Samples, Spread, interleave, rate, ratio
 from megatron_coe.provider import CoEModelProvider
@@ -157,21 +157,24 @@ def transformers(bench: Bench) -> Outcome:
 def peak_memory(bench: Bench) -> Outcome:
     """Bytes held and bytes passing through in a training step, one model after the other."""
     outcome = Outcome("memory", f"Memory of a training step, {_sizes(bench)}")
-    outcome.header = ["model", "held", "passing", "peak"]
+    outcome.header = ["model", "held", *(f"passing, {part}" for part in PARTS), "peak"]
     found = {}
     for name, (preset, changes) in bench.models((COE, MOE)).items():
         arm = steps.build_step(name, bench.settings(preset, *changes), bench.device)
         arm.trainer.step()
         held = memory.held_by(arm.trainer.trainee)
-        found[name] = memory.footprint(held, arm.trainer.step, bench.device)
-        figures = (found[name].held, found[name].passing, found[name].peak)
+        found[name] = memory.footprint(held, arm.arm().run, bench.device)
+        passing = [found[name].passing[part] for part in PARTS]
+        figures = (found[name].held, *passing, found[name].peak)
         outcome.rows.append([name, *(f"{value / 2**20:,.0f} MiB" for value in figures)])
-        outcome.details[name] = dict(zip(("held", "passing", "peak"), figures, strict=True))
+        outcome.details[name] = dict(zip(outcome.header[1:], figures, strict=True))
         _discard(arm.trainer.trainee.chunks)
         del arm, held
     ours, theirs = list(found.values())[:2]
     outcome.figures["memory"] = Spread.of([ours.peak / theirs.peak])
-    outcome.figures["memory passing"] = Spread.of([ours.passing / theirs.passing])
+    outcome.figures["memory passing"] = Spread.of(
+        [ours.passing[GRADIENTS] / theirs.passing[GRADIENTS]]
+    )
     return outcome
 
 
@@ -278,9 +281,9 @@ def _steps(bench: Bench, subject: str, pair: tuple[str, str]) -> Outcome:
     samples = bench.time(timed)
     last = timed[-1]
     outcome = Outcome(subject, f"Training step, {_sizes(bench)}", samples=samples)
-    parts = (GRADIENTS, OPTIMIZER, TOTAL)
-    outcome.header = ["model", *(f"{part}, s" for part in parts), "tokens/s", "GFLOP/s"]
-    outcome.header += [f"time / {last.name}", "of gradients", "FLOPs"]
+    parts = (*PARTS, TOTAL)
+    outcome.header = ["model", *(f"{part}, s" for part in parts), "fastest, s"]
+    outcome.header += ["tokens/s", "GFLOP/s", f"time / {last.name}", "of gradients", "FLOPs"]
     for arm in timed:
         times = [Spread.of(samples[arm.name][part]).text() for part in parts]
         compared = [ratio(samples, arm.name, last.name, part) for part in (TOTAL, GRADIENTS)]
@@ -288,6 +291,7 @@ def _steps(bench: Bench, subject: str, pair: tuple[str, str]) -> Outcome:
             [
                 arm.name,
                 *times,
+                f"{min(samples[arm.name][TOTAL]):.3f}",
                 _tokens_per_second(samples, arm).text(0),
                 rate(samples, arm, GRADIENTS).text(0),
                 *(spread.text() for spread in compared),
@@ -308,10 +312,11 @@ def _pass_table(
 ) -> Outcome:
     """Seconds forward and backward, and the rate, of each arm."""
     outcome = Outcome(subject, f"{title}, {_sizes(bench)}", samples=samples)
-    outcome.header = ["arm", "forward, s", "backward, s", "GFLOP/s"]
+    outcome.header = ["arm", "forward, s", "backward, s", "fastest, s", "GFLOP/s"]
     for arm in arms:
         times = [Spread.of(samples[arm.name][part]).text() for part in (FORWARD, BACKWARD)]
-        outcome.rows.append([arm.name, *times, rate(samples, arm).text(0)])
+        fastest = f"{min(samples[arm.name][TOTAL]):.3f}"
+        outcome.rows.append([arm.name, *times, fastest, rate(samples, arm).text(0)])
     return outcome
 
 

@@ -23,17 +23,20 @@ MIB = 2**20
 def test_memory_is_what_is_held_and_the_highest_point_above_it():
     held = torch.zeros(MIB // 4)
 
-    def work():
+    def run(lap):
         first = torch.zeros(2 * MIB // 4)
         second = torch.zeros(4 * MIB // 4)
-        del first
+        del second
+        lap("one")
         third = torch.zeros(1 * MIB // 4)
-        del second, third
+        del first, third
+        lap("two")
 
-    found = footprint([held, held.view(2, -1)], work, CPU)
+    found = footprint([held, held.view(2, -1)], run, CPU)
     assert found.held == MIB
-    assert found.passing == pytest.approx(6 * MIB, rel=0.01)
-    assert found.peak == found.held + found.passing
+    assert found.passing["one"] == pytest.approx(6 * MIB, rel=0.01)
+    assert found.passing["two"] == pytest.approx(3 * MIB, rel=0.01)
+    assert found.peak == found.held + found.passing["one"]
 
 
 def test_a_storage_counts_once_and_whole():

@@ -57,9 +57,9 @@ def test_phases_get_their_own_time_forward_and_backward():
     found = measure_phases(model.work, calls, CPU)
     expected = {"first": (0.02, 0.08), "second": (0.06, 0.04), "third": (0.10, 0.02)}
     for phase, (there, back) in expected.items():
-        # A sleep is never shorter; a busy machine may make it longer.
-        assert there <= found[phase][0] < there + 0.2
-        assert back <= found[phase][1] < back + 0.2
+        # A sleep is never shorter; a busy machine may make it much longer.
+        assert found[phase][0] >= there
+        assert found[phase][1] >= back
     assert {OTHER, GRADIENT_BUFFERS} <= found.keys()
     assert not vars(model).keys() & set(expected)
 
