@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 
 import numpy as np
 import pytest
@@ -71,6 +72,6 @@ def test_processor_time_leaves_waiting_out():
     watch = timing.Stopwatch(CPU, "processor")
     watch.start()
     torch.ones(2).sum()
-    __import__("time").sleep(0.2)
+    time.sleep(0.2)
     watch.lap("waited")
     assert watch.stop()["waited"] < 0.1
