@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -96,20 +95,3 @@ class StopRequest:
 def unblock() -> None:
     """Lets signals in that `slurm/launch.py` has blocked, to keep them until someone listens."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-
-@contextmanager
-def shielded_children() -> Iterator[None]:
-    """Processes that are started inside never see a stop signal; this one sees it as always.
-
-    Slurm and a terminal signal every process of a job. Megatron's saving starts some, one of which
-    lives as long as the run, and a signal would end them before the save that it asks for.
-    """
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        # Python starts this one before others, and then unblocks two of the signals itself.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
