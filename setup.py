@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_coe", "megatron_coe.*"]),
+    package_data={"megatron_coe.analysis": ["report.html"]},
     install_requires=[
         "torch>=2.10",  # torch.nn.functional.grouped_mm
         "megatron-core>=0.16.1,<0.17",
@@ -27,7 +28,7 @@ setup(
         "data": ["pyarrow", "reasoning-gym"],
         "hf": ["transformers>=4.57", "safetensors"],
         "eval": ["lm_eval[hf]>=0.4.9", "transformers>=4.57", "pyarrow"],
-        "plot": ["matplotlib"],
+        "plot": ["matplotlib", "jinja2"],
         "test": [
             "pytest",
             "pytest-xdist",

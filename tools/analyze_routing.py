@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         from megatron_coe import generation  # imports torch and transformers: seconds
         from megatron_coe.analysis.analyze import analyze, as_table
         from megatron_coe.analysis.figures import new_figure
-        from megatron_coe.analysis.findings import Test
+        from megatron_coe.analysis.findings import PermutationTest
         from megatron_coe.analysis.heldout import Source
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: `pip install megatron-coe[hf]`") from error
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     analysis = analyze(
         options.load,
         source,
-        Test(options.permutations, options.seed),
+        PermutationTest(options.permutations, options.seed),
         device=generation.choose_device(options.device),
         control=options.random_init,
         batch_size=options.batch_size,

@@ -18,7 +18,7 @@ from megatron_coe.analysis.collect import (
     random_model,
     trained_mode,
 )
-from megatron_coe.analysis.findings import Test, Text
+from megatron_coe.analysis.findings import PermutationTest, Text
 from megatron_coe.analysis.heldout import Source, sequence_numbers, token_classes
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.routing import Ints
@@ -27,7 +27,7 @@ from megatron_coe.analysis.routing import Ints
 def analyze(
     load: Path,
     source: Source,
-    test: Test,
+    test: PermutationTest,
     *,
     device: torch.device,
     control: bool = False,
@@ -84,7 +84,7 @@ def _control(
 
 
 def _about(
-    routings: Sequence[Routing], source: Source, sequences: Sequence[Ints], test: Test
+    routings: Sequence[Routing], source: Source, sequences: Sequence[Ints], test: PermutationTest
 ) -> dict[str, object]:
     last = routings[-1]
     _, C, T, K = last.choices.shape

@@ -67,7 +67,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         node.attrib = {
             key.rpartition("}")[2]: _themed(value)
             for key, value in node.attrib.items()
-            if not (node.tag == "g" and key == "id")  # numbered alike in every picture
+            if key != "id" or node.tag not in ("g", "image")  # alike in several, and not used
         }
     root.attrib = {
         "viewBox": root.attrib["viewBox"],

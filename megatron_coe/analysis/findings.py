@@ -42,7 +42,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Test:
+class PermutationTest:
     """How dependence is tested: shuffles per null hypothesis, and the seed that they come from."""
 
     permutations: int = 199
@@ -61,7 +61,7 @@ class Test:
         return _as_row(found)
 
 
-def router_rows(routing: Routing, text: Text, test: Test) -> Iterator[Row]:
+def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
     """One row per layer and iteration: use, weight, neighbours, what the token's id tells."""
     known, ids = np.unique(text.ids, return_inverse=True)
     N, shuffle = routing.experts, any_token(len(ids))
@@ -84,7 +84,7 @@ def router_rows(routing: Routing, text: Text, test: Test) -> Iterator[Row]:
         }
 
 
-def transition_rows(routing: Routing, text: Text, test: Test) -> Iterator[Row]:
+def transition_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
     """One row per layer and iteration but the last: how choices at t and t + 1 hang together."""
     shuffles = {
         "any_token": any_token(len(text.ids)),

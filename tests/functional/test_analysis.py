@@ -1,0 +1,271 @@
+"""tools/analyze_routing.py and tools/report.py as a user runs them, on small random models."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.conversion.models import write_random_model
+
+ROOT = Path(__file__).parents[2]
+N, K, C = 7, 2, 3
+TOKENS = 600
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder `hf-1`, the same model as the checkpoint of `run`, and text."""
+    from megatron_coe.conversion.hf import from_hf
+    from megatron_coe.conversion.tokenizer import write_tokenizer
+    from megatron_coe.data.preprocess import preprocess
+    from megatron_coe.data.records import Fields
+    from megatron_coe.data.tokenizer import train_tokenizer
+
+    home = tmp_path_factory.mktemp("home")
+    texts = [f"one two {number} three , four {number * 7} five" for number in range(120)]
+    (home / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    inputs = [home / "text.jsonl"]
+    train_tokenizer(inputs, home / "t.model", fields=Fields(), vocab_size=290)
+    preprocess(inputs, home / "d", home / "t.model", fields=Fields(), append_eod=True, quiet=True)
+    write_random_model(home / "hf-1", seed=1, vocab_size=300, coe_iterations=C)
+    special = write_tokenizer(home / "t.model", home / "hf-1")
+    path = home / "hf-1" / "config.json"
+    more = {**special, "max_position_embeddings": 64}
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    from_hf(home / "hf-1", home / "run" / "checkpoints")
+    return home
+
+
+def run(home: Path, tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
+        cwd=home,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(home / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def analysis(home: Path) -> Path:
+    """The analysis of the folder `hf-1`, with its control."""
+    done = run(
+        home, "analyze_routing.py", "--load", "hf-1", "--data", "text.jsonl", "--random-init",
+        "--tokens", TOKENS, "--permutations", 9, "--output", "out",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| hf-1 | 1 | 1 → 2 |" in done.stdout
+    return home / "out"
+
+
+def test_tables_and_pictures_of_a_folder(home: Path, analysis: Path) -> None:
+    about = json.loads((analysis / "summary.json").read_text())["about"]
+    read = about["tokens"]
+    assert (about["models"], about["experts"], about["topk"]) == (["hf-1"], N, K)
+    assert TOKENS <= read < TOKENS + 64
+    counts = dict.fromkeys(("routers", "transitions", "usage"), 0)
+    for name in counts:
+        counts[name] = len(table(analysis / f"{name}.csv"))
+    assert counts == {"routers": 2 * 2 * C, "transitions": 2 * 2 * (C - 1), "usage": 2 * 2 * C * N}
+    for model in ("hf-1", "random-init"):
+        for layer in (1, 2):
+            for t in range(1, C):
+                path = analysis / f"coactivation_{model}_layer-{layer}_iterations-{t}-{t + 1}.csv"
+                matrix = np.loadtxt(path, dtype=int, delimiter=",")
+                assert (matrix.shape, matrix.sum()) == ((N, N), read * K * K)
+                used = [
+                    int(row["tokens"]) * K
+                    for row in table(analysis / "usage.csv")
+                    if (row["model"], row["layer"], row["iteration"]) == (model, str(layer), str(t))
+                ]
+                assert matrix.sum(axis=1).tolist() == used
+            picture = analysis / f"coactivation_{model}_layer-{layer}.png"
+            assert picture.read_bytes().startswith(b"\x89PNG")
+    for name in ("usage_hf-1", "consistency_hf-1", "information", "usage_random-init"):
+        assert (analysis / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_checkpoint_routes_as_the_folder_that_it_came_from(home: Path, analysis: Path) -> None:
+    done = run(
+        home, "analyze_routing.py", "--load", "run", "--data", "d_text_document",
+        "--tokens", TOKENS, "--permutations", 9, "--output", "of-run",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("routers", "transitions", "usage"):
+        ours = table(home / "of-run" / f"{name}.csv")
+        theirs = [row for row in table(analysis / f"{name}.csv") if row["model"] == "hf-1"]
+        assert [{**row, "model": "hf-1"} for row in ours] == theirs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--load", "none", "--data", "text.jsonl"), "none: neither a Hugging Face folder"),
+        (("--load", "hf-1", "--data", "none"), "none: neither a data set"),
+        (("--load", "hf-1", "--data", "text.jsonl", "--json-keys", "q"), "no key 'q'"),
+        (("--load", "hf-1", "--data", "text.jsonl", "--permutations", 0), "permutations=0"),
+    ],
+    ids=["no model", "no data", "no key", "no shuffles"],
+)
+def test_a_mistake_is_one_line(home: Path, arguments: tuple, told: str) -> None:
+    done = run(home, "analyze_routing.py", *arguments, "--output", "not-there")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert told in done.stderr
+    assert not (home / "not-there").exists()
+
+
+# --- report.py ------------------------------------------------------------------------------------
+
+HOSTILE = "<script>alert(1)</script> & 'quotes'"
+
+
+@pytest.fixture(scope="module")
+def page(home: Path, analysis: Path) -> Path:
+    """The page of a run with metrics, an analysis and samples."""
+    folder = home / "run"
+    records = [
+        {
+            "step": step, "train_loss": 5 / step, "lr": 0.1, "grad_norm": 1.0,
+            "tokens_per_second": 9.0, "balance/seq_aux_loss/iteration_1": 1.1,
+        }
+        for step in (1, 10, 20)
+    ]  # fmt: skip
+    records[-1]["valid_loss"] = 0.5
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    shutil.copy(folder / "checkpoints" / "step_00000000" / "config.yaml", folder)
+    (folder / "answers.txt").write_text(HOSTILE)
+    shutil.copytree(analysis, folder / "analysis")
+    done = run(home, "report.py", "run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("run/report.html: ")
+    return folder / "report.html"
+
+
+class _Page(HTMLParser):
+    """What a page refers to, its headings, and whether its tags close in order."""
+
+    VOID = ("meta", "br", "img", "link", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.pictures: list[str | None] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.tags.append(tag)
+        for key, value in attributes:
+            if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+                self.references.append(value or "")
+            if key == "id":
+                self.ids.append(value or "")
+            self.references += re.findall(r"url\(([^)]*)\)", value or "")
+        if tag == "svg":
+            named = dict(attributes)
+            self.pictures.append(named.get("aria-label") if named.get("role") == "img" else None)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_refers_to_nothing_outside(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    parsed = _Page(text)
+    assert parsed.open == []
+    assert parsed.references
+    for reference in parsed.references:
+        assert reference.startswith(("#", "data:image/png;base64,")), reference[:80]
+    targets = {reference[1:] for reference in parsed.references if reference.startswith("#")}
+    assert targets <= set(parsed.ids)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert "http://" not in text and "https://" not in text
+    assert "@import" not in text and not {"script", "link", "iframe"} & set(parsed.tags)
+
+
+def test_the_page_shows_everything(page: Path) -> None:
+    parsed = _Page(page.read_text(encoding="utf-8"))
+    assert HOSTILE in parsed.text  # as text, not as a tag
+    for heading in ("Curves", "Routing", "Samples", "Last figures", "Machine", "Settings"):
+        assert heading in parsed.text
+    for told in ("Validation loss 0.5000 at step 20", "balance/seq_aux_loss", "coe_iterations: 3"):
+        assert told in parsed.text, told
+    assert (
+        len(parsed.pictures) == 3 + 4 + 2 * 2 + 1
+    )  # curves, maps, use and neighbours, information
+    assert all(parsed.pictures)  # each is described
+
+
+def test_a_run_without_routing_has_a_page_too(home: Path, page: Path) -> None:
+    bare = home / "bare"
+    bare.mkdir()
+    for name in ("metrics.jsonl", "config.yaml"):
+        shutil.copy(page.parent / name, bare)
+    done = run(home, "report.py", "bare", "--output", "bare.html")
+    assert (done.returncode, done.stderr) == (0, "")
+    parsed = _Page((home / "bare.html").read_text(encoding="utf-8"))
+    assert "Not analysed" in parsed.text and "Samples" not in parsed.text
+    missing = run(home, "report.py", "none")
+    assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
+    assert "none/metrics.jsonl" in missing.stderr
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+def test_a_real_browser_shows_it_without_a_network(page: Path, tmp_path: Path) -> None:
+    """The document that the browser has built, with its maps in it, and no complaint of its own."""
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}",
+            "--enable-logging=stderr", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<svg") == 12
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in done.stdout
+    complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert complaints == []

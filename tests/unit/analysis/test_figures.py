@@ -1,0 +1,43 @@
+"""Pictures for pages: nothing of outside, nothing that is bound to a white background."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+
+from megatron_coe.analysis.figures import inline_svg
+from megatron_coe.analysis.maps import coactivation_map
+
+
+def picture(name: str) -> str:
+    matrices = [np.arange(25).reshape(5, 5) for _ in range(2)]
+    return inline_svg(coactivation_map("it", 3, matrices), name, 'what <is> "seen"')
+
+
+def test_the_picture_stands_by_itself():
+    text = picture("a")
+    root = ElementTree.fromstring(text)
+    assert root.tag == "svg" and not text.startswith("<?xml")
+    assert (root.get("role"), root.get("aria-label")) == ("img", 'what <is> "seen"')
+    ids = [node.get("id") for node in root.iter() if node.get("id")]
+    assert len(set(ids)) == len(ids)
+    references = re.findall(r"url\(#([^)]*)\)|href=\"#([^\"]*)\"", text)
+    assert references
+    assert {one or other for one, other in references} <= set(ids)
+    assert "http" not in re.sub(r'href="data:image/png;base64,[^"]*"', "", text)
+    assert text.count("data:image/png;base64,") >= 2  # the maps themselves
+    labels = {"".join(node.itertext()) for node in root.iter("text")}
+    assert {"expert at iteration 1", "expert at iteration 3", "tokens"} <= labels
+
+
+def test_text_and_lines_take_the_colour_of_the_page():
+    text = picture("a")
+    assert "currentColor" in text
+    assert "#000000" not in text and "#ffffff" not in text
+
+
+def test_pictures_of_one_page_have_ids_of_their_own():
+    ids = [set(re.findall(r' id="([^"]*)"', picture(name))) for name in "ab"]
+    assert ids[0] and not ids[0] & ids[1]

@@ -1,0 +1,92 @@
+"""Write one page about a run: an HTML file that opens anywhere, without a network.
+
+    python tools/report.py runs/quickstart
+    python tools/report.py runs/quickstart --output quickstart.html --no-analysis
+
+It shows losses and other curves, routing maps, the settings, samples (answers.txt) and the last
+figures. Routing comes from RUN/analysis, where tools/analyze_routing.py has left it; without that
+the run's checkpoints are analysed on its held-out data, into that folder.
+
+Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from megatron_coe.analysis.runs import Run
+from megatron_coe.data.command_line import run
+
+ANALYSIS = "analysis"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    the_run = Run.read(options.run)
+    folder = the_run.metrics.parent
+    try:
+        from megatron_coe.analysis.report import write_report  # imports torch: seconds
+        from megatron_coe.analysis.results import SUMMARY, Analysis
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: `pip install megatron-coe[plot,hf]`") from error
+    found = None
+    if (folder / ANALYSIS / SUMMARY).is_file():
+        found = Analysis.read(folder / ANALYSIS)
+    elif options.analysis and can_be_analysed(the_run):
+        found = analyse(the_run, folder / ANALYSIS)
+    output = options.output or folder / "report.html"
+    write_report(the_run, output, found)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def can_be_analysed(the_run: Run) -> bool:
+    """Whether there are checkpoints beside the metrics, and held-out data where it was."""
+    from megatron_coe.checkpoints.folder import find_checkpoints
+
+    data = the_run.settings.data.valid
+    there = bool(data) and all(Path(f"{prefix}.idx").is_file() for prefix in data)
+    return there and bool(find_checkpoints(the_run.metrics.parent / "checkpoints"))
+
+
+def analyse(the_run: Run, output: Path):
+    # Megatron says so in every module; for a conversion it does not matter.
+    warnings.filterwarnings("ignore", module="megatron.*")
+    try:
+        from transformers.utils import logging
+
+        from megatron_coe import generation
+        from megatron_coe.analysis.analyze import analyze
+        from megatron_coe.analysis.findings import PermutationTest
+        from megatron_coe.analysis.heldout import Source
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is missing: `pip install megatron-coe[hf]`, or give --no-analysis"
+        ) from error
+    from megatron_coe.data.records import Fields
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = Source(tuple(map(Path, the_run.settings.data.valid)), Fields())
+    device = generation.choose_device("auto")
+    found = analyze(the_run.metrics.parent, source, PermutationTest(), device=device, control=True)
+    found.write(output)
+    return found
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
+    parser.add_argument(
+        "--no-analysis", dest="analysis", action="store_false", help="do not analyse checkpoints"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, interrupted="interrupted"))
