@@ -88,8 +88,9 @@ FAULTS = [
     Fault(
         "second iteration's balance loss dropped",
         ROUTER,
-        "if self.is_aux_loss_enabled():",
-        "if self.is_aux_loss_enabled() and self.iteration != 1:",
+        "        masked = padding_mask is not None\n",
+        "        masked = padding_mask is not None\n        if self.iteration == 1:\n"
+        "            return probs\n",
         OF_LAYER,
     ),
     Fault(
@@ -117,15 +118,15 @@ FAULTS = [
     Fault(
         "logged under the same iteration",
         ROUTER,
-        "        self.iteration = iteration\n",
-        "        self.iteration = 0\n",
+        "self.iteration, self.compact = iteration, compact",
+        "self.iteration, self.compact = 0, compact",
         OF_ROUTER,
     ),
     Fault(
         "one router used twice",
         ROUTER,
-        "return self[iteration](input, padding_mask, iteration)",
-        "return self[max(iteration - 1, 0)](input, padding_mask, iteration)",
+        "return self[iteration](input, padding_mask, iteration, compact)",
+        "return self[max(iteration - 1, 0)](input, padding_mask, iteration, compact)",
         OF_LAYER,
     ),
     Fault(
@@ -138,7 +139,7 @@ FAULTS = [
     Fault(
         "scaling factor forgotten",
         ROUTER,
-        "if config.moe_router_topk_scaling_factor:",
+        "if self.config.moe_router_topk_scaling_factor:",
         "if False:",
         OF_LAYER,
     ),
@@ -152,8 +153,8 @@ FAULTS = [
     Fault(
         "expert bias counts the last iteration only",
         ROUTER,
-        "self.local_tokens_per_expert += counted.sum(dim=0)",
-        "self.local_tokens_per_expert.copy_(counted.sum(dim=0))",
+        "self.local_tokens_per_expert += routing_map.sum(dim=0)",
+        "self.local_tokens_per_expert.copy_(routing_map.sum(dim=0))",
         OF_ROUTER,
     ),
     Fault(
@@ -347,13 +348,6 @@ FAULTS = [
         OF_HF,
     ),
     Fault(
-        "a signal ends what a save has started",
-        SIGNALS,
-        "resource_tracker.ensure_running()",
-        "pass",
-        OF_SIGNALS,
-    ),
-    Fault(
         "a signal that a launcher kept back is lost",
         SIGNALS,
         "signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)",
@@ -404,7 +398,7 @@ FAULTS = [
     ),
     Fault(
         "later tokens weighed by the micro-batch's mask alone",
-        LOOP,
+        "megatron_coe/training/passes.py",
         'loss_mask=batch["loss_mask"] * scale,',
         'loss_mask=batch["loss_mask"],',
         ("tests/unit/training/test_mtp.py",),
@@ -426,8 +420,8 @@ FAULTS = [
     Fault(
         "activations of one iteration only",
         "megatron_coe/planning/activations.py",
-        "iterations = range(plan.model.coe_iterations)",
-        "iterations = range(1)",
+        "for t in range(model.coe_iterations)), Kept())",
+        "for t in range(1)), Kept())",
         OF_PLANS,
     ),
     Fault(
