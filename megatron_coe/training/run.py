@@ -89,8 +89,11 @@ def trainer(
         stop.heed(device, "the checkpoint was loaded", saves)
         activity.enter(LOADING)
         progress = load_checkpoint(checkpoint, trainee) if checkpoint else Progress()
-        if not must_resume and progress.step < settings.train.steps:
-            saver.check(trainee)
+        if not must_resume:
+            if progress.step < settings.train.steps:
+                saver.check(trainee)
+            else:
+                saver.tidy()
         train = _source(train_set, settings, device)
         validation = None
         if valid_set is not None:

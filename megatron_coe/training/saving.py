@@ -82,6 +82,12 @@ class Saver:
         write_together(what, partial(_on_rank_0, _make_ready, folder, needed))
         write_together(what, partial(_try_to_write, folder / f".probe_{dist.get_rank()}"))
 
+    def tidy(self) -> None:
+        """Clear away what an earlier run left half done, where there is no step to be saved."""
+        if self.options.save is not None:
+            folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
+            write_together(what, partial(_on_rank_0, folders.clean, folder))
+
     def save(self, trainee: Trainee, progress: Progress) -> None:
         """Write the present state, or begin to. What has begun earlier is completed first."""
         self.finish()

@@ -209,12 +209,16 @@ def test_a_real_disk_that_is_full(single_rank, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_what_a_dead_run_left_is_cleared_away(single_rank, tmp_path):
+@pytest.mark.parametrize("has_steps_left", [True, False])
+def test_what_a_dead_run_left_is_cleared_away(single_rank, tmp_path, has_steps_left):
     trainer = make_trainer(make_settings(tmp_path, model=SMALL), single_rank)
     (tmp_path / ".partial_step_00000003").mkdir()
     (tmp_path / ".partial_step_00000003" / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / ".removed_step_00000001").mkdir()
-    trainer.saver.check(trainer.trainee)
+    if has_steps_left:
+        trainer.saver.check(trainer.trainee)
+    else:
+        trainer.saver.tidy()
     assert not list(tmp_path.iterdir())
 
 
