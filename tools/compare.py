@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_coe.analysis.comparison import as_table, compare
 from megatron_coe.data.command_line import run
+from megatron_coe.experiments.comparison import as_table, compare
 
 
 def main() -> None:
@@ -24,10 +24,18 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="section.key=value", help="settings for all runs"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     options = parser.parse_args()
-    losses = compare(options.configs, options.seeds, options.directory, options.set)
+    for name in ("jobs", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)}: give 1 or more")
+    losses = compare(
+        *(options.configs, options.seeds, options.directory, options.set),
+        *(options.jobs, options.threads),
+    )
     print(as_table(losses, options.seeds))
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, "interrupted; what was trained is saved, the same command goes on"))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coe.analysis.comparison import as_table, compare, last_validation_loss
+from megatron_coe.experiments.comparison import as_table, compare
+from megatron_coe.experiments.running import last_validation_loss
 
 
 def test_table_pairs_differences_by_seed() -> None:
@@ -28,10 +29,10 @@ def test_the_newest_validation_loss_counts(tmp_path: Path) -> None:
         {"step": 3, "train_loss": 9.0},
     ]
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert last_validation_loss(metrics) == 2.0
+    assert last_validation_loss(tmp_path) == 2.0
     metrics.write_text(json.dumps(records[2]) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl.*data\.valid"):
-        last_validation_loss(metrics)
+        last_validation_loss(tmp_path)
 
 
 def test_models_need_names_of_their_own(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_models_need_names_of_their_own(tmp_path: Path) -> None:
 def test_a_failed_run_is_named(tmp_path: Path) -> None:
     config = tmp_path / "wrong.yaml"
     config.write_text("data: {tokenizer: none.model, train: [none], valid: [none]}\n")
-    with pytest.raises(ValueError, match=r"wrong_seed-1.*status 2"):
+    with pytest.raises(ValueError, match=r"wrong_seed-1.*status 2: .*tokenizer none.model"):
         compare([config], [1], tmp_path, [])
     with pytest.raises(OSError, match=r"missing\.yaml"):
         compare([config, tmp_path / "missing.yaml"], [1], tmp_path, [])

@@ -1,0 +1,98 @@
+"""Several models, several seeds each, on the same data: does one reach a lower validation loss?
+
+Seeds are taken in turn over the models, so that a disturbance of the machine meets all alike, and
+differences are paired by seed: both models of a pair saw the same sequences in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_coe.experiments.intervals import spread
+from megatron_coe.experiments.running import Run, last_validation_loss, train
+from megatron_coe.training.checks import check_files_named, check_values
+from megatron_coe.training.settings import load_settings
+
+
+def compare(
+    configs: Sequence[Path],
+    seeds: Sequence[int],
+    directory: Path,
+    overrides: Sequence[str],
+    jobs: int = 1,
+    threads: int = 1,
+) -> dict[str, list[float]]:
+    """Train every model with every seed and return its last validation losses, by model and seed.
+
+    A run that `directory` holds already is not made again, and one cut short is continued.
+
+    Args:
+        configs: settings files; a model goes by the name of its file.
+        overrides: `section.key=value` settings for all runs.
+        jobs: runs at a time.
+        threads: of each.
+
+    Raises:
+        ValueError: two files have the same name, a seed stands twice, there is a mistake in the
+            settings, or a run failed or did not validate.
+        OSError: a file cannot be read.
+    """
+    names = [config.stem for config in configs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two of the files go by the same name: {', '.join(names)}")
+    check_seeds(seeds)
+    runs = []
+    for seed in seeds:
+        for config in configs:
+            name = run_name(config.stem, seed)
+            own = [f"train.seed={seed}", f"log.dir={directory / name}"]
+            settings = load_settings(config, [*overrides, *own])
+            check_values(settings)
+            check_files_named(settings, held_out=True)
+            runs.append(Run(name, settings))
+    train(runs, jobs, threads)
+    return losses_of(names, seeds, directory)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises: ValueError."""
+    if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds={list(seeds)}: give each number once, 0 or more")
+
+
+def run_name(model: str, seed: int) -> str:
+    return f"{model}_seed-{seed}"
+
+
+def losses_of(
+    names: Sequence[str], seeds: Sequence[int], directory: Path
+) -> dict[str, list[float]]:
+    """Last validation losses of runs in a folder, by model and seed."""
+    folders = {name: [directory / run_name(name, seed) for seed in seeds] for name in names}
+    return {
+        name: [last_validation_loss(folder) for folder in of_model]
+        for name, of_model in folders.items()
+    }
+
+
+def as_table(losses: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> str:
+    """A Markdown table: each seed's loss, mean and standard deviation, and the paired difference.
+
+    The difference is to the first model, seed by seed: its mean and standard deviation.
+    """
+    baseline = next(iter(losses.values()))
+    head = ["model", *(f"seed {seed}" for seed in seeds), "mean ± std", "difference ± std"]
+    rows = []
+    for name, values in losses.items():
+        differences = [mine - base for mine, base in zip(values, baseline, strict=True)]
+        relative = "" if values is baseline else spread(differences, "+.4f")
+        rows.append([name, *(f"{value:.4f}" for value in values), spread(values), relative])
+    return markdown([head, *rows])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *others = rows
+    lines = [head, ["---"] * len(head), *others]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

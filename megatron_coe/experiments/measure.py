@@ -1,0 +1,91 @@
+"""What the models of an experiment are on paper, and how long their runs may take."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+from megatron_coe.experiments.running import server
+from megatron_coe.training.settings import Settings
+
+_EFFICIENCY = 1 / 3
+"""Of training, as a share of what a large matrix product reaches: for estimates of time alone."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model in training, on one rank."""
+
+    params: int
+    active_params: int
+    flops_per_token: int
+    tokens: int
+    """Of all steps."""
+    memory: int
+    """Bytes, as planned; tests/unit/planning/test_memory.py holds them to measured ones."""
+
+    @property
+    def flops(self) -> int:
+        return self.flops_per_token * self.tokens
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs are made on."""
+
+    jobs: int
+    """Runs that it makes at a time: one on a GPU, one on each core otherwise."""
+    speed: float
+    """FLOP/s that are to be expected of a run, roughly."""
+
+
+def sizes_of(settings: dict[str, Settings]) -> tuple[dict[str, Sizes], Machine]:
+    """Sizes by arm, and what they would be trained on.
+
+    Raises: ValueError: a model that cannot be.
+    """
+    with ProcessPoolExecutor(1, mp_context=server()) as pool:  # it has Megatron imported
+        machine = pool.submit(_machine)
+        sizes = {name: pool.submit(_sizes_of, of_arm) for name, of_arm in settings.items()}
+        return {name: future.result() for name, future in sizes.items()}, machine.result()
+
+
+def _sizes_of(settings: Settings) -> Sizes:
+    import torch
+
+    from megatron_coe.planning.memory import rank_memory
+    from megatron_coe.training.checks import check_layout
+    from megatron_coe.training.estimate import plan_of
+    from megatron_coe.training.model import build_provider
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_layout(settings, world_size=1)
+    provider = build_provider(settings, device)
+    train = settings.train
+    return Sizes(
+        provider.num_params(),
+        provider.num_active_params(),
+        provider.flops_per_token(provider.seq_length),
+        train.steps * train.global_batch_size * provider.seq_length,
+        rank_memory(plan_of(settings, provider, 1, device.type == "cuda")).total,
+    )
+
+
+def _machine(size: int = 1024, rounds: int = 8) -> Machine:
+    """By a large matrix product, on one thread or a GPU."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(1)
+    size *= 8 if on_gpu else 1
+    kind = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {"dtype": torch.float32}
+    a = torch.ones(size, size, **kind)
+    (a @ a).sum().item()
+    began_s = time.perf_counter()
+    for _ in range(rounds):
+        product = a @ a
+    product.sum().item()  # waits for a GPU
+    flops = rounds * 2 * size**3 / (time.perf_counter() - began_s)
+    return Machine(1 if on_gpu else len(os.sched_getaffinity(0)), _EFFICIENCY * flops)

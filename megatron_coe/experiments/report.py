@@ -1,0 +1,160 @@
+"""What an experiment leaves: a table, a picture, and a verdict for people and for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_coe.analysis.curves import Group, plot_losses
+from megatron_coe.analysis.figures import save
+from megatron_coe.analysis.runs import Run
+from megatron_coe.data.files import atomic_path
+from megatron_coe.experiments.claims import Finding, Results, overall
+from megatron_coe.experiments.comparison import markdown, run_name
+from megatron_coe.experiments.intervals import spread
+from megatron_coe.experiments.measure import Sizes
+from megatron_coe.experiments.plans import Experiment
+
+TABLE, TABLE_CSV, PLOT = "table.md", "table.csv", "plot.png"
+VERDICT, VERDICT_JSON = "verdict.md", "verdict.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An experiment that was run."""
+
+    experiment: Experiment
+    scale: str
+    seeds: Sequence[int]
+    sizes: Mapping[str, Sizes]
+    losses: Mapping[str, Sequence[float]]
+
+    def findings(self) -> list[Finding]:
+        """One for each claim."""
+        memory = {name: sizes.memory for name, sizes in self.sizes.items()}
+        results = Results(self.losses, memory)
+        return [claim.judge(results) for claim in self.experiment.claims]
+
+
+def write_report(outcome: Outcome, runs: Path, folder: Path) -> list[Path]:
+    """Table, picture and verdict of an experiment in `folder`; returns their paths.
+
+    Args:
+        runs: the folder of its runs.
+
+    Raises: ValueError: matplotlib is missing; OSError.
+    """
+    texts = {
+        TABLE: table(outcome),
+        TABLE_CSV: table_csv(outcome),
+        VERDICT: verdict(outcome),
+        VERDICT_JSON: verdict_json(outcome),
+    }
+    for name, text in texts.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    groups = [
+        Group(arm.title, tuple(Run.read(runs / run_name(arm.name, s)) for s in outcome.seeds))
+        for arm in outcome.experiment.arms
+    ]
+    title = f"{outcome.experiment.name}, {outcome.scale}: {len(outcome.seeds)} seed(s) each"
+    figure = plot_losses(groups, "steps", ["validation"], title)
+    save(figure, folder / PLOT)
+    return [folder / name for name in (*texts, PLOT)]
+
+
+def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
+    """What the arms are, before anything is trained."""
+    head = ["arm", "preset", "parameters", "active", "MFLOP/token", "memory, MiB", "PFLOP a run"]
+    rows = [
+        [
+            arm.title,
+            arm.name,
+            *(f"{n:,}" for n in (sizes[arm.name].params, sizes[arm.name].active_params)),
+            f"{sizes[arm.name].flops_per_token / 1e6:,.2f}",
+            f"{sizes[arm.name].memory / 2**20:,.1f}",
+            f"{sizes[arm.name].flops / 1e15:,.3f}",
+        ]
+        for arm in experiment.arms
+    ]
+    return markdown([head, *rows])
+
+
+def table(outcome: Outcome) -> str:
+    """Markdown: what each arm costs and reaches."""
+    head = ["arm", "parameters", "active", "MFLOP/token", "memory, MiB"]
+    head += [*(f"seed {seed}" for seed in outcome.seeds), "mean ± std", "paper"]
+    rows = []
+    for arm in outcome.experiment.arms:
+        sizes, losses = outcome.sizes[arm.name], outcome.losses[arm.name]
+        costs = [f"{sizes.params / 1e6:,.3f} M", f"{sizes.active_params / 1e6:,.3f} M"]
+        costs += [f"{sizes.flops_per_token / 1e6:,.2f}", f"{sizes.memory / 2**20:,.1f}"]
+        reported = outcome.experiment.reported.get(arm.name, "")
+        rows.append(
+            [arm.title, *costs, *(f"{loss:.4f}" for loss in losses), spread(losses), reported]
+        )
+    return markdown([head, *rows]) + "\n"
+
+
+def table_csv(outcome: Outcome) -> str:
+    """The same for programs: one line for each arm."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    seeds = [f"loss_seed_{seed}" for seed in outcome.seeds]
+    names = ["arm", "title", "params", "active_params", "flops_per_token", "tokens", "memory_bytes"]
+    writer.writerow([*names, *seeds, "loss_mean", "loss_std"])
+    for arm in outcome.experiment.arms:
+        sizes, losses = outcome.sizes[arm.name], outcome.losses[arm.name]
+        deviation = statistics.stdev(losses) if len(losses) > 1 else ""
+        costs = vars(sizes).values()
+        mean = statistics.mean(losses)
+        writer.writerow([arm.name, arm.title, *costs, *losses, mean, deviation])
+    return text.getvalue()
+
+
+def verdict(outcome: Outcome) -> str:
+    """Markdown: the paper's claim, and what was found of each part of it."""
+    findings = outcome.findings()
+    head = ["claim", "criterion", "measured", "verdict"]
+    rows = [
+        [
+            f"{'(control) ' if finding.control else ''}{finding.claim}",
+            *(finding.criterion, finding.measured, finding.verdict.value),
+        ]
+        for finding in findings
+    ]
+    return (
+        f"**{overall(findings).value}**: {outcome.experiment.claim}\n\n"
+        f"Scale {outcome.scale}, seeds {', '.join(map(str, outcome.seeds))}; losses in nats per "
+        f"token, differences seed by seed.\n\n{markdown([head, *rows])}\n"
+    )
+
+
+def verdict_json(outcome: Outcome) -> str:
+    findings = outcome.findings()
+    described = {
+        "experiment": outcome.experiment.name,
+        "claim": outcome.experiment.claim,
+        "scale": outcome.scale,
+        "seeds": list(outcome.seeds),
+        "verdict": overall(findings).value,
+        "claims": [{**vars(finding), "verdict": finding.verdict.value} for finding in findings],
+        "losses": {name: list(values) for name, values in outcome.losses.items()},
+        "sizes": {name: vars(sizes) for name, sizes in outcome.sizes.items()},
+    }
+    return json.dumps(_without_infinities(described), indent=2) + "\n"
+
+
+def _without_infinities(value: object) -> object:
+    """JSON has none: null, where a single seed leaves an end or a deviation unknown."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

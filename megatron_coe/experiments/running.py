@@ -1,0 +1,189 @@
+"""Runs of pretrain_coe.py, some at a time, in processes that share the import of Megatron.
+
+A server imports it once and forks a process for each run, which saves the seconds that the import
+takes (and leaves this process without threads or a GPU's context that a fork would inherit).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+from megatron_coe.checkpoints.folder import CONFIG_FILE
+from megatron_coe.data.files import atomic_path
+from megatron_coe.training.exit_status import DONE
+from megatron_coe.training.metrics import METRICS_FILE, read_records
+from megatron_coe.training.settings import Settings
+
+ENTRY_POINT = Path(__file__).resolve().parents[2] / "pretrain_coe.py"
+
+SETTINGS_FILE = "settings.yaml"
+CONSOLE_FILE = "console.log"
+_LOCK_FILE = ".lock"
+
+_UNHEARD = ("ignore:Apex is not installed", "ignore:Transformer Engine and Apex are not installed")
+_IMPORTED_ONCE = ("megatron_coe.training.run", "torch.utils.tensorboard")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is to be made, in the folder of its settings' `log.dir`."""
+
+    name: str
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.log.dir)
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / METRICS_FILE
+
+    def prepare(self) -> None:
+        """Write its settings into its folder.
+
+        Raises: ValueError if a run with other settings is there; OSError.
+        """
+        path, text = self.folder / SETTINGS_FILE, self.settings.to_yaml()
+        if path.exists():
+            before = path.read_text(encoding="utf-8")
+            if before != text:
+                raise ValueError(
+                    f"{path}: the run there has other settings ({_difference(before, text)}); "
+                    "name another --directory"
+                )
+            return
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def is_done(self) -> bool:
+        """Whether its last step was made and validated."""
+        if not (self.metrics.exists() and (self.folder / CONFIG_FILE).exists()):
+            return False
+        try:
+            records = read_records(self.metrics)
+        except ValueError:  # a line cut short by a crash: the run mends it when it goes on
+            return False
+        steps = self.settings.train.steps
+        return any(record["step"] == steps and "valid_loss" in record for record in records)
+
+
+def last_validation_loss(folder: Path) -> float:
+    """The newest validation loss of a run, nats per token.
+
+    Raises: ValueError: there is none; OSError: there is no such run.
+    """
+    metrics = folder / METRICS_FILE
+    found = [record["valid_loss"] for record in read_records(metrics) if "valid_loss" in record]
+    if not found:
+        raise ValueError(f"{metrics}: holds no validation loss; set data.valid")
+    return found[-1]
+
+
+def server() -> ForkServerContext:
+    """Makes processes that have Megatron imported."""
+    # Megatron's modules each say on import that they do without Apex; see pretrain_coe.py.
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(_UNHEARD))
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(_IMPORTED_ONCE))
+    return context
+
+
+def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
+    """Make the runs that are not done, in their order; one that was cut short is continued.
+
+    Args:
+        jobs: runs at a time.
+        threads: of each run.
+
+    Raises:
+        ValueError: a run failed; it and where its messages are is named, and the others of its
+            time are ended, saved.
+        KeyboardInterrupt: as received, when the runs in progress are saved.
+    """
+    for run in runs:
+        run.prepare()
+    waiting = [run for run in runs if not run.is_done()]
+    if len(waiting) < len(runs):
+        print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when the server loads OpenMP
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    context, left = server(), len(waiting)
+    running: dict[ForkServerProcess, tuple[Run, float]] = {}
+    with _ended_with_us(running):
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                process = context.Process(target=_train, args=(str(run.folder),))
+                process.start()
+                running[process] = run, time.monotonic()
+            connection.wait([process.sentinel for process in running])
+            for process in [process for process in running if not process.is_alive()]:
+                run, began_s = running.pop(process)
+                _check_end(run, process.exitcode)
+                left -= 1
+                print(
+                    f"{run.name}: validation loss {last_validation_loss(run.folder):.4f} after "
+                    f"{time.monotonic() - began_s:.0f} s; {left} to go",
+                    flush=True,
+                )
+
+
+@contextlib.contextmanager
+def _ended_with_us(running: dict[ForkServerProcess, tuple[Run, float]]) -> Iterator[None]:
+    """Whatever ends the block early, the runs in progress are told to save, and waited for."""
+    try:
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join()
+
+
+def _check_end(run: Run, status: int | None) -> None:
+    if status == DONE and run.is_done():
+        return
+    log = run.folder / CONSOLE_FILE
+    said = log.read_text(errors="replace").split("\n") if log.exists() else []
+    last = next((line for line in reversed(said) if line.strip()), "it said nothing")
+    raise ValueError(f"{run.folder}: the run ended with status {status}: {last} (see {log})")
+
+
+def _train(folder: str) -> None:
+    """In a process of its own: pretrain_coe.py, with its messages in a file."""
+    log = os.open(Path(folder, CONSOLE_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    # One process to a folder: a run whose starter was killed may still be saving.
+    lock = os.open(Path(folder, _LOCK_FILE), os.O_WRONLY | os.O_CREAT, 0o644)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    threading.Thread(target=_end_with_starter, daemon=True).start()
+    script = runpy.run_path(str(ENTRY_POINT))
+    sys.exit(script["main"](["--config", str(Path(folder, SETTINGS_FILE))]))
+
+
+def _end_with_starter() -> None:
+    starter = parent_process()
+    assert starter is not None
+    starter.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # saves, and goes
+
+
+def _difference(before: str, now: str) -> str:
+    """The first line that differs."""
+    pairs = zip(before.splitlines(), now.splitlines(), strict=False)
+    differing = (f"{old.strip()}, now {new.strip()}" for old, new in pairs if old != new)
+    return next(differing, "one has more")

@@ -1,0 +1,120 @@
+"""At what size an experiment is run: the paper's presets, or the same made smaller.
+
+Smaller models keep what the claims are about, the numbers of experts, of chosen ones and of
+iterations, the residual and the gates; layers shrink in proportion, widths to those of the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_coe.experiments.data import Data
+from megatron_coe.experiments.plans import Arm
+from megatron_coe.training.checks import check_files_named, check_values
+from megatron_coe.training.settings import Settings, load_settings
+
+PRESETS = Path(__file__).resolve().parents[2] / "examples" / "paper"
+
+_PAPER_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size.
+
+    Attributes:
+        layers: of a model that has four in the paper.
+        expert_size: hidden channels of an expert; None: the paper's.
+        vocab_size: pieces of the tokenizer that is trained.
+        settings: what else differs from the presets.
+    """
+
+    name: str
+    layers: int
+    expert_size: int | None
+    vocab_size: int
+    settings: tuple[str, ...]
+
+    def settings_of(
+        self, arm: Arm, seed: int, run: Path, data: Data, overrides: Sequence[str]
+    ) -> Settings:
+        """Of the run of an arm with a seed, in folder `run`.
+
+        Raises: ValueError for overrides that cannot be; OSError if the preset is missing.
+        """
+        paper = self.expert_size is None
+        preset = PRESETS / f"{(paper and arm.paper_preset) or arm.name}.yaml"
+        own = [] if paper else [*self._shrink(load_settings(preset)), *self.settings]
+        settings = load_settings(preset, [*own, *overrides])
+        settings.train.seed = seed
+        settings.log.dir = str(run)
+        settings.checkpoint.save = str(run / "checkpoints")
+        settings.data.tokenizer = str(data.tokenizer)
+        settings.data.train, settings.data.valid = [str(data.train)], [str(data.valid)]
+        check_values(settings)
+        check_files_named(settings, held_out=True)
+        return settings
+
+    def _shrink(self, preset: Settings) -> list[str]:
+        """What of a preset's model is a size, made smaller."""
+        layers = preset.model["num_layers"] * self.layers // _PAPER_LAYERS
+        shrunk = [f"num_layers={layers}", f"moe_ffn_hidden_size={self.expert_size}"]
+        if preset.model["moe_shared_expert_intermediate_size"] is not None:
+            shrunk.append(f"moe_shared_expert_intermediate_size={self.expert_size}")
+        return [f"model.{setting}" for setting in shrunk]
+
+
+def _model(**values: int | float) -> tuple[str, ...]:
+    return tuple(f"model.{name}={value}" for name, value in values.items())
+
+
+def _train(**values: int | float | str) -> tuple[str, ...]:
+    return tuple(f"train.{name}={value}" for name, value in values.items())
+
+
+_OPTIMISATION = _train(
+    lr=3e-3, min_lr=3e-4, lr_decay_style="cosine", lr_warmup_fraction=0.1, eval_samples=256
+)
+
+TINY = Scale(
+    "tiny",
+    layers=2,
+    expert_size=64,
+    vocab_size=1024,
+    settings=(
+        *_model(
+            **{"hidden_size": 128, "num_attention_heads": 4, "kv_lora_rank": 64},
+            **{"qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 32},
+            **{"seq_length": 128, "vocab_size": 1024, "original_max_position_embeddings": 128},
+        ),
+        *_OPTIMISATION,
+        *_train(steps=150, global_batch_size=16, micro_batch_size=16, eval_interval=30),
+        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep=1"),
+    ),
+)
+"""Minutes on two cores."""
+
+SMALL = Scale(
+    "small",
+    layers=4,
+    expert_size=128,
+    vocab_size=2048,
+    settings=(
+        *_model(
+            **{"hidden_size": 192, "num_attention_heads": 6, "kv_lora_rank": 96},
+            **{"qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 32},
+            **{"seq_length": 256, "vocab_size": 2048, "original_max_position_embeddings": 256},
+        ),
+        *_OPTIMISATION,
+        *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
+        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep=1"),
+    ),
+)
+"""Hours on two cores."""
+
+PAPER = Scale("paper", layers=4, expert_size=None, vocab_size=8192, settings=())
+"""The paper's models and recipe, on a GPU."""
+
+SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER)}

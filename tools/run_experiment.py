@@ -1,0 +1,106 @@
+"""Run one of the paper's experiments: train its arms, and say whether its claim holds.
+
+    python tools/run_experiment.py main --scale tiny --seeds 3
+    python tools/run_experiment.py memory --scale small --seeds 5 --dry-run
+    python tools/run_experiment.py compute --data gsm8k/train.parquet \\
+        --valid-data gsm8k/test.parquet --qa-keys question answer
+
+Leaves a table (Markdown and CSV), a picture and a verdict (Markdown and JSON) in
+DIRECTORY/DATA/SCALE/EXPERIMENT/. Runs stand beside it and belong to all experiments: an arm that
+another one trained is not trained again. Ctrl-C, SIGTERM or a crash lose nothing that is saved: the
+same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_coe.data.command_line import run
+from megatron_coe.experiments.data import Data, Source, make_data
+from megatron_coe.experiments.plans import EXPERIMENTS
+from megatron_coe.experiments.scales import SCALES
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--scale", choices=SCALES, default="tiny", help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 1, 2, … (default 3)")
+    parser.add_argument("--directory", type=Path, default=Path("runs/experiments"))
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="section.key=value", help="settings of all runs"
+    )
+    parser.add_argument("--data", help="text to train on; default: generated problems")
+    parser.add_argument("--valid-data", help="held-out text, where --data is given")
+    parser.add_argument(
+        "--qa-keys", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE")
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: one a core or GPU)")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the arms, their sizes and a time, and stop"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    for name in ("seeds", "jobs", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: give 1 or more")
+    experiment, scale = EXPERIMENTS[options.experiment], SCALES[options.scale]
+    source = Source(scale.vocab_size, options.data, options.valid_data, options.qa_keys)
+    source.check()
+    folder = options.directory / source.name
+    runs_folder = folder / scale.name
+    # Beyond here things are imported and made that take seconds.
+    from megatron_coe.experiments.comparison import losses_of, run_name
+    from megatron_coe.experiments.measure import sizes_of
+    from megatron_coe.experiments.report import Outcome, sizes_table, write_report
+    from megatron_coe.experiments.running import Run, train
+
+    seeds = list(range(1, options.seeds + 1))
+    data = Data.at(folder / "data")
+    runs = []
+    for seed in seeds:  # all arms of a seed first, so that what is there early is paired
+        for arm in experiment.arms:
+            name = run_name(arm.name, seed)
+            settings = scale.settings_of(arm, seed, runs_folder / name, data, options.set)
+            runs.append(Run(name, settings))
+    arms = [arm.name for arm in experiment.arms]
+    of_arms = dict(zip(arms, (run.settings for run in runs), strict=False))
+    sizes, machine = sizes_of(of_arms)
+    jobs = options.jobs or machine.jobs
+    total = sum(sizes[name].flops for name in arms) * len(seeds)
+    minutes = total / machine.speed / jobs / 60
+    print(f"{experiment.name}: {experiment.claim}\n\n{sizes_table(experiment, sizes)}\n")
+    print(
+        f"{len(runs)} runs, {jobs} at a time; roughly {minutes:,.0f} min of this machine, if it "
+        "has nothing else to do",
+        flush=True,
+    )
+    if options.dry_run:
+        return
+    make_data(source, folder / "data")
+    train(runs, jobs, options.threads)
+    losses = losses_of(arms, seeds, runs_folder)
+    outcome = Outcome(experiment, scale.name, seeds, sizes, losses)
+    written = write_report(outcome, runs_folder, runs_folder / experiment.name)
+    print()
+    for path in written:
+        if path.suffix == ".md":
+            print(path.read_text(encoding="utf-8"))
+    for path in written:
+        print(path)
+
+
+if __name__ == "__main__":
+    # Runs are threads enough; what a library would start here could not follow into their server.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    sys.exit(run(main, "interrupted; what was trained is saved, the same command goes on"))
