@@ -119,7 +119,7 @@ def as_table(analysis: Analysis) -> str:
         ]
     else:
         head = ["model", "layer", "iterations", "information (nats)", "by chance, at most"]
-        head += ["p: any token", "shifted", "same token", "diagonal", "asymmetry"]
+        head += ["p: any token", "shifted", "same token", "beyond the token", "diagonal"]
         rows = [
             [
                 f"{row['model']}",
@@ -128,8 +128,8 @@ def as_table(analysis: Analysis) -> str:
                 f"{row['information']:.4f}",
                 f"{row['any_token_largest_by_chance']:.4f}",
                 *(f"{row[f'{name}_p']:.3f}" for name in ("any_token", "shifted", "same_token")),
+                f"{row['same_token_excess']:.4f}",
                 f"{row['diagonal']:.3f} (by chance {row['diagonal_by_chance']:.3f})",
-                f"{row['asymmetry']:.3f}",
             ]
             for row in analysis.transitions
         ]

@@ -65,8 +65,9 @@ def plot_losses(
 ) -> Figure:
     """Losses (nats per token) of groups of runs over steps, tokens, FLOPs or time.
 
-    A band is the mean of a group's runs ± one standard deviation. The validation text's unigram
-    entropy, which a finished run records, is a level line: a model below it makes use of context.
+    A band is the mean of a group's runs ± one standard deviation. With a single group, the unigram
+    entropy of the validation text, which a finished run records, is a level line: a model below it
+    makes use of context.
 
     Args:
         losses: of `LOSSES`; none: both for one group, else validation, or training if there is no
@@ -87,7 +88,8 @@ def plot_losses(
     if not drawn:
         named = ", ".join(str(run.metrics) for group in groups for run in group.runs)
         raise ValueError(f"{named}: holds no losses to draw")
-    _draw_entropy(axes, groups)
+    if len(groups) == 1:  # far above what is compared where there are several
+        _draw_entropy(axes, groups[0])
     axes.set(xlabel=axis_label(axis), ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -120,9 +122,9 @@ def _draw(
     return True
 
 
-def _draw_entropy(axes: Axes, groups: Sequence[Group]) -> None:
-    """One line, where all runs that know it agree."""
-    ends = [run.records[-1] for group in groups for run in group.runs if run.records]
+def _draw_entropy(axes: Axes, group: Group) -> None:
+    """A line, where all runs that know it agree."""
+    ends = [run.records[-1] for run in group.runs if run.records]
     levels = {record["unigram_entropy"] for record in ends if "unigram_entropy" in record}
     if len(levels) == 1:
         level = levels.pop()

@@ -74,36 +74,42 @@ def consistency_plot(name: str, rows: Sequence[Row]) -> Figure:
 
 
 def information_plot(rows: Sequence[Row]) -> Figure:
-    """Mutual information of choices at t and t + 1, less its mean over shuffled tokens, by model.
+    """Mutual information of choices at t and t + 1, by model: less that of shuffled tokens, and
+    less that of tokens shuffled among those of their id, which leaves what the id does not explain.
 
     Args:
         rows: of `transition_rows`, of one or several models.
     """
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     places = list(dict.fromkeys((row["layer"], row["iteration"]) for row in rows))
-    figure = new_figure(max(6.0, 1.5 + 0.7 * len(places)), 3.6)
-    axes = figure.subplots()
+    figure = new_figure(max(9.0, 2 + 1.4 * len(places)), 3.6)
     width = 0.8 / len(models)
-    for number, model in enumerate(models):
-        of_model = [row for row in rows if row["model"] == model]
-        at = np.arange(len(places)) + (number - (len(models) - 1) / 2) * width
-        heights = [row["any_token_excess"] for row in of_model]
-        axes.bar(at, heights, width, label=model, color=COLOURS[number % len(COLOURS)])
-        levels = [
-            row["any_token_largest_by_chance"] - row["any_token_by_chance"] for row in of_model
-        ]
-        axes.plot(
-            at, levels, linestyle="none", marker="_", markersize=12, color="#000000",
-            label="largest of the shuffles" if number == 0 else None,
-        )  # fmt: skip
-    labels = [f"layer {layer}\n{t} → {t + 1}" for layer, t in places]
-    axes.set_xticks(range(len(places)), labels, fontsize="small")
-    axes.set(ylabel="mutual information (nats)")
-    axes.set_title("Choices at one iteration and the next", fontsize="medium")
-    axes.grid(axis="y", alpha=0.3)
-    axes.margins(y=0.2)  # room for the legend
-    axes.legend(fontsize="small", ncols=len(models) + 1, loc="upper left")
+    panels = zip(figure.subplots(1, 2, sharey=True), _INFORMATION.items(), strict=True)
+    for axes, (null, title) in panels:
+        for number, model in enumerate(models):
+            of_model = [row for row in rows if row["model"] == model]
+            at = np.arange(len(places)) + (number - (len(models) - 1) / 2) * width
+            heights = [row[f"{null}_excess"] for row in of_model]
+            axes.bar(at, heights, width, label=model, color=COLOURS[number % len(COLOURS)])
+            levels = [
+                row[f"{null}_largest_by_chance"] - row[f"{null}_by_chance"] for row in of_model
+            ]
+            label = "largest of the shuffles" if number == 0 else None
+            style = {"linestyle": "none", "marker": "_", "markersize": 12, "color": "#000000"}
+            axes.plot(at, levels, label=label, **style)
+        labels = [f"layer {layer}\n{t} → {t + 1}" for layer, t in places]
+        axes.set_xticks(range(len(places)), labels, fontsize="small")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].set(ylabel="mutual information (nats)")
+    figure.axes[1].legend(fontsize="small")
     return figure
+
+
+_INFORMATION = {
+    "any_token": "one iteration and the next",
+    "same_token": "beyond what the token's id explains",
+}
 
 
 def training_plot(
@@ -122,7 +128,7 @@ def training_plot(
     if transitions:
         panels += [
             ("iterations: information (nats)", transitions, lambda row: row["any_token_excess"]),
-            ("share of the top tenth of pairs", transitions, lambda row: row["top_tenth"]),
+            ("… beyond the token's id", transitions, lambda row: row["same_token_excess"]),
             ("asymmetry of transitions", transitions, lambda row: row["asymmetry"]),
         ]
     lines = len(panels) // 3

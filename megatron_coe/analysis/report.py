@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import psutil
@@ -17,6 +18,9 @@ from megatron_coe.analysis.figures import COLOURS, inline_svg, new_figure
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.runs import Run
 from megatron_coe.data.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ANSWERS_FILE = "answers.txt"
 """Samples of a run's text, as `make quickstart` leaves them."""
@@ -37,10 +41,12 @@ class Picture:
     Attributes:
         svg: as `inline_svg` makes it.
         caption: what there is to see.
+        wide: whether it needs the whole width of the page.
     """
 
     svg: str
     caption: str
+    wide: bool
 
 
 def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> None:
@@ -65,8 +71,8 @@ def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> No
         summary=list(_summary(run)),
         curves=list(_curves(run)),
         analysis=analysis and analysis.about,
-        transitions=analysis.transitions if analysis else [],
-        routers=analysis.routers if analysis else [],
+        transitions=analysis.shown(analysis.transitions) if analysis else [],
+        routers=analysis.shown(analysis.routers) if analysis else [],
         maps=list(_maps(analysis)) if analysis else [],
         last=_last_figures(run),
         machine=machine(),
@@ -179,11 +185,12 @@ def _caption(name: str) -> str:
     return f"{text}: {model}." if model else f"{text}."
 
 
-def _picture(figure, name: str, caption: str) -> Picture:
-    return Picture(inline_svg(figure, name, caption), caption)
+def _picture(figure: Figure, name: str, caption: str) -> Picture:
+    width, _ = figure.get_size_inches()
+    return Picture(inline_svg(figure, name, caption), caption, wide=width > 8)
 
 
-def _last_figures(run: Run) -> Sequence[tuple[str, str]]:
+def _last_figures(run: Run) -> Sequence[tuple[str, str, str]]:
     """The newest value of everything that the run recorded."""
     newest: dict[str, tuple[float, float]] = {}
     for record in run.records:

@@ -76,8 +76,10 @@ class Analysis:
             usage = _read_csv(folder / "usage.csv")
             matrices: dict[tuple[str, int], list[Ints]] = {}
             found = [_MATRIX.fullmatch(path.name) for path in folder.iterdir()]
-            places = sorted((m[1], int(m[2]), int(m[3]), m[0]) for m in found if m)
-            for model, layer, _, name in places:
+            places = sorted(
+                (m[1] == RANDOM, m[1], int(m[2]), int(m[3]), m[0]) for m in found if m
+            )  # the control last
+            for _, model, layer, _, name in places:
                 matrix = np.loadtxt(folder / name, dtype=np.int64, delimiter=",", ndmin=2)
                 matrices.setdefault((model, layer), []).append(matrix)
             return Analysis(dict(content["about"]), **rows, usage=usage, matrices=matrices)
@@ -86,25 +88,25 @@ class Analysis:
 
     def pictures(self) -> Iterator[tuple[str, Figure]]:
         """Each picture and its name."""
-        last, shown = str(self.about["models"][-1]), [RANDOM]
         for (model, layer), matrices in self.matrices.items():
             name = f"coactivation_{model}_layer-{layer}"
             yield name, maps.coactivation_map(model, layer, matrices)
-        for model in dict.fromkeys([last, *shown]):
-            rows, usage = (self._of(model, table) for table in (self.routers, self.usage))
-            if rows:
-                yield f"usage_{model}", maps.usage_map(model, usage, int(self.about["experts"]))
-                yield f"consistency_{model}", maps.consistency_plot(model, rows)
-        rows = [row for row in self.transitions if row["model"] in (last, RANDOM)]
-        if rows:
-            yield "information", maps.information_plot(rows)
+        for model in dict.fromkeys(str(row["model"]) for row in self.shown(self.routers)):
+            rows, usage = (
+                [row for row in table if row["model"] == model]
+                for table in (self.routers, self.usage)
+            )
+            yield f"usage_{model}", maps.usage_map(model, usage, int(self.about["experts"]))
+            yield f"consistency_{model}", maps.consistency_plot(model, rows)
+        if self.transitions:
+            yield "information", maps.information_plot(self.shown(self.transitions))
         if len(self.about["models"]) > 1:
             tables = (self.routers, self.transitions, self.training)
             yield "training", maps.training_plot(*(_without_control(rows) for rows in tables))
 
-    @staticmethod
-    def _of(model: str, rows: Sequence[Row]) -> list[Row]:
-        return [row for row in rows if row["model"] == model]
+    def shown(self, rows: Sequence[Row]) -> list[Row]:
+        """Rows of the last model and of the control."""
+        return [row for row in rows if row["model"] in (self.about["models"][-1], RANDOM)]
 
 
 def _without_control(rows: Sequence[Row]) -> list[Row]:

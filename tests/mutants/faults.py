@@ -23,6 +23,9 @@ LOOP = "megatron_coe/training/loop.py"
 SIGNALS = "megatron_coe/training/signals.py"
 TORCH = "megatron_coe/backends/torch.py"
 MODEL = "megatron_coe/training/model.py"
+ROUTING = "megatron_coe/analysis/routing.py"
+DEPENDENCE = "megatron_coe/analysis/dependence.py"
+COLLECT = "megatron_coe/analysis/collect.py"
 CHECKPOINTS = "megatron_coe/checkpoints/"
 
 OF_LAYER = ("tests/unit/moe/test_layer.py",)
@@ -556,5 +559,47 @@ FAULTS = [
         "wrong = _first_wrong(ids, self._tokenizer.vocab_size)",
         "wrong = None",
         OF_INDICES,
+    ),
+    Fault(
+        "co-activation with the iterations exchanged",
+        ROUTING,
+        "pairs = first_TA[:, :, None].astype(np.int64) * columns + second_TB[:, None, :]",
+        "pairs = second_TB[:, :, None].astype(np.int64) * columns + first_TA[:, None, :]",
+        ("tests/unit/analysis/test_routing.py",),
+    ),
+    Fault(
+        "tokens of two sequences are neighbours",
+        ROUTING,
+        "together = sequence_T[distance:] == sequence_T[:-distance]",
+        "together = sequence_T[distance:] >= sequence_T[:-distance]",
+        ("tests/unit/analysis/test_routing.py",),
+    ),
+    Fault(
+        "a p of 0",
+        DEPENDENCE,
+        "p=float((1 + (shuffled >= information).sum()) / (1 + permutations)),",
+        "p=float((shuffled >= information).sum() / permutations),",
+        ("tests/unit/analysis/test_dependence.py",),
+    ),
+    Fault(
+        "shuffles within a label leave all in place",
+        DEPENDENCE,
+        "result[order] = order[np.lexsort((generator.random(len(order)), sorted_T))]",
+        "result[order] = order",
+        ("tests/unit/analysis/test_dependence.py",),
+    ),
+    Fault(
+        "padding is taken for text",
+        COLLECT,
+        "choices, weights = (part.cpu()[:, :, is_token_T] for part in parts)",
+        "choices, weights = (part.cpu() for part in parts)",
+        ("tests/unit/analysis/test_collect.py",),
+    ),
+    Fault(
+        "answers are not escaped",
+        "megatron_coe/analysis/report.py",
+        "autoescape=True,",
+        "autoescape=False,",
+        ("tests/functional/test_analysis.py",),
     ),
 ]

@@ -69,7 +69,7 @@ def test_several_runs_are_compared_by_validation(tmp_path):
         group(tmp_path, RECORDS[:2], name="others"),
     )
     figure = plot_losses([ours, others])
-    assert labels(figure) == ["ours", "others", "unigram entropy"]
+    assert labels(figure) == ["ours", "others"]
     assert lines(figure)["ours"] == [(2, 4.5), (3, 3.5)]
     both = plot_losses([ours, others], losses=["training", "validation"])
     assert labels(both)[:2] == ["ours, training", "others, training"]

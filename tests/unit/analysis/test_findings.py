@@ -95,9 +95,10 @@ def test_training_tells_change_and_saturation():
         list(findings.training_rows([models[0], routing([first, first])]))
 
 
-def test_a_folder_holds_the_analysis(tmp_path):
-    layers = routing([draw(), draw(), draw()], [draw(), draw(), draw()], name="my_layer-2")
-    about = {"models": [layers.name], "experts": N}
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_folder_holds_the_analysis(tmp_path, iterations):
+    layers = routing(*([draw() for _ in range(iterations)] for _ in range(2)), name="my_layer-2")
+    about = {"models": [layers.name, layers.name], "experts": N}
     written = Analysis(
         about,
         routers=list(findings.router_rows(layers, TEXT, TEST)),
@@ -108,6 +109,7 @@ def test_a_folder_holds_the_analysis(tmp_path):
     for place, _, _, matrix in findings.coactivations(layers):
         written.matrices.setdefault((layers.name, place["layer"]), []).append(matrix)
     written.routers[0]["consistency_16"] = math.nan
+    assert len(written.matrices) == (2 if iterations > 1 else 0)
     written.write(tmp_path)
     read = Analysis.read(tmp_path)
     assert math.isnan(read.routers[0].pop("consistency_16"))
