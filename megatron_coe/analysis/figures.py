@@ -20,6 +20,17 @@ COLOURS = ("#2a78d0", "#d9730d", "#2f9e5b", "#b0489b", "#8a6fd1", "#a17c1b", "#c
 """Of curves: legible on white and on black, neighbours also to people who see few colours."""
 
 
+def colours(count: int) -> list[str]:
+    """So many colours for curves in their order; past `COLOURS` they shade into one another."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    shades = colormaps["turbo"]
+    return [to_hex(shades(0.1 + 0.8 * number / (count - 1))) for number in range(count)]
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_coe.analysis.figures import COLOURS, new_figure
+from megatron_coe.analysis.figures import COLOURS, colours, new_figure
 from megatron_coe.analysis.findings import DISTANCES, Row
 from megatron_coe.analysis.routing import Ints
 
@@ -42,13 +42,14 @@ def usage_map(name: str, rows: Sequence[Row], experts: int) -> Figure:
     """
     loads = np.array([row["share"] for row in rows]).reshape(-1, experts) * experts
     places = [(row["layer"], row["iteration"]) for row in rows[::experts]]
-    figure = new_figure(7, 1.3 + 0.24 * len(places))
+    height, size = (0.24, 8) if len(places) <= 24 else (0.13, 5)
+    figure = new_figure(7, 1.3 + height * len(places))
     axes = figure.subplots()
     image = axes.imshow(
         loads, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto", interpolation="nearest"
     )
     labels = [f"layer {layer}, iteration {t}" for layer, t in places]
-    axes.set_yticks(range(len(labels)), labels, fontsize="small")
+    axes.set_yticks(range(len(labels)), labels, fontsize=size)
     axes.set(xlabel="expert")
     axes.set_title(f"{name}: load of each expert", fontsize="medium")
     _scale(figure, image, [axes], "load / mean (2: or more)")
@@ -82,7 +83,7 @@ def information_plot(rows: Sequence[Row]) -> Figure:
     """
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     places = list(dict.fromkeys((row["layer"], row["iteration"]) for row in rows))
-    figure = new_figure(max(9.0, 2 + 1.4 * len(places)), 3.6)
+    figure = new_figure(min(max(9.0, 2 + 1.4 * len(places)), 18.0), 3.6)
     width = 0.8 / len(models)
     panels = zip(figure.subplots(1, 2, sharey=True), _INFORMATION.items(), strict=True)
     for axes, (null, title) in panels:
@@ -98,7 +99,8 @@ def information_plot(rows: Sequence[Row]) -> Figure:
             style = {"linestyle": "none", "marker": "_", "markersize": 12, "color": "#000000"}
             axes.plot(at, levels, label=label, **style)
         labels = [f"layer {layer}\n{t} → {t + 1}" for layer, t in places]
-        axes.set_xticks(range(len(places)), labels, fontsize="small")
+        every = 1 + (len(places) - 1) // 12  # labels that have room
+        axes.set_xticks(range(0, len(places), every), labels[::every], fontsize="small")
         axes.set_title(title, fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set(ylabel="mutual information (nats)")
@@ -136,18 +138,19 @@ def training_plot(
     for axes, (title, rows, value) in zip(figure.subplots(lines, 3).flatten(), panels, strict=True):
         _over_checkpoints(axes, rows, value)
         axes.set_title(title, fontsize="medium")
-    figure.axes[0].legend(fontsize="small")
+    _legend_of_layers(figure.axes[0])
     return figure
 
 
 def _over_checkpoints(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
-    for number, layer in enumerate(dict.fromkeys(row["layer"] for row in rows)):
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    for layer, colour in zip(layers, colours(len(layers)), strict=True):
         means = [
             np.mean([value(row) for row in rows if (row["model"], row["layer"]) == (model, layer)])
             for model in models
         ]
-        style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3}
+        style = {"color": colour, "marker": "o", "markersize": 3}
         axes.plot(range(len(models)), means, label=f"layer {layer}", **style)
     axes.set_xticks(
         range(len(models)), [model.removeprefix("step_").lstrip("0") or "0" for model in models]
@@ -162,13 +165,18 @@ def _panel_per_iteration(rows: Sequence[Row], draw: Callable[[Axes, Row, dict], 
     figure = new_figure(1 + 3.2 * len(iterations), 3.4)
     panels = np.atleast_1d(figure.subplots(1, len(iterations), sharey=True))
     for axes, t in zip(panels, iterations, strict=True):
-        for number, row in enumerate(row for row in rows if row["iteration"] == t):
-            colour = COLOURS[number % len(COLOURS)]
+        of_iteration = [row for row in rows if row["iteration"] == t]
+        for row, colour in zip(of_iteration, colours(len(of_iteration)), strict=True):
             draw(axes, row, {"color": colour, "label": f"layer {row['layer']}"})
         axes.set_title(f"iteration {t}", fontsize="medium")
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    _legend_of_layers(panels[0])
     return figure
+
+
+def _legend_of_layers(axes: Axes) -> None:
+    count = len(axes.get_legend_handles_labels()[1])
+    axes.legend(fontsize="small" if count <= 8 else "xx-small", ncols=1 + (count - 1) // 8)
 
 
 def _scale(figure: Figure, image: AxesImage, panels: Iterable[Axes], label: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_coe.analysis.collect import collect, random_model
+from megatron_coe.analysis.collect import collect, find_models, random_model
 from megatron_coe.hf import CoeForCausalLM
 from tests.unit.hf.small import small_config
 
@@ -100,3 +100,19 @@ def test_a_model_without_routers_is_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="it: a model of type llama without routers"):
         collect(transformers.LlamaForCausalLM(config), sequences((4,)), "it")
+
+
+def test_models_under_a_path(tmp_path):
+    run, hub = tmp_path / "run", tmp_path / "hub"
+    steps = [run / "checkpoints" / f"step_{number:08d}" for number in (5, 10, 100)]
+    for step in reversed(steps):
+        step.mkdir(parents=True)
+        (step / "metadata.json").touch()
+    (run / "checkpoints" / ".partial_step_00000200").mkdir()
+    hub.mkdir()
+    (hub / "config.json").touch()
+    assert find_models(run) == find_models(run / "checkpoints") == steps
+    assert find_models(steps[1]) == [steps[1]]
+    assert find_models(hub) == [hub]
+    with pytest.raises(ValueError, match="neither a Hugging Face folder"):
+        find_models(tmp_path)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from megatron_coe.analysis.figures import inline_svg
+from megatron_coe.analysis.figures import colours, inline_svg
 from megatron_coe.analysis.maps import coactivation_map
 
 
@@ -41,3 +41,8 @@ def test_text_and_lines_take_the_colour_of_the_page():
 def test_pictures_of_one_page_have_ids_of_their_own():
     ids = [set(re.findall(r' id="([^"]*)"', picture(name))) for name in "ab"]
     assert ids[0] and not ids[0] & ids[1]
+
+
+def test_curves_have_colours_of_their_own():
+    for count in (1, 8, 9, 61):
+        assert len(set(colours(count))) == count
