@@ -115,6 +115,14 @@ class GroupedLinear(torch.nn.Module):
         own = [p.chunk(self.tp.size(), dim=self.shard_axis - 1)[self.tp.rank()] for p in parts]
         return torch.cat(own)
 
+    def forward(self) -> torch.nn.Parameter:
+        """The weight, ready to be read.
+
+        Reading the attribute would not do: where the gathering of updated weights overlaps the
+        forward pass (`overlap_param_gather`), what DDP hangs on the module's call waits for them.
+        """
+        return self.weight
+
     def sharded_weight(
         self, key: str, offsets: Offsets, one_key_per_expert: bool
     ) -> ShardedTensor | ShardedTensorFactory:
@@ -255,7 +263,7 @@ class GroupedExperts(MegatronModule):
         groups = grouping(x_TH, tokens_per_expert, (*w1.shape[1:], *w2.shape[1:]))
         chain = self._chain
         if chain is None or chain.exhausted:
-            chain = Chain(w1, w2, calls=1)
+            chain = Chain(self.linear_fc1(), self.linear_fc2(), calls=1)
         fp8_hidden = self.config.activation_func_fp8_input_store
         return expert_mlp(x_TH, probs_T1, chain, groups, self.activation, fp8_hidden), None
 
@@ -267,7 +275,7 @@ class GroupedExperts(MegatronModule):
         passes; and it can be made of all their rows at once (`coe_merge_weight_gradients`).
         """
         merged = getattr(self.config, "coe_merge_weight_gradients", False)  # Megatron's: none
-        self._chain = Chain(self.linear_fc1.weight, self.linear_fc2.weight, calls, merged)
+        self._chain = Chain(self.linear_fc1(), self.linear_fc2(), calls, merged)
         try:
             yield
         finally:

@@ -215,6 +215,8 @@ def _ancestor(
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.nn.Parameter):
+        return  # handed out, not computed
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
