@@ -245,6 +245,22 @@ def test_a_run_without_routing_has_a_page_too(home: Path, page: Path) -> None:
     assert "none/metrics.jsonl" in missing.stderr
 
 
+def test_checkpoints_are_analysed_where_there_is_held_out_data(home: Path, page: Path) -> None:
+    from megatron_coe.training.settings import load_settings
+
+    folder = home / "fresh"
+    shutil.copytree(page.parent / "checkpoints", folder / "checkpoints")
+    shutil.copy(page.parent / "metrics.jsonl", folder)
+    settings = load_settings(page.parent / "config.yaml", ["data.valid=[d_text_document]"])
+    (folder / "config.yaml").write_text(settings.to_yaml())
+    done = run(home, "report.py", "fresh")
+    assert (done.returncode, done.stderr) == (0, "")
+    models = {row["model"] for row in table(folder / "analysis" / "transitions.csv")}
+    assert models == {"step_00000000", "random-init"}
+    parsed = _Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert "Not analysed" not in parsed.text and "step_00000000" in parsed.text
+
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
