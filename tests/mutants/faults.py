@@ -365,6 +365,13 @@ FAULTS = [
         ("tests/distributed/test_signals.py",),
     ),
     Fault(
+        "experts' weights read before they are gathered",
+        "megatron_coe/moe/experts.py",
+        "Chain(self.linear_fc1(), self.linear_fc2(), calls, merged)",
+        "Chain(self.linear_fc1.weight, self.linear_fc2.weight, calls, merged)",
+        ("tests/distributed/test_training.py",),
+    ),
+    Fault(
         "experts' gradients not summed over TP, as Megatron forgets to",
         LAYER,
         "parameter.allreduce = False",
