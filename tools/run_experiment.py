@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--qa-keys", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE")
     )
+    parser.add_argument("--vocab-size", type=int, help="of the tokenizer (default: the scale's)")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a core or GPU)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     parser.add_argument(
@@ -50,32 +51,33 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    for name in ("seeds", "jobs", "threads"):
+    for name in ("seeds", "jobs", "threads", "vocab_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: give 1 or more")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     experiment, scale = EXPERIMENTS[options.experiment], SCALES[options.scale]
-    source = Source(scale.vocab_size, options.data, options.valid_data, options.qa_keys)
+    source = Source(
+        options.vocab_size or scale.vocab_size, options.data, options.valid_data, options.qa_keys
+    )
     source.check()
     folder = options.directory / source.name
     runs_folder = folder / scale.name
     # Beyond here things are imported and made that take seconds.
-    from megatron_coe.experiments.comparison import losses_of, run_name
     from megatron_coe.experiments.measure import sizes_of
     from megatron_coe.experiments.report import Outcome, sizes_table, write_report
-    from megatron_coe.experiments.running import Run, train
+    from megatron_coe.experiments.running import Run, last_validation_loss, train
 
     seeds = list(range(1, options.seeds + 1))
     data = Data.at(folder / "data")
     runs = []
     for seed in seeds:  # all arms of a seed first, so that what is there early is paired
         for arm in experiment.arms:
-            name = run_name(arm.name, seed)
+            name = scale.run_name(arm, seed)
             settings = scale.settings_of(arm, seed, runs_folder / name, data, options.set)
             runs.append(Run(name, settings))
     arms = [arm.name for arm in experiment.arms]
-    of_arms = dict(zip(arms, (run.settings for run in runs), strict=False))
-    sizes, machine = sizes_of(of_arms)
+    of_arms = {name: runs[number :: len(arms)] for number, name in enumerate(arms)}
+    sizes, machine = sizes_of({name: own[0].settings for name, own in of_arms.items()})
     jobs = options.jobs or machine.jobs
     total = sum(sizes[name].flops for name in arms) * len(seeds)
     minutes = total / machine.speed / jobs / 60
@@ -89,9 +91,10 @@ def main() -> None:
         return
     make_data(source, folder / "data")
     train(runs, jobs, options.threads)
-    losses = losses_of(arms, seeds, runs_folder)
-    outcome = Outcome(experiment, scale.name, seeds, sizes, losses)
-    written = write_report(outcome, runs_folder, runs_folder / experiment.name)
+    folders = {name: [run.folder for run in own] for name, own in of_arms.items()}
+    losses = {name: [*map(last_validation_loss, own)] for name, own in folders.items()}
+    outcome = Outcome(experiment, scale.name, seeds, sizes, folders, losses)
+    written = write_report(outcome, runs_folder / experiment.name)
     print()
     for path in written:
         if path.suffix == ".md":

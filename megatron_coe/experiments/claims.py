@@ -36,8 +36,10 @@ class Results:
 
     losses: Mapping[str, Sequence[float]]
     """Last validation losses, nats per token, by arm and, in the same order for all, seed."""
+    state: Mapping[str, int]
+    """Bytes of weights, gradients and optimizer on a rank, by arm."""
     memory: Mapping[str, int]
-    """Bytes of a rank in training, by arm."""
+    """Of these, activations and workspace together."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,11 @@ class Mixed:
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """An arm takes less memory in training than another, by the share that the paper names."""
+    """The state of an arm in training is smaller than another's, by the share the paper names.
+
+    State: weights, gradients and optimizer. It is what the authors' figures count: their 11.70,
+    20.21 and 28.71 GB for 4, 8 and 12 layers are 16 bytes for each parameter, in GiB.
+    """
 
     text: str
     arm: str
@@ -167,8 +173,10 @@ class MemorySaving:
     control: bool = False
 
     def judge(self, results: Results) -> Finding:
-        less, more = results.memory[self.arm], results.memory[self.than]
-        saved = 1 - less / more
+        saved, in_all = (
+            1 - of_arm[self.arm] / of_arm[self.than] for of_arm in (results.state, results.memory)
+        )
+        less, more = (results.state[name] / 2**20 for name in (self.arm, self.than))
         verdict = Verdict.UNKNOWN
         if saved >= self.share - MEMORY_TOLERANCE:
             verdict = Verdict.HOLDS
@@ -176,12 +184,14 @@ class MemorySaving:
             verdict = Verdict.FAILS
         return Finding(
             self.text,
-            f"{self.arm} takes at least {self.share - MEMORY_TOLERANCE:.1%} less memory than "
-            f"{self.than} (the paper: {self.share:.1%}); does not hold if it takes no less",
-            f"{saved:.1%} less: {less / 2**20:,.1f} MiB, not {more / 2**20:,.1f}",
+            f"weights, gradients and optimizer of {self.arm} take at least "
+            f"{self.share - MEMORY_TOLERANCE:.1%} less than those of {self.than} (the paper: "
+            f"{self.share:.1%}); does not hold if they take no less",
+            f"{saved:.1%} less: {less:,.1f} MiB, not {more:,.1f}; with activations {in_all:.1%} "
+            "less",
             verdict,
             self.control,
-            {"saved": saved, "bytes": {self.arm: less, self.than: more}},
+            {"saved": saved, "saved_with_activations": in_all},
         )
 
 

@@ -52,7 +52,10 @@ def compare(
             check_files_named(settings, held_out=True)
             runs.append(Run(name, settings))
     train(runs, jobs, threads)
-    return losses_of(names, seeds, directory)
+    return {
+        name: [last_validation_loss(directory / run_name(name, seed)) for seed in seeds]
+        for name in names
+    }
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -63,17 +66,6 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 def run_name(model: str, seed: int) -> str:
     return f"{model}_seed-{seed}"
-
-
-def losses_of(
-    names: Sequence[str], seeds: Sequence[int], directory: Path
-) -> dict[str, list[float]]:
-    """Last validation losses of runs in a folder, by model and seed."""
-    folders = {name: [directory / run_name(name, seed) for seed in seeds] for name in names}
-    return {
-        name: [last_validation_loss(folder) for folder in of_model]
-        for name, of_model in folders.items()
-    }
 
 
 def as_table(losses: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> str:

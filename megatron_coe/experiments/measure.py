@@ -23,8 +23,11 @@ class Sizes:
     flops_per_token: int
     tokens: int
     """Of all steps."""
+    state: int
+    """Bytes of weights, gradients and optimizer."""
     memory: int
-    """Bytes, as planned; tests/unit/planning/test_memory.py holds them to measured ones."""
+    """Bytes with activations and workspace, as planned; tests/unit/planning/test_memory.py holds
+    them to measured ones."""
 
     @property
     def flops(self) -> int:
@@ -64,12 +67,14 @@ def _sizes_of(settings: Settings) -> Sizes:
     check_layout(settings, world_size=1)
     provider = build_provider(settings, device)
     train = settings.train
+    memory = rank_memory(plan_of(settings, provider, 1, device.type == "cuda"))
     return Sizes(
         provider.num_params(),
         provider.num_active_params(),
         provider.flops_per_token(provider.seq_length),
         train.steps * train.global_batch_size * provider.seq_length,
-        rank_memory(plan_of(settings, provider, 1, device.type == "cuda")).total,
+        memory.weights + memory.gradients + memory.optimizer,
+        memory.total,
     )
 
 

@@ -24,14 +24,15 @@ class Arm:
     """A model of an experiment.
 
     Attributes:
-        name: of its preset examples/paper/NAME.yaml, of its runs and in tables.
+        name: of its preset examples/paper/NAME.yaml, and in tables.
         title: in the paper's notation.
-        paper_preset: another preset, of the same model, that the paper's size uses.
+        longer: the preset of the same model for longer runs, which the paper's size uses; runs of
+            smaller ones are all equally long.
     """
 
     name: str
     title: str
-    paper_preset: str | None = None
+    longer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,10 @@ ITERATIONS = Experiment(
     "iterations",
     "A second iteration helps; a third and a fourth give less, or are unstable.",
     (
-        Arm("moe_8-64", "CoE-1(8/64)", paper_preset="coe-1_8-64_10k"),
-        Arm("coe-2_8-64", "CoE-2(8/64)", paper_preset="coe-2_8-64_10k"),
-        Arm("coe-3_8-64", "CoE-3(8/64)", paper_preset="coe-3_8-64_10k"),
-        Arm("coe-4_8-64", "CoE-4(8/64)", paper_preset="coe-4_8-64_10k"),
+        Arm("moe_8-64", "CoE-1(8/64)", longer="coe-1_8-64_10k"),
+        Arm("coe-2_8-64", "CoE-2(8/64)", longer="coe-2_8-64_10k"),
+        Arm("coe-3_8-64", "CoE-3(8/64)", longer="coe-3_8-64_10k"),
+        Arm("coe-4_8-64", "CoE-4(8/64)", longer="coe-4_8-64_10k"),
     ),
     (
         lower("Two iterations are better than one.", "coe-2_8-64", "moe_8-64"),

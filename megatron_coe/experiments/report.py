@@ -16,7 +16,7 @@ from megatron_coe.analysis.figures import save
 from megatron_coe.analysis.runs import Run
 from megatron_coe.data.files import atomic_path
 from megatron_coe.experiments.claims import Finding, Results, overall
-from megatron_coe.experiments.comparison import markdown, run_name
+from megatron_coe.experiments.comparison import markdown
 from megatron_coe.experiments.intervals import spread
 from megatron_coe.experiments.measure import Sizes
 from megatron_coe.experiments.plans import Experiment
@@ -33,20 +33,20 @@ class Outcome:
     scale: str
     seeds: Sequence[int]
     sizes: Mapping[str, Sizes]
+    runs: Mapping[str, Sequence[Path]]
+    """Folders of an arm's runs, one for each seed."""
     losses: Mapping[str, Sequence[float]]
 
     def findings(self) -> list[Finding]:
         """One for each claim."""
+        state = {name: sizes.state for name, sizes in self.sizes.items()}
         memory = {name: sizes.memory for name, sizes in self.sizes.items()}
-        results = Results(self.losses, memory)
+        results = Results(self.losses, state, memory)
         return [claim.judge(results) for claim in self.experiment.claims]
 
 
-def write_report(outcome: Outcome, runs: Path, folder: Path) -> list[Path]:
+def write_report(outcome: Outcome, folder: Path) -> list[Path]:
     """Table, picture and verdict of an experiment in `folder`; returns their paths.
-
-    Args:
-        runs: the folder of its runs.
 
     Raises: ValueError: matplotlib is missing; OSError.
     """
@@ -60,7 +60,7 @@ def write_report(outcome: Outcome, runs: Path, folder: Path) -> list[Path]:
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     groups = [
-        Group(arm.title, tuple(Run.read(runs / run_name(arm.name, s)) for s in outcome.seeds))
+        Group(arm.title, tuple(Run.read(path) for path in outcome.runs[arm.name]))
         for arm in outcome.experiment.arms
     ]
     title = f"{outcome.experiment.name}, {outcome.scale}: {len(outcome.seeds)} seed(s) each"
@@ -71,15 +71,14 @@ def write_report(outcome: Outcome, runs: Path, folder: Path) -> list[Path]:
 
 def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
     """What the arms are, before anything is trained."""
-    head = ["arm", "preset", "parameters", "active", "MFLOP/token", "memory, MiB", "PFLOP a run"]
+    head = ["arm", "preset", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     rows = [
         [
             arm.title,
             arm.name,
             *(f"{n:,}" for n in (sizes[arm.name].params, sizes[arm.name].active_params)),
             f"{sizes[arm.name].flops_per_token / 1e6:,.2f}",
-            f"{sizes[arm.name].memory / 2**20:,.1f}",
-            f"{sizes[arm.name].flops / 1e15:,.3f}",
+            *(f"{n / 2**20:,.1f}" for n in (sizes[arm.name].state, sizes[arm.name].memory)),
         ]
         for arm in experiment.arms
     ]
@@ -88,13 +87,16 @@ def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
 
 def table(outcome: Outcome) -> str:
     """Markdown: what each arm costs and reaches."""
-    head = ["arm", "parameters", "active", "MFLOP/token", "memory, MiB"]
+    head = ["arm", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     head += [*(f"seed {seed}" for seed in outcome.seeds), "mean ± std", "paper"]
     rows = []
     for arm in outcome.experiment.arms:
         sizes, losses = outcome.sizes[arm.name], outcome.losses[arm.name]
         costs = [f"{sizes.params / 1e6:,.3f} M", f"{sizes.active_params / 1e6:,.3f} M"]
-        costs += [f"{sizes.flops_per_token / 1e6:,.2f}", f"{sizes.memory / 2**20:,.1f}"]
+        costs += [
+            f"{sizes.flops_per_token / 1e6:,.2f}",
+            *(f"{n / 2**20:,.1f}" for n in (sizes.state, sizes.memory)),
+        ]
         reported = outcome.experiment.reported.get(arm.name, "")
         rows.append(
             [arm.title, *costs, *(f"{loss:.4f}" for loss in losses), spread(losses), reported]
@@ -107,7 +109,8 @@ def table_csv(outcome: Outcome) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"loss_seed_{seed}" for seed in outcome.seeds]
-    names = ["arm", "title", "params", "active_params", "flops_per_token", "tokens", "memory_bytes"]
+    names = ["arm", "title", "params", "active_params", "flops_per_token", "tokens"]
+    names += ["state_bytes", "memory_bytes"]
     writer.writerow([*names, *seeds, "loss_mean", "loss_std"])
     for arm in outcome.experiment.arms:
         sizes, losses = outcome.sizes[arm.name], outcome.losses[arm.name]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_coe.experiments.comparison import run_name
 from megatron_coe.experiments.data import Data
 from megatron_coe.experiments.plans import Arm
 from megatron_coe.training.checks import check_files_named, check_values
@@ -37,6 +38,14 @@ class Scale:
     vocab_size: int
     settings: tuple[str, ...]
 
+    @property
+    def shrinks(self) -> bool:
+        return self.expert_size is not None
+
+    def run_name(self, arm: Arm, seed: int) -> str:
+        """The same for all experiments that could share the run."""
+        return run_name(arm.name if self.shrinks else arm.longer or arm.name, seed)
+
     def settings_of(
         self, arm: Arm, seed: int, run: Path, data: Data, overrides: Sequence[str]
     ) -> Settings:
@@ -44,9 +53,8 @@ class Scale:
 
         Raises: ValueError for overrides that cannot be; OSError if the preset is missing.
         """
-        paper = self.expert_size is None
-        preset = PRESETS / f"{(paper and arm.paper_preset) or arm.name}.yaml"
-        own = [] if paper else [*self._shrink(load_settings(preset)), *self.settings]
+        preset = PRESETS / f"{arm.longer or arm.name}.yaml"
+        own = [*self._shrink(load_settings(preset)), *self.settings] if self.shrinks else []
         settings = load_settings(preset, [*own, *overrides])
         settings.train.seed = seed
         settings.log.dir = str(run)

@@ -1,0 +1,122 @@
+"""`tools/run_experiment.py` as users start it: broken off, continued, and answered."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+MINUTE_SCALE = (
+    *("train.steps=6", "train.eval_interval=3", "train.eval_samples=4"),
+    *("train.global_batch_size=2", "train.micro_batch_size=2"),
+    *("checkpoint.save_interval=1", "model.seq_length=32", "model.num_layers=1"),
+)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(REPO / "tools" / "run_experiment.py"), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=REPO, env=environment(), capture_output=True, text=True
+    )
+
+
+def write_texts(path: Path, count: int) -> Path:
+    lines = [
+        {"question": f"{n} plus {n + 7} is what?", "answer": f"{n} + {n + 7} = {2 * n + 7}"}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_goes_on_where_it_was_broken_off(tmp_path):
+    texts = write_texts(tmp_path / "train.jsonl", 400), write_texts(tmp_path / "held.jsonl", 40)
+    arguments = (
+        *("shared", "--seeds", 1, "--jobs", 1, "--directory", tmp_path / "out"),
+        *("--data", texts[0], "--valid-data", texts[1], "--qa-keys", "question", "answer"),
+        *("--vocab-size", 300, "--set", *MINUTE_SCALE, "model.vocab_size=300"),
+    )
+    runs = tmp_path / "out" / "train-300" / "tiny"
+    process = subprocess.Popen(
+        command(*arguments), cwd=REPO, env=environment(), stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    second = runs / "moe_8-64_no-shared_seed-1"
+    try:
+        while not any((second / "checkpoints").glob("step_*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("interrupted; what was trained is saved")
+    first = (runs / "moe_8-64_seed-1" / "metrics.jsonl").stat().st_mtime_ns
+    assert not any(record["step"] == 6 for record in records(second))
+
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 4 runs are done already" in done.stdout
+    assert "resumed from" in (second / "console.log").read_text()
+    assert (runs / "moe_8-64_seed-1" / "metrics.jsonl").stat().st_mtime_ns == first
+
+    told = json.loads((runs / "shared" / "verdict.json").read_text())
+    assert told["verdict"] == "cannot be told at this size"
+    for arm, (loss,) in told["losses"].items():
+        (last,) = [r["valid_loss"] for r in records(runs / f"{arm}_seed-1") if r["step"] == 6]
+        assert loss == last
+        assert f"{loss:.4f}" in (runs / "shared" / "table.md").read_text()
+    assert (runs / "shared" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    other = run(*arguments, "train.lr=1e-4")
+    assert other.returncode == 2
+    assert len(other.stderr.splitlines()) == 1
+    for text in ("settings.yaml", "lr: 0.003, now lr: 0.0001", "--directory"):
+        assert text in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["best"], "best"),
+        (["main", "--scale", "huge"], "huge"),
+        (["main", "--seeds", "0"], "--seeds 0"),
+        (["main", "--data", "none.jsonl"], "--valid-data"),
+        (["main", "--data", "none.jsonl", "--valid-data", "none.jsonl"], "none.jsonl"),
+        (["main", "--set", "train.stepz=1"], "train.stepz"),
+        (["main", "--dry-run", "--set", "model.moe_router_topk=99"], "moe_router_topk=99"),
+    ],
+    ids=["experiment", "scale", "seeds", "half of the data", "no data", "a setting", "a model"],
+)
+def test_mistakes_are_told_in_one_message(tmp_path, arguments, named):
+    done = run(*arguments, "--directory", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert named in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_sizes_and_trains_nothing(tmp_path):
+    done = run("layers", "--dry-run", "--directory", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "MoE(8/64), 3 x layers | moe_8-64_12-layers" in done.stdout
+    assert "9 runs" in done.stdout and " min " in done.stdout
+    assert not (tmp_path / "out").exists()

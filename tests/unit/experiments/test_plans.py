@@ -1,0 +1,156 @@
+"""Arms match in what their experiment says they match in, at the paper's size and made smaller."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_coe.experiments.claims import MemorySaving
+from megatron_coe.experiments.data import Data
+from megatron_coe.experiments.plans import EXPERIMENTS, MEMORY, Arm
+from megatron_coe.experiments.scales import PAPER, SCALES, TINY, Scale
+from megatron_coe.planning.memory import rank_memory
+from megatron_coe.training.estimate import plan_of
+from megatron_coe.training.model import build_provider
+from megatron_coe.training.settings import Settings
+
+DATA = Data.at(Path("data"))
+PAIRS = [(scale, experiment) for scale in SCALES.values() for experiment in EXPERIMENTS.values()]
+
+
+def settings_of(scale: Scale, arm: Arm, seed: int = 1) -> Settings:
+    return scale.settings_of(arm, seed, Path("runs") / arm.name, DATA, [])
+
+
+def models(scale: Scale, experiment: str):
+    """The arms' models, by name."""
+    return {
+        arm.name: build_provider(settings_of(scale, arm), torch.device("cpu"))
+        for arm in EXPERIMENTS[experiment].arms
+    }
+
+
+def passes(model) -> int:
+    """Experts that a token passes through in a layer, shared ones included."""
+    shared = model.moe_shared_expert_intermediate_size is not None
+    return model.coe_iterations * (model.moe_router_topk + shared)
+
+
+def names_and_figures(text) -> set[str]:
+    """What a claim is about."""
+    contrasts = [text.first, text.second] if hasattr(text, "first") else [text]
+    if isinstance(text, MemorySaving):
+        return {text.arm, text.than}
+    return {name for contrast in contrasts for name in contrast.weights}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda e: e.name)
+def test_claims_are_about_the_arms(experiment):
+    arms = [arm.name for arm in experiment.arms]
+    assert len(set(arms)) == len(arms)
+    named = set.union(*(names_and_figures(claim) for claim in experiment.claims))
+    assert named == set(arms)
+    assert set(experiment.reported) <= set(arms)
+    assert any(not claim.control for claim in experiment.claims)
+
+
+@pytest.mark.parametrize(("scale", "experiment"), PAIRS, ids=lambda x: x.name)
+def test_arms_of_a_seed_differ_by_their_model_alone(scale, experiment):
+    """So data, their order, steps and learning rate are the same."""
+    described = []
+    for arm in experiment.arms:
+        settings = asdict(settings_of(scale, arm, seed=7))
+        del settings["model"], settings["log"]["dir"], settings["checkpoint"]["save"]
+        described.append(settings)
+    assert all(settings == described[0] for settings in described)
+    assert described[0]["train"]["seed"] == 7
+    assert [*described[0]["data"]["train"]] == ["data/train"]
+    if scale is PAPER:
+        assert described[0]["train"]["steps"] == (
+            10_000 if experiment.name == "iterations" else 1000
+        )
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+def test_main_arms_are_as_large_and_the_controls_work_as_much(scale):
+    main = models(scale, "main")
+    size = main["moe_8-64"]
+    router = size.num_layers * 63 * size.hidden_size
+    assert main["coe-2_4-64"].num_params() - size.num_params() == router
+    assert main["coe-2_3-64"].num_params() - main["moe_7-64"].num_params() == router
+    assert {name: passes(model) for name, model in main.items()} == {
+        "moe_8-64": 9,
+        "coe-2_4-64": 10,
+        "moe_7-64": 8,
+        "coe-2_3-64": 8,
+    }
+    S = size.seq_length
+    more = main["coe-2_3-64"].flops_per_token(S) - main["moe_7-64"].flops_per_token(S)
+    assert more == 6 * router  # the second router, and nothing else
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+def test_other_arms_match_as_named(scale):
+    compute = {name: passes(model) for name, model in models(scale, "compute").items()}
+    assert compute == {"moe_24-64": 25, "moe_16-64": 17, "coe-2_8-64": 18}
+    memory = models(scale, "memory")
+    assert {n: m.num_moe_experts + 1 for n, m in memory.items()} == {
+        "moe_8-64": 64,
+        "moe_8-48": 48,
+        "coe-2_4-48": 48,
+    }
+    layers = [model.num_layers for model in models(scale, "layers").values()]
+    assert layers == [3 * layers[-1], 2 * layers[-1], layers[-1]]
+    for model in models(scale, "dense").values():
+        assert model.moe_router_topk == model.num_moe_experts
+    shared = models(scale, "shared")
+    experts = [
+        m.num_moe_experts + bool(m.moe_shared_expert_intermediate_size) for m in shared.values()
+    ]
+    assert experts == [64] * 4
+    assert [passes(model) for model in shared.values()] == [9, 8, 10, 8]
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+@pytest.mark.parametrize(
+    ("experiment", "changes"),
+    [
+        ("residual", {"coe_residual"}),
+        ("iterations", {"coe_iterations"}),
+        ("ablation", {"coe_residual", "coe_independent_gate", "coe_iterations"}),
+    ],
+)
+def test_arms_differ_in_nothing_else(scale, experiment, changes):
+    described = []
+    for arm in EXPERIMENTS[experiment].arms:
+        model = dict(settings_of(scale, arm).model)
+        described.append({key: value for key, value in model.items() if key not in changes})
+    assert all(model == described[0] for model in described)
+    C = [model.coe_iterations for model in models(scale, experiment).values()]
+    assert {"residual": [2] * 3, "iterations": [1, 2, 3, 4], "ablation": [2] * 5 + [1]}[
+        experiment
+    ] == C
+
+
+def test_smaller_models_keep_the_papers_counts_and_are_small():
+    paper, tiny = models(PAPER, "main"), models(TINY, "main")
+    for name, model in tiny.items():
+        for key in ("coe_iterations", "moe_router_topk", "num_moe_experts", "coe_residual"):
+            assert getattr(model, key) == getattr(paper[name], key)
+        assert model.num_params() < 5_000_000
+
+
+def test_the_papers_memory_is_counted_as_its_authors_do():
+    """Their figures, in what they call GB; the paper's 17.6% for the smaller number of experts."""
+    state = {}
+    for arm in (*EXPERIMENTS["layers"].arms, *MEMORY.arms):
+        settings = settings_of(PAPER, arm)
+        provider = build_provider(settings, torch.device("cpu"))
+        memory = rank_memory(plan_of(settings, provider, 1, on_gpu=True))
+        state[arm.name] = memory.weights + memory.gradients + memory.optimizer
+    for name, reported in EXPERIMENTS["layers"].reported.items():
+        assert state[name] / 2**30 == pytest.approx(float(reported.split()[0]), rel=0.01)
+    assert 1 - state["coe-2_4-48"] / state["moe_8-64"] == pytest.approx(0.176, abs=0.002)
