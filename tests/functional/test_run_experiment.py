@@ -87,10 +87,10 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
         assert f"{loss:.4f}" in (runs / "shared" / "table.md").read_text()
     assert (runs / "shared" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
-    other = run(*arguments, "train.lr=1e-4")
+    other = run(*arguments, "train.lr=1e-2")
     assert other.returncode == 2
     assert len(other.stderr.splitlines()) == 1
-    for text in ("settings.yaml", "lr: 0.003, now lr: 0.0001", "--directory"):
+    for text in ("settings.yaml", "lr: 0.003, now lr: 0.01", "--directory"):
         assert text in other.stderr
 
 
