@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,14 +26,16 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="section.key=value", help="settings for all runs"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
+    parser.add_argument("--threads", type=int, help="of each run (default: as many as there are)")
     options = parser.parse_args()
-    for name in ("jobs", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: give 1 or more")
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // max(1, options.jobs)) if options.threads is None else options.threads
+    for name, value in (("jobs", options.jobs), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"--{name} {value}: give 1 or more")
     losses = compare(
         *(options.configs, options.seeds, options.directory, options.set),
-        *(options.jobs, options.threads),
+        *(options.jobs, threads),
     )
     print(as_table(losses, options.seeds))
 
