@@ -193,8 +193,18 @@ def build_optimizer(
     # None leaves one-dimensional parameters and biases without decay; {} overrides nothing.
     overrides = {} if train.decay_all_parameters else None
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    fuse_update(optimizer)
     complete_state(optimizer)
     return optimizer
+
+
+def fuse_update(optimizer: MegatronOptimizer) -> None:
+    """Have torch's AdamW, which Megatron takes without Transformer Engine or Apex, update in one
+    pass over memory instead of ten."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for options in (part.optimizer.defaults, *part.optimizer.param_groups):
+                options["fused"] = True
 
 
 def complete_state(optimizer: MegatronOptimizer) -> None:
@@ -211,7 +221,9 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
-                state["step"] = state.get("step", torch.tensor(0.0)).clone()
+                # Where a fused update counts.
+                step = torch.zeros((), device=parameter.device)
+                state["step"] = state.get("step", step).to(step, copy=True)
                 for moment in ("exp_avg", "exp_avg_sq"):
                     if moment not in state:
                         state[moment] = torch.zeros_like(parameter)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer, clip_grads
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.moe.router import TopKRouter
+from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_coe.training.rng import rng_state, set_rng_state
 
@@ -24,11 +25,13 @@ def prepare_update(optimizer: MegatronOptimizer) -> float:
 def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     """Clip the prepared gradients to the configured norm and update. A collective.
 
-    With `prepare_update` it is what `ChainedOptimizer.step` does (megatron/core/optimizer).
+    With `prepare_update` it is what `ChainedOptimizer.step` does (megatron/core/optimizer), but for
+    the clipping: Megatron's own, without Transformer Engine, takes two passes over the gradients.
     """
+    total = torch.tensor(grad_norm, dtype=torch.float64)
     for part in optimizer.chained_optimizers:
-        if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
-            clip_grads.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+        if 0.0 < part.config.clip_grad < grad_norm:
+            clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, total)
     optimizer.step_with_ready_grads()
 
 
