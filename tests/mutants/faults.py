@@ -26,8 +26,10 @@ MODEL = "megatron_coe/training/model.py"
 ROUTING = "megatron_coe/analysis/routing.py"
 DEPENDENCE = "megatron_coe/analysis/dependence.py"
 COLLECT = "megatron_coe/analysis/collect.py"
+EXPERIMENTS = "megatron_coe/experiments/"
 CHECKPOINTS = "megatron_coe/checkpoints/"
 
+OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
 OF_LAYER = ("tests/unit/moe/test_layer.py",)
 OF_ROUTER = ("tests/unit/moe/test_router.py",)
 OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/unit/test_config.py")
@@ -608,5 +610,54 @@ FAULTS = [
         "autoescape=True,",
         "autoescape=False,",
         ("tests/functional/test_analysis.py",),
+    ),
+    Fault(
+        "a certain loss counts as undecided",
+        EXPERIMENTS + "claims.py",
+        "elif interval.low > bound:",
+        "elif interval.high > bound + 1:",
+        OF_EXPERIMENTS,
+    ),
+    Fault(
+        "a margin of nothing",
+        EXPERIMENTS + "claims.py",
+        "bound = MARGIN * sum(reference) / len(reference)",
+        "bound = 0 * sum(reference) / len(reference)",
+        OF_EXPERIMENTS,
+    ),
+    Fault(
+        "a standard deviation for a standard error",
+        EXPERIMENTS + "intervals.py",
+        "* deviation / math.sqrt(count)",
+        "* deviation",
+        OF_EXPERIMENTS,
+    ),
+    Fault(
+        "controls decide",
+        EXPERIMENTS + "claims.py",
+        "for finding in findings if not finding.control]",
+        "for finding in findings]",
+        OF_EXPERIMENTS,
+    ),
+    Fault(
+        "deeper models keep the others' layers",
+        EXPERIMENTS + "scales.py",
+        'preset.model["num_layers"] * self.layers // _PAPER_LAYERS',
+        "self.layers",
+        ("tests/unit/experiments/test_plans.py",),
+    ),
+    Fault(
+        "all seeds are one",
+        EXPERIMENTS + "scales.py",
+        "settings.train.seed = seed",
+        "settings.train.seed = settings.train.seed",
+        ("tests/unit/experiments/test_plans.py",),
+    ),
+    Fault(
+        "a run of other settings is taken for this one",
+        EXPERIMENTS + "running.py",
+        "if before != text:",
+        "if not before:",
+        ("tests/functional/test_run_experiment.py",),
     ),
 ]
