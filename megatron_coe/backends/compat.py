@@ -141,6 +141,26 @@ def _mend_distributed_optimizer_load() -> None:
     module.DistributedOptimizer._set_main_param_and_optimizer_states = keep_step
 
 
+def _mend_gradient_norm() -> None:
+    """Megatron's own L2 norm of many tensors reads one value per tensor back to the host, so that a
+    GPU waits as often in every step."""
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(
+    chunk_size: int,
+    overflow: torch.Tensor,
+    tensor_lists: list[list[torch.Tensor]],
+    per_tensor: bool,
+) -> tuple[torch.Tensor, None]:
+    """The norm of all tensors together [1], fp32, where they are; as `amp_C.multi_tensor_l2norm`
+    is called without a norm per tensor."""
+    norm = torch.nn.utils.get_total_norm(tensor_lists[0])
+    return norm.float().reshape(1), None
+
+
 def _mend_foreign_apex() -> None:
     """Any importable ``apex`` makes Megatron choose its FusedLayerNorm, which then refuses."""
     apex_norm = importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
@@ -170,6 +190,7 @@ MENDS: dict[str, Callable[[], None]] = {
     "router_gemm": _mend_router_gemm,
     "selective_recompute": _mend_selective_recompute,
     "distributed_optimizer_load": _mend_distributed_optimizer_load,
+    "gradient_norm": _mend_gradient_norm,
     "foreign_apex": _mend_foreign_apex,
 }
 """One row per fault. Removing a row brings its symptom back (see the tests)."""

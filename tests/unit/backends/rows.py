@@ -31,6 +31,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.optimizer import (  # noqa: E402
     MegatronOptimizer,
     OptimizerConfig,
+    clip_grads,
     get_megatron_optimizer,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
@@ -42,6 +43,7 @@ from megatron.core.transformer.transformer_config import (  # noqa: E402
     MLATransformerConfig,
     TransformerConfig,
 )
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from megatron_coe.backends import compat, cpu  # noqa: E402
 
@@ -209,6 +211,22 @@ def distributed_optimizer_load() -> None:
         optimizer._set_main_param_and_optimizer_states(parameter, tensors)
 
 
+class HostReads(TorchDispatchMode):
+    """Fails where a value is read back to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value is read back to the host")
+        return func(*args, **(kwargs or {}))
+
+
+def gradient_norm() -> None:
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 5, 1)]
+    with HostReads():
+        norm, _ = clip_grads.l2_norm_impl(2048, torch.zeros(1), [tensors], False)
+    torch.testing.assert_close(norm, torch.cat(tensors).norm().reshape(1))
+
+
 def foreign_apex() -> None:
     norm = LocalSpecProvider().layer_norm(rms_norm=False)
     norm(config(persist_layer_norm=False), 8)
@@ -229,6 +247,7 @@ ROWS: dict[str, Callable[[], None]] = {
     "router_gemm": router_gemm,
     "selective_recompute": selective_recompute,
     "distributed_optimizer_load": distributed_optimizer_load,
+    "gradient_norm": gradient_norm,
     "foreign_apex": foreign_apex,
 }
 
