@@ -94,7 +94,8 @@ def last_validation_loss(folder: Path) -> float:
 
 def server() -> ForkServerContext:
     """Makes processes that have Megatron imported."""
-    # Megatron's modules each say on import that they do without Apex; see pretrain_coe.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_coe.py; read on import
+    # Megatron's modules each say on import that they do without Apex.
     os.environ.setdefault("PYTHONWARNINGS", ",".join(_UNHEARD))
     context = get_context("forkserver")
     context.set_forkserver_preload(list(_IMPORTED_ONCE))
@@ -118,15 +119,13 @@ def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
     waiting = [run for run in runs if not run.is_done()]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read once, when the server loads OpenMP
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context, left = server(), len(waiting)
     running: dict[ForkServerProcess, tuple[Run, float]] = {}
     with _ended_with_us(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                process = context.Process(target=_train, args=(str(run.folder),))
+                process = context.Process(target=_train, args=(str(run.folder), threads))
                 process.start()
                 running[process] = run, time.monotonic()
             connection.wait([process.sentinel for process in running])
@@ -162,7 +161,7 @@ def _check_end(run: Run, status: int | None) -> None:
     raise ValueError(f"{run.folder}: the run ended with status {status}: {last} (see {log})")
 
 
-def _train(folder: str) -> None:
+def _train(folder: str, threads: int) -> None:
     """In a process of its own: pretrain_coe.py, with its messages in a file."""
     log = os.open(Path(folder, CONSOLE_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):
@@ -170,6 +169,9 @@ def _train(folder: str) -> None:
     # One process to a folder: a run whose starter was killed may still be saving.
     lock = os.open(Path(folder, _LOCK_FILE), os.O_WRONLY | os.O_CREAT, 0o644)
     fcntl.flock(lock, fcntl.LOCK_EX)
+    import torch  # which the server has
+
+    torch.set_num_threads(threads)
     threading.Thread(target=_end_with_starter, daemon=True).start()
     script = runpy.run_path(str(ENTRY_POINT))
     sys.exit(script["main"](["--config", str(Path(folder, SETTINGS_FILE))]))
