@@ -59,7 +59,10 @@ def publish(folder: Path, step: int) -> Path:
     partial.rename(final)
     sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    replace_file(folder / LATEST_FILE, f"{final.name}\n".encode())
+    pointer = folder / LATEST_FILE
+    if pointer.is_dir():  # nothing of ours, so it is kept; in the way, so it is moved
+        pointer.rename(folder / f"{LATEST_FILE}_before_{final.name}")
+    replace_file(pointer, f"{final.name}\n".encode())
     return final
 
 

@@ -332,7 +332,8 @@ def resumed_step(said: str) -> int:
 
 def litter(folder: Path) -> list[str]:
     """What is in a run's folders that no whole run leaves there."""
-    kept = re.compile(r"step_\d{8}|latest|metrics\.jsonl|config\.yaml|tensorboard|checkpoints")
+    ours = r"step_\d{8}|latest|metrics\.jsonl|config\.yaml|tensorboard|checkpoints"
+    kept = re.compile(rf"{ours}|latest_before_step_\d{{8}}")  # the latter: what was in its way
     places = [folder / "run", checkpoints(folder)]
     names = [path for place in places if place.is_dir() for path in place.iterdir()]
     return sorted(path.name for path in names if not kept.fullmatch(path.name))

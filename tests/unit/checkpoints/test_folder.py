@@ -111,6 +111,15 @@ def test_half_a_deletion_is_completed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [LATEST_FILE]
 
 
+def test_a_folder_in_the_pointers_place_is_moved_away(tmp_path):
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "file").write_text("somebody's")
+    partial_folder(tmp_path, 4).mkdir()
+    publish(tmp_path, 4)
+    assert (tmp_path / "latest").read_text() == "step_00000004\n"
+    assert (tmp_path / "latest_before_step_00000004" / "file").read_text() == "somebody's"
+
+
 def test_a_pointer_that_does_not_fit_is_doubted(tmp_path):
     assert doubts_about_pointer(tmp_path, []) is None
     for step in (1, 2):
