@@ -69,7 +69,7 @@ MAIN = Experiment(
     (
         lower("CoE-2(4/64) is better than MoE(8/64).", "coe-2_4-64", "moe_8-64"),
         lower(
-            "At exactly equal work, 2 * (3 + 1) expert passes against 7 + 1, CoE-2 is better.",
+            "With as many expert passes, 2 * (3 + 1) and 7 + 1, CoE-2 is better.",
             "coe-2_3-64",
             "moe_7-64",
             control=True,
