@@ -73,7 +73,7 @@ class Inspection:
             for order, (name, parameter) in enumerate(chunk.named_parameters()):
                 if parameter.requires_grad:
                     place = Place(name, layer_number(chunk, name), None, index, 0, order)
-                    hook = self._parameter_hook(place)
+                    hook = self._parameter_hook(place, parameter)
                     self._handles.append(parameter.register_hook(hook))
         return self
 
@@ -131,8 +131,12 @@ class Inspection:
         # Iterations that are recomputed one by one come again from the last to the first.
         return call if call <= last else max(2 * last + 1 - call, 1)
 
-    def _parameter_hook(self, place: Place) -> Callable[[torch.Tensor], None]:
+    def _parameter_hook(
+        self, place: Place, parameter: torch.nn.Parameter
+    ) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
+            if getattr(parameter, "grad_added_to_main_grad", False):
+                gradient = parameter.main_grad  # what autograd got is an uninitialised stand-in
             if not is_finite(gradient):
                 self.note(PARAMETER, place)
 

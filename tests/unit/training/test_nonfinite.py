@@ -154,6 +154,20 @@ def test_what_does_not_come_again_is_called_transient(single_rank):
         trainer.step()
 
 
+def test_no_blame_for_memory_that_nobody_reads(single_rank):
+    """Autograd gets an uninitialised stand-in for gradients that are in Megatron's buffer: a NaN."""
+    trainer = small()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills such memory with NaN
+    try:
+        with (
+            planted(chains(trainer)[0].experts, nan_at, lambda number: number == 0),
+            pytest.raises(NotFiniteError, match="transient fault"),
+        ):
+            trainer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_step_without_a_fault_is_megatrons_own(single_rank):
     """The same bits as `optimizer.step()`."""
     ours, theirs = small(clip_grad=0.5), small(clip_grad=0.5)
