@@ -1,6 +1,8 @@
 """Parameters, work per token and memory of the model of a configuration; nothing is built.
 
 python tools/estimate.py --config examples/paper/coe-2_4-64.yaml [section.key=value …]
+
+The vocabulary is model.vocab_size or, as in training, that of the tokenizer at data.tokenizer.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ def main() -> None:
     # Only now, because they take seconds.
     import torch
 
-    from megatron_coe.training.estimate import describe_sizes, plan_of
+    from megatron_coe.training.estimate import describe_sizes, plan_of, tokenizer_vocab_size
     from megatron_coe.training.model import build_provider
 
-    provider = build_provider(settings, torch.device(options.device))
+    device = torch.device(options.device)
+    provider = build_provider(settings, device, tokenizer_vocab_size(settings))
     on_gpu = options.device == "cuda"
     print(describe_sizes(plan_of(settings, provider, world_size, on_gpu)))
 

@@ -36,11 +36,11 @@ def main() -> None:
 
     from megatron_coe.backends import prepare
     from megatron_coe.planning import report, search
-    from megatron_coe.training.estimate import plan_of
+    from megatron_coe.training.estimate import plan_of, tokenizer_vocab_size
     from megatron_coe.training.model import build_provider
 
     prepare()
-    model = build_provider(settings, torch.device("cuda"))
+    model = build_provider(settings, torch.device("cuda"), tokenizer_vocab_size(settings))
     if options.keep_layout:
         plan = plan_of(settings, model, options.gpus, on_gpu=True)
         ranking = search.Ranking([search.estimate(plan, cluster)], legal=1)
@@ -92,10 +92,12 @@ def check_options(options: argparse.Namespace, settings: Settings) -> None:
         )
     if options.rank is not None and not (options.build and 0 <= options.rank < gpus):
         raise ValueError(f"--rank={options.rank}: goes with --build, and is one of 0 … {gpus - 1}")
-    if not settings.model.get("vocab_size"):
+    tokenizer = settings.data.tokenizer
+    if not settings.model.get("vocab_size") and not (tokenizer and Path(tokenizer).exists()):
         raise ValueError(
-            "model.vocab_size is not set: give it, as model.vocab_size=…; the tables and the "
-            "output head are a large part of the cost"
+            "model.vocab_size is not set, and no tokenizer is there whose ids could be counted "
+            f"(data.tokenizer={tokenizer}): give model.vocab_size=…; the tables and the output "
+            "head are a large part of the cost"
         )
     if options.keep_layout:
         check_layout(settings, gpus)

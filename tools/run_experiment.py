@@ -77,7 +77,8 @@ def main() -> None:
             runs.append(Run(name, settings))
     arms = [arm.name for arm in experiment.arms]
     of_arms = {name: runs[number :: len(arms)] for number, name in enumerate(arms)}
-    sizes, machine = sizes_of({name: own[0].settings for name, own in of_arms.items()})
+    firsts = {name: own[0].settings for name, own in of_arms.items()}
+    sizes, machine = sizes_of(firsts, source.vocab_size)
     jobs = options.jobs or machine.jobs
     total = sum(sizes[name].flops for name in arms) * len(seeds)
     minutes = total / machine.speed / jobs / 60

@@ -162,6 +162,6 @@ def provider_of(settings: Settings) -> CoEModelProvider:
     """The model of a run on one process, whatever layout it was trained in."""
     settings = replace(settings, parallel=ParallelSettings())
     vocab_size = None
-    if "vocab_size" not in settings.model:
+    if not settings.model.get("vocab_size"):
         vocab_size = load_tokenizer(settings.data.tokenizer).vocab_size
     return build_provider(settings, torch.device("cpu"), vocab_size)

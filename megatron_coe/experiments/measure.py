@@ -44,18 +44,23 @@ class Machine:
     """FLOP/s that are to be expected of a run, roughly."""
 
 
-def sizes_of(settings: dict[str, Settings]) -> tuple[dict[str, Sizes], Machine]:
+def sizes_of(settings: dict[str, Settings], vocab_size: int) -> tuple[dict[str, Sizes], Machine]:
     """Sizes by arm, and what they would be trained on.
 
-    Raises: ValueError: a model that cannot be.
+    Args:
+        vocab_size: ids of the tokenizer, which need not be there yet.
+
+    Raises: ValueError: a model that cannot be, or knows fewer ids.
     """
     with ProcessPoolExecutor(1, mp_context=server()) as pool:  # it has Megatron imported
         machine = pool.submit(_machine)
-        sizes = {name: pool.submit(_sizes_of, of_arm) for name, of_arm in settings.items()}
+        sizes = {
+            name: pool.submit(_sizes_of, of_arm, vocab_size) for name, of_arm in settings.items()
+        }
         return {name: future.result() for name, future in sizes.items()}, machine.result()
 
 
-def _sizes_of(settings: Settings) -> Sizes:
+def _sizes_of(settings: Settings, vocab_size: int) -> Sizes:
     import torch
 
     from megatron_coe.planning.memory import rank_memory
@@ -65,7 +70,7 @@ def _sizes_of(settings: Settings) -> Sizes:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_layout(settings, world_size=1)
-    provider = build_provider(settings, device)
+    provider = build_provider(settings, device, vocab_size)
     train = settings.train
     memory = rank_memory(plan_of(settings, provider, 1, device.type == "cuda"))
     return Sizes(

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from megatron_coe.data.tokenizer import load_tokenizer
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import Settings
+
+_NO_VOCABULARY = (
+    "unknown: NOTHING BELOW COUNTS EMBEDDING AND HEAD, since there is no file at data.tokenizer "
+    "whose ids could be counted; give model.vocab_size=…"
+)
+
+
+def tokenizer_vocab_size(settings: Settings) -> int | None:
+    """Ids of the tokenizer that `settings` name, if it is there: a model on paper needs none.
+
+    Raises: ValueError: it cannot be read.
+    """
+    path = settings.data.tokenizer
+    return load_tokenizer(path).vocab_size if path and Path(path).exists() else None
 
 
 def plan_of(settings: Settings, provider: CoEModelProvider, world_size: int, on_gpu: bool) -> Plan:
@@ -24,12 +41,16 @@ def plan_of(settings: Settings, provider: CoEModelProvider, world_size: int, on_
 
 
 def describe_sizes(plan: Plan) -> str:
-    """Sizes, work and the fullest rank's memory as a small table."""
+    """Sizes, work and the fullest rank's memory as a small table.
+
+    Of a model without a vocabulary, what its decoder comes to, and that this is not all.
+    """
     model, S = plan.model, plan.model.seq_length
     memory = rank_memory(plan)
     with_tables, body = model.num_params(), model.num_params(embeddings=False)
     active, active_body = model.num_active_params(), model.num_active_params(embeddings=False)
     rows = [
+        ("vocabulary", f"{model.vocab_size:,} ids, padded to {model.padded_vocab_size:,}"),
         ("parameters", f"{with_tables:,} ({body:,} without embedding and head)"),
         ("active per token", f"at most {active:,} ({active_body:,})"),
         ("training FLOPs per token", f"{model.flops_per_token(S):,} at sequence length {S}"),
@@ -40,4 +61,6 @@ def describe_sizes(plan: Plan) -> str:
         ("  activations", f"about {memory.activations / GIB:.2f} GiB"),
         ("  workspace", f"about {memory.workspace / GIB:.2f} GiB"),
     ]
+    if model.vocab_size == 0:
+        rows[0] = ("vocabulary", _NO_VOCABULARY)
     return "\n".join(f"{name:<26}{value}" for name, value in rows)

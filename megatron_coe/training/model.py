@@ -54,14 +54,14 @@ def build_provider(
     Args:
         device: what the model will run on; it decides `train.precision=auto`.
         tokenizer_vocab_size: number of ids of the tokenizer, the vocabulary of a model that names
-            none of its own; a model may know more ids than the tokenizer makes, not fewer.
+            none of its own (or 0); a model may know more ids than the tokenizer makes, not fewer.
 
     Raises:
         ValueError: a field of section `model` is unknown, of the wrong type or out of range.
     """
     model = dict(settings.model)
     _check_fields(model)
-    vocab_size = model.setdefault("vocab_size", tokenizer_vocab_size or 0)
+    vocab_size = model["vocab_size"] = model.get("vocab_size") or tokenizer_vocab_size or 0
     if tokenizer_vocab_size is not None and 0 < vocab_size < tokenizer_vocab_size:
         raise ValueError(
             f"model.vocab_size={vocab_size} is smaller than the {tokenizer_vocab_size} ids of the "

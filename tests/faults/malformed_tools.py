@@ -235,7 +235,27 @@ def _planning() -> Iterator[Case]:
     yield Case("plan: unknown GPU", f"{_PLAN} --gpus 8 --gpu abacus", ("abacus",))
     yield Case("plan: rank without building", f"{_PLAN} --gpus 8 --rank 3", ("--rank=3", "--build"))
     yield Case(
-        "plan: no vocabulary", "tools/plan.py --config {d}/run.yaml --gpus 8", ("model.vocab_size",)
+        "plan: no vocabulary",
+        "tools/plan.py --config {d}/run.yaml --gpus 8",
+        ("model.vocab_size", "{d}/t.model"),
+        remove("t.model"),
+    )
+    yield Case(
+        "plan: broken tokenizer",
+        "tools/plan.py --config {d}/run.yaml --gpus 8",
+        ("{d}/t.model", "SentencePiece"),
+        write("t.model", "no"),
+    )
+    yield Case(
+        "estimate: broken tokenizer",
+        _ESTIMATE,
+        ("{d}/t.model", "SentencePiece"),
+        write("t.model", "no"),
+    )
+    yield Case(
+        "estimate: vocabulary of fewer ids",
+        f"{_ESTIMATE} model.vocab_size=7",
+        ("model.vocab_size=7", "290 ids"),
     )
     yield Case(
         "plan: vocabulary is a word",

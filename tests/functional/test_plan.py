@@ -42,7 +42,10 @@ def test_a_layout_is_recommended_built_and_read_back(tmp_path) -> None:
         ((*CONFIG, "--gpus", 12), ["--gpus=12", "--gpus-per-node=8", "whole nodes"]),
         ((*CONFIG, "--gpus", 8, "--rank", 3), ["--rank=3", "--build"]),
         ((*CONFIG, "--gpus", 8, "--build", "--rank", 8), ["--rank=8", "0 … 7"]),
-        ((*CONFIG, "--gpus", 8, "model.vocab_size=0"), ["model.vocab_size", "not set"]),
+        (
+            (*CONFIG, "--gpus", 8, "model.vocab_size=0", "data.tokenizer=none.model"),
+            ["model.vocab_size", "not set", "data.tokenizer=none.model"],
+        ),
         (("--config", "none.yaml", "--gpus", 8), ["none.yaml"]),
         (
             (*CONFIG, "--gpus", 8, "--keep-layout", "parallel.expert_model_parallel_size=3"),

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_coe.data.records import Fields
+from megatron_coe.data.tokenizer import train_tokenizer
+
 REPO = Path(__file__).parents[2]
 
 
@@ -28,6 +31,31 @@ def test_estimate_prints_the_sizes_of_a_preset():
     assert "780,930,048 (571,214,848 without embedding and head)" in result.stdout
     for name in ("active per token", "FLOPs per token", "memory of a rank", "activations"):
         assert name in result.stdout
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_or_said_to_be_missing(tmp_path):
+    """As it is in training; without it, the tables and the head are a part nobody would miss."""
+    texts, model = tmp_path / "texts.txt", tmp_path / "t.model"
+    texts.write_text("one two three four five\n" * 50)
+    train_tokenizer([texts], model, fields=Fields(), vocab_size=280)  # 384 rows of 128, twice
+    quickstart = ("--config", "examples/quickstart.yaml", f"data.tokenizer={model}")
+    named = run("estimate.py", *quickstart)
+    assert named.returncode == 0, named.stderr
+    body, tables = 3_630_464, 2 * 384 * 128
+    assert "280 ids, padded to 384" in named.stdout
+    assert f"{body + tables:,} ({body:,} without embedding and head)" in named.stdout
+    # Per token the tables' rows are read and only the head is multiplied.
+    assert f"{9_781_248 + 6 * tables // 2:,} at sequence length 256" in named.stdout
+    unset = ("model.vocab_size=0", "train.global_batch_size=1")
+    planned = run("plan.py", *quickstart, *unset, "--gpus", 1)
+    assert planned.returncode == 0, planned.stderr
+    assert f"{body + tables:,} parameters" in planned.stdout
+    model.unlink()
+    missing = run("estimate.py", *quickstart)
+    assert missing.returncode == 0, missing.stderr
+    first = missing.stdout.splitlines()[0]
+    for words in ("NOTHING BELOW COUNTS EMBEDDING AND HEAD", "data.tokenizer", "model.vocab_size"):
+        assert words in first
 
 
 def test_estimate_names_the_legal_expert_parallel_sizes():
