@@ -98,7 +98,7 @@ TINY = Scale(
             **{"seq_length": 128, "vocab_size": 1024, "original_max_position_embeddings": 128},
         ),
         *_OPTIMISATION,
-        *_train(steps=150, global_batch_size=16, micro_batch_size=16, eval_interval=30),
+        *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
         *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep=1"),
     ),
 )
