@@ -123,7 +123,7 @@ def test_a_checkpoint_routes_as_the_folder_that_it_came_from(home: Path, analysi
     [
         (("--load", "none", "--data", "text.jsonl"), "none: neither a Hugging Face folder"),
         (("--load", "hf-1", "--data", "none"), "none: neither a data set"),
-        (("--load", "hf-1", "--data", "text.jsonl", "--json-keys", "q"), "no key 'q'"),
+        (("--load", "hf-1", "--data", "text.jsonl", "--qa-keys", "q", "a"), "no key 'q'"),
         (("--load", "hf-1", "--data", "text.jsonl", "--permutations", 0), "permutations=0"),
     ],
     ids=["no model", "no data", "no key", "no shuffles"],

@@ -64,6 +64,18 @@ def test_every_subject_of_one_process(tmp_path):
     assert result.stdout.count("not measured (needs a GPU)") == 2
 
 
+def test_values_of_a_setting_are_arms(tmp_path):
+    output, setting = tmp_path / "benchmark.json", "model.coe_merge_weight_gradients"
+    result = benchmark(
+        *("--what", "experts", "--vary", f"{setting}=on,off", "--clock", "processor"),
+        *("--threads", 1, "--scale", "tiny", "--rounds", 2, "--output", output),
+    )
+    assert result.returncode == 0, result.stderr
+    (outcome,) = json.loads(output.read_text())["outcomes"]
+    arms = {f"coe-2_4-64 {setting}={value}" for value in ("true", "false")}
+    assert arms < set(outcome["samples"])
+
+
 def _parts(parts: dict[str, list[float]]) -> list[list[float]]:
     return [seconds for part, seconds in parts.items() if part != "total"]
 

@@ -1,0 +1,154 @@
+"""What can be said about a documented command without running it, and about its mark.
+
+The arguments of this repository's programs are read by the programs' own parsers, in a process of
+its own (`tests.docs.parsers`): a renamed option makes the documentation wrong, and a test red.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.docs.evidence import missing_words, tests_that_launch
+from tests.docs.pages import LAUNCHERS, Command, Mark
+
+BATCH = {"pretrain.sbatch": "pretrain_coe.py", "convert.sbatch": "tools/convert_checkpoint.py"}
+"""Batch scripts, and the programs that their own arguments go to."""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A program of this repository, or torchrun, and its arguments."""
+
+    program: str
+    arguments: tuple[str, ...]
+
+
+def invocation_of(root: Path, command: Command) -> Invocation | None:
+    """The program whose parser can judge the command; None for programs of others."""
+    launcher, *rest = command.words
+    if launcher in ("python", "python3"):
+        while rest and rest[0] in ("-O", "-u"):
+            rest = rest[1:]
+        if rest[:1] == ["-m"]:
+            rest = [f"{rest[1].replace('.', '/')}.py", *rest[2:]]
+            if not (root / rest[0]).exists():  # a module that is installed: pytest, venv
+                return None
+        return Invocation(rest[0], tuple(rest[1:])) if rest else None
+    if launcher == "torchrun":
+        return Invocation("torchrun", tuple(rest))
+    if launcher == "sbatch":
+        for number, word in enumerate(rest):
+            if word.endswith(".sbatch"):
+                program, own = BATCH.get(Path(word).name), tuple(rest[number + 1 :])
+                return Invocation(program, own) if program else None
+    return None
+
+
+def faults_of(root: Path, commands: Iterable[Command]) -> list[str]:
+    """What is wrong with commands as they stand: files, targets, extras, options, settings."""
+    commands = list(commands)
+    complaints = [f"{c}: {fault}" for c in commands for fault in _files_missing(root, c)]
+    judged = [(c, i) for c in commands if (i := invocation_of(root, c))]
+    judged = [(c, i) for c, i in judged if i.program == "torchrun" or (root / i.program).exists()]
+    asked = [[invocation.program, *invocation.arguments] for _, invocation in judged]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.docs.parsers", str(root)],
+        cwd=Path(__file__).parents[2],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return complaints + [
+        f"{command}: {answer}"
+        for (command, _), answer in zip(judged, answers, strict=True)
+        if answer
+    ]
+
+
+def _files_missing(root: Path, command: Command) -> list[str]:
+    """Files of the repository, targets of make and extras of pip that a command names in vain."""
+    missing = []
+    for word in command.words:
+        value = word.partition("=")[2] if word.startswith("-") else word
+        is_ours = re.match(r"(examples|tests|tools|slurm)/[\w./-]+$|\w+\.(py|txt)$", value)
+        if is_ours and not (root / value).exists():
+            missing.append(f"there is no {value}")
+    launcher, *rest = command.words
+    if launcher not in LAUNCHERS and not launcher.endswith(".sh"):
+        missing.append(f"{launcher} is no program that is known")
+    if launcher == "make":
+        makefile = (root / "Makefile").read_text(encoding="utf-8")
+        for word in rest:
+            name, is_variable, _ = word.partition("=")
+            pattern = rf"^{name} \?=" if is_variable else rf"^[\w -]*\b{name}\b[\w -]*:"
+            if not re.search(pattern, makefile, flags=re.MULTILINE):
+                missing.append(f"the Makefile has no {name}")
+    if launcher == "pip":
+        setup = (root / "setup.py").read_text(encoding="utf-8")
+        extras = [e for word in rest for e in re.findall(r"(?<=[\[,])\w+", word) if "[" in word]
+        missing += [f"setup.py has no extra {e}" for e in extras if f'"{e}": [' not in setup]
+    return missing
+
+
+def words_of(command: Command) -> set[str]:
+    """What a test that launches the command must hold: the program and each option."""
+    launcher, *rest = command.words
+    if launcher == "make":
+        return {"make", *(word for word in rest if "=" not in word)}
+    options = {w.partition("=")[0] for w in command.words if re.match(r"--?[a-z]", w)}
+    programs = {Path(w).name for w in command.words if re.search(r"\.(py|sh|sbatch)$", w)}
+    directions = {"to-hf", "from-hf"} & set(rest)
+    if launcher == "torchrun":
+        programs.add("torch.distributed.run")
+    elif launcher in ("lm_eval", "tensorboard"):
+        programs.add(launcher)
+    elif launcher == "sbatch":  # its own options are Slurm's
+        after = max(n for n, w in enumerate(command.words) if w.endswith(".sbatch"))
+        options &= {w.partition("=")[0] for w in command.words[after:]}
+    return options - {"-m", "-O"} | programs | directions
+
+
+def faults_of_mark(root: Path, commands: Sequence[Command], mark: Mark) -> list[str]:
+    """What is untrue of a block's mark: tests that are not there, or launch none of the commands,
+    or are not among the fast ones, and commands that none of them launches."""
+    complaints = [
+        f"{commands[0]}: its mark names {test}: no such file"
+        for test in mark.tests
+        if not (root / test).exists()
+    ]
+    if complaints:
+        return complaints
+    idle = set(mark.tests)
+    for command in commands if mark.tests else []:
+        found, lacks = {}, None
+        for test in mark.tests:
+            for wanted in _spellings(words_of(command)):
+                launching = tests_that_launch(root, test, wanted)
+                found |= launching
+                idle -= {test} if launching else set()
+                missing = missing_words(root, test, wanted)
+                lacks = missing if lacks is None else min(lacks, missing, key=len)
+        if not found:
+            complaints.append(f"{command}: no test of its mark launches it with {_listed(lacks)}")
+        elif mark.marker not in found.values():
+            marker = f"({next(iter(found.values()))})" if "" not in found.values() else "no marker"
+            complaints.append(f"{command}: its tests have {marker}, its mark ({mark.marker})")
+    return complaints + [f"{commands[0]}: {test} launches none of these" for test in sorted(idle)]
+
+
+def _spellings(wanted: set[str]) -> list[set[str]]:
+    """Tests name a program by its file, or call it as a module by its stem."""
+    stems = {word.removesuffix(".py") for word in wanted}
+    return [wanted] if stems == wanted else [wanted, stems]
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(sorted(words))

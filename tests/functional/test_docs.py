@@ -1,0 +1,159 @@
+"""The documentation: its commands are right and marked, its links lead somewhere.
+
+Under each command stands who runs it, or why no test does (`tests/docs/pages.py` has the forms);
+here that is held to the tests' source, to the programs' own parsers, and for some to the shell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.commands import faults_of, faults_of_mark
+from tests.docs.pages import (
+    Block,
+    Mark,
+    blocks_of,
+    broken_links,
+    commands_of,
+    inline_commands,
+    mark_of,
+    pages_of,
+)
+
+REPO = Path(__file__).parents[2]
+SEEN_FROM_A_COPY = ("megatron_coe", "tools", "examples", "slurm", "pretrain_coe.py")
+DATA = Path("docs/data.md")
+"""The page whose commands make the data that others read."""
+
+BLOCKS = [
+    block
+    for page in pages_of(REPO)
+    for block in blocks_of(page, (REPO / page).read_text(encoding="utf-8"))
+]
+MARKED = [
+    (block, mark_of(block), commands) for block in BLOCKS if (commands := [*commands_of(block)])
+]
+
+
+def run_literally(of_data: bool) -> list:
+    """Blocks whose mark says so, each with its mark."""
+    return [
+        pytest.param(block, mark, id=f"{block.page}:{block.line}")
+        for block, mark, _ in MARKED
+        if mark and mark.literally and (block.page == DATA) == of_data
+    ]
+
+
+def test_every_command_is_marked():
+    bare = [f"{commands[0]}: {block.small_print!r}" for block, mark, commands in MARKED if not mark]
+    assert len(MARKED) > 30
+    told = "\n".join(["put small print under these: tests/docs/pages.py has the forms", *bare])
+    assert not bare, told
+
+
+def test_marks_name_tests_that_launch_these_commands():
+    faults = [
+        fault
+        for _, mark, commands in MARKED
+        for fault in faults_of_mark(REPO, commands, mark or Mark())
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_programs_accept_their_arguments_and_files_exist():
+    inline = [
+        command
+        for page in pages_of(REPO)
+        for command in inline_commands(page, (REPO / page).read_text(encoding="utf-8"))
+    ]
+    commands = [command for _, _, commands in MARKED for command in commands] + inline
+    assert len(commands) > 60
+    faults = faults_of(REPO, commands)
+    assert not faults, "\n".join(faults)
+
+
+def test_links_lead_to_files_and_headings():
+    faults = [fault for page in pages_of(REPO) for fault in broken_links(REPO, page)]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a checkout, with the data of docs/data.md made as the page says."""
+    pytest.importorskip("reasoning_gym", reason="the corpus needs the extra `data`")
+    folder = tmp_path_factory.mktemp("workplace")
+    for name in SEEN_FROM_A_COPY:
+        (folder / name).symlink_to(REPO / name)
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore "$@"\n')
+    python.chmod(0o755)
+    for parameters in run_literally(of_data=True):
+        shell(folder, parameters.values[0])
+    shutil.copytree(folder / "data", folder / "runs" / "quickstart" / "data")
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPO),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def shell(folder: Path, block: Block) -> str:
+    """What a block of commands prints, run as it stands."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{block.page}:{block.line}: {done.stderr}"
+    return done.stdout
+
+
+def test_the_page_on_data_makes_data(workplace):
+    assert run_literally(of_data=True)
+    made = {path.name for path in (workplace / "data").iterdir()}
+    assert made >= {"tokenizer.model", "train.bin", "train.idx", "valid.bin", "valid.idx"}
+
+
+@pytest.mark.parametrize(("block", "mark"), run_literally(of_data=False))
+def test_commands_run_as_they_stand(workplace, block: Block, mark: Mark):
+    printed = shell(workplace, block)
+    assert printed.strip()
+    if mark.prints:
+        following = [b for b in BLOCKS if b.page == block.page and b.line > block.line]
+        assert printed.rstrip() == following[0].text.rstrip(), "what the page shows is out of date"
+
+
+def test_models_are_compared(workplace):
+    small = "train.steps=1 train.global_batch_size=2 train.micro_batch_size=2 train.eval_samples=2"
+    done = subprocess.run(
+        [
+            *(sys.executable, "tools/compare.py", "--seeds", "1", "--directory", "runs/compare"),
+            *("--set", "model.num_layers=1", "model.num_moe_experts=8", *small.split(), "--"),
+            *("examples/compare/moe_8-32.yaml", "examples/compare/coe-2_4-32.yaml"),
+        ],
+        cwd=workplace,
+        env=environment(workplace),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| coe-2_4-32 \| \d\.\d{4} \|", done.stdout, flags=re.MULTILINE)
+    assert (workplace / "runs" / "compare" / "moe_8-32_seed-1" / "metrics.jsonl").is_file()
