@@ -25,6 +25,7 @@ from megatron_coe.analysis.dependence import (
 )
 from megatron_coe.analysis.heldout import CLASSES
 from megatron_coe.analysis.routing import Ints
+from megatron_coe.moe.usage import usage
 
 Row = dict[str, str | int | float]
 
@@ -75,7 +76,7 @@ def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator
         of_class = test.run(text.classes[:, None], choices, (len(CLASSES), N), shuffle)
         yield {
             **place,
-            **asdict(measure.usage(counts)),
+            **asdict(usage(counts)),
             "weight": float(weights.sum(axis=-1).mean()),
             **near,
             "consistency_by_chance": measure.chance_overlap(counts, counts, choices.shape[1]),

@@ -53,6 +53,12 @@ class CoERouter(TopKRouter):
         self.iteration = 0
         self.compact = False
         self.num_tokens: int | Tensor = 0  # tokens of the latest call that count for the loss
+        self.tally: Tensor | None = None  # [C, N + 1], added to while somebody wants to know
+
+    @property
+    def layer_index(self) -> int:
+        """Of all layers, counted from 0, those of multi-token prediction last."""
+        return self.first_layer + self.layer_number - 1
 
     def reset_parameters(self) -> None:
         """Kaiming-uniform with a = sqrt(5), as the authors leave torch's default (not std 0.02)."""
@@ -94,6 +100,8 @@ class CoERouter(TopKRouter):
         if self.compact:
             return self.route_compactly(logits_TN, S, B, padding_mask)
         probs, routing_map = self.select(logits_TN)
+        if self.is_counting:
+            self.count(logits_TN, routing_map, padding_mask)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,
@@ -120,6 +128,8 @@ class CoERouter(TopKRouter):
         and that choice: neither is computed, or kept for the backward pass, a second time.
         """
         probs_TK, chosen_TK, scores_TN = self.choose(logits_TN)
+        if self.is_counting:
+            self.count(logits_TN, as_map(chosen_TK, self.num_experts), padding_mask)
         if self.training and torch.is_grad_enabled():
             if self.is_aux_loss_enabled():
                 if scores_TN is None:
@@ -132,6 +142,29 @@ class CoERouter(TopKRouter):
             if self.enable_expert_bias:
                 self.count_for_bias(as_map(chosen_TK, self.num_experts), padding_mask)
         return probs_TK, chosen_TK
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether this pass is to be counted: where activations are recomputed, the one of two that
+        keeps a graph."""
+        return self.tally is not None and self.training and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def count(self, logits_TN: Tensor, routing_map: Tensor, padding_mask: Tensor | None) -> None:
+        """Add a pass to the tally of its iteration: each expert's tokens, and their confidences.
+
+        A token's is the share of all experts' scores (softmax or sigmoid; biases and limits on
+        groups, which decide the choice, left aside) that its K experts hold: from K / N, if all
+        scores are alike, to 1. Choices count before any is dropped for want of capacity.
+        """
+        scores_TN = self.scores(logits_TN)
+        chosen_T = (scores_TN * routing_map).sum(dim=1, dtype=torch.float64)
+        confidence_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALISING_EPS)
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask[:, None]
+            confidence_T = confidence_T * ~padding_mask
+        counts_N = routing_map.sum(dim=0, dtype=torch.float64)
+        self.tally[self.iteration] += torch.cat([counts_N, confidence_T.sum(dim=0, keepdim=True)])
 
     def count_for_bias(self, routing_map: Tensor, padding_mask: Tensor | None) -> None:
         """Note how many tokens each expert got, where a bias is to even that out."""
@@ -270,7 +303,7 @@ class CoERouter(TopKRouter):
             record_balance_loss(
                 name,
                 aux_loss / aux_loss_coeff,
-                self.first_layer + self.layer_number,
+                self.layer_index + 1,
                 self.config.num_layers + (self.config.mtp_num_layers or 0),
                 reduce_group,
                 reduce_group_has_dp or not needs_dp_avg,

@@ -33,6 +33,22 @@ GPUS = {
     "b200": Gpu("B200 180GB", 2250e12, 180e9, 8e12, 900e9, 50e9),
 }
 
+_DEVICES = {
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+"""What CUDA calls them. Cards of the same family in other forms (PCIe, NVL) are slower."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 operations per second of a GPU by CUDA's name; None if it is not known."""
+    known = _DEVICES.get(device_name)
+    return GPUS[known].flops if known else None
+
+
 USABLE_MEMORY = 0.9
 """Share of a GPU's memory that is planned with; the rest is for the CUDA context, the buffers of
 NCCL and cuBLAS, single operations' scratch space and fragmentation."""

@@ -27,6 +27,8 @@ class BatchSource:
     """Of the replica, among `replicas`."""
     replicas: int
     device: torch.device
+    samples_per_epoch: float | None = None
+    """How many sequences one pass over the training data holds, where that is known."""
 
     def training(self, first: int, num_microbatches: int) -> list[Batch]:
         """The replica's share of the global batch whose first sequence is number `first`."""

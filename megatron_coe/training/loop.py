@@ -19,8 +19,9 @@ from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress
 from megatron_coe.training.checks import num_microbatches
 from megatron_coe.training.endings import NotFiniteError
-from megatron_coe.training.figures import StepFigures, balance_figures
-from megatron_coe.training.metrics import Reporter
+from megatron_coe.training.figures import Gauges, StepFigures
+from megatron_coe.training.gradients import GradientNorms
+from megatron_coe.training.metrics import Record, Reporter
 from megatron_coe.training.nonfinite import explain
 from megatron_coe.training.objective import (
     Batch,
@@ -89,6 +90,9 @@ class Trainer:
         self.activity = activity or Activity()
         self.activity.follow(trainee.chunks)
         self.num_microbatches = num_microbatches(settings, dist.get_world_size())
+        self._gradient_norms = GradientNorms(trainee.optimizer, trainee.chunks)
+        self._gauges = Gauges(trainee, settings.train, self.num_microbatches, train.device)
+        self._seconds = 0.0
         self._start = StepStart(trainee.chunks)
         self._spikes = SpikeWatch()
 
@@ -104,9 +108,10 @@ class Trainer:
         Raises:
             NotFiniteError: on all ranks; the step before is saved.
         """
-        train, log = self.settings.train, self.settings.log
-        last = min(train.steps, train.stop_step or train.steps)
-        profiler = StepProfiler(log, enabled=dist.get_rank() == 0)
+        train, last = self.settings.train, self.last_step
+        profiler = StepProfiler(self.settings.log, enabled=dist.get_rank() == 0)
+        if self.reporter is not None:
+            self._seconds = self.reporter.latest("seconds") or 0.0
         stop = stop or StopRequest()
         saved = self.progress.step
         owed = self._owes_validation()
@@ -129,7 +134,7 @@ class Trainer:
                             self.save()
                         self._complete_save(wait=True)
                         raise
-                record = self._report(outcome, last)
+                record = self._report(outcome)
             step = self.progress.step
             late, owed = owed, False
             if late or step == train.steps or _due(step, train.eval_interval):
@@ -140,7 +145,7 @@ class Trainer:
                 # What a model without any context reaches, beside what this one has reached.
                 record["unigram_entropy"] = unigram_entropy(self.validation.source.dataset)
             if self.reporter is not None and record:
-                self.reporter.record(step, record)
+                self.reporter.record(step, record | self._position())
             if not late and (step == last or _due(step, self.settings.checkpoint.save_interval)):
                 self.save()
                 saved = step
@@ -158,9 +163,12 @@ class Trainer:
         trainee = self.trainee
         self._start.note()
         batches = self.train.training(self.progress.samples, self.num_microbatches)
-        totals = self._gradients(batches)
+        is_reported = self._is_reported(self.progress.step + 1)
+        with self._gauges.watching(is_reported):
+            totals = self._gradients(batches)
         lr = get_canonical_lr_for_logging(trainee.optimizer.param_groups)
         grad_norm = prepare_update(trainee.optimizer)
+        grad_norms = self._gradient_norms.measure() if is_reported else {}
         loss, finite = agreed_loss(totals, grad_norm)
         skipped = None
         if finite:
@@ -171,7 +179,9 @@ class Trainer:
         trainee.schedule.step(1)
         self.progress.step += 1
         self.progress.samples += self.settings.train.global_batch_size
-        return StepFigures(loss, lr, grad_norm, time.perf_counter() - started_s, skipped)
+        seconds = time.perf_counter() - started_s
+        self._seconds += seconds
+        return StepFigures(loss, lr, grad_norm, grad_norms, seconds, skipped)
 
     def _gradients(self, batches: list[Batch]) -> torch.Tensor:
         """Gradients of the objective, summed over all ranks; returns this rank's totals."""
@@ -256,18 +266,28 @@ class Trainer:
             else:
                 self.saver.poll()
 
-    def figures(self, step: StepFigures) -> dict[str, float]:
+    def figures(self, step: StepFigures) -> Record:
         """What is reported of a training step that has updated the weights. A collective."""
-        train, provider = self.settings.train, self.trainee.provider
-        return {
-            "train_loss": step.loss,
-            "lr": step.lr,
-            "grad_norm": step.grad_norm,
-            "tokens_per_second": train.global_batch_size * provider.seq_length / step.seconds,
-            **balance_figures(provider, self.num_microbatches, self.train.device),
-        }
+        return self._gauges.read(step)
 
-    def _report(self, outcome: StepFigures, last: int) -> dict[str, float]:
+    @property
+    def last_step(self) -> int:
+        """At which this process ends."""
+        train = self.settings.train
+        return min(train.steps, train.stop_step or train.steps)
+
+    def _is_reported(self, step: int) -> bool:
+        return step in (1, self.last_step) or _due(step, self.settings.log.interval)
+
+    def _position(self) -> dict[str, float]:
+        """How far the run has come: in the data, and in seconds spent in steps."""
+        samples = self.progress.samples
+        position = {"samples": samples, "tokens": samples * self.trainee.provider.seq_length}
+        if self.train.samples_per_epoch:
+            position["epoch"] = samples / self.train.samples_per_epoch
+        return position | {"seconds": self._seconds}
+
+    def _report(self, outcome: StepFigures) -> Record:
         """The record of a step, empty where none is due; what is out of the way is said at once."""
         step, record = self.progress.step, {}
         if self.reporter is not None:
@@ -276,7 +296,7 @@ class Trainer:
             if self.reporter is not None:
                 self.reporter.say(f"warning: {outcome.skipped}: skipped")
             return {"skipped_steps": self.progress.skipped}
-        if step in (1, last) or _due(step, self.settings.log.interval):
+        if self._is_reported(step):
             record = self.figures(outcome)
         if (score := self._spikes.score(outcome.loss)) is not None:
             record |= {"train_loss": outcome.loss, "loss_spike": score}

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 
+Record = dict[str, float | list[float]]
+"""Figures of a step by name: numbers, and the lists of numbers that `LISTS` are."""
+
+LISTS = re.compile(r"load/.*")
+
 # name in the record -> (label on the console, format)
 _CONSOLE = {
     "train_loss": ("loss", ".4f"),
@@ -24,6 +29,7 @@ _CONSOLE = {
     "lr": ("lr", ".3e"),
     "grad_norm": ("grad norm", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
+    "mfu": ("MFU", ".1%"),
     "loss_spike": ("SPIKE", ".0f"),
     "skipped_steps": ("SKIPPED", ".0f"),
 }
@@ -33,7 +39,7 @@ _BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
 class Reporter:
     """Writes records of the run from one process (make it on rank 0 only).
 
-    A record is a flat dictionary of floats with its step. `metrics.jsonl` holds one per line, in
+    `metrics.jsonl` holds one per line, in
     order of steps, and survives a resume: records past the step resumed from are dropped, for they
     are about to be made again.
     """
@@ -84,22 +90,31 @@ class Reporter:
         if self._bar is not None:
             self._bar.update()
 
-    def record(self, step: int, values: dict[str, float]) -> None:
+    def record(self, step: int, values: Record) -> None:
         """Sends one record everywhere."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if isinstance(value, list):
+                self._tensorboard.add_histogram_raw(name, **_bars(value), global_step=step)
+            else:
+                self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(_for_wandb(values), step=step)
         self.say(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
 
     def has(self, step: int, name: str) -> bool:
         """Whether a figure of that step has been recorded."""
-        if not self.path.exists():
-            return False
-        return any(record["step"] == step and name in record for record in read_records(self.path))
+        return any(record["step"] == step and name in record for record in self._records())
+
+    def latest(self, name: str) -> float | None:
+        """The newest value of a figure; None if there is none."""
+        found = [record[name] for record in self._records() if name in record]
+        return found[-1] if found else None
+
+    def _records(self) -> list[Record]:
+        return read_records(self.path) if self.path.exists() else []
 
     def close(self) -> None:
         if self._bar is not None:
@@ -109,7 +124,7 @@ class Reporter:
             self._wandb.finish()
 
 
-def console_line(values: dict[str, float]) -> str:
+def console_line(values: Record) -> str:
     """The record as the console shows it: known figures in a fixed order, then the balance."""
     parts = [
         f"{label} {values[name]:{form}}"
@@ -122,14 +137,16 @@ def console_line(values: dict[str, float]) -> str:
     return " | ".join(parts)
 
 
-def read_records(path: Path) -> list[dict[str, float]]:
+def read_records(path: Path) -> list[Record]:
     """All records of a metrics.jsonl; ValueError names file and line of a broken one."""
     records = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-                is_record = type(record["step"]) is int and all(map(_is_number, record.values()))
+                is_record = type(record["step"]) is int and all(
+                    _is_figure(name, value) for name, value in record.items()
+                )
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 is_record = False
             if not is_record:
@@ -137,6 +154,12 @@ def read_records(path: Path) -> list[dict[str, float]]:
                 raise ValueError(f"{path}:{number}: not a record of a run: {shown!r}")
             records.append(record)
     return records
+
+
+def _is_figure(name: str, value: object) -> bool:
+    if LISTS.fullmatch(name):
+        return isinstance(value, list) and all(map(_is_number, value))
+    return _is_number(value)
 
 
 def _is_number(value: object) -> bool:
@@ -158,6 +181,32 @@ def drop_records_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
+
+
+def _bars(heights: list[float]) -> dict[str, float | list[float]]:
+    """A histogram for TensorBoard whose bar number i is as high as `heights[i]`."""
+    centres = range(len(heights))
+    return {
+        "min": -0.5,
+        "max": len(heights) - 0.5,
+        "num": sum(heights),
+        "sum": sum(i * height for i, height in zip(centres, heights, strict=True)),
+        "sum_squares": sum(i * i * height for i, height in zip(centres, heights, strict=True)),
+        "bucket_limits": [i + 0.5 for i in centres],
+        "bucket_counts": heights,
+    }
+
+
+def _for_wandb(values: Record) -> dict[str, object]:
+    """Lists as histograms, with one bar for each of their numbers."""
+    import wandb
+
+    return {
+        name: wandb.Histogram(np_histogram=(value, list(range(len(value) + 1))))
+        if isinstance(value, list)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _start_wandb(log: LogSettings, config: dict[str, object]):

@@ -15,7 +15,7 @@ from megatron_coe import backends
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.data.datasets import build_datasets, check_datasets
-from megatron_coe.data.indexed import data_summary
+from megatron_coe.data.indexed import data_summary, inspect
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.training import setup
 from megatron_coe.training.activity import DATA, LOADING, MODEL, Activity
@@ -94,7 +94,9 @@ def trainer(
                 saver.check(trainee)
             else:
                 saver.tidy()
-        train = _source(train_set, settings, device)
+        train = _source(
+            train_set, settings, device, _samples_per_epoch(settings, provider.seq_length)
+        )
         validation = None
         if valid_set is not None:
             validation = Validation(_source(valid_set, settings, device), len(valid_set))
@@ -127,13 +129,27 @@ def _build_data(
     return build_datasets(**arguments, cache_dir=settings.data.cache)
 
 
-def _source(dataset: Dataset, settings: Settings, device: torch.device) -> BatchSource:
+def _samples_per_epoch(settings: Settings, seq_length: int) -> float:
+    """Sequences that one pass over all the training data holds."""
+    files = [inspect(prefix) for prefix in settings.data.train]
+    if settings.data.mode == "examples":
+        return sum(file.documents for file in files)
+    return sum(file.tokens for file in files) / seq_length
+
+
+def _source(
+    dataset: Dataset,
+    settings: Settings,
+    device: torch.device,
+    samples_per_epoch: float | None = None,
+) -> BatchSource:
     return BatchSource(
         dataset,
         micro_batch_size=settings.train.micro_batch_size,
         rank=parallel_state.get_data_parallel_rank(),
         replicas=parallel_state.get_data_parallel_world_size(),
         device=device,
+        samples_per_epoch=samples_per_epoch,
     )
 
 

@@ -18,8 +18,8 @@ from megatron_coe.analysis.routing import (
     local_consistency,
     overlap,
     transition,
-    usage,
 )
+from megatron_coe.moe.usage import usage
 
 N, K, T = 7, 3, 60
 

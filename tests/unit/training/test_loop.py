@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,11 +132,16 @@ def test_validation_is_the_mean_over_all_held_out_tokens(single_rank, micro_batc
 
 
 def test_figures_of_a_step(single_rank):
-    _, measured, figures = run_one_step(single_rank, 2, Sequences(3))
+    trainer, measured, figures = run_one_step(single_rank, 2, Sequences(3))
     norm = math.sqrt(sum(gradient.double().square().sum() for gradient in measured.values()))
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert figures["lr"] == 0.0  # warm-up starts from 0
-    assert figures["tokens_per_second"] > 0
+    assert figures["tokens_per_second"] == GLOBAL_BATCH * SEQ_LENGTH / figures["step_seconds"]
+    per_token = trainer.trainee.provider.flops_per_token(SEQ_LENGTH)
+    assert figures["flops_per_second"] == pytest.approx(figures["tokens_per_second"] * per_token)
+    if single_rank.type == "cpu":
+        assert "mfu" not in figures, "no peak is known"
+        assert figures["memory_peak_bytes"] >= psutil.Process().memory_info().rss / 2
     means = {k: v for k, v in figures.items() if k.startswith("balance/") and "layer" not in k}
     assert list(means) == [f"balance/seq_aux_loss/iteration_{t}" for t in (1, 2)]
     for key, mean in means.items():
@@ -173,6 +179,9 @@ def test_the_interval_of_reports(single_rank):
         def __init__(self):
             self.records, self.steps = {}, 0
 
+        def latest(self, name):
+            return 1000.0 if name == "seconds" else None  # as a run that goes on
+
         def record(self, step, values):
             self.records[step] = values
 
@@ -191,3 +200,13 @@ def test_the_interval_of_reports(single_rank):
     entropies = [step for step, record in kept.records.items() if "unigram_entropy" in record]
     assert entropies == [5]
     assert SEQ_LENGTH * 4 / kept.records[5]["tokens_per_second"] < 60
+    samples = [record["samples"] for record in kept.records.values()]
+    assert samples == [4, 8, 16, 20]
+    assert [r["tokens"] for r in kept.records.values()] == [n * SEQ_LENGTH for n in samples]
+    counted = {
+        step for step, record in kept.records.items() if "load/iteration_1/layer_1" in record
+    }
+    assert counted == {1, 2, 4, 5}
+    seconds = [record["seconds"] for record in kept.records.values()]
+    assert seconds == sorted(seconds) and seconds[0] > 1000
+    assert seconds[1] - seconds[0] == pytest.approx(kept.records[2]["step_seconds"])
