@@ -20,7 +20,7 @@ from megatron_coe.data.command_line import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SUBJECTS = (
-    *("kernels", "experts", "layer", "step", "matched", "transformers", "memory"),
+    *("kernels", "experts", "layer", "head", "step", "matched", "transformers", "memory"),
     *("synchronisations", "parallel", "long"),
 )
 SCALES = ("paper", "paper-32k", "cpu", "cpu-32k", "tiny")

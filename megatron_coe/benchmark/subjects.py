@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_coe.benchmark import foreign, kernels, layers, memory, phases, steps
+from megatron_coe.benchmark import foreign, head, kernels, layers, memory, phases, steps
 from megatron_coe.benchmark.agreement import check_agreement
 from megatron_coe.benchmark.communication import exposed_share
 from megatron_coe.benchmark.layers import BACKWARD, FORWARD, PassArm
@@ -137,6 +137,21 @@ def matched(bench: Bench) -> Outcome:
     return _steps(bench, "matched", (MATCHED_COE, MATCHED_MOE))
 
 
+def output_head(bench: Bench) -> Outcome:
+    """The output head with its loss, which is the same for CoE and MoE."""
+    subject = head.random_head(bench.provider(MOE), bench.scale.tokens, bench.device)
+    arms = subject.arms()
+    names = head.MEGATRON, head.FUSED
+    differences = check_agreement(names, *(subject.result(name) for name in names))
+    samples = bench.time(arms)
+    outcome = _pass_table(bench, "head", "Output head and loss", arms, samples)
+    outcome.header.append(f"time / {head.PRODUCTS}")
+    for arm, row in zip(arms, outcome.rows, strict=True):
+        row.append(ratio(samples, arm.name, head.PRODUCTS).text())
+    outcome.details["differences"] = differences
+    return outcome
+
+
 def transformers(bench: Bench) -> Outcome:
     """Forward and backward of MoE(8/64) here and in transformers, with the same weights."""
     pair = foreign.build_pair(bench.settings(MOE, *foreign.CHANGES), bench.device)
@@ -258,6 +273,7 @@ SUBJECTS: dict[str, Callable[[Bench], Outcome]] = {
     "kernels": linear_kernels,
     "experts": experts,
     "layer": layer,
+    "head": output_head,
     "step": step,
     "matched": matched,
     "transformers": transformers,

@@ -24,7 +24,10 @@ def benchmark(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_every_subject_of_one_process(tmp_path):
     """Arms that must agree are held to it by the tool itself: it would end with an error."""
-    subjects = ("experts", "layer", "step", "transformers", "memory", "synchronisations", "long")
+    subjects = (
+        *("experts", "layer", "head", "step", "transformers", "memory", "synchronisations"),
+        "long",
+    )
     output = tmp_path / "benchmark.json"
     result = benchmark(
         *("--scale", "tiny", "--rounds", 2, "--warmup", 1, "--profiles", 1, "--steps", 2),
@@ -38,6 +41,7 @@ def test_every_subject_of_one_process(tmp_path):
     for name, arms in {
         "experts": {"coe-2_4-64", "moe_8-64", "SequentialMLP", "dense matmul"},
         "layer": {"coe-2_4-64", "moe_8-64", "stock MoELayer, C times"},
+        "head": {"linear, then Megatron's loss", "linear_cross_entropy", "products alone"},
         "step": {"coe-2_4-64", "moe_8-64"},
         "transformers": {"moe_8-64", "transformers deepseek_v2"},
     }.items():
@@ -51,6 +55,7 @@ def test_every_subject_of_one_process(tmp_path):
         differences = found[name]["details"]["differences"]
         assert 0 <= max(differences.values()) < 1e-3
         assert len(differences) >= 4
+    assert 0 < max(found["head"]["details"]["differences"].values()) < 1e-5
 
     (phases,) = found["step"]["further"]
     of_chain = phases["details"]["phases"]["coe-2_4-64"]

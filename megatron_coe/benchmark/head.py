@@ -1,0 +1,86 @@
+"""The output head with its loss: Megatron's two steps, PyTorch's fused one, and the ceiling.
+
+Half of all work at the paper's vocabulary, alike for CoE and MoE.
+
+Axis letters: T tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from torch import Tensor
+
+from megatron_coe.benchmark.layers import BACKWARD, FORWARD
+from megatron_coe.benchmark.timing import Arm, Lap
+from megatron_coe.provider import CoEModelProvider
+
+MEGATRON, FUSED, PRODUCTS = "linear, then Megatron's loss", "linear_cross_entropy", "products alone"
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states [T, H], the head's weights [V, H] and the labels [T]."""
+
+    x: Tensor
+    weight: Tensor
+    labels: Tensor
+
+    def arms(self) -> list[Arm]:
+        """Each forward and backward, for both gradients."""
+        losses = {MEGATRON: self._by_megatron, FUSED: self._fused}
+        arms = [self._arm(name, lambda lap, f=f: self._loss(f, lap)) for name, f in losses.items()]
+        return [*arms, self._arm(PRODUCTS, self._products)]
+
+    def result(self, name: str) -> dict[str, Tensor]:
+        """Loss and gradients of a run of that arm."""
+        self._clear()
+        self._loss({MEGATRON: self._by_megatron, FUSED: self._fused}[name], lambda part: None)
+        return {"dx": self.x.grad, "dweight": self.weight.grad}
+
+    def _arm(self, name: str, run: Callable[[Lap], None]) -> Arm:
+        return Arm(name, run, self._clear, 3 * 2 * len(self.x) * self.weight.numel(), len(self.x))
+
+    def _clear(self) -> None:
+        self.x.grad = self.weight.grad = None
+
+    def _loss(self, function: Callable[[], Tensor], lap: Lap) -> None:
+        loss = function()
+        lap(FORWARD)
+        loss.backward()
+        lap(BACKWARD)
+
+    def _by_megatron(self) -> Tensor:
+        logits = F.linear(self.x, self.weight)
+        return vocab_parallel_cross_entropy(logits[:, None], self.labels[:, None]).mean()
+
+    def _fused(self) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()  # in chunks, by PyTorch's own choice
+        return F.linear_cross_entropy(self.x, self.weight, self.labels, options=options)
+
+    def _products(self, lap: Lap) -> None:
+        x, weight = self.x.detach(), self.weight.detach()
+        logits = x @ weight.t()
+        lap(FORWARD)
+        self.x.grad, self.weight.grad = logits @ weight, logits.t() @ x
+        lap(BACKWARD)
+
+
+def random_head(provider: CoEModelProvider, tokens: int, device: torch.device) -> Head:
+    """With the sizes and dtype of a model.
+
+    Raises: ValueError: this PyTorch has no `linear_cross_entropy` (it came with 2.13).
+    """
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ValueError(
+            f"--what head: torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+        )
+    H, V, dtype = provider.hidden_size, provider.padded_vocab_size, provider.params_dtype
+    x = torch.randn(tokens, H, device=device, dtype=dtype)
+    weight = torch.randn(V, H, device=device, dtype=dtype) * provider.init_method_std
+    labels = torch.randint(provider.vocab_size, (tokens,), device=device)
+    return Head(x.requires_grad_(), weight.requires_grad_(), labels)
