@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 
 from megatron_coe.data.command_line import run
+from megatron_coe.data.files import check_writable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SUBJECTS = (
@@ -44,6 +45,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     device = backends.prepare()
     bench = bench_of(options, device)
+    bench.check()
     outcomes = []
     ranks = setup.world_size()
     with setup.process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
@@ -114,10 +116,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file with every sample")
     options = parser.parse_args()
     options.vary = variants_of(options.vary)
-    for name in ("rounds", "steps", "threads", "sequences", "seq_length", "num_layers"):
+    least = {
+        **dict.fromkeys(("warmup", "profiles"), 0),
+        **dict.fromkeys(("rounds", "steps", "threads"), 1),
+        **dict.fromkeys(("sequences", "num_layers", "vocab_size"), 1),
+        "seq_length": 2,
+    }
+    for name, lowest in least.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+        if value is not None and value < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {lowest}")
+    if options.output:
+        check_writable(options.output)
     if options.clock == "processor" and options.threads != 1:
         raise ValueError(
             "--clock processor counts the time of all threads together: add --threads 1"

@@ -48,6 +48,11 @@ class Bench:
     changes: tuple[str, ...] = ()
     """`section.key=value` for every arm."""
 
+    def check(self) -> None:
+        """Raises: ValueError, OSError: no such preset, or what is laid over it cannot be."""
+        for preset, changes in self.models((COE, MOE)).values():
+            build_provider(self.settings(preset, *changes), self.device)
+
     def settings(self, preset: str, *changes: str) -> Settings:
         return preset_settings(self.presets / f"{preset}.yaml", self.scale, *changes, *self.changes)
 

@@ -28,6 +28,20 @@ def naming_errors(path: Path, mend: str = "") -> Iterator[None]:
         raise OSError(f"{reason}; {mend}" if mend else reason) from error
 
 
+def check_writable(path: Path) -> None:
+    """See before long work that a file could be written at `path`; nothing is made.
+
+    Raises: OSError naming it.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"cannot write {path}: {parent} is no folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {path}: {parent} cannot be written")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path`, renamed to it on success and removed on any failure.
