@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 from megatron_coe.data.command_line import add_key_arguments, fields_of, run
+from megatron_coe.data.files import check_writable
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,11 +36,14 @@ def main(arguments: list[str] | None = None) -> None:
         from megatron_coe.analysis.figures import new_figure
         from megatron_coe.analysis.findings import PermutationTest
         from megatron_coe.analysis.heldout import Source
+        from megatron_coe.analysis.results import SUMMARY
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: `pip install megatron-coe[hf]`") from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    new_figure(1, 1)  # is there a matplotlib? Not to be asked after an hour
+    # Is there a matplotlib, and a folder to write to? Not to be asked after an hour.
+    new_figure(1, 1)
+    check_writable(options.output / SUMMARY)
     source = Source(
         tuple(options.data), fields_of(options), options.tokens, options.seq_length, options.mode
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_coe.analysis.runs import Run
 from megatron_coe.data.command_line import run
+from megatron_coe.data.files import check_writable
 
 ANALYSIS = "analysis"
 
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     the_run = Run.read(options.run)
     folder = the_run.metrics.parent
+    output = options.output or folder / "report.html"
+    check_writable(output)
     try:
         from megatron_coe.analysis.report import write_report  # imports torch: seconds
         from megatron_coe.analysis.results import SUMMARY, Analysis
@@ -37,7 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
         found = Analysis.read(folder / ANALYSIS)
     elif options.analysis and can_be_analysed(the_run):
         found = analyse(the_run, folder / ANALYSIS)
-    output = options.output or folder / "report.html"
     write_report(the_run, output, found)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 

@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE
-from megatron_coe.data.files import atomic_path
+from megatron_coe.data.files import atomic_path, check_writable
 from megatron_coe.training.exit_status import DONE
 from megatron_coe.training.metrics import METRICS_FILE, read_records
 from megatron_coe.training.settings import Settings
@@ -51,22 +51,29 @@ class Run:
     def metrics(self) -> Path:
         return self.folder / METRICS_FILE
 
-    def prepare(self) -> None:
-        """Write its settings into its folder.
+    @property
+    def _written(self) -> Path:
+        return self.folder / SETTINGS_FILE
 
-        Raises: ValueError if a run with other settings is there; OSError.
-        """
-        path, text = self.folder / SETTINGS_FILE, self.settings.to_yaml()
-        if path.exists():
-            before = path.read_text(encoding="utf-8")
-            if before != text:
-                raise ValueError(
-                    f"{path}: the run there has other settings ({_difference(before, text)}); "
-                    "name another --directory"
-                )
+    def check(self) -> None:
+        """Raises: ValueError if a run with other settings is in its folder; OSError."""
+        check_writable(self._written)
+        if not self._written.exists():
             return
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        before = self._written.read_text(encoding="utf-8", errors="replace")
+        now = self.settings.to_yaml()
+        if before != now:
+            raise ValueError(
+                f"{self._written}: the run there has other settings ({_difference(before, now)}); "
+                "name another --directory"
+            )
+
+    def prepare(self) -> None:
+        """Write its settings into its folder. Raises: as `check`."""
+        self.check()
+        if not self._written.exists():
+            with atomic_path(self._written) as temporary:
+                temporary.write_text(self.settings.to_yaml(), encoding="utf-8")
 
     def is_done(self) -> bool:
         """Whether its last step was made and validated."""

@@ -64,7 +64,8 @@ class Case:
         command: script and arguments; `{d}` is the case's folder.
         says: what the message must contain; `{d}` as above.
         make: spoils something in the case's folder.
-        needs: what the folder holds besides tokenizer, data and settings: `checkpoint`, `hf`.
+        needs: what the folder holds besides tokenizer, data and settings: `checkpoint` (a chain's),
+            `moe` (a mixture's), `run` (metrics and settings as well), `hf`.
         status: what the command must end with.
         late: what is wrong shows only to process groups, or in the middle of the work.
         environment: variables besides the usual ones.
@@ -160,11 +161,15 @@ class Bench:
     def _make_moe(self, folder: Path) -> None:
         self._train(folder, iterations=1, residual="outer")
 
-    def _train(self, folder: Path, **model: object) -> None:
+    def _make_run(self, folder: Path) -> None:
+        """Metrics and settings beside the checkpoints."""
+        self._train(folder, part="run", iterations=2, residual="inner")
+
+    def _train(self, folder: Path, part: str = "run/checkpoints", **model: object) -> None:
         run = self.copy(f"training-{folder.name}", ())
         (run / "run.yaml").write_text(SETTINGS.format(d=run, **model), encoding="utf-8")
         self._must(f"{TRAIN} train.steps=1", run)
-        shutil.copytree(run / "run" / "checkpoints", folder / "run" / "checkpoints")
+        shutil.copytree(run / part, folder / part)
 
     def _make_hf(self, folder: Path) -> None:
         source = self.copy("exporting", ("checkpoint",))

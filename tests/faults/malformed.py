@@ -8,12 +8,13 @@ zero; no process group has been made and nothing half written is left.
 
 from __future__ import annotations
 
-from tests.faults import malformed_data, malformed_settings, malformed_tools
+from tests.faults import malformed_data, malformed_runs, malformed_settings, malformed_tools
 from tests.faults.commands import Case, main
 
 
 def cases() -> list[Case]:
-    return [*malformed_settings.cases(), *malformed_data.cases(), *malformed_tools.cases()]
+    kinds = (malformed_settings, malformed_data, malformed_tools, malformed_runs)
+    return [case for kind in kinds for case in kind.cases()]
 
 
 if __name__ == "__main__":

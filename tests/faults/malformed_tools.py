@@ -6,20 +6,18 @@ import gzip
 from collections.abc import Iterator
 
 from tests.faults.commands import Case
-from tests.faults.spoil import Make, also, cut, edit_json, folder_at, remove, write
+from tests.faults.spoil import Make, also, cut, edit_json, remove, write
 
 
 def cases() -> list[Case]:
     return [
         *_making_data(),
-        *_reading_metrics(),
         *_planning(),
         *_converting(),
         *_generating(),
     ]
 
 
-_PLOT = "tools/plot_runs.py {d}/metrics.jsonl --output {d}/x.png"
 _PREPARE = "tools/preprocess_data.py --tokenizer {d}/t.model --output-prefix {d}/x"
 _LEARN = "tools/train_tokenizer.py --output {d}/x.model"
 _ESTIMATE = "tools/estimate.py --config {d}/run.yaml"
@@ -149,75 +147,6 @@ def _making_data() -> Iterator[Case]:
     )
 
 
-def _reading_metrics() -> Iterator[Case]:
-    def metrics(name: str, content: str | bytes, *says: str) -> Case:
-        return Case(f"plot_runs: {name}", _PLOT, says, write("metrics.jsonl", content))
-
-    yield Case("plot_runs: no metrics", _PLOT, ("{d}/metrics.jsonl",), remove("metrics.jsonl"))
-    yield Case("plot_runs: a folder", _PLOT, ("{d}/metrics.jsonl",), folder_at("metrics.jsonl"))
-    yield metrics("empty", "", "{d}/metrics.jsonl", "no losses")
-    yield metrics("broken line", '{"step": 1, "train_loss": 2}\n{"step\n', "{d}/metrics.jsonl:2")
-    yield metrics("a list", "[1]\n", "{d}/metrics.jsonl:1")
-    yield metrics("no step", '{"train_loss": 2}\n', "{d}/metrics.jsonl:1")
-    yield metrics("step is a word", '{"step": "one", "train_loss": 2}\n', "{d}/metrics.jsonl:1")
-    yield metrics("loss is a word", '{"step": 1, "train_loss": "low"}\n', "{d}/metrics.jsonl:1")
-    yield metrics("loss is a list", '{"step": 1, "valid_loss": [2]}\n', "{d}/metrics.jsonl:1")
-    yield metrics("nothing to draw", '{"step": 1, "lr": 2}\n', "{d}/metrics.jsonl", "no losses")
-    yield metrics("not UTF-8", b"\xff\xfe\n", "{d}/metrics.jsonl")
-    yield metrics("nested 100,000 deep", "[" * 100_000, "{d}/metrics.jsonl:1")
-    yield Case("plot_runs: no output", "tools/plot_runs.py {d}/metrics.jsonl", ("--output",))
-    yield Case(
-        "plot_runs: unknown picture",
-        "tools/plot_runs.py {d}/metrics.jsonl --output {d}/x.docx",
-        ("x.docx", "png"),
-    )
-    yield Case(
-        "plot_runs: output below a file",
-        "tools/plot_runs.py {d}/metrics.jsonl --output {d}/in.txt/x.png",
-        ("{d}/in.txt",),
-    )
-    yield Case(
-        "plot_runs: full disk",
-        _PLOT,
-        ("{d}/x.png", "File too large"),
-        plant="tests.faults.commands:small_files",
-    )
-    yield Case("compare: nothing", "tools/compare.py", ("configs",))
-    yield Case(
-        "compare: one name twice",
-        "tools/compare.py {d}/run.yaml {d}/sub/run.yaml --directory {d}/x",
-        ("run", "same name"),
-        write("sub/run.yaml", ""),
-    )
-    yield Case(
-        "compare: missing settings",
-        "tools/compare.py {d}/none.yaml --directory {d}/x",
-        ("{d}/none.yaml",),
-    )
-    yield Case(
-        "compare: broken settings",
-        "tools/compare.py {d}/b.yaml --directory {d}/x",
-        ("{d}/b.yaml", "train.stepz"),
-        write("b.yaml", "train: {stepz: 1}"),
-    )
-    yield Case(
-        "compare: broken override",
-        "tools/compare.py {d}/run.yaml --directory {d}/x --set train.stepz=1",
-        ("train.stepz",),
-    )
-    yield Case("compare: seed is a word", "tools/compare.py {d}/run.yaml --seeds one", ("one",))
-    yield Case(
-        "compare: the same seed twice",
-        "tools/compare.py {d}/run.yaml --directory {d}/x --seeds 1 1",
-        ("seeds", "1"),
-    )
-    yield Case(
-        "compare: no held-out data",
-        "tools/compare.py {d}/run.yaml --directory {d}/x --set data.valid=[]",
-        ("data.valid",),
-    )
-
-
 def _planning() -> Iterator[Case]:
     yield Case("estimate: no settings", "tools/estimate.py", ("--config",))
     yield Case("estimate: mistake", f"{_ESTIMATE} train.stepz=1", ("train.stepz",))
@@ -263,10 +192,6 @@ def _planning() -> Iterator[Case]:
         ("model.vocab_size",),
     )
     yield Case("plan: millions of GPUs", f"{_PLAN} --gpus 8000000000000000000", ("--gpus",))
-    yield Case("benchmark: unknown device", "tools/benchmark.py --device tpux", ("tpux",))
-    yield Case("benchmark: no rounds", "tools/benchmark.py --rounds 0", ("rounds",))
-    yield Case("benchmark: threads below 0", "tools/benchmark.py --threads -1", ("threads",))
-    yield Case("benchmark: unknown dtype", "tools/benchmark.py --dtype int3", ("int3",))
 
 
 def _converting() -> Iterator[Case]:
