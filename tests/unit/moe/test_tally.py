@@ -110,7 +110,19 @@ def test_padding_that_is_told_is_left_out(single_rank, own: bool) -> None:
     torch.testing.assert_close(counted[:, -1], expected[:, -1], rtol=1e-5, atol=0)
 
 
-def test_biases_and_groups_decide_the_choice_but_not_the_confidence(single_rank) -> None:
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("padding", [True, False])
+def test_counting_never_waits_for_the_device(single_rank, compact: bool, padding: bool) -> None:
+    """Tensors without values: asking for one raises."""
+    config = tiny_config(coe_iterations=2, moe_router_load_balancing_type="none")
+    router = CoERouter(config, get_default_pg_collection()).to("meta").train()
+    router.tally = torch.zeros(2, config.num_moe_experts + 1, dtype=torch.float64, device="meta")
+    x = torch.empty(S, B, H, device="meta", requires_grad=True)
+    mask = torch.empty(S, B, dtype=torch.bool, device="meta") if padding else None
+    router(x, mask, iteration=1, compact=compact)
+
+
+def test_biases_decide_the_choice_but_not_the_confidence(single_rank) -> None:
     config = tiny_config(
         moe_router_score_function="sigmoid",
         moe_router_enable_expert_bias=True,

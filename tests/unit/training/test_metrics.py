@@ -81,6 +81,45 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
     assert read_records(path) == [{"step": 1}]
 
 
+def test_loads_are_lists_and_bars(tmp_path):
+    """Bar number i of TensorBoard's histogram is expert i, as high as its load."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    load, name = [0.5, 0.0, 0.3, 0.2], "load/iteration_2/layer_1"
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 0, {}, io.StringIO())
+    reporter.record(7, {name: load, "load_entropy/iteration_2": 0.75})
+    reporter.close()
+    assert read_records(reporter.path) == [
+        {"step": 7, name: load, "load_entropy/iteration_2": 0.75}
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (histogram,) = events.Histograms(name)
+    assert histogram.step == 7
+    assert histogram.histogram_value.bucket == load
+    assert histogram.histogram_value.bucket_limit == [0.5, 1.5, 2.5, 3.5]
+    assert events.Scalars("load_entropy/iteration_2")[0].value == 0.75
+
+
+@pytest.mark.parametrize(
+    "figure",
+    ['"train_loss": [2]', '"load/x": 1', '"load/x": ["1"]', '"load/x": [[1]]', '"lr": null'],
+)
+def test_figures_of_the_wrong_kind_are_refused(tmp_path, figure):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "load/x": [1, 0.5]}\n{"step": 2, ' + figure + "}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record"):
+        read_records(path)
+
+
+def test_the_newest_value_of_a_figure(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "seconds": 3}\n{"step": 2, "seconds": 5}\n{"step": 3}\n')
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 2, {}, io.StringIO())
+    assert (reporter.latest("seconds"), reporter.latest("lr")) == (5, None)
+    reporter.close()
+
+
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
 def test_wandb_asked_for_but_missing_is_explained(tmp_path):
     log = LogSettings(dir=str(tmp_path), wandb_project="p")
