@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,12 +81,18 @@ def test_paper_work(C: int, K: int, tflop: float) -> None:
     {"coe_iterations": 1, "moe_router_topk": 4, "v_head_dim": 16},
     {"coe_iterations": 3, "v_head_dim": 16, "q_lora_rank": 12},
     {"multi_latent_attention": False, "num_query_groups": 2, "coe_iterations": 2},
+    {"coe_iterations": 2, "v_head_dim": 16, "moe_shared_expert_intermediate_size": None},
+    {"coe_iterations": 2, "v_head_dim": 16, "moe_shared_expert_gate": True},
+    {"coe_iterations": 2, "v_head_dim": 16, "num_layers": 3, "moe_layer_freq": [0, 1, 1]},
+    {"coe_iterations": 2, "v_head_dim": 16, "mtp_num_layers": 2},
+    {"coe_iterations": 4, "v_head_dim": 16, "coe_independent_gate": False},
 ])  # fmt: skip
 def test_work_is_what_torch_counts(single_rank, shape: dict) -> None:
     """torch's own counter on a forward and backward pass, in an attention that it can read.
 
     That attention computes the whole S x S square, where the formula has the causal half.
     """
+    get_moe_layer_wise_logging_tracker().clear()  # as long as the model before had layers
     provider = tiny_provider(**shape)
     model = provider.provide().train()
     randomise(model, torch.Generator().manual_seed(3))
