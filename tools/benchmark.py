@@ -38,6 +38,7 @@ def main() -> None:
     from megatron_coe.benchmark import report
     from megatron_coe.benchmark.subjects import ALL
     from megatron_coe.benchmark.subjects import SUBJECTS as MEASURE
+    from megatron_coe.machine import commit, versions
     from megatron_coe.training import setup
     from megatron_coe.training.settings import ParallelSettings
 
@@ -51,9 +52,9 @@ def main() -> None:
     with setup.process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
         speaks = dist.get_rank() == 0
         heading = {
-            "commit": report.commit(REPOSITORY),
+            "commit": commit(REPOSITORY),
             "machine": report.machine(device),
-            "versions": report.versions(),
+            "versions": versions(),
             "options": vars(options),
         }
         if speaks:

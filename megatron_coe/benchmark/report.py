@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from megatron_coe.benchmark.timing import Samples, Spread
-
-PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "triton")
+from megatron_coe.machine import machine as machine_of
 
 
 @dataclass
@@ -129,40 +125,9 @@ def _verdict(value: float, must: float | None, stretch: float | None, at_most: b
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What it was measured on."""
-    found: dict[str, object] = {
-        "platform": platform.platform(),
-        "processor": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(load, 2) for load in os.getloadavg()],
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' that matter, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit(repository: Path) -> str:
-    """The commit checked out, with `+` where files differ from it; `unknown` without git."""
-    try:
-        name = _git(repository, "rev-parse", "--short", "HEAD")
-        changed = _git(repository, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+" if changed else "")
+    """What it was measured on, and how busy that was."""
+    load = [round(load, 2) for load in os.getloadavg()]
+    return {**machine_of(device), "threads": torch.get_num_threads(), "load": load}
 
 
 def write_json(path: Path, heading: dict[str, object], outcomes: list[Outcome]) -> None:
@@ -170,18 +135,3 @@ def write_json(path: Path, heading: dict[str, object], outcomes: list[Outcome]) 
     document = {**heading, "outcomes": [asdict(outcome) for outcome in outcomes]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def _git(repository: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(repository), *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

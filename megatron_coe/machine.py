@@ -1,0 +1,103 @@
+"""What a process runs on: machine, versions, commit. For whoever reads its figures later."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from megatron_coe.data.files import atomic_path
+
+MACHINE_FILE = "machine.json"
+"""In a run's folder: what it ran on, of its latest start."""
+
+PACKAGES = (
+    "megatron-coe",
+    "megatron-core",
+    "torch",
+    "triton",
+    "transformer-engine",
+    "transformers",
+)
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def write_machine(folder: Path, device: torch.device, ranks: int) -> None:
+    """Leave in a run's folder what it runs on. Raises: OSError."""
+    found = {**machine(device), "ranks": ranks, "commit": commit(), **versions()}
+    with atomic_path(folder / MACHINE_FILE) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def read_machine(folder: Path) -> dict[str, object]:
+    """What `write_machine` left; empty where there is nothing. Raises: ValueError, OSError."""
+    path = folder / MACHINE_FILE
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object: remove it, or let the run write it anew")
+    return found
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """Of the rank that asks; `gpus` are those it can see."""
+    found: dict[str, object] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpus": torch.cuda.device_count()}
+        found |= {"gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' that matter, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(repository: Path = REPOSITORY) -> str:
+    """The commit checked out, with `+` where files differ from it; `unknown` where `repository` is
+    no checkout (an installed package may lie within another's)."""
+    try:
+        if _git(repository, "rev-parse", "--show-prefix"):
+            return "unknown"
+        name = _git(repository, "rev-parse", "--short", "HEAD")
+        changed = _git(repository, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if changed else "")
+
+
+def _git(repository: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(repository), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    """Its name as Linux tells it; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
