@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_coe.checkpoints.errors import BadCheckpointError
     from megatron_coe.checkpoints.folder import FORMAT_FILE, find_checkpoints
     from megatron_coe.checkpoints.manifest import sign
-    from megatron_coe.checkpoints.verify import check_checkpoint
+    from megatron_coe.checkpoints.verify import check_checkpoint, strange_files
 
     folder: Path = options.load
     found = [folder] if (folder / FORMAT_FILE).is_file() else find_checkpoints(folder)
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
                 sign(path, check_checkpoint(path, verify=False)["progress"]["step"])
             step = check_checkpoint(path)["progress"]["step"]
             print(f"{path}: good, step {step}")
+            if strange := strange_files(path):
+                print(strange, file=sys.stderr)
         except BadCheckpointError as error:
             bad += 1
             print(f"{path}: bad: {error}")

@@ -49,7 +49,7 @@ def partial_folder(folder: Path, step: int) -> Path:
 
 
 def publish(folder: Path, step: int) -> Path:
-    """Give a whole partial checkpoint its name, and point `latest` at it."""
+    """Give a whole partial checkpoint its name. Raises: OSError."""
     partial, final = partial_folder(folder, step), folder / step_name(step)
     sync(partial)
     replaced = folder / f"{_REMOVED}{final.name}"
@@ -59,24 +59,36 @@ def publish(folder: Path, step: int) -> Path:
     partial.rename(final)
     sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    pointer = folder / LATEST_FILE
-    if pointer.is_dir():  # nothing of ours, so it is kept; in the way, so it is moved
-        pointer.rename(folder / f"{LATEST_FILE}_before_{final.name}")
-    replace_file(pointer, f"{final.name}\n".encode())
     return final
 
 
-def retain(folder: Path, step: int, keep: int, keep_every: int) -> None:
-    """Delete old checkpoints after that of `step` was written.
+def point_at(checkpoint: Path) -> None:
+    """Let `latest` name a checkpoint. Raises: OSError."""
+    pointer = checkpoint.with_name(LATEST_FILE)
+    if pointer.is_dir():  # nothing of ours, so it is kept; in the way, so it is moved
+        pointer.rename(checkpoint.with_name(f"{LATEST_FILE}_before_{checkpoint.name}"))
+    replace_file(pointer, f"{checkpoint.name}\n".encode())
+
+
+def retain(folder: Path, step: int, keep: int, keep_every: int) -> list[OSError]:
+    """Delete old checkpoints after that of `step` was published.
 
     Kept are the `keep` newest and those whose step is a multiple of `keep_every` (0: none). Those
     past `step` are neither counted nor deleted: they were found bad when the run resumed, and in
     the place of a good one they would have it deleted.
+
+    Returns: what stood in the way of a deletion, one error for each that failed; the next call
+        tries again.
     """
     earlier = [path for path in find_checkpoints(folder) if step_of(path) <= step]
-    for old in earlier[keep:]:
-        if keep_every == 0 or step_of(old) % keep_every:
-            _remove(old)
+    old = [path for path in earlier[keep:] if keep_every == 0 or step_of(path) % keep_every]
+    errors = []
+    for path in [*folder.glob(f"{_REMOVED}step_*"), *old]:  # those half deleted before, too
+        try:
+            _remove(path)
+        except OSError as error:
+            errors.append(error)
+    return errors
 
 
 def restore(folder: Path) -> None:
@@ -119,8 +131,10 @@ def doubts_about_pointer(folder: Path, found: list[Path]) -> str | None:
 
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint; half of one is never seen under its name."""
-    removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
-    shutil.rmtree(removed, ignore_errors=True)
-    checkpoint.rename(removed)
-    sync(checkpoint.parent)
+    removed = checkpoint
+    if not checkpoint.name.startswith(_REMOVED):
+        removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        sync(checkpoint.parent)
     shutil.rmtree(removed)

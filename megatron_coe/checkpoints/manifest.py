@@ -84,13 +84,30 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of what lies in a folder beside a manifest and the files that it lists."""
+    known = {MANIFEST_FILE, *manifest.files}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+
+
+def _could_be_read(name: str) -> bool:
+    """Whether a file passes for data of a checkpoint: tensors, what ranks share, an index."""
+    return name.endswith((".distcp", ".pt")) or name.startswith(".metadata")
+
+
 def verify_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
     """Compare files with a manifest: all sizes, and the hashes of every `parts`-th file.
 
     The files are dealt out by size, so that ranks that share the work have about as much to read.
+    What it does not list must not pass for data of the checkpoint, whoever reads it.
 
     Raises: BadCheckpointError naming the first file that differs.
     """
+    for name in filter(_could_be_read, unlisted(folder, manifest)):
+        raise BadCheckpointError(
+            f"{MANIFEST_FILE} does not list {name}, which passes for a part of the checkpoint: "
+            "move it away"
+        )
     for name, facts in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():

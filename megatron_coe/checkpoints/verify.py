@@ -7,7 +7,12 @@ from typing import Any
 
 from megatron_coe.checkpoints.errors import BadCheckpointError
 from megatron_coe.checkpoints.folder import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_of
-from megatron_coe.checkpoints.manifest import MANIFEST_FILE, read_manifest, verify_files
+from megatron_coe.checkpoints.manifest import (
+    MANIFEST_FILE,
+    read_manifest,
+    unlisted,
+    verify_files,
+)
 from megatron_coe.checkpoints.trust import INDEX_FILE, read_index, vet
 
 
@@ -40,6 +45,16 @@ def check_checkpoint(
     if step_of(folder) not in (None, step):
         raise BadCheckpointError(f"holds step {step}: the folder has been renamed or exchanged")
     return common
+
+
+def strange_files(folder: Path) -> str | None:
+    """What lies in a good checkpoint's folder that its manifest does not list, as a warning: it is
+    not read, and goes when the checkpoint goes. None: nothing."""
+    found = unlisted(folder, read_manifest(folder))
+    if not found:
+        return None
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{folder}: {MANIFEST_FILE} does not list {found[0]}{more}; not read, nor verified"
 
 
 def _step_inside(common: dict[str, Any]) -> int:

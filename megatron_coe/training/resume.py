@@ -19,7 +19,7 @@ from megatron_coe.checkpoints.folder import (
     restore,
     step_of,
 )
-from megatron_coe.checkpoints.verify import check_checkpoint
+from megatron_coe.checkpoints.verify import check_checkpoint, strange_files
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.training.resume_policy import changes, tokenizer_change
 from megatron_coe.training.settings import CheckpointSettings, Settings, load_settings
@@ -48,6 +48,8 @@ def choose_checkpoint(options: CheckpointSettings, must_resume: bool = False) ->
         try:
             part = partial(check_checkpoint, path, options.verify)
             check_together(partial(part, dist.get_rank(), dist.get_world_size()))
+            if options.verify and (strange := strange_files(path)):
+                _say(strange)
             return path
         except BadCheckpointError as error:
             _say(f"checkpoint {path} is bad and not used: {error}")

@@ -16,6 +16,7 @@ import errno
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -149,8 +150,29 @@ class Saver:
         if options.verify:
             files[INDEX_FILE] = facts_of(target / INDEX_FILE)
             write_manifest(target, step, files)
-        folders.publish(target.parent, step)
-        folders.retain(target.parent, step, options.keep, options.keep_every)
+        self._tidy_after(folders.publish(target.parent, step), step)
+
+    def _tidy_after(self, checkpoint: Path, step: int) -> None:
+        """Update `latest` and delete old checkpoints; a new one is as good where that fails.
+
+        So the run goes on, and tries again at the next save. A disk that fills up meanwhile ends
+        it before that save.
+        """
+        errors = []
+        try:
+            folders.point_at(checkpoint)
+        except OSError as error:
+            errors.append(error)
+        errors += folders.retain(
+            checkpoint.parent, step, self.options.keep, self.options.keep_every
+        )
+        for error in errors:
+            print(
+                f"{checkpoint} is complete, but {error.filename or checkpoint.parent} could not be "
+                f"changed or deleted ({error.strerror or error}): the next save tries again",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _together(self, step: int, action: Callable[[], Any]) -> Any:
         """`write_together`, with nothing partial left behind when it fails."""

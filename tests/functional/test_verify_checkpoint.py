@@ -29,6 +29,15 @@ def test_good_and_bad_are_told_apart(folder, capsys):
     newest, older = find_checkpoints(folder)
     main(["--load", str(folder)])
     assert capsys.readouterr().out == f"{newest}: good, step 2\n{older}: good, step 1\n"
+    (newest / "notes.txt").write_text("the good one")
+    main(["--load", str(folder)])
+    assert "does not list notes.txt" in capsys.readouterr().err
+    assert choose_checkpoint(make_settings(folder).checkpoint) == newest
+    assert f"{newest}: manifest.json does not list notes.txt" in capsys.readouterr().err
+    (newest / "__7_0.distcp").write_bytes(b"")
+    assert choose_checkpoint(make_settings(folder).checkpoint) == older
+    assert "manifest.json does not list __7_0.distcp" in capsys.readouterr().err
+    (newest / "__7_0.distcp").unlink()
     data = older / "__0_1.distcp"
     data.write_bytes(data.read_bytes()[:-1])
     main(["--load", str(newest)])

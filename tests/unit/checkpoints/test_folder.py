@@ -16,6 +16,7 @@ from megatron_coe.checkpoints.folder import (
     doubts_about_pointer,
     find_checkpoints,
     partial_folder,
+    point_at,
     publish,
     restore,
     retain,
@@ -29,6 +30,12 @@ def write(folder: Path, step: int, content: str) -> None:
     (partial / "content").write_text(content)
 
 
+def put(folder: Path, step: int) -> Path:
+    published = publish(folder, step)
+    point_at(published)
+    return published
+
+
 def contents(folder: Path) -> dict[int, str]:
     return {step_of(path): (path / "content").read_text() for path in find_checkpoints(folder)}
 
@@ -36,12 +43,34 @@ def contents(folder: Path) -> dict[int, str]:
 def test_names_and_order(tmp_path):
     for step in (5, 100, 20):
         write(tmp_path, step, str(step))
-        publish(tmp_path, step)
+        put(tmp_path, step)
     (tmp_path / "step_00000007").write_text("a file")
     (tmp_path / "step_7").mkdir()
     assert list(contents(tmp_path)) == [100, 20, 5]
     assert (tmp_path / LATEST_FILE).read_text() == "step_00000020\n"
     assert step_of(tmp_path / "step_7") is None
+
+
+def test_what_cannot_be_deleted_is_told_and_tried_again(tmp_path, monkeypatch):
+    """Neither the checkpoints after it nor the next deletions suffer."""
+    for step in (1, 2, 3):
+        write(tmp_path, step, str(step))
+        put(tmp_path, step)
+
+    def refuse(path, ignore_errors=False, **options):
+        if not ignore_errors and path.name.endswith("step_00000001"):
+            raise PermissionError(13, "Permission denied", str(path / "content"))
+        return rmtree(path, ignore_errors, **options)
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        for _ in range(2):
+            (error,) = retain(tmp_path, 3, keep=1, keep_every=0)
+            assert error.filename == str(tmp_path / ".removed_step_00000001" / "content")
+    assert list(contents(tmp_path)) == [3]
+    assert retain(tmp_path, 3, keep=1, keep_every=0) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST_FILE, "step_00000003"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +80,7 @@ def test_names_and_order(tmp_path):
 def test_which_are_kept(tmp_path, keep, keep_every, left):
     for step in range(1, 7):
         write(tmp_path, step, str(step))
-        publish(tmp_path, step)
+        put(tmp_path, step)
     retain(tmp_path, 5, keep, keep_every)  # 6 is of a future that was found bad
     assert list(contents(tmp_path)) == left
 
@@ -87,11 +116,11 @@ def test_dying_anywhere_in_a_save_leaves_a_good_folder(
     """Step 2 is replaced, step 3 is new; the next run clears away and saves again."""
     for before in earlier:
         write(tmp_path, before, "old")
-        publish(tmp_path, before)
+        put(tmp_path, before)
     write(tmp_path, step, "new")
     with monkeypatch.context() as patch, suppress(Death):
         die_at(patch, number)
-        publish(tmp_path, step)
+        put(tmp_path, step)
         retain(tmp_path, step, keep=1, keep_every=0)
     restore(tmp_path)
     found = contents(tmp_path)
@@ -100,13 +129,13 @@ def test_dying_anywhere_in_a_save_leaves_a_good_folder(
     assert contents(tmp_path) == found
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     write(tmp_path, 4, "next")
-    publish(tmp_path, 4)
+    put(tmp_path, 4)
     assert contents(tmp_path)[4] == "next"
 
 
 def test_half_a_deletion_is_completed(tmp_path):
     write(tmp_path, 1, "old")
-    publish(tmp_path, 1).rename(tmp_path / ".removed_step_00000001")
+    put(tmp_path, 1).rename(tmp_path / ".removed_step_00000001")
     clean(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LATEST_FILE]
 
@@ -115,7 +144,7 @@ def test_a_folder_in_the_pointers_place_is_moved_away(tmp_path):
     (tmp_path / "latest").mkdir()
     (tmp_path / "latest" / "file").write_text("somebody's")
     partial_folder(tmp_path, 4).mkdir()
-    publish(tmp_path, 4)
+    put(tmp_path, 4)
     assert (tmp_path / "latest").read_text() == "step_00000004\n"
     assert (tmp_path / "latest_before_step_00000004" / "file").read_text() == "somebody's"
 
@@ -124,7 +153,7 @@ def test_a_pointer_that_does_not_fit_is_doubted(tmp_path):
     assert doubts_about_pointer(tmp_path, []) is None
     for step in (1, 2):
         write(tmp_path, step, "")
-        publish(tmp_path, step)
+        put(tmp_path, step)
     found = find_checkpoints(tmp_path)
     pointer = tmp_path / LATEST_FILE
     assert doubts_about_pointer(tmp_path, found) is None

@@ -11,6 +11,7 @@ from megatron_coe.checkpoints.manifest import (
     MANIFEST_FILE,
     describe_folder,
     read_manifest,
+    unlisted,
     verify_files,
     write_manifest,
 )
@@ -55,6 +56,18 @@ def test_every_flipped_bit_of_the_manifest_is_noticed(folder):
         except BadCheckpointError:
             continue
         assert manifest.step != 7, f"bit {bit}"  # the state's own step is compared with it
+
+
+@pytest.mark.parametrize("name", ["__9_0.distcp", "more.pt", ".metadata.old"])
+def test_what_passes_for_data_must_be_listed(folder, name):
+    manifest = read_manifest(folder)
+    (folder / "notes.txt").write_text("somebody's")
+    (folder / "notes").mkdir()
+    verify_files(folder, manifest)
+    assert unlisted(folder, manifest) == ["notes", "notes.txt"]
+    (folder / name).write_text("")
+    with pytest.raises(BadCheckpointError, match=f"does not list {name}"):
+        verify_files(folder, manifest, part=1, parts=2)
 
 
 def test_length_and_absence_are_noticed(folder):

@@ -162,6 +162,37 @@ def test_an_error_at_the_end_leaves_nothing_partial(single_rank, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
+    single_rank, tmp_path, monkeypatch, capsys
+):
+    """Nor a pointer that cannot be replaced: the new checkpoint is complete, and that is said."""
+    trainer = make_trainer(
+        make_settings(tmp_path, model=SMALL, checkpoint={"keep": 1}), single_rank
+    )
+
+    def refuse(path, *content):
+        raise OSError(1, "Operation not permitted", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_coe.checkpoints.folder._remove", refuse)
+        patch.setattr("megatron_coe.checkpoints.folder.replace_file", refuse)
+        for _ in range(2):
+            trainer.step()
+            trainer.save()
+    told = capsys.readouterr().err.splitlines()
+    new, old = find_checkpoints(tmp_path)
+    assert len(told) == 3
+    assert all("is complete" in line and "Operation not permitted" in line for line in told)
+    assert str(new) in told[2] and str(old) in told[2] and "next save" in told[2]
+    for path in (new, old):
+        check_checkpoint(path)
+    trainer.step()
+    trainer.save()
+    (last,) = find_checkpoints(tmp_path)
+    assert (tmp_path / LATEST_FILE).read_text() == f"{last.name}\n"
+    assert capsys.readouterr().err == ""
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_step(single_rank, tmp_path):
     (tmp_path / "file").write_text("in the way")
     settings = make_settings(tmp_path / "file" / "checkpoints", model=SMALL)
