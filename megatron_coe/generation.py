@@ -230,6 +230,7 @@ def _load_model(
             dtype=dtype or "auto",
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
         )
     except Exception as error:  # as above

@@ -88,6 +88,8 @@ def main() -> None:
         "has nothing else to do",
         flush=True,
     )
+    for one in runs:
+        one.check()
     if options.dry_run:
         return
     make_data(source, folder / "data")

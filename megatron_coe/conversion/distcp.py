@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_coe.checkpoints.durable import HashedFile
 from megatron_coe.checkpoints.errors import BadCheckpointError
 from megatron_coe.checkpoints.trust import INDEX_FILE, read_index
 from megatron_coe.conversion.names import LAYERS
@@ -110,11 +111,11 @@ class CheckpointReader:
 
 
 class CheckpointWriter:
-    """Writes a model's tensors one after another, and the index at the end."""
+    """Writes a model's tensors one after another, and the index at the end; raises OSError."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file = (folder / DATA_FILE).open("wb")
+        self._file = HashedFile(folder / DATA_FILE, hashed=False)
         self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -148,11 +149,14 @@ class CheckpointWriter:
             pickle.dump(Metadata(self._tensors, storage_data=self._places), file)
 
     def abandon(self) -> None:
-        self._file.close()
+        self._file.abandon()
 
     def _append(self, index: MetadataIndex, content: Tensor | list[None]) -> None:
         start = self._file.tell()
-        torch.save(content, self._file)
+        try:
+            torch.save(content, self._file)
+        except RuntimeError as error:
+            raise (self._file.error or error) from error
         self._places[index] = _StorageInfo(DATA_FILE, start, self._file.tell() - start)
 
 

@@ -15,6 +15,7 @@ def cases() -> list[Case]:
         *_reporting(),
         *_analysing(),
         *_comparing(),
+        *_experimenting(),
         *_benchmarking(),
     ]
 
@@ -24,6 +25,7 @@ _PLOT = "tools/plot_runs.py {d}/metrics.jsonl --output {d}/x.png"
 _REPORT = "tools/report.py {d}/run --output {d}/x.html"
 _ANALYSE = "tools/analyze_routing.py --output {d}/x --tokens 64 --permutations 1 --device cpu"
 _COMPARE = "tools/compare.py {d}/run.yaml --directory {d}/x"
+_EXPERIMENT = "tools/run_experiment.py main --seeds 1 --directory {d}/x"
 _BENCHMARK = "tools/benchmark.py --scale tiny --what layer --rounds 1"
 
 
@@ -119,6 +121,84 @@ def _comparing() -> Iterator[Case]:
     )
 
 
+def _experimenting() -> Iterator[Case]:
+    tool = "tools/run_experiment.py"
+    yield Case("experiment: none", tool, ("experiment",))
+    yield Case("experiment: unknown", f"{tool} maine", ("maine", "main"))
+    for option, value in (
+        ("scale", "huge"),
+        ("seeds", "0"),
+        ("seeds", "-1"),
+        ("seeds", "many"),
+        ("jobs", "0"),
+        ("threads", "0"),
+        ("vocab-size", "0"),
+    ):
+        yield Case(
+            f"experiment: --{option} {value}",
+            f"{_EXPERIMENT} --{option} {value}",
+            (f"--{option}", value),
+        )
+    yield Case("experiment: data alone", f"{_EXPERIMENT} --data {{d}}/in.jsonl", ("--valid-data",))
+    own = f"{_EXPERIMENT} --valid-data {{d}}/in.jsonl --vocab-size 290 --set model.vocab_size=290"
+    yield Case("experiment: missing data", f"{own} --data {{d}}/none.jsonl", ("{d}/none.jsonl",))
+    yield Case("experiment: data is a folder", f"{own} --data {{d}}", ("{d}", "directory"))
+    yield Case(
+        "experiment: broken data",
+        f"{own} --data {{d}}/b.jsonl --qa-keys query response",
+        ("{d}/b.jsonl:2",),
+        write("b.jsonl", '{"query": "a", "response": "b"}\n{"query\n'),
+    )
+    yield Case(
+        "experiment: no such keys",
+        f"{own} --data {{d}}/in.jsonl --qa-keys question answer",
+        ("{d}/in.jsonl:1", "'question'"),
+    )
+    yield Case(
+        "experiment: more ids than the model's",
+        f"{_EXPERIMENT} --vocab-size 5000",
+        ("model.vocab_size=1024", "5000 ids"),
+    )
+    for name, change, *says in (
+        ("no setting", "nonsense", "nonsense"),
+        ("unknown key", "train.stepz=1", "train.stepz", "did you mean"),
+        ("unknown section", "trane.steps=1", "trane"),
+        ("a word", "train.steps=many", "train.steps", "many"),
+        ("no steps", "train.steps=0", "train.steps=0"),
+        ("unknown key of the model", "model.hiden_size=64", "model.hiden_size"),
+        ("size of the model below 0", "model.hidden_size=-64", "model.hidden_size=-64"),
+        ("layout for several", "parallel.tensor_model_parallel_size=2", "tensor_model_parallel"),
+    ):
+        yield Case(
+            f"experiment: --set {name}", f"{_EXPERIMENT} --dry-run --set {change}", tuple(says)
+        )
+    data, runs = "x/generated-1024/data", "x/generated-1024/tiny"
+    yield Case(
+        "experiment: directory is a file",
+        "tools/run_experiment.py main --seeds 1 --directory {d}/in.txt",
+        ("{d}/in.txt",),
+    )
+    yield Case(
+        "experiment: data of another text",
+        _EXPERIMENT,
+        (f"{{d}}/{data}/source.json", "another folder"),
+        write(f"{data}/source.json", "{}"),
+    )
+    yield Case(
+        "experiment: run of other settings",
+        _EXPERIMENT,
+        (f"{{d}}/{runs}/moe_8-64_seed-1/settings.yaml", "steps: 3", "--directory"),
+        write(f"{runs}/moe_8-64_seed-1/settings.yaml", "train: {steps: 3}\n"),
+    )
+    yield Case(
+        "experiment: last run of other settings",
+        _EXPERIMENT,
+        (f"{{d}}/{runs}/coe-2_3-64_seed-1/settings.yaml", "--directory"),
+        write(f"{runs}/coe-2_3-64_seed-1/settings.yaml", "train: {steps: 3}\n"),
+    )
+    yield Case("experiment: full disk", _EXPERIMENT, ("{d}/x", "File too large"), **_FULL)
+
+
 def _reporting() -> Iterator[Case]:
     run: dict = {"needs": ("run",)}
     metrics, config, summary = "run/metrics.jsonl", "run/config.yaml", "run/analysis/summary.json"
@@ -204,6 +284,13 @@ def _analysing() -> Iterator[Case]:
         yield Case(
             f"analyse: --{option} {value}", f"{known} {texts} --{option} {value}", (says,), **model
         )
+    yield Case(
+        "analyse: sequences longer than the model's",
+        f"{known} {texts} --seq-length 17",
+        ("seq_length=17", "max_position_embeddings=16"),
+        edit_json(config, max_position_embeddings=16),
+        **model,
+    )
     yield Case("analyse: missing data", f"{known} --data {{d}}/none", ("{d}/none",), **model)
     yield Case("analyse: data is a folder", f"{known} --data {{d}}", ("{d}",), **model)
     yield Case(
@@ -248,6 +335,7 @@ def _analysing() -> Iterator[Case]:
     for name, make, *says in (
         ("description is broken", write(config, "{")),
         ("unknown kind", edit_json(config, model_type="abacus"), "trust_remote_code"),
+        ("another kind", edit_json(config, model_type="llama"), "weights"),
         ("no tokenizer", remove("hf/tokenizer.json"), "tokenizer"),
         ("no weights", remove(weights)),
         ("weights cut short", cut(weights, 0.6)),

@@ -1,12 +1,16 @@
-"""Malformed input of every tool: command lines, texts, metrics, checkpoints, models."""
+"""Malformed input of the tools for data, plans, models: command lines, texts, checkpoints."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.faults.commands import Case
-from tests.faults.spoil import Make, also, cut, edit_json, remove, write
+from tests.faults.spoil import Make, also, cut, edit_json, folder_at, remove, write
 
 
 def cases() -> list[Case]:
@@ -25,6 +29,7 @@ _PLAN = "tools/plan.py --config {d}/run.yaml model.vocab_size=290"
 _TO_HF = "tools/convert_checkpoint.py to-hf --save {d}/out --load {d}/run/checkpoints"
 _FROM_HF = "tools/convert_checkpoint.py from-hf --save {d}/out --load {d}/hf"
 _GENERATE = "tools/generate.py --device cpu"
+_STEP = "run/checkpoints/step_00000001"
 
 
 def _making_data() -> Iterator[Case]:
@@ -228,6 +233,13 @@ def _converting() -> Iterator[Case]:
         **checkpoint,
     )
     yield Case(
+        "convert: full disk",
+        _TO_HF,
+        ("{d}/out", "File too large"),
+        plant="tests.faults.commands:small_files",
+        **checkpoint,
+    )
+    yield Case(
         "convert: not expressible", f"{_TO_HF} --as deepseek_v2", ("inner_iter=2",), **checkpoint
     )
     model: dict = {"needs": ("hf",)}
@@ -236,6 +248,13 @@ def _converting() -> Iterator[Case]:
     def imported(name: str, make: Make, *says: str) -> Case:
         return Case(f"import: {name}", _FROM_HF, says, make, **model)
 
+    yield Case(
+        "import: full disk",
+        _FROM_HF,
+        ("{d}/out", "File too large"),
+        plant="tests.faults.commands:small_files",
+        **model,
+    )
     yield imported("no description", remove(config), "{d}/hf/config.json")
     yield imported("description is no JSON", write(config, "{"), "{d}/hf/config.json", "JSON")
     yield imported("description is a list", write(config, "[]"), "{d}/hf/config.json", "object")
@@ -277,6 +296,58 @@ def _converting() -> Iterator[Case]:
         "tools/upcycle.py --load {d}/hf --save {d}",
         ("{d}", "new folder"),
         **model,
+    )
+    yield Case("upcycle: no iteration", f"{upcycle} --iterations 0", ("iterations=0",), **model)
+    yield Case(
+        "upcycle: a file", "tools/upcycle.py --load {d}/in.txt --save {d}/out", ("{d}/in.txt",)
+    )
+    yield Case(
+        "upcycle: folder without model",
+        "tools/upcycle.py --load {d} --save {d}/out",
+        ("{d}", "checkpoint"),
+    )
+    yield Case(
+        "upcycle: unknown kind",
+        upcycle,
+        ("{d}/hf/config.json", "llama"),
+        edit_json(config, model_type="llama"),
+        **model,
+    )
+    yield Case("upcycle: weights cut short", upcycle, ("{d}/hf",), cut(weights, 0.6), **model)
+    yield Case(
+        "upcycle: checkpoint of a chain",
+        "tools/upcycle.py --load {d}/run/checkpoints --save {d}/out",
+        ("{d}/run/checkpoints/step_00000001", "coe_iterations=2"),
+        **checkpoint,
+    )
+    mixture: dict = {"needs": ("moe",)}
+    of_run = "tools/upcycle.py --load {d}/run/checkpoints --save"
+    yield Case(
+        "upcycle: damaged checkpoint",
+        f"{of_run} {{d}}/out",
+        ("{d}/run/checkpoints/step_00000001", "common.pt"),
+        cut(f"{_STEP}/common.pt", 0.5),
+        **mixture,
+    )
+    yield Case(
+        "upcycle: checkpoint without settings",
+        f"{of_run} {{d}}/out",
+        ("{d}/run/checkpoints/step_00000001", "config.yaml"),
+        remove(f"{_STEP}/config.yaml"),
+        **mixture,
+    )
+    yield Case(
+        "upcycle: target below a file",
+        f"{of_run} {{d}}/in.txt/out",
+        ("{d}/in.txt/out",),
+        **mixture,
+    )
+    yield Case(
+        "upcycle: full disk",
+        f"{of_run} {{d}}/out",
+        ("{d}/out", "File too large"),
+        plant="tests.faults.commands:small_files",
+        **mixture,
     )
 
 
@@ -350,3 +421,77 @@ def _generating() -> Iterator[Case]:
         write("e.jsonl", ""),
         **model,
     )
+    yield Case(
+        "generate: missing records",
+        f"{_GENERATE} --load {{d}}/hf --input {{d}}/none.jsonl",
+        ("{d}/none.jsonl",),
+        **model,
+    )
+    yield Case(
+        "generate: no such key in the records",
+        f"{_GENERATE} --load {{d}}/hf --input {{d}}/in.jsonl --json-keys body",
+        ("{d}/in.jsonl:1", "body"),
+        **model,
+    )
+    yield Case("generate: keys of a prompt", f"{known} --json-keys a", ("--json-keys",), **model)
+    yield Case(
+        "generate: prompt is too long",
+        f"{_GENERATE} --load {{d}}/hf --prompt '{'one ' * 30}'",
+        ("prompt 1", "max_position_embeddings=16"),
+        edit_json("hf/config.json", max_position_embeddings=16),
+        **model,
+    )
+    yield Case(
+        "generate: unknown kind",
+        known,
+        ("{d}/hf", "trust_remote_code"),
+        edit_json("hf/config.json", model_type="abacus"),
+        **model,
+    )
+    yield Case(
+        "generate: another kind",
+        known,
+        ("{d}/hf", "mismatched weights"),
+        edit_json("hf/config.json", model_type="llama"),
+        **model,
+    )
+    yield Case("generate: broken description", known, ("{d}/hf",), write("hf/config.json", "{"),
+               **model)  # fmt: skip
+    yield Case("generate: no weights", known, ("{d}/hf",), remove("hf/model.safetensors"), **model)
+    checkpoint: dict = {"needs": ("checkpoint",)}
+    yield Case(
+        "generate: damaged checkpoint",
+        f"{_GENERATE} --load {{d}}/run/checkpoints --prompt x",
+        ("{d}/run/checkpoints/step_00000001", "common.pt"),
+        cut(f"{_STEP}/common.pt", 0.5),
+        **checkpoint,
+    )
+    yield Case(
+        "generate: empty checkpoint",
+        f"{_GENERATE} --load {{d}}/empty --prompt x",
+        ("{d}/empty", "no model"),
+        folder_at("empty/step_00000001"),
+    )
+    yield Case(
+        "generate: checkpoint without its tokenizer",
+        f"{_GENERATE} --load {{d}}/run/checkpoints --prompt x",
+        ("tokenizer",),
+        _forget_tokenizer,
+        **checkpoint,
+    )
+
+
+def _forget_tokenizer(folder: Path) -> None:
+    """What a checkpoint is when the tokenizer of its run has been deleted; signed anew."""
+    step = folder / _STEP
+    config = step / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(re.sub(r"tokenizer: .*", f"tokenizer: {folder}/none.model", text))
+    manifest = json.loads((step / "manifest.json").read_text(encoding="utf-8"))
+    content = config.read_bytes()
+    manifest["files"]["config.yaml"] = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+    (step / "manifest.json").write_text(text, encoding="utf-8")
