@@ -141,7 +141,9 @@ def faults_of_mark(root: Path, commands: Sequence[Command], mark: Mark) -> list[
         elif mark.marker not in found.values():
             marker = f"({next(iter(found.values()))})" if "" not in found.values() else "no marker"
             complaints.append(f"{command}: its tests have {marker}, its mark ({mark.marker})")
-    return complaints + [f"{commands[0]}: {test} launches none of these" for test in sorted(idle)]
+    if complaints:
+        return complaints
+    return [f"{commands[0]}: {test} launches none of these" for test in sorted(idle)]
 
 
 def _spellings(wanted: set[str]) -> list[set[str]]:

@@ -11,10 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_coe.training import exit_status
+from megatron_coe.training.settings import Settings
 from tests.docs.commands import faults_of, faults_of_mark
 from tests.docs.pages import (
     Block,
@@ -29,6 +33,7 @@ from tests.docs.pages import (
 
 REPO = Path(__file__).parents[2]
 SEEN_FROM_A_COPY = ("megatron_coe", "tools", "examples", "slurm", "pretrain_coe.py")
+TRAINING = (REPO / "docs/training.md").read_text(encoding="utf-8")
 DATA = Path("docs/data.md")
 """The page whose commands make the data that others read."""
 
@@ -84,6 +89,37 @@ def test_links_lead_to_files_and_headings():
     assert not faults, "\n".join(faults)
 
 
+def test_settings_are_told_with_their_defaults():
+    """All of them, and no others; section `model` has too many."""
+    sections = {name: keys for name, keys in asdict(Settings()).items() if name != "model"}
+    row = rf"^\| `((?:{'|'.join(sections)})\.\w+)` \| ([^|]+) \|"
+    told = dict(re.findall(row, TRAINING, flags=re.MULTILINE))
+    known = {f"{name}.{key}": v for name, section in sections.items() for key, v in section.items()}
+    assert told.keys() == known.keys()
+    for key, default in known.items():
+        value = yaml.safe_load(told[key])
+        assert (float(value) if isinstance(default, float) else value) == default, key
+
+
+def test_settings_in_passing_exist():
+    sections = {name: set(keys) for name, keys in asdict(Settings()).items() if name != "model"}
+    files = {"md", "bin", "idx", "json", "jsonl", "model", "parquet", "py", "sh", "txt"}
+    unknown = [
+        f"{page}: {section}.{key}"
+        for page in pages_of(REPO)
+        for code in re.findall(r"`([^`\n]+)`", (REPO / page).read_text(encoding="utf-8"))
+        for section, key in re.findall(rf"(?<![\w./])({'|'.join(sections)})\.(\w+)\b", code)
+        if key not in sections[section] | files
+        and not (key.endswith("_") and any(k.startswith(key) for k in sections[section]))
+    ]
+    assert not unknown, "\n".join(unknown)
+
+
+def test_exit_statuses_are_told():
+    told = {int(n) for n in re.findall(r"^\| (\d+) \|", TRAINING, flags=re.MULTILINE)}
+    assert told == {v for name, v in vars(exit_status).items() if name.isupper()}
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a checkout, with the data of docs/data.md made as the page says."""
@@ -95,6 +131,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore "$@"\n')
     python.chmod(0o755)
+    (example,) = re.findall(r"```yaml\n(.*?)```", TRAINING, flags=re.DOTALL)
+    (folder / "my-run.yaml").write_text(example, encoding="utf-8")
     for parameters in run_literally(of_data=True):
         shell(folder, parameters.values[0])
     shutil.copytree(folder / "data", folder / "runs" / "quickstart" / "data")
