@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-import psutil
-import torch
 
+from megatron_coe.analysis.course import course_pictures
 from megatron_coe.analysis.curves import Group, describe_end, plot_losses
-from megatron_coe.analysis.figures import COLOURS, inline_svg, new_figure
+from megatron_coe.analysis.figures import inline_svg
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.runs import Run
 from megatron_coe.data.files import atomic_path
+from megatron_coe.machine import read_machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ANSWERS_FILE = "answers.txt"
 """Samples of a run's text, as `make quickstart` leaves them."""
-
-PACKAGES = ("megatron-coe", "megatron-core", "torch", "transformer-engine", "transformers")
-
-_FIGURES = (
-    ("lr", "learning rate"),
-    ("grad_norm", "gradient norm"),
-    ("tokens_per_second", "tokens per second"),
-)
 
 
 @dataclass(frozen=True)
@@ -75,41 +65,12 @@ def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> No
         routers=analysis.shown(analysis.routers) if analysis else [],
         maps=list(_maps(analysis)) if analysis else [],
         last=_last_figures(run),
-        machine=machine(),
+        machine=read_machine(run.metrics.parent),
         config=run.settings.to_yaml(),
         answers=answers.read_text(encoding="utf-8") if answers.is_file() else None,
     )
     with atomic_path(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
-
-
-def machine() -> list[tuple[str, str]]:
-    """What this process runs on, by name."""
-    memory = psutil.virtual_memory().total / 2**30
-    found = [
-        ("system", platform.platform()),
-        ("processor", f"{_processor()}, {psutil.cpu_count()} logical cores"),
-        ("memory", f"{memory:.1f} GiB"),
-        ("Python", platform.python_version()),
-    ]
-    if torch.cuda.is_available():
-        found.append(("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"))
-    for package in PACKAGES:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _processor() -> str:
-    """Its name as Linux tells it; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _summary(run: Run) -> Iterator[tuple[str, str]]:
@@ -133,37 +94,10 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _curves(run: Run) -> Iterator[Picture]:
-    group = Group(run.name, (run,))
-    yield _picture(plot_losses([group]), "losses", "Training and validation loss over steps.")
-    there = [(key, label) for key, label in _FIGURES if run.values(key)]
-    if there:
-        figure = new_figure(3.4 * len(there), 2.8)
-        for number, (key, label) in enumerate(there):
-            axes = figure.add_subplot(1, len(there), number + 1)
-            axes.plot(*zip(*run.values(key), strict=True), color=COLOURS[number], linewidth=1)
-            axes.set(xlabel="step")
-            axes.set_title(label, fontsize="medium")
-            axes.grid(alpha=0.3)
-        names = ", ".join(label for _, label in there)
-        yield _picture(figure, "figures", f"Over steps: {names}.")
-    if balance := _balance(run):
-        figure = new_figure(7, 3.2)
-        axes = figure.subplots()
-        for number, key in enumerate(balance):
-            label = key.removeprefix("balance/").replace("/", ", ").replace("_", " ")
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(*zip(*run.values(key), strict=True), color=colour, label=label, linewidth=1)
-        axes.set(xlabel="step", ylabel="balance loss")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-        caption = "Balance loss of each iteration, mean over layers; 1: all experts alike."
-        yield _picture(figure, "balance", caption)
-
-
-def _balance(run: Run) -> list[str]:
-    """Names of the balance losses that are means over layers."""
-    keys = dict.fromkeys(key for record in run.records for key in record)
-    return [key for key in keys if key.startswith("balance/") and "/layer_" not in key]
+    losses = plot_losses([Group(run.name, (run,))])
+    yield _picture(losses, "losses", "Training and validation loss over steps.")
+    for name, figure, caption in course_pictures(run):
+        yield _picture(figure, name, caption)
 
 
 def _maps(analysis: Analysis) -> Iterator[Picture]:
@@ -194,5 +128,9 @@ def _last_figures(run: Run) -> Sequence[tuple[str, str, str]]:
     """The newest value of everything that the run recorded."""
     newest: dict[str, tuple[float, float]] = {}
     for record in run.records:
-        newest |= {key: (record["step"], value) for key, value in record.items() if key != "step"}
+        newest |= {
+            key: (record["step"], value)
+            for key, value in record.items()
+            if key != "step" and not isinstance(value, list)  # of loads there are maps
+        }
     return [(key, f"{value:,.6g}", f"{step:,}") for key, (step, value) in sorted(newest.items())]

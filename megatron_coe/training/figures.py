@@ -93,7 +93,7 @@ def routing_figures(table_LCN1: torch.Tensor, config: CoEConfig) -> Record:
     tokens_LC = counts_LCN.sum(axis=-1) / config.moe_router_topk
     used_LC = [[usage(counts_N) for counts_N in counts_CN] for counts_CN in counts_LCN]
     record: Record = {
-        f"load/iteration_{t}/layer_{layer + 1}": [round(p, 6) for p in (counts / counts.sum())]
+        f"load/iteration_{t}/layer_{layer + 1}": (counts / counts.sum()).round(6).tolist()
         for layer, counts_CN in zip(layers, counts_LCN, strict=True)
         for t, counts in enumerate(counts_CN, start=1)
     }

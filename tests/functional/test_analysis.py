@@ -148,6 +148,8 @@ def page(home: Path, analysis: Path) -> Path:
         {
             "step": step, "train_loss": 5 / step, "lr": 0.1, "grad_norm": 1.0,
             "tokens_per_second": 9.0, "balance/seq_aux_loss/iteration_1": 1.1,
+            "grad_norm/routers": 0.6, "grad_norm/attention": 0.8, "load_entropy/iteration_1": 0.9,
+            "load/iteration_1/layer_1": [0.5, 0.25, 0.25], "dead_experts/iteration_1": 0.0,
         }
         for step in (1, 10, 20)
     ]  # fmt: skip
@@ -155,6 +157,7 @@ def page(home: Path, analysis: Path) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     shutil.copy(folder / "checkpoints" / "step_00000000" / "config.yaml", folder)
     (folder / "answers.txt").write_text(HOSTILE)
+    (folder / "machine.json").write_text(json.dumps({"processor": HOSTILE, "gpus": 8}))
     shutil.copytree(analysis, folder / "analysis")
     done = run(home, "report.py", "run")
     assert (done.returncode, done.stderr) == (0, "")
@@ -226,7 +229,7 @@ def test_the_page_shows_everything(page: Path) -> None:
     for told in ("Validation loss 0.5000 at step 20", "balance/seq_aux_loss", "coe_iterations: 3"):
         assert told in parsed.text, told
     assert (
-        len(parsed.pictures) == 3 + 4 + 2 * 2 + 1
+        len(parsed.pictures) == 5 + 4 + 2 * 2 + 1
     )  # curves, maps, use and neighbours, information
     assert all(parsed.pictures)  # each is described
 
@@ -240,6 +243,7 @@ def test_a_run_without_routing_has_a_page_too(home: Path, page: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     parsed = _Page((home / "bare.html").read_text(encoding="utf-8"))
     assert "Not analysed" in parsed.text and "Samples" not in parsed.text
+    assert "Not recorded" in parsed.text, "the machine"
     missing = run(home, "report.py", "none")
     assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
     assert "none/metrics.jsonl" in missing.stderr
@@ -281,7 +285,7 @@ def test_a_real_browser_shows_it_without_a_network(page: Path, tmp_path: Path) -
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("<svg") == 12
+    assert done.stdout.count("<svg") == 14
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in done.stdout
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert complaints == []
