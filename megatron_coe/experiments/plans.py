@@ -198,11 +198,26 @@ RESIDUAL = Experiment(
         COE_4,
         Arm("coe-2_4-64_addinit", "CoE-2(4/64), from x(0)"),
         Arm("coe-2_4-64_outer", "CoE-2(4/64), residual outside"),
+        MOE_8,
+        Arm("moe_8-64_outer", "MoE(8/64), residual outside"),
     ),
     (
         lower("`inner` is better than `outer`.", "coe-2_4-64", "coe-2_4-64_outer"),
         lower("`inner` is better than `addinit`.", "coe-2_4-64", "coe-2_4-64_addinit"),
         lower("`addinit` is better than `outer`.", "coe-2_4-64_addinit", "coe-2_4-64_outer"),
+        lower(
+            "It is not the chain that makes the difference: `inner` is better with one iteration, "
+            "too.",
+            "moe_8-64",
+            "moe_8-64_outer",
+            control=True,
+        ),
+        lower(
+            "With the residual outside, as in a usual layer, CoE-2(4/64) is better than MoE(8/64).",
+            "coe-2_4-64_outer",
+            "moe_8-64_outer",
+            control=True,
+        ),
     ),
     {"coe-2_4-64": "1.12", "coe-2_4-64_addinit": "1.18", "coe-2_4-64_outer": "1.21"},
 )

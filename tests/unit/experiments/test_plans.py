@@ -112,13 +112,15 @@ def test_other_arms_match_as_named(scale):
     ]
     assert experts == [64] * 4
     assert [passes(model) for model in shared.values()] == [9, 8, 10, 8]
+    residual = [passes(model) for model in models(scale, "residual").values()]
+    assert residual == [10, 10, 10, 9, 9]
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
 @pytest.mark.parametrize(
     ("experiment", "changes"),
     [
-        ("residual", {"coe_residual"}),
+        ("residual", {"coe_residual", "coe_iterations", "moe_router_topk"}),
         ("iterations", {"coe_iterations"}),
         ("ablation", {"coe_residual", "coe_independent_gate", "coe_iterations"}),
     ],
@@ -130,7 +132,7 @@ def test_arms_differ_in_nothing_else(scale, experiment, changes):
         described.append({key: value for key, value in model.items() if key not in changes})
     assert all(model == described[0] for model in described)
     C = [model.coe_iterations for model in models(scale, experiment).values()]
-    assert {"residual": [2] * 3, "iterations": [1, 2, 3, 4], "ablation": [2] * 5 + [1]}[
+    assert {"residual": [2, 2, 2, 1, 1], "iterations": [1, 2, 3, 4], "ablation": [2] * 5 + [1]}[
         experiment
     ] == C
 
