@@ -79,6 +79,7 @@ VARIANTS = {
         "num_query_groups": 2,
         "moe_layer_freq": [0, 1, 1, 1],
     },
+    "tied": {"coe_iterations": 2, "share_embeddings_and_output_weights": True},
     "upcycled": {"coe_iterations": 3, "coe_residual": "outer", "coe_upcycled": True},
     "allgather": {"coe_iterations": 2, "moe_token_dispatcher_type": "allgather"},
     "shared expert overlapped": {"coe_iterations": 2, "moe_shared_expert_overlap": True},
