@@ -157,7 +157,7 @@ def shell(folder: Path, block: Block) -> str:
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, f"{block.page}:{block.line}: {done.stderr}"
     return done.stdout
@@ -190,7 +190,7 @@ def test_models_are_compared(workplace):
         env=environment(workplace),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\| coe-2_4-32 \| \d\.\d{4} \|", done.stdout, flags=re.MULTILINE)
