@@ -17,6 +17,7 @@ from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.data.datasets import build_datasets, check_datasets
 from megatron_coe.data.indexed import data_summary, inspect
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_coe.machine import write_machine
 from megatron_coe.training import setup
 from megatron_coe.training.activity import DATA, LOADING, MODEL, Activity
 from megatron_coe.training.batches import BatchSource
@@ -100,7 +101,7 @@ def trainer(
         validation = None
         if valid_set is not None:
             validation = Validation(_source(valid_set, settings, device), len(valid_set))
-        reporter = _open_reports(settings, progress) if dist.get_rank() == 0 else None
+        reporter = _open_reports(settings, progress, device) if dist.get_rank() == 0 else None
         if reporter and checkpoint:
             reporter.say(f"resumed from {checkpoint}")
             for change in changed:
@@ -153,8 +154,9 @@ def _source(
     )
 
 
-def _open_reports(settings: Settings, progress: Progress) -> Reporter:
+def _open_reports(settings: Settings, progress: Progress, device: torch.device) -> Reporter:
     config = OmegaConf.to_container(OmegaConf.structured(settings))
     reporter = Reporter(settings.log, settings.train.steps, progress.step, config)
     (reporter.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+    write_machine(reporter.directory, device, dist.get_world_size())
     return reporter

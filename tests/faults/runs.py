@@ -75,7 +75,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 """Name -> number of ranks and settings."""
 
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC", "MASTER_")
-_REPRODUCED = re.compile(r".*_loss|grad_norm|lr|balance/.*|unigram_entropy")
+_REPRODUCED = re.compile(
+    r".*_loss|grad_norm(/.*)?|lr|balance/.*|load.*/.*|dead_experts/.*|router_confidence/.*|samples"
+    r"|tokens|epoch|unigram_entropy"
+)
 _RESUMED = re.compile(r"resumed from \S*step_(\d{8})")
 
 
@@ -332,7 +335,7 @@ def resumed_step(said: str) -> int:
 
 def litter(folder: Path) -> list[str]:
     """What is in a run's folders that no whole run leaves there."""
-    ours = r"step_\d{8}|latest|metrics\.jsonl|config\.yaml|tensorboard|checkpoints"
+    ours = r"step_\d{8}|latest|metrics\.jsonl|config\.yaml|machine\.json|tensorboard|checkpoints"
     kept = re.compile(rf"{ours}|latest_before_step_\d{{8}}")  # the latter: what was in its way
     places = [folder / "run", checkpoints(folder)]
     names = [path for place in places if place.is_dir() for path in place.iterdir()]

@@ -21,6 +21,7 @@ from megatron_coe.data.corpus import make_corpus
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
+from megatron_coe.machine import read_machine
 from megatron_coe.training.exit_status import STOPPED
 from megatron_coe.training.metrics import read_records
 
@@ -100,6 +101,9 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+ROUTING = ("load/iteration_1/layer_1", "router_confidence/iteration_1", "grad_norm/routers")
+
+
 def losses(folder: Path, name: str = "train_loss") -> dict[int, float]:
     return {r["step"]: r[name] for r in read_records(folder / "metrics.jsonl") if name in r}
 
@@ -123,9 +127,13 @@ def test_train_stop_resume_and_evaluate(config, tmp_path, capsys):
     assert sorted(losses(folder)) == [1, 2, 3, 4]
     assert pretrain_coe.main(arguments) == 0
     assert "resumed from" in capsys.readouterr().out
-    for name in ("train_loss", "valid_loss", "grad_norm", "lr"):
+    for name in ("train_loss", "valid_loss", "grad_norm", "lr", "epoch", "tokens", *ROUTING):
         assert losses(folder, name) == losses(unbroken, name)
+        assert losses(folder, name), name
     assert len({*losses(folder).values()}) == 6
+    clock = list(losses(folder, "seconds").values())
+    assert clock == sorted(clock), "of both parts together"
+    assert read_machine(folder)["ranks"] == 1
 
     # The settings that are kept with the run repeat it.
     assert pretrain_coe.main(["--config", str(folder / "config.yaml"), "--eval-only"]) == 0

@@ -31,6 +31,8 @@ CHECKPOINTS = "megatron_coe/checkpoints/"
 
 OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
 OF_LAYER = ("tests/unit/moe/test_layer.py",)
+OF_METRICS = ("tests/distributed/test_metrics.py",)
+OF_TALLY = ("tests/unit/moe/test_tally.py",)
 OF_ROUTER = ("tests/unit/moe/test_router.py",)
 OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/unit/test_config.py")
 OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
@@ -610,6 +612,49 @@ FAULTS = [
         "autoescape=True,",
         "autoescape=False,",
         ("tests/functional/test_analysis.py",),
+    ),
+    Fault(
+        "routing is counted twice under recomputation",
+        ROUTER,
+        "return self.tally is not None and self.training and torch.is_grad_enabled()",
+        "return self.tally is not None and self.training",
+        OF_TALLY,
+    ),
+    Fault(
+        "iterations are counted as one",
+        ROUTER,
+        "self.tally[self.iteration] += torch.cat(",
+        "self.tally[0] += torch.cat(",
+        OF_TALLY,
+    ),
+    Fault(
+        "told padding is counted",
+        ROUTER,
+        """            routing_map = routing_map & ~padding_mask[:, None]
+            confidence_T""",
+        "            confidence_T",
+        OF_TALLY,
+    ),
+    Fault(
+        "copies of a tensor-parallel gradient all count",
+        "megatron_coe/training/gradients.py",
+        "if param_is_not_shared(weight) and param_is_not_tensor_parallel_duplicate(",
+        "if param_is_not_shared(weight) or param_is_not_tensor_parallel_duplicate(",
+        OF_METRICS,
+    ),
+    Fault(
+        "replicas of a gradient all count",
+        "megatron_coe/training/gradients.py",
+        "squares[group] += get_total_norm(gradients).double().square() / holders",
+        "squares[group] += get_total_norm(gradients).double().square()",
+        OF_METRICS,
+    ),
+    Fault(
+        "only this rank's routing is reported",
+        "megatron_coe/moe/tally.py",
+        "        torch.distributed.all_reduce(table)\n",
+        "",
+        OF_METRICS,
     ),
     Fault(
         "a certain loss counts as undecided",
