@@ -21,18 +21,24 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def check_agreement(
-    names: tuple[str, str], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    names: tuple[str, str],
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """The relative difference of each value that both arms name.
 
+    Args:
+        dtype: that both have computed in (their gradients may be kept in a wider one).
+
     Raises:
-        ValueError: one is larger than the tolerance of its dtype (fp32: 1e-3, bf16: 0.2), or they
+        ValueError: one is larger than the tolerance of the dtype (fp32: 1e-3, bf16: 0.2), or they
             have nothing in common.
     """
     differences = {}
     for name in ours.keys() & theirs.keys():
         value = difference(ours[name], theirs[name])
-        tolerance = TOLERANCES.get(ours[name].dtype, max(TOLERANCES.values()))
+        tolerance = TOLERANCES[dtype]
         if not value <= tolerance:  # nan too
             raise ValueError(
                 f"arms {names[0]!r} and {names[1]!r} do not compute the same: {name} differs by "

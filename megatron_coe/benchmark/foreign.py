@@ -24,8 +24,9 @@ from megatron_coe.training.settings import Settings
 if TYPE_CHECKING:
     from transformers import DeepseekV2ForCausalLM
 
-CHANGES = ("model.coe_residual=outer", "model.moe_aux_loss_coeff=0.0")
-"""What makes a preset of one iteration the model that transformers has: it trains no balance."""
+CHANGES = ("model.coe_residual=outer", "model.moe_aux_loss_coeff=0.0", "train.precision=fp32")
+"""What makes a preset of one iteration the model that transformers has: it trains no balance, and
+its weights are not copies in another precision."""
 
 
 @dataclass(frozen=True)

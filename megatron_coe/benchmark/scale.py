@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.checks import check_values
-from megatron_coe.training.model import build_provider
 from megatron_coe.training.settings import Settings, load_settings
 
 
@@ -77,8 +73,3 @@ def preset_settings(preset: Path, scale: Scale, *changes: str) -> Settings:
     )
     check_values(settings)
     return settings
-
-
-def preset_provider(settings: Settings, device: torch.device) -> CoEModelProvider:
-    """The model of `preset_settings`, its vocabulary as large as the scale says."""
-    return build_provider(settings, device)

@@ -84,7 +84,7 @@ def experts(bench: Bench) -> Outcome:
         arms.append(layers.experts_arm(name, experts, provider, bench.scale.tokens, bench.device))
         providers.append(provider)
     stock = _stock_experts(bench, providers[0], arms[0])
-    differences = check_agreement((arms[0].name, stock.name), arms[0].result(), stock.result())
+    differences = _agreement(arms[0], stock, providers[0])
     timed = [arm.arm() for arm in (*arms, stock)]
     dense = layers.dense_arm(providers[0], bench.scale.tokens, bench.device)
     samples = bench.time([*timed, dense])
@@ -113,9 +113,7 @@ def layer(bench: Bench) -> Outcome:
         arms.append(layers.layer_arm(name, module, provider, batch))
         providers.append(provider)
     arms.append(layers.layer_arm("stock MoELayer, C times", stock, providers[0], batch))
-    differences = check_agreement(
-        (arms[0].name, arms[-1].name), arms[0].result(), arms[-1].result()
-    )
+    differences = _agreement(arms[0], arms[-1], providers[0])
     timed = [arm.arm() for arm in arms]
     samples = bench.time(timed)
     outcome = _pass_table(bench, "layer", "One layer", timed, samples)
@@ -123,7 +121,8 @@ def layer(bench: Bench) -> Outcome:
     for arm, row in zip(timed, outcome.rows, strict=True):
         row.append(ratio(samples, arm.name, timed[0].name).text())
     outcome.figures["layer"] = ratio(samples, timed[-1].name, timed[0].name)
-    outcome.figures["layer coe / moe"] = ratio(samples, timed[0].name, timed[1].name)
+    if not bench.variants:
+        outcome.figures["layer coe / moe"] = ratio(samples, timed[0].name, timed[1].name)
     outcome.details["differences"] = differences
     if bench.profiles:
         work = {arm.name: (arm.work, list(phases.targets(arm.module))) for arm in arms}
@@ -147,7 +146,7 @@ def output_head(bench: Bench) -> Outcome:
     subject = head.random_head(bench.provider(MOE), bench.scale.tokens, bench.device)
     arms = subject.arms()
     names = head.MEGATRON, head.FUSED
-    differences = check_agreement(names, *(subject.result(name) for name in names))
+    differences = check_agreement(names, *(subject.result(name) for name in names), subject.x.dtype)
     samples = bench.time(arms)
     outcome = _pass_table(bench, "head", "Output head and loss", arms, samples)
     outcome.header.append(f"time / {head.PRODUCTS}")
@@ -161,7 +160,9 @@ def transformers(bench: Bench) -> Outcome:
     """Forward and backward of MoE(8/64) here and in transformers, with the same weights."""
     pair = foreign.build_pair(bench.settings(MOE, *foreign.CHANGES), bench.device)
     arms = pair.arms()
-    differences = check_agreement((arms[0].name, arms[1].name), *pair.results())
+    differences = check_agreement(
+        (arms[0].name, arms[1].name), *pair.results(), pair.provider.params_dtype
+    )
     samples = bench.time(arms)
     title = "MoE(8/64), a step without the update, transformers with `grouped_mm`"
     outcome = _pass_table(bench, "transformers", title, arms, samples)
@@ -190,11 +191,11 @@ def peak_memory(bench: Bench) -> Outcome:
         outcome.details[name] = dict(zip(outcome.header[1:], figures, strict=True))
         _discard(arm.trainer.trainee.chunks)
         del arm, held
-    ours, theirs = list(found.values())[:2]
-    outcome.figures["memory"] = Spread.of([ours.peak / theirs.peak])
-    outcome.figures["memory passing"] = Spread.of(
-        [ours.passing[GRADIENTS] / theirs.passing[GRADIENTS]]
-    )
+    if not bench.variants:
+        ours, theirs = found.values()
+        passing = ours.passing[GRADIENTS] / theirs.passing[GRADIENTS]
+        outcome.figures["memory"] = Spread.of([ours.peak / theirs.peak])
+        outcome.figures["memory passing"] = Spread.of([passing])
     return outcome
 
 
@@ -222,18 +223,23 @@ def parallel(bench: Bench) -> Outcome:
     layout = (f"model.num_moe_experts={63 - 63 % ranks}",)  # the preset's 63 divide by 1, 3, 7 only
     outcome = Outcome("parallel", f"Experts over {ranks} ranks, {_sizes(bench)}")
     outcome.header = ["model", "seconds per step", "exposed share of communication"]
+    arms: list[StepArm] = []
     for name, (preset, changes) in bench.models((COE, MOE)).items():
         settings = bench.settings(preset, *layout, *changes)
         settings.train.global_batch_size *= ranks
         settings.parallel.expert_model_parallel_size = ranks
-        arm = steps.build_step(name, settings, bench.device)
-        samples = bench.time([arm.arm()])
-        shares = [exposed_share(arm.trainer.step, bench.device) for _ in range(bench.rounds)]
-        seconds = Spread.of(samples[name][TOTAL])
-        outcome.rows.append([name, seconds.text(), Spread.of(shares).text()])
-        outcome.figures.setdefault("parallel", Spread.of(shares))
-        outcome.samples |= samples
-        _discard(arm.trainer.trainee.chunks)
+        arms.append(steps.build_step(name, settings, bench.device))
+    steps.share_memory(arms)
+    outcome.samples = bench.time([arm.arm() for arm in arms])
+    shares: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for _ in range(bench.rounds):
+        for arm in arms:
+            shares[arm.name].append(exposed_share(arm.trainer.step, bench.device))
+    for arm in arms:
+        seconds = Spread.of(outcome.samples[arm.name][TOTAL])
+        outcome.rows.append([arm.name, seconds.text(), Spread.of(shares[arm.name]).text()])
+    outcome.figures["parallel"] = Spread.of(shares[arms[0].name])
+    _discard(chunk for arm in arms for chunk in arm.trainer.trainee.chunks)
     return outcome
 
 
@@ -364,6 +370,11 @@ def _stock_experts(bench: Bench, provider: CoEModelProvider, ours: PassArm) -> P
     return layers.experts_arm(
         "SequentialMLP", stock.layer.experts, provider, bench.scale.tokens, bench.device
     )
+
+
+def _agreement(ours: PassArm, theirs: PassArm, provider: CoEModelProvider) -> dict[str, float]:
+    names = ours.name, theirs.name
+    return check_agreement(names, ours.result(), theirs.result(), provider.params_dtype)
 
 
 def _rate_over(samples: Samples, arm: Arm, dense: Arm) -> Spread:

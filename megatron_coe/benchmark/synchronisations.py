@@ -2,8 +2,8 @@
 
 On a GPU PyTorch itself says so (`torch.cuda.set_sync_debug_mode`). On a CPU nothing waits, so what
 is counted are the calls that would: those that turn the contents of a tensor into a number or into
-the shape of another tensor. That is an upper bound, for a tensor may lie on the host anyway (the
-step counts of torch's AdamW do).
+the shape of another tensor. That counts too many, for a tensor may lie on the host anyway (the step
+counts of torch's AdamW do), and too few: copies to a device are not seen.
 """
 
 from __future__ import annotations

@@ -104,6 +104,8 @@ def server() -> ForkServerContext:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_coe.py; read on import
     # Megatron's modules each say on import that they do without Apex.
     os.environ.setdefault("PYTHONWARNINGS", ",".join(_UNHEARD))
+    # Megatron's modules ask on import whether there is a GPU: by NVML, which a fork survives.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = get_context("forkserver")
     context.set_forkserver_preload(list(_IMPORTED_ONCE))
     return context

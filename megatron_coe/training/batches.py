@@ -54,12 +54,19 @@ class BatchSource:
         for index in range(begin, begin + num_microbatches):
             start = (index * self.replicas + self.rank) * self.micro_batch_size
             numbers = range(start, start + self.micro_batch_size)
-            batch = self._batch([number if number < samples else 0 for number in numbers])
-            batch["loss_mask"][[number >= samples for number in numbers]] = 0
-            yield batch
+            yield self._batch(numbers, samples)
 
-    def _batch(self, numbers: range | list[int]) -> Batch:
-        """Token ids, labels and positions [B, S] (int64), and loss mask [B, S] (float32)."""
-        items = [self.dataset[number] for number in numbers]
+    def _batch(self, numbers: range, samples: int | None = None) -> Batch:
+        """Token ids, labels and positions [B, S] (int64), and loss mask [B, S] (float32).
+
+        Args:
+            samples: how many sequences there are; None: as many as are asked for.
+        """
+        past = [samples is not None and number >= samples for number in numbers]
+        present = [0 if out else number for number, out in zip(numbers, past, strict=True)]
+        items = [self.dataset[number] for number in present]
         batch = default_collate([{name: item[name] for name in FIELDS} for item in items])
-        return {name: values.to(self.device) for name, values in batch.items()}
+        batch["loss_mask"][past] = 0
+        if self.device.type == "cuda":  # out of pinned memory, so that the host does not wait
+            batch = {name: values.pin_memory() for name, values in batch.items()}
+        return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}

@@ -318,7 +318,7 @@ class Trainer:
         return bool(flag)
 
     def _forward_backward(
-        self, batches: Callable[[], Iterator[Batch]], count: int, scale: float | None = None
+        self, batches: Callable[[], Iterator[Batch]], count: int, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         size = self.train.micro_batch_size
         return forward_backward(self.trainee, batches, count, size, self.activity, scale)

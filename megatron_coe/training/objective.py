@@ -26,23 +26,25 @@ Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-def count_valid_tokens(batches: Sequence[Batch], group: dist.ProcessGroup) -> int:
+def count_valid_tokens(batches: Sequence[Batch], group: dist.ProcessGroup) -> torch.Tensor:
     """N: the positions that count in the loss, over the micro-batches of all replicas of `group`.
+
+    A float64 scalar on the device: nothing on the host has to wait for it.
 
     `loss_mask` [B, S] is 1 where a position counts, and must cover whole sequences (it is counted
     before they are shared between context-parallel ranks). One collective.
     """
     count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in batches]).sum()
     dist.all_reduce(count, group=group)
-    return round(count.item())
+    return count
 
 
-def loss_scale(valid_tokens: int, positions: int) -> float:
+def loss_scale(valid_tokens: torch.Tensor, positions: int) -> torch.Tensor:
     """P / N, the factor of summed losses; without any valid token the loss is 0, not 0/0."""
-    return positions / max(valid_tokens, 1)
+    return positions / valid_tokens.clamp(min=1)
 
 
-def make_loss_function(loss_mask_BS: torch.Tensor, scale: float) -> LossFunction:
+def make_loss_function(loss_mask_BS: torch.Tensor, scale: torch.Tensor) -> LossFunction:
     """The loss function of one micro-batch, as Megatron's `forward_backward_func` calls it.
 
     It takes the cross-entropy of every position [B, S] and returns the scaled sum, a scalar to
@@ -57,7 +59,9 @@ def make_loss_function(loss_mask_BS: torch.Tensor, scale: float) -> LossFunction
         valid_BS = loss_mask_BS > 0
         kept_BS = torch.where(valid_BS, losses_BS.view_as(valid_BS).to(dtype), zero)
         loss_sum = kept_BS.detach().sum(dtype=torch.float64)
-        positions = torch.tensor(valid_BS.numel(), dtype=torch.int, device=losses_BS.device)
-        return kept_BS.sum() * scale, positions, torch.stack([loss_sum, valid_BS.sum().double()])
+        # Filled on the device: a number that is copied there makes the host wait.
+        positions = torch.full((), valid_BS.numel(), dtype=torch.int, device=losses_BS.device)
+        report = torch.stack([loss_sum, valid_BS.sum().double()])
+        return kept_BS.sum() * scale.to(dtype), positions, report
 
     return loss_function

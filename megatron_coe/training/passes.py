@@ -21,7 +21,7 @@ def forward_backward(
     count: int,
     micro_batch_size: int,
     activity: Activity,
-    scale: float | None = None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run `count` micro-batches, forward only without a scale. A collective of all ranks.
 
@@ -33,7 +33,7 @@ def forward_backward(
         all ranks, and 0 where the loss is not computed or another rank computes it too.
     """
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, scale=scale or 0.0),
+        forward_step_func=partial(forward_step, scale=torch.zeros(()) if scale is None else scale),
         data_iterator=[_counted(batches(), activity) for _ in trainee.chunks],
         model=trainee.chunks,
         num_microbatches=count,
@@ -48,7 +48,7 @@ def forward_backward(
 
 
 def forward_step(
-    batches: Iterator[Batch], chunk: torch.nn.Module, scale: float
+    batches: Iterator[Batch], chunk: torch.nn.Module, scale: torch.Tensor
 ) -> tuple[torch.Tensor, LossFunction]:
     """One micro-batch through one model chunk, as Megatron's schedules call it."""
     batch = get_batch_on_this_cp_rank(dict(next(batches)))

@@ -28,17 +28,18 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     With `prepare_update` it is what `ChainedOptimizer.step` does (megatron/core/optimizer), but for
     the clipping: Megatron's own, without Transformer Engine, takes two passes over the gradients.
     """
-    total = torch.tensor(grad_norm, dtype=torch.float64)
     for part in optimizer.chained_optimizers:
-        if 0.0 < part.config.clip_grad < grad_norm:
-            clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, total)
+        if 0.0 < part.config.clip_grad < grad_norm and (weights := part.get_parameters()):
+            # Filled on the device: a number that is copied there makes the host wait.
+            total = torch.full((), grad_norm, dtype=torch.float64, device=weights[0].device)
+            clip_grads_with_norm_(weights, part.config.clip_grad, total)
     optimizer.step_with_ready_grads()
 
 
 def agreed_loss(totals: torch.Tensor, grad_norm: float) -> tuple[float, bool]:
     """The loss per valid token of the global batch, and whether it and the gradients of every rank
     are finite; the same on all ranks. One collective, over three numbers."""
-    bad = totals.new_tensor([0.0 if math.isfinite(grad_norm) else 1.0])
+    bad = totals.new_full((1,), 0.0 if math.isfinite(grad_norm) else 1.0)
     sums = torch.cat([totals, bad])
     dist.all_reduce(sums)
     loss_sum, tokens, bad_ranks = sums.tolist()

@@ -192,7 +192,7 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
     return (total[0] / total[1]).item(), gather_gradients(chunks)
 
 
-def forward_step(batches: Iterator, chunk: torch.nn.Module, scale: float) -> tuple:
+def forward_step(batches: Iterator, chunk: torch.nn.Module, scale: torch.Tensor) -> tuple:
     """As in training, with the whole vocabulary's logits on every rank."""
     batch = get_batch_on_this_cp_rank(dict(next(batches)))
     output = chunk(batch["tokens"], batch["position_ids"], None)

@@ -17,6 +17,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+ONE_KERNEL = torch.cuda.is_available() and torch.cuda.get_device_capability() in ((9, 0), (10, 0))
+"""Whether `grouped_mm` is, for bf16."""
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry; TF32 is off
 
 DISPATCHERS = {
@@ -43,8 +46,10 @@ def test_grouped_mm_is_a_product_per_expert(
         return scaled.to(device, dtype).requires_grad_()
 
     leaves = x, probs, w1, w2 = random(86, 64), random(86, 1), random(4, 64, 64), random(4, 64, 32)
-    groups = grouping(x, rows.to(device), (32, 64))
-    assert isinstance(groups, torch.Tensor), "the sizes must stay on the device"
+    chosen = grouping(x, rows.to(device), (32, 64))
+    one_kernel = dtype == torch.bfloat16 and ONE_KERNEL
+    assert isinstance(chosen, torch.Tensor) == one_kernel, "the sizes must stay on the device"
+    groups = rows.cumsum(0, dtype=torch.int32).to(device)
     chain = Chain(w1, w2, calls=2, merged=merged)
     y = expert_mlp(x, probs, chain, groups, SwiGLU())
     y = y + expert_mlp(y, probs, chain, groups, SwiGLU())
@@ -92,6 +97,7 @@ def test_layer_is_the_reference(single_rank, dispatcher: str, residual: str) -> 
         assert error(grad_of(), oracle.grad) < 1e-4, name
 
 
+@pytest.mark.skipif(not ONE_KERNEL, reason="grouped_mm is not one kernel on this GPU")
 @pytest.mark.parametrize("padding", [False, True], ids=["no mask", "padding mask"])
 @pytest.mark.parametrize("changes", [{}, {"moe_shared_expert_overlap": True}])
 def test_a_layer_never_waits_for_the_device(single_rank, changes: dict, padding: bool) -> None:

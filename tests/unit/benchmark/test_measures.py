@@ -89,14 +89,22 @@ def test_agreement(factor, fails):
     theirs = {"y": ours["y"] * factor}
     if fails:
         with pytest.raises(ValueError, match="y differs by"):
-            check_agreement(("a", "b"), ours, theirs)
+            check_agreement(("a", "b"), ours, theirs, torch.float32)
     else:
-        assert set(check_agreement(("a", "b"), ours, theirs)) == {"y"}
+        assert set(check_agreement(("a", "b"), ours, theirs, torch.float32)) == {"y"}
+
+
+def test_arms_in_bf16_may_differ_by_whole_tokens_also_in_gradients_kept_in_fp32():
+    ours, theirs = {"y": torch.ones(100)}, {"y": torch.ones(100)}
+    theirs["y"][:2] = 2  # ||a - b|| / ||b|| = 0.14
+    check_agreement(("a", "b"), ours, theirs, torch.bfloat16)
+    with pytest.raises(ValueError, match="y differs by"):
+        check_agreement(("a", "b"), ours, theirs, torch.float32)
 
 
 def test_nothing_in_common_is_no_agreement():
     with pytest.raises(ValueError, match="no value in common"):
-        check_agreement(("a", "b"), {"x": torch.ones(1)}, {"y": torch.ones(1)})
+        check_agreement(("a", "b"), {"x": torch.ones(1)}, {"y": torch.ones(1)}, torch.float32)
 
 
 def test_targets_name_every_ratio_and_judge_it():

@@ -14,7 +14,7 @@ def test_micro_batches_add_up_to_the_mean_over_valid_tokens():
     losses = torch.rand(replicas, microbatches, B, S, generator=generator, dtype=torch.float64)
     mask = (torch.rand(losses.shape, generator=generator) > 0.6).float()
     mask[0, 1] = 0  # one micro-batch without any valid token
-    valid = int(mask.sum())
+    valid = mask.double().sum()
     scale = loss_scale(valid, losses.numel())
     leaf = losses.clone().float().requires_grad_()
     sums, positions = torch.zeros(2, dtype=torch.float64), 0
@@ -35,7 +35,7 @@ def test_micro_batches_add_up_to_the_mean_over_valid_tokens():
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 def test_what_is_masked_does_not_matter(junk):
     losses = torch.tensor([[1.0, junk, 3.0]], requires_grad=True)
-    loss, _, report = make_loss_function(torch.tensor([[1.0, 0.0, 1.0]]), 0.5)(losses)
+    loss, _, report = make_loss_function(torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor(0.5))(losses)
     loss.backward()
     assert loss.item() == 2.0
     assert report.tolist() == [4.0, 2.0]
@@ -44,7 +44,7 @@ def test_what_is_masked_does_not_matter(junk):
 
 def test_a_batch_without_valid_tokens_has_loss_zero():
     losses = torch.ones(2, 3, requires_grad=True)
-    function = make_loss_function(torch.zeros(2, 3), loss_scale(0, 6))
+    function = make_loss_function(torch.zeros(2, 3), loss_scale(torch.tensor(0.0), 6))
     loss, _, report = function(losses)
     loss.backward()
     assert (loss.item(), report.tolist()) == (0.0, [0.0, 0.0])
