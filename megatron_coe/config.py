@@ -291,6 +291,14 @@ class CoEConfig(MLATransformerConfig):
                 "add_bias_linear=True: experts and routers have no biases here. Set it to false "
                 "(add_qkv_bias gives the attention its own)."
             )
+        kinds = self.moe_router_load_balancing_type
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        if "global_aux_loss" in kinds and not self.coe_independent_gate and self.coe_iterations > 1:
+            raise ValueError(
+                f"moe_router_load_balancing_type={self.moe_router_load_balancing_type!r} with "
+                "coe_independent_gate=False: one router counts the tokens of all iterations "
+                "together. Choose 'seq_aux_loss' or 'aux_loss', or a router for each iteration."
+            )
         if self.moe_router_load_balancing_type == "sinkhorn":
             raise ValueError(
                 "moe_router_load_balancing_type='sinkhorn' is not supported by a CoE layer: choose "

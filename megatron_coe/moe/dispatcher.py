@@ -149,12 +149,6 @@ class AsyncDispatcher(MoEAlltoAllTokenDispatcher):
         exchange, self._dispatched = self._dispatched, None
         return super().dispatch_postprocess(*exchange.finish(global_input_tokens, global_probs))
 
-    def token_combine(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """The parent's, by an exchange that can be measured."""
-        exchange = Exchange(self.ep_group, self.input_splits, self.output_splits)
-        (rows,) = exchange.finish(*exchange.start(hidden_states))
-        return rows
-
 
 class _ToExperts(torch.autograd.Function):
     """x [T, H], probs [T, K] -> each row's token [R, H] and weight [R]."""

@@ -1,4 +1,4 @@
-"""All-to-alls between ranks that run while the rank computes, and the time that they cost it.
+"""All-to-alls between ranks that run while the rank computes.
 
 An `Exchange` is started and, after whatever does not need its result, finished; going back, the
 reverse exchange is started where this one was finished and finished where it was started. Autograd
@@ -8,11 +8,6 @@ gloo exchanges in threads of its own and NCCL on a stream of its own: the same c
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,47 +15,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 Splits = list[int] | None
 """Rows to or from each rank of the group; None for as many from each."""
-
-
-@dataclass
-class Exposure:
-    """How long work stood still for exchanges; filled while `measured_exposure` runs."""
-
-    host_s: float = 0.0
-    _on_device: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    def seconds(self) -> float:
-        """Of the host on a CPU, of the stream on a GPU, which this waits for."""
-        if self._on_device:
-            torch.cuda.synchronize()
-        return self.host_s + sum(a.elapsed_time(b) for a, b in self._on_device) / 1e3
-
-    @contextmanager
-    def _counted(self, on_gpu: bool) -> Iterator[None]:
-        if on_gpu:
-            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            events[0].record()
-            yield
-            events[1].record()
-            self._on_device.append(events)
-        else:
-            start = time.perf_counter()
-            yield
-            self.host_s += time.perf_counter() - start
-
-
-_measuring: list[Exposure] = []
-
-
-@contextmanager
-def measured_exposure() -> Iterator[Exposure]:
-    """Measure what exchanges cost this rank, forward and backward, inside the `with` block."""
-    exposure = Exposure()
-    _measuring.append(exposure)
-    try:
-        yield exposure
-    finally:
-        _measuring.remove(exposure)
 
 
 class Exchange:
@@ -100,12 +54,8 @@ class Exchange:
         return tuple(arriving)
 
     def _wait(self) -> None:
-        for work, tensor in self._under_way:
-            if not _measuring:
-                work.wait()
-                continue
-            with _measuring[-1]._counted(tensor.is_cuda):
-                work.wait()
+        for work, _ in self._under_way:
+            work.wait()
         self._under_way.clear()
 
 

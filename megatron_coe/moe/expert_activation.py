@@ -46,7 +46,7 @@ class SwiGLU:
         gate, up = hidden_TO.chunk(2, dim=-1)
         silu = F.silu(gate)
         y = silu * up
-        dprobs = (y * dy_TF).sum(-1, keepdim=True, dtype=probs_T1.dtype)
+        dprobs = (y * dy_TF.to(probs_T1.dtype)).sum(-1, keepdim=True)
         dy_TF = _weighted(dy_TF, probs_T1)
         dhidden = torch.empty_like(hidden_TO)
         dgate, dup = dhidden.chunk(2, dim=-1)

@@ -6,11 +6,12 @@ transposition; both kernels read it as it lies, forward and backward. No autogra
 
 Which kernel `grouping` chooses:
 
-- CUDA, 16-bit or fp32, rows of whole 16 bytes: PyTorch's `grouped_mm`, one launch for all experts,
-  with the group sizes kept on the device.
-- otherwise a loop over the experts. On a CPU it is as fast as `grouped_mm` or faster (measured in
-  `docs/performance.md`), takes fp64 too, does the activation while an expert's rows are in the
-  cache, and adds weight gradients into Megatron's gradient buffer as it goes.
+- CUDA of compute capability 9.0 or 10.0, bf16, rows of whole 16 bytes: PyTorch's `grouped_mm`, one
+  launch for all experts, with the group sizes kept on the device. (Anywhere else `grouped_mm` is
+  itself a loop, which asks the device for the sizes in every product.)
+- otherwise a loop over the experts. On a CPU neither wins at every shape (`docs/results.md`); the
+  loop takes fp64 too, does the activation while an expert's rows are in the cache, and adds weight
+  gradients into Megatron's gradient buffer as it goes.
 
 Axis letters: T rows, E experts, I input width, O output width.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 Grouping = list[int] | Tensor
 """Rows per expert (the loop) or the int32 ends of the groups, on the device (`grouped_mm`)."""
 
-_GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_GROUPED_MM_CAPABILITIES = ((9, 0), (10, 0))
 _GROUPED_MM_ALIGNMENT = 16  # bytes
 
 
@@ -37,12 +38,18 @@ def grouping(x_TI: Tensor, tokens_per_expert_E: Tensor, widths: tuple[int, ...])
         widths: every I and O that the grouping will be used with.
     """
     aligned = all(w * x_TI.element_size() % _GROUPED_MM_ALIGNMENT == 0 for w in widths)
-    supported = x_TI.is_cuda and x_TI.dtype in _GROUPED_MM_DTYPES and aligned
-    if not supported or x_TI.shape[0] == 0:
+    if not (aligned and _is_one_launch(x_TI)) or x_TI.shape[0] == 0:
         empty = x_TI.shape[0] == 0  # known without asking the device
         return [0] * len(tokens_per_expert_E) if empty else tokens_per_expert_E.tolist()
     ends = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
     return ends.to(x_TI.device, non_blocking=True)
+
+
+def _is_one_launch(x: Tensor) -> bool:
+    """Whether `grouped_mm` is one kernel for such rows (ATen/native/cuda/GroupedBlas.cpp)."""
+    if not x.is_cuda or x.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(x.device) in _GROUPED_MM_CAPABILITIES
 
 
 def times_transposed(x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -66,6 +66,10 @@ REFUSED = [
     ({"moe_use_legacy_grouped_gemm": True}, ["moe_use_legacy_grouped_gemm=True"]),
     ({"overlap_moe_expert_parallel_comm": True}, ["overlap_moe_expert_parallel_comm=True"]),
     ({"delay_wgrad_compute": True}, ["delay_wgrad_compute=True", "overlap_moe"]),
+    (
+        {"moe_router_load_balancing_type": "global_aux_loss", "coe_independent_gate": False},
+        ["moe_router_load_balancing_type='global_aux_loss'", "coe_independent_gate=False"],
+    ),
     ({"moe_router_load_balancing_type": "sinkhorn"}, ["sinkhorn", "seq_aux_loss"]),
     ({"cuda_graph_scope": ["moe_router"]}, ["cuda_graph_scope", "moe_router"]),
     ({"multi_latent_attention": False, "rope_type": "yarn"}, ["rope_type='yarn'", "'rope'"]),
