@@ -179,6 +179,8 @@ class Trainer:
         trainee.schedule.step(1)
         self.progress.step += 1
         self.progress.samples += self.settings.train.global_batch_size
+        if is_reported and self.train.device.type == "cuda":
+            torch.cuda.synchronize()  # the update is only launched: it belongs to this step's time
         seconds = time.perf_counter() - started_s
         self._seconds += seconds
         return StepFigures(loss, lr, grad_norm, grad_norms, seconds, skipped)
