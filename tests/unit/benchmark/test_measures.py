@@ -70,14 +70,20 @@ def test_union_and_what_is_uncovered():
 def test_waiting_in_collectives_is_exposed():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        spent = []
 
         def work():
-            time.sleep(0.2)
-            for _ in range(3):
-                dist.all_reduce(torch.ones(1_000_000))
+            time.sleep(0.1)
+            tensor = torch.ones(1000)
+            began = time.perf_counter()
+            for _ in range(300):
+                dist.all_reduce(tensor)
+            spent.append(time.perf_counter() - began)
 
+        began = time.perf_counter()
         share = communication.exposed_share(work, CPU)
-        assert 0 < share < 1
+        exposed = share * (time.perf_counter() - began)
+        assert 0.2 * spent[0] < exposed < spent[0]  # the rest is Python, slow while it is watched
         assert communication.exposed_share(lambda: time.sleep(0.05), CPU) == 0
     finally:
         dist.destroy_process_group()
