@@ -35,10 +35,12 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
         MoEAuxLossAutoScaler,
         get_moe_layer_wise_logging_tracker,
     )
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from tests.threads import release_groups
 
     get_moe_layer_wise_logging_tracker().clear()  # sized by the first model of other tests
+    MTPLossLoggingHelper.tracker.clear()  # likewise
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
