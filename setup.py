@@ -10,12 +10,13 @@ setup(
     description="Chain-of-Experts as a Megatron-Core model provider",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10",
     packages=find_packages(include=["megatron_coe", "megatron_coe.*"]),
     package_data={"megatron_coe.analysis": ["report.html"]},
     install_requires=[
         "torch>=2.10",  # torch.nn.functional.grouped_mm
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
         "sentencepiece",
         "nltk",
         "omegaconf>=2.4",

@@ -13,7 +13,7 @@ from megatron.core.utils import get_te_version, init_method_normal
 
 from megatron_coe import sizes
 from megatron_coe.layout import Layout, check_layout, extents_of
-from megatron_coe.versions import no_graph_scopes
+from megatron_coe.megatron_compat.versions import no_graph_scopes
 
 RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 """How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""

@@ -22,9 +22,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_coe.backends.latent import LatentAttention
 from megatron_coe.backends.torch import TorchSpecProvider
 from megatron_coe.config import CoEConfig
+from megatron_coe.megatron_compat.versions import (
+    experts_part,
+    part_class,
+    part_submodules,
+    with_module,
+)
 from megatron_coe.moe.layer import CoELayer, keep_chain_output
 from megatron_coe.moe.router import CoERouter, IterationRouters
-from megatron_coe.versions import experts_part, part_class, part_submodules, remade
 
 
 def get_coe_decoder_block_spec(
@@ -76,7 +81,7 @@ def _chain_experts(
     parts.router = IterationRouters if config.coe_independent_gate else CoERouter
     parts.experts = experts_part(backend.grouped_mlp_modules(config.moe_grouped_gemm))
     # The 0.16 line hands process groups to Megatron's own classes only.
-    layer.mlp = remade(layer.mlp, CoELayer, pg_collection=pg_collection)
+    layer.mlp = with_module(layer.mlp, CoELayer, pg_collection=pg_collection)
     layer.mlp_bda = get_bias_dropout_add if config.adds_stream else keep_chain_output
 
 

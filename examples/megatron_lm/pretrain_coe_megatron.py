@@ -31,8 +31,8 @@ def main() -> int:
 
     from megatron.core.enums import ModelType
 
+    from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
     from megatron_coe.megatron_lm import add_coe_args, coe_builder
-    from megatron_coe.versions import PARTS_ARE_PARTIALS
 
     gpt.train_valid_test_datasets_provider.is_distributed = True
     builder = partial(model_provider, coe_builder)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 # Not `import torch`: once the module beside this one is imported, that name means it.
 from torch import cuda, device
 
-from megatron_coe.backends import compat, cpu
-from megatron_coe.backends.compat import have_apex, have_te
+from megatron_coe.megatron_compat import cpu, patches
+from megatron_coe.megatron_compat.patches import have_apex, have_te
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
@@ -45,9 +45,9 @@ cannot even be configured without it, `CoEConfig` refuses.)"""
 def prepare() -> device:
     """Make Megatron-Core run on this machine as it is; call once, before building anything.
 
-    Corrects what Megatron gets wrong without Transformer Engine (:mod:`.compat`) and, without
-    CUDA, covers its CUDA-only spots (:mod:`.cpu`). With CUDA, selects the device ``LOCAL_RANK``
-    names. Idempotent.
+    Patches what Megatron gets wrong without Transformer Engine (`megatron_compat.patches`) and,
+    without CUDA, its CUDA-only spots (`megatron_compat.cpu`). With CUDA, selects the device that
+    ``LOCAL_RANK`` names. Idempotent.
 
     Returns:
         The device on which to put the model and the data.
@@ -55,7 +55,7 @@ def prepare() -> device:
     Raises:
         ValueError: ``LOCAL_RANK`` is not the index of a CUDA device.
     """
-    compat.install()
+    patches.install()
     if not cuda.is_available():
         cpu.install()
         return cpu.CPU

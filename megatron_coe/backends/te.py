@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron.core.extensions import transformer_engine_spec_provider as megatron_te
 
-from megatron_coe.versions import PARTS_ARE_PARTIALS, ExpertModules
+from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS, ExpertModules
 
 
 class TESpecProvider(megatron_te.TESpecProvider):

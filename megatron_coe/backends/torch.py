@@ -38,8 +38,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_coe.backends.latent import LatentAttention
+from megatron_coe.megatron_compat.versions import ExpertModules, expert_modules
 from megatron_coe.moe.experts import GroupedExperts
-from megatron_coe.versions import ExpertModules, expert_modules
 
 
 class TorchSpecProvider(BackendSpecProvider):

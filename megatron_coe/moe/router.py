@@ -27,8 +27,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_coe.config import CoEConfig
+from megatron_coe.megatron_compat.versions import record_balance_loss
 from megatron_coe.moe.balance import iteration_key
-from megatron_coe.versions import record_balance_loss
 
 NORMALISING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
 

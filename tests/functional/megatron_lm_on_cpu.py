@@ -2,7 +2,7 @@
 
     python tests/functional/megatron_lm_on_cpu.py RECORD SCRIPT ARGUMENTS
 
-`megatron_coe.backends.cpu` covers `megatron.core`; this covers what the checkout's
+`megatron_coe.megatron_compat.cpu` covers `megatron.core`; this covers what the checkout's
 `megatron.training` takes for granted besides. RECORD gets rank 0's weights before the first step,
 its micro-batches and what Megatron-LM's loss function reported of each.
 """
@@ -22,7 +22,8 @@ import torch
 
 def cover() -> None:
     """Apply `megatron_coe`'s covers, then those of the training side."""
-    from megatron_coe.backends import cpu, prepare
+    from megatron_coe.backends import prepare
+    from megatron_coe.megatron_compat import cpu
 
     prepare()
     for module in LITERAL_CUDA:

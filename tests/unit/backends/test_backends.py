@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_coe import backends
-from megatron_coe.backends import compat, cpu
+from megatron_coe.megatron_compat import cpu, patches
 
 
 def test_preparing_twice_changes_nothing_more(device):
@@ -45,7 +45,7 @@ def test_an_unknown_backend_is_refused_with_the_choices(device):
         backends.resolve_backend("jax")
 
 
-def test_covers_refuse_to_hide_a_gpu(monkeypatch):
+def test_cpu_patches_refuse_to_hide_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match=r"torch\.cuda\.is_available\(\) is true"):
         cpu.install()
@@ -63,8 +63,8 @@ def test_a_local_rank_without_a_device_is_refused(monkeypatch, device, local_ran
 @pytest.fixture
 def fresh_imports():
     yield
-    compat._importable.cache_clear()
-    compat._warn_of_foreign_apex.cache_clear()
+    patches._importable.cache_clear()
+    patches._warn_of_foreign_apex.cache_clear()
 
 
 def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_imports):
@@ -73,26 +73,26 @@ def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_im
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("apex", "apex.multi_tensor_apply", "amp_C"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    compat._importable.cache_clear()
+    patches._importable.cache_clear()
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     assert not backends.have_apex()
     with pytest.warns(RuntimeWarning, match="is not NVIDIA Apex") as caught:
-        compat.install()
-        compat.install()
+        patches.install()
+        patches.install()
     assert len([w for w in caught if "NVIDIA Apex" in str(w.message)]) == 1
 
     (tmp_path / "apex" / "multi_tensor_apply.py").write_text("")
     (tmp_path / "amp_C.py").write_text("")
-    compat._importable.cache_clear()
-    compat._warn_of_foreign_apex.cache_clear()
+    patches._importable.cache_clear()
+    patches._warn_of_foreign_apex.cache_clear()
     import importlib
 
     importlib.invalidate_caches()
     assert backends.have_apex()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        compat.install()
+        patches.install()
     for name in ("apex", "apex.multi_tensor_apply", "amp_C"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
@@ -101,7 +101,7 @@ def test_a_package_that_breaks_on_import_counts_as_absent(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('no libcuda')")
-    compat._importable.cache_clear()
+    patches._importable.cache_clear()
     assert not backends.have_te()
 
 

@@ -1,12 +1,11 @@
-"""Run Megatron-Core 0.16.1 on a CPU with gloo: an execution backend for development, tests and
-small runs.
+"""Run Megatron-Core on a CPU with gloo: an execution backend for development, tests and small runs.
 
 Megatron-Core's Python code assumes CUDA in a handful of spots (a literal ``device="cuda"``, a
 stream, the CUDA generator, ``"torch.cuda.FloatTensor"``). Its mathematics does not. Each row of
-:data:`COVERS` makes one kind of spot work on a CPU; :func:`install` applies them all. Nothing is
-covered at import, and nothing ever is where CUDA is available.
+:data:`PATCHES` makes one kind of spot work on a CPU; :func:`install` applies them all. Nothing is
+patched at import, and nothing ever is where CUDA is available.
 
-No cover stands in a hot path: a literal device is rewritten by giving the few modules that hold
+No patch stands in a hot path: a literal device is rewritten by giving the few modules that hold
 one their own view of ``torch``, so every other call costs what it costs in plain PyTorch.
 """
 
@@ -31,24 +30,24 @@ _installed = False
 
 
 def install() -> None:
-    """Apply every cover of :data:`COVERS`; later calls do nothing.
+    """Apply every patch of :data:`PATCHES`; later calls do nothing.
 
     Works whether or not Megatron's modules were imported before.
 
     Raises:
-        RuntimeError: CUDA is available, where the covers would send GPU work to the CPU.
+        RuntimeError: CUDA is available, where the patches would send GPU work to the CPU.
     """
     global _installed
     if torch.cuda.is_available():
         raise RuntimeError(
-            "megatron_coe.backends.cpu.install() is for machines without CUDA, but "
+            "megatron_coe.megatron_compat.cpu.install() is for machines without CUDA, but "
             f"torch.cuda.is_available() is true ({torch.cuda.device_count()} device(s)): leave it "
             "out, or hide the devices with CUDA_VISIBLE_DEVICES="
         )
     if _installed:
         return
-    for cover in COVERS.values():
-        cover()
+    for patch in PATCHES.values():
+        patch()
     _keep_freed_memory()
     _installed = True
 
@@ -124,11 +123,11 @@ def _nothing(*args: object, **kwargs: object) -> None:
     pass
 
 
-def _cover_current_device() -> None:
+def _patch_current_device() -> None:
     torch.cuda.current_device = _current_device
 
 
-def _cover_streams() -> None:
+def _patch_streams() -> None:
     torch.cuda.Stream = Stream
     torch.cuda.Event = Event
     torch.cuda.stream = _stream_context
@@ -162,7 +161,7 @@ def _not_about_the_shared_generator(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
-def _cover_rng() -> None:
+def _patch_rng() -> None:
     """The one CPU generator plays the CUDA generator's part, for seeds and for the tracker."""
     for namespace in (torch.cuda, torch.cuda.random):
         namespace.get_rng_state = _get_rng_state
@@ -214,13 +213,13 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return create
 
 
-def _cover_literal_devices() -> None:
+def _patch_literal_devices() -> None:
     view = TorchOnCpu("torch")
     for name in _LITERAL_CUDA:
         importlib.import_module(name).torch = view
 
 
-def _cover_pinned_memory() -> None:
+def _patch_pinned_memory() -> None:
     """Rotary positions of context-parallel ranks come from a pinned tensor."""
     view = _TorchUnpinned("torch")
     importlib.import_module("megatron.core.models.common.embeddings.rope_utils").torch = view
@@ -237,7 +236,7 @@ class _TorchUnpinned(types.ModuleType):
         return torch.tensor(data, **options)
 
 
-def _cover_tensor_cuda() -> None:
+def _patch_tensor_cuda() -> None:
     def cuda(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return self
 
@@ -266,7 +265,7 @@ def _with_cuda_type_strings(function: Callable) -> Callable:
     return call
 
 
-def _cover_type_strings() -> None:
+def _patch_type_strings() -> None:
     """The optimizers sort parameters by ``"torch.cuda.FloatTensor"`` and its like.
 
     All three run once at set-up or once per step, so the mode costs training nothing.
@@ -284,14 +283,14 @@ def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _cover_split_sizes() -> None:
+def _patch_split_sizes() -> None:
     """The dispatcher turns split sizes into numbers only where they are CUDA tensors."""
     importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     _rebind(moe_utils.maybe_move_tensor_to_cpu, _to_host)
 
 
-def _cover_uneven_parts() -> None:
+def _patch_uneven_parts() -> None:
     """gloo gathers and scatters parts of one size; experts divided over EP and ETP have others."""
     mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
     gather = mappings._gather_along_first_dim
@@ -323,7 +322,7 @@ def _cover_uneven_parts() -> None:
 _COMPILED_FROM = "_torchdynamo_orig_callable"
 
 
-def _cover_fusions() -> None:
+def _patch_fusions() -> None:
     """Megatron's ``jit_fuser`` is ``torch.compile``: on a CPU that is a C++ build per function and
     process, and a new one as routing changes the shapes. Its functions run eagerly instead."""
     jit = importlib.import_module("megatron.core.jit")
@@ -336,17 +335,17 @@ def _cover_fusions() -> None:
                     setattr(namespace, name, getattr(value, _COMPILED_FROM))
 
 
-COVERS: dict[str, Callable[[], None]] = {
-    "current_device": _cover_current_device,
-    "streams": _cover_streams,
-    "rng": _cover_rng,
-    "literal_devices": _cover_literal_devices,
-    "pinned_memory": _cover_pinned_memory,
-    "tensor_cuda": _cover_tensor_cuda,
-    "type_strings": _cover_type_strings,
-    "split_sizes": _cover_split_sizes,
-    "uneven_parts": _cover_uneven_parts,
-    "fusions": _cover_fusions,
+PATCHES: dict[str, Callable[[], None]] = {
+    "current_device": _patch_current_device,
+    "streams": _patch_streams,
+    "rng": _patch_rng,
+    "literal_devices": _patch_literal_devices,
+    "pinned_memory": _patch_pinned_memory,
+    "tensor_cuda": _patch_tensor_cuda,
+    "type_strings": _patch_type_strings,
+    "split_sizes": _patch_split_sizes,
+    "uneven_parts": _patch_uneven_parts,
+    "fusions": _patch_fusions,
 }
 """One row per kind of CUDA-only spot. Removing a row brings its symptom back (see the tests)."""
 

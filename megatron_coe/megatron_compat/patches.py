@@ -1,4 +1,4 @@
-"""Mends of what Megatron-Core gets wrong where Transformer Engine is absent, on any device.
+"""Patches of what Megatron-Core gets wrong where Transformer Engine is absent, on any device.
 
 Its modules each guess for themselves whether Transformer Engine and Apex are there, and some guess
 wrong: names stay undefined, or a package that happens to be called ``apex`` is taken for NVIDIA's.
@@ -42,9 +42,9 @@ def install() -> None:
     foreign_apex = _importable("apex") and not have_apex()
     if foreign_apex:
         _warn_of_foreign_apex()
-    for name, mend in MENDS.items():
+    for name, patch in PATCHES.items():
         if foreign_apex if name == "foreign_apex" else not have_te():
-            mend()
+            patch()
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def _megatron_modules() -> Iterator[types.ModuleType]:
             yield module
 
 
-def _mend_have_te() -> None:
+def _patch_have_te() -> None:
     """``multi_latent_attention`` imports only Megatron's wrappers, which import without Transformer
     Engine (as ``None``), and concludes that it is there: ``isinstance(x, None)`` follows. Later
     versions ask in the same way whether a layer is one for inference, which is Transformer
@@ -107,13 +107,13 @@ def _never(module: object) -> bool:
     return False
 
 
-def _mend_router_gemm() -> None:
+def _patch_router_gemm() -> None:
     """``moe_utils`` leaves ``te_general_gemm`` undefined, then compares it with ``None``."""
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     moe_utils.te_general_gemm = None
 
 
-def _mend_selective_recompute() -> None:
+def _patch_selective_recompute() -> None:
     """``CheckpointWithoutOutput(fp8=False)``, its default, means "with fp8" and calls Transformer
     Engine; only ``None`` means without."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
@@ -123,7 +123,7 @@ def _mend_selective_recompute() -> None:
         cls.__init__.__defaults__ = (None, *others)
 
 
-def _mend_distributed_optimizer_load() -> None:
+def _patch_distributed_optimizer_load() -> None:
     """Torch's Adam keeps a step count per parameter, which the distributed optimizer restores
     first, then leaves out of a checkpoint's tensors and asks for all the same (``KeyError``)."""
     module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
@@ -141,7 +141,7 @@ def _mend_distributed_optimizer_load() -> None:
     module.DistributedOptimizer._set_main_param_and_optimizer_states = keep_step
 
 
-def _mend_gradient_norm() -> None:
+def _patch_gradient_norm() -> None:
     """Megatron's own L2 norm of many tensors reads one value per tensor back to the host, so that a
     GPU waits as often in every step."""
     clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
@@ -161,7 +161,7 @@ def _l2_norm(
     return norm.float().reshape(1), None
 
 
-def _mend_foreign_apex() -> None:
+def _patch_foreign_apex() -> None:
     """Any importable ``apex`` makes Megatron choose its FusedLayerNorm, which then refuses."""
     apex_norm = importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
     torch_norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
@@ -185,12 +185,12 @@ def _use_torch_optimizers() -> None:
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = False
 
 
-MENDS: dict[str, Callable[[], None]] = {
-    "have_te": _mend_have_te,
-    "router_gemm": _mend_router_gemm,
-    "selective_recompute": _mend_selective_recompute,
-    "distributed_optimizer_load": _mend_distributed_optimizer_load,
-    "gradient_norm": _mend_gradient_norm,
-    "foreign_apex": _mend_foreign_apex,
+PATCHES: dict[str, Callable[[], None]] = {
+    "have_te": _patch_have_te,
+    "router_gemm": _patch_router_gemm,
+    "selective_recompute": _patch_selective_recompute,
+    "distributed_optimizer_load": _patch_distributed_optimizer_load,
+    "gradient_norm": _patch_gradient_norm,
+    "foreign_apex": _patch_foreign_apex,
 }
 """One row per fault. Removing a row brings its symptom back (see the tests)."""

@@ -9,8 +9,13 @@ import torch
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_coe.megatron_compat.versions import (
+    experts_part,
+    part_class,
+    part_submodules,
+    with_module,
+)
 from megatron_coe.specs import _substitute
-from megatron_coe.versions import experts_part, part_class, part_submodules, remade
 
 
 class Old(torch.nn.Module):
@@ -33,7 +38,7 @@ def parts() -> list:
 @pytest.mark.parametrize("part", parts(), ids=["spec", "partial"])
 def test_a_part_is_read_and_remade(part) -> None:
     assert part_class(part) is Old
-    other = remade(part, New, b=2)
+    other = with_module(part, New, b=2)
     assert (part_class(other), part_class(part)) == (New, Old)
     assert part_submodules(other) is part_submodules(part)
     arguments = other.params if isinstance(other, ModuleSpec) else other.keywords

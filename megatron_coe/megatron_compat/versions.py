@@ -50,7 +50,7 @@ def part_submodules(part: Part) -> object:
     return part.keywords.get("submodules") if isinstance(part, partial) else None
 
 
-def remade(part: Part, module: type, **params: object) -> Part:
+def with_module(part: Part, module: type, **params: object) -> Part:
     """The same part with another class, and these arguments to its constructor besides."""
     if isinstance(part, ModuleSpec):
         part = copy(part)

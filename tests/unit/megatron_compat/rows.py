@@ -1,4 +1,4 @@
-"""Show, for every cover and mend, the symptom without it. Run as a program; prints JSON.
+"""Show, for every patch, the symptom without it. Run as a program; prints JSON.
 
 The rows change Megatron for the whole process, so each is left out in a fork of one process that
 has imported Megatron and applied nothing. The result is {row: [what went wrong without the row,
@@ -45,7 +45,7 @@ from megatron.core.transformer.transformer_config import (  # noqa: E402
 )
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from megatron_coe.backends import compat, cpu  # noqa: E402
+from megatron_coe.megatron_compat import cpu, patches  # noqa: E402
 
 
 def config(**overrides: object) -> TransformerConfig:
@@ -253,14 +253,14 @@ ROWS: dict[str, Callable[[], None]] = {
 
 
 def fault_in_a_fork(row: str, left_out: str | None) -> str | None:
-    """The exception of a row's exercise, `None` if it passed; the covers die with the fork."""
+    """The exception of a row's exercise, `None` if it passed; the patches die with the fork."""
     reader, writer = os.pipe()
     if os.fork() == 0:
         fault = None
         try:
-            for table in (cpu.COVERS, compat.MENDS):
+            for table in (cpu.PATCHES, patches.PATCHES):
                 table.pop(left_out, None)
-            compat.install()
+            patches.install()
             cpu.install()
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

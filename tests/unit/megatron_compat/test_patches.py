@@ -1,4 +1,4 @@
-"""Every row of `cpu.COVERS` and `compat.MENDS` is needed, and all of them together suffice."""
+"""Every row of `cpu.PATCHES` and `patches.PATCHES` is needed, and all of them together suffice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SYMPTOMS = {
     "foreign_apex": "Apex must be installed",
 }
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the covers are for CPUs")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for CPUs")
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +64,16 @@ def test_with_every_row_it_works(outcomes, row):
 
 
 def test_every_row_has_a_symptom():
-    from megatron_coe.backends import compat, cpu
+    from megatron_coe.megatron_compat import cpu, patches
 
-    assert set(SYMPTOMS) == set(cpu.COVERS) | set(compat.MENDS)
+    assert set(SYMPTOMS) == set(cpu.PATCHES) | set(patches.PATCHES)
 
 
 def test_modules_with_literal_devices_still_have_them():
     """A list that outlives its reason would hide what is new in Megatron."""
     import importlib
 
-    from megatron_coe.backends import cpu
+    from megatron_coe.megatron_compat import cpu
 
     for name in cpu._LITERAL_CUDA:
         source = Path(importlib.import_module(name).__file__).read_text()
