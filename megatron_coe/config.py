@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from megatron.core.utils import get_te_version, init_method_normal
+from megatron.core.utils import init_method_normal
 
 from megatron_coe import sizes
 from megatron_coe.layout import Layout, check_layout, extents_of
-from megatron_coe.megatron_compat.versions import no_graph_scopes
+from megatron_coe.megatron_compat.versions import no_graph_scopes, te_is_installed
 
 RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 """How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
@@ -281,7 +281,7 @@ class CoEConfig(MLATransformerConfig):
                     "Unset it."
                 )
         for name in ("fp8", "fp4", "moe_permute_fusion", "moe_router_fusion"):
-            if getattr(self, name) and get_te_version() is None:
+            if getattr(self, name) and not te_is_installed():
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs Transformer Engine, which is not "
                     "installed. Unset it."

@@ -8,13 +8,19 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_coe.backends import resolve_backend
 from megatron_coe.config import CoEConfig
+from megatron_coe.megatron_compat.versions import (
+    Part,
+    build_part,
+    experts_part,
+    part_submodules,
+    with_module,
+)
 from megatron_coe.moe.experts import GroupedExperts
 from megatron_coe.moe.layer import CoELayer
 from megatron_coe.moe.router import CoERouter, IterationRouters
@@ -54,23 +60,26 @@ def tiny_provider(**changes) -> CoEModelProvider:
 
 def build_layer(config: CoEConfig, layer_class: type = CoELayer) -> CoELayer:
     """One layer as the specs build it (tests/unit/test_specs.py holds them to the same parts)."""
-    spec = get_moe_module_spec_for_backend(LocalSpecProvider(), num_experts=1)
-    module, submodules = resolve_backend("torch").grouped_mlp_modules(True, False)
-    spec.module = layer_class
-    spec.submodules.experts = ModuleSpec(module=module, submodules=submodules)
+    return build_part(moe_part(config, layer_class), config=config, layer_number=1)
+
+
+def moe_part(config: CoEConfig, layer_class: type = CoELayer) -> Part:
+    """The part of a decoder layer's spec that describes an MoE layer over `GroupedExperts`."""
+    stock = get_moe_module_spec_for_backend(LocalSpecProvider(), num_experts=1)
+    part = with_module(stock, layer_class)
+    submodules = part_submodules(part)
+    submodules.experts = experts_part(resolve_backend("torch").grouped_mlp_modules(True))
     if issubclass(layer_class, CoELayer):
         independent = config.coe_independent_gate
-        spec.submodules.router = IterationRouters if independent else CoERouter
-    return build_module(spec, config=config, layer_number=1)
+        submodules.router = IterationRouters if independent else CoERouter
+    return part
 
 
 def decoder_layer(config: CoEConfig, layer_class: type = CoELayer) -> TransformerLayer:
     """A whole decoder layer with a CoE layer, or with another MoE layer over the same experts."""
     spec = get_coe_decoder_block_spec(config, resolve_backend("torch")).layer_specs[0]
     if layer_class is not CoELayer:
-        spec.submodules.mlp.module = layer_class
-        spec.submodules.mlp.params = {}
-        spec.submodules.mlp.submodules.router = TopKRouter
+        spec.submodules.mlp = moe_part(config, layer_class)
     return build_module(spec, config=config, layer_number=1)
 
 

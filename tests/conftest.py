@@ -31,15 +31,13 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.moe.moe_utils import (
-        MoEAuxLossAutoScaler,
-        get_moe_layer_wise_logging_tracker,
-    )
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+    from megatron_coe.megatron_compat.versions import forget_balance_losses
     from tests.threads import release_groups
 
-    get_moe_layer_wise_logging_tracker().clear()  # sized by the first model of other tests
+    forget_balance_losses()  # sized by the first model of other tests
     MTPLossLoggingHelper.tracker.clear()  # likewise
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = torch.distributed.HashStore()

@@ -20,12 +20,12 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_coe.backends import resolve_backend
 from megatron_coe.benchmark.timing import Arm, Lap
 from megatron_coe.config import CoEConfig
+from megatron_coe.megatron_compat.versions import build_part
 from megatron_coe.moe.experts import GroupedExperts
 from megatron_coe.moe.layer import CoELayer
 from megatron_coe.provider import CoEModelProvider
@@ -44,7 +44,7 @@ class StockChain(torch.nn.Module):
             LocalSpecProvider(), num_experts=config.num_moe_experts, moe_grouped_gemm=False
         )
         self.iterations = config.coe_iterations
-        self.layer: MoELayer = build_module(spec, config=replace(config))
+        self.layer: MoELayer = build_part(spec, config=replace(config))
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         for _ in range(self.iterations):
@@ -71,7 +71,7 @@ class StockChain(torch.nn.Module):
 def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
     """A CoE layer as the model's specs have it, of no model: its balance is logged nowhere."""
     block = get_coe_decoder_block_spec(provider, resolve_backend(provider.backend))
-    layer = build_module(block.layer_specs[0].submodules.mlp, config=provider)
+    layer = build_part(block.layer_specs[0].submodules.mlp, config=provider)
     return layer.to(device, provider.params_dtype)
 
 

@@ -1,10 +1,10 @@
-"""What Megatron-Core's 0.16 line and its later one (0.18 to 0.20 dev, Megatron-LM's main branch) do
-differently, in one place; everything else of the package is written once for both.
+"""What Megatron-Core's 0.16 line and its current one (0.18 and later) name or shape differently.
 
-The package requires the 0.16 wheel. A Megatron-LM checkout brings its own `megatron.core`, which
-stands before the wheel on the path: that is how the later line is met.
+Everything else of the package is written once for both. Python 3.12 and later have the current
+line's wheels (0.19.2), Python 3.10 and 3.11 the last of the 0.16 line (0.16.1); a Megatron-LM
+checkout brings its own `megatron.core`, which stands before the wheel on the path.
 
-The 0.16 line describes a layer's parts by `ModuleSpec`s, the later one by `functools.partial`s of
+The 0.16 line describes a layer's parts by `ModuleSpec`s, the current one by `functools.partial`s of
 their classes.
 """
 
@@ -12,23 +12,31 @@ from __future__ import annotations
 
 from copy import copy
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import __version__ as MEGATRON_VERSION
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core import parallel_state
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.utils import get_batch_on_this_cp_rank as _get_batch_on_this_cp_rank
+from megatron.core.utils import get_te_version
+from packaging.version import Version
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
 _MINOR = int(MEGATRON_VERSION.split(".")[1]) if MEGATRON_VERSION.startswith("0.") else 0
 
 if _MINOR != 16 and _MINOR < 18:
     raise ImportError(
         f"megatron-core {MEGATRON_VERSION} is not supported: its MoE layers are described neither "
-        "as in 0.16 nor as in 0.18 and later. Install megatron-core 0.16, or use a Megatron-LM "
-        "checkout of the 0.16 line or from 0.18 on."
+        "as in 0.16 nor as in 0.18 and later. Install megatron-core 0.19 (Python 3.12 and later) "
+        "or 0.16.1 (Python 3.10 and 3.11), or use a Megatron-LM checkout of such a version."
     )
 
 PARTS_ARE_PARTIALS = _MINOR >= 18
-"""Whether layer parts are `functools.partial`s of classes (later line) or `ModuleSpec`s (0.16)."""
+"""Whether layer parts are `functools.partial`s of classes (current line), not `ModuleSpec`s."""
 
 # --- parts of layers ------------------------------------------------------------------------------
 
@@ -37,10 +45,17 @@ Part = type | partial | ModuleSpec
 
 
 def part_class(part: Part) -> object:
-    """What a spec's part will build: a class, or a function that makes one."""
+    """The class that a spec's part will build, or a function that makes one."""
     if isinstance(part, ModuleSpec):
         return part.module
-    return part.func if isinstance(part, partial) else part
+    if isinstance(part, partial):  # of a class, or of a class method that makes one
+        return getattr(part.func, "__self__", part.func)
+    return part
+
+
+def build_part(part: Part, **arguments: object) -> torch.nn.Module:
+    """Build what a spec's part describes."""
+    return part(**arguments) if isinstance(part, partial) else build_module(part, **arguments)
 
 
 def part_submodules(part: Part) -> object:
@@ -81,12 +96,39 @@ def experts_part(modules: ExpertModules) -> Part:
 def no_graph_scopes() -> list | None:
     """`cuda_graph_scope` of a configuration without CUDA graphs of parts of a layer.
 
-    The later line renamed the field to `cuda_graph_modules` and wants the old one unset.
+    The current line renamed the field to `cuda_graph_modules` and wants the old one unset.
     """
     return None if PARTS_ARE_PARTIALS else []
 
 
-# --- routers ---------------------------------------------------------------------
+# --- Transformer Engine ---------------------------------------------------------------------------
+
+
+def te_is_installed() -> bool:
+    """Whether Megatron found a version of Transformer Engine; where none is, the 0.16 line says
+    None and the current one 0.0.0."""
+    return get_te_version() not in (None, Version("0.0.0"))
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def get_batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This context-parallel rank's two chunks of each sequence of the batch, by Megatron.
+
+    The current line wants the group: without it a batch is sliced over all ranks of the world, and
+    every layout but context parallelism alone trains on parts of its sequences, without a word.
+
+    Args:
+        batch: tensors [B, S] by name (an `attention_mask` [B, 1, S, S]).
+    """
+    if not PARTS_ARE_PARTIALS:
+        return _get_batch_on_this_cp_rank(batch)
+    group = parallel_state.get_context_parallel_group()
+    return _get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+
+
+# --- balance losses -------------------------------------------------------------------------------
 
 
 def record_balance_loss(
@@ -99,9 +141,7 @@ def record_balance_loss(
 ) -> None:
     """Add a loss to Megatron's per-layer log of this step; `layer_number` counts from 1."""
     if PARTS_ARE_PARTIALS:
-        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-        get_moe_metrics_tracker().record(
+        moe_metrics_tracker().record(
             name,
             loss,
             layer_number,
@@ -120,3 +160,33 @@ def record_balance_loss(
         reduce_group=reduce_group,
         reduce_group_has_dp=reduce_group_has_dp,
     )
+
+
+def recorded_balance_losses() -> dict[str, Tensor]:
+    """What this rank has recorded since `forget_balance_losses`, by name [num_layers]."""
+    if PARTS_ARE_PARTIALS:
+        return {name: entry.values for name, entry in moe_metrics_tracker().metrics.items()}
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    tracker = get_moe_layer_wise_logging_tracker()
+    return {name: entry["values"] for name, entry in tracker.items()}
+
+
+def forget_balance_losses() -> None:
+    """Empty Megatron's log of balance losses: a process has one, as long as the first model that
+    it met has layers."""
+    if PARTS_ARE_PARTIALS:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+        destroy_moe_metrics_tracker()
+        return
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    get_moe_layer_wise_logging_tracker().clear()
+
+
+def moe_metrics_tracker() -> MoEMetricsTracker:
+    """The current line's log of balance losses."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    return get_moe_metrics_tracker()

@@ -1,6 +1,6 @@
 """The balance losses of a step, per layer and iteration, gathered from all ranks.
 
-Routers leave their losses in Megatron's tracker (megatron/core/transformer/moe/moe_utils.py): the
+Routers leave their losses in Megatron's own log (`megatron_coe.megatron_compat.versions`): the
 sum over iterations under Megatron's own name, and each iteration's under a name of its own.
 
 Axis letters: C iterations, L layers.
@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 from torch import Tensor
 
 from megatron_coe.config import CoEConfig
+from megatron_coe.megatron_compat.versions import (
+    forget_balance_losses,
+    recorded_balance_losses,
+)
 
 TRACKER_NAMES = {
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -51,15 +51,15 @@ def collect_balance(
         [C, L], fp32 on the CPU; 1 is perfect balance for the balance losses, dense layers hold 0.
     """
     losses = list(_configured_losses(config))
-    tracker = get_moe_layer_wise_logging_tracker()
+    recorded = recorded_balance_losses()
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     values = torch.zeros(len(losses), config.coe_iterations, num_layers, device=device)
     for row, loss in enumerate(losses):
         for t in range(config.coe_iterations):
             key = iteration_key(TRACKER_NAMES[loss], t)
-            if key in tracker:
-                values[row, t] = tracker[key]["values"]
-    clear_aux_losses_tracker()
+            if key in recorded:
+                values[row, t] = recorded[key]
+    forget_balance_losses()
     torch.distributed.all_reduce(
         values, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     )

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_coe.data.indexed import unigram_entropy
+from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.training.activity import EVALUATION, SAVING, STEP, Activity
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress
@@ -194,7 +194,7 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.trainee.optimizer.zero_grad()
-        clear_aux_losses_tracker()  # so that reports show one step, wherever the run began
+        forget_balance_losses()  # so that reports show one step, wherever the run began
         return self._forward_backward(lambda: iter(batches), self.num_microbatches, scale)
 
     def _skip(self, batches: list[Batch], loss: float, grad_norm: float) -> str:

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
 from megatron_coe.training.activity import Activity
 from megatron_coe.training.objective import Batch, LossFunction, make_loss_function
 from megatron_coe.training.setup import Trainee

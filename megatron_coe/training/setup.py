@@ -22,8 +22,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
+from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings
 
@@ -143,8 +143,7 @@ def build_model(
     provider: CoEModelProvider, parallel: ParallelSettings, device: torch.device
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, on the device, in the run's precision, wrapped for DDP."""
-    # Balance losses are logged in a table of the process, sized for the first model it saw.
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_balance_losses()  # of a model before this one
     stages = parallel.virtual_pipeline_model_parallel_size
     modules = [provider.provide(vp_stage=stage) for stage in (range(stages) if stages else [None])]
     modules = [module.to(device) for module in modules]

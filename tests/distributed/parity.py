@@ -37,9 +37,10 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import unwrap_model
 from torch.nn import Parameter
 
+from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
 from megatron_coe.moe.router import CoERouter
 from megatron_coe.training import loop, passes, setup
 from megatron_coe.training.batches import BatchSource

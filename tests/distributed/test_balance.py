@@ -119,17 +119,19 @@ def _objective(router, x: torch.Tensor, loss: str, dp_size: int) -> torch.Tensor
 
 def _one_silent_stage() -> list[float]:
     from megatron.core import parallel_state
-    from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
+    from megatron_coe.megatron_compat.versions import record_balance_loss
     from megatron_coe.moe.balance import collect_balance, iteration_key
     from tests.builders import tiny_config
 
+    group = parallel_state.get_tensor_and_context_parallel_group()
     config = tiny_config(
         coe_iterations=2, pipeline_model_parallel_size=2, pipeline_dtype=torch.float
     )
     if parallel_state.is_pipeline_first_stage():
         for t in range(2):
             key = iteration_key("seq_load_balancing_loss", t)
-            save_to_aux_losses_tracker(key, torch.tensor(1.0 + t), 1, config.num_layers)
+            loss = torch.tensor(1.0 + t)
+            record_balance_loss(key, loss, 1, config.num_layers, group, False)
     logged = collect_balance(config, 1, torch.device("cpu"))["seq_aux_loss"]
     return logged.sum(dim=0).tolist()

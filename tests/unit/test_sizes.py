@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_coe.megatron_compat.versions import forget_balance_losses
 from tests.builders import randomise, tiny_provider
 
 PAPER = {
@@ -92,7 +92,7 @@ def test_work_is_what_torch_counts(single_rank, shape: dict) -> None:
 
     That attention computes the whole S x S square, where the formula has the causal half.
     """
-    get_moe_layer_wise_logging_tracker().clear()  # as long as the model before had layers
+    forget_balance_losses()  # as long as the model before had layers
     provider = tiny_provider(**shape)
     model = provider.provide().train()
     randomise(model, torch.Generator().manual_seed(3))

@@ -10,6 +10,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_coe.backends import resolve_backend
 from megatron_coe.config import RESIDUAL_MODES
+from megatron_coe.megatron_compat.versions import part_class, part_submodules
+from megatron_coe.moe.experts import GroupedExperts
 from megatron_coe.moe.layer import CoELayer, keep_chain_output
 from megatron_coe.moe.router import CoERouter, IterationRouters
 from megatron_coe.specs import get_coe_decoder_block_spec
@@ -25,13 +27,14 @@ def backend(single_rank):
 def test_moe_layers_become_coe_layers_and_dense_ones_stay(backend, independent: bool) -> None:
     config = tiny_config(num_layers=3, moe_layer_freq=[0, 1, 1], coe_independent_gate=independent)
     dense, *chained = get_coe_decoder_block_spec(config, backend).layer_specs
-    assert dense.submodules.mlp.module is MLP
+    assert part_class(dense.submodules.mlp) is MLP
     assert dense.submodules.mlp_bda is get_bias_dropout_add
     for spec in chained:
         mlp = spec.submodules.mlp
-        assert mlp.module is CoELayer
-        assert mlp.submodules.router is (IterationRouters if independent else CoERouter)
-        assert mlp.submodules.experts.module is backend.grouped_mlp_modules(True, False)[0]
+        assert part_class(mlp) is CoELayer
+        parts = part_submodules(mlp)
+        assert parts.router is (IterationRouters if independent else CoERouter)
+        assert part_class(parts.experts) is GroupedExperts
 
 
 @pytest.mark.parametrize("mode", RESIDUAL_MODES)
@@ -46,12 +49,12 @@ def test_the_mode_decides_whether_the_stream_is_added(backend, mode: str) -> Non
 def test_layers_share_no_spec_and_megatrons_own_is_untouched(backend) -> None:
     config = tiny_config(num_layers=3)
     first, second, _ = get_coe_decoder_block_spec(config, backend).layer_specs
-    first.submodules.mlp.submodules.router = None
+    part_submodules(first.submodules.mlp).router = None
     first.submodules.self_attention.submodules.core_attention = None
-    assert second.submodules.mlp.submodules.router is IterationRouters
+    assert part_submodules(second.submodules.mlp).router is IterationRouters
     assert second.submodules.self_attention.submodules.core_attention is backend.core_attention()
     stock = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    assert all(spec.submodules.mlp.module is MoELayer for spec in stock.layer_specs)
+    assert all(part_class(spec.submodules.mlp) is MoELayer for spec in stock.layer_specs)
 
 
 def test_every_local_module_is_the_backends(backend) -> None:

@@ -277,6 +277,7 @@ def test_mla_builds_and_attends_with_these_modules():
     spec = get_gpt_layer_local_spec(
         multi_latent_attention=True, qk_layernorm=True, normalization="RMSNorm"
     ).submodules.self_attention
+    spec.module = provider.mla_self_attention()
     spec.submodules.core_attention = provider.core_attention()
     spec.submodules.kv_layernorm = provider.layer_norm(rms_norm=True, for_qk=True)
     attention = build_module(spec, config=config, layer_number=1)

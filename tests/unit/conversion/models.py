@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.conversion.config import to_hf_config
 from megatron_coe.conversion.names import weights
+from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.settings import load_settings
 from tests.builders import tiny_provider
@@ -48,7 +48,7 @@ def write_folder(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None
 
 def megatron_logits(step: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
     """Logits [B, S, V] of a checkpoint, loaded the way training loads it."""
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_balance_losses()
     settings = load_settings(step / CONFIG_FILE)
     trainer = make_trainer(settings, device)
     assert load_checkpoint(step, trainer.trainee).step == int(step.name.removeprefix("step_"))

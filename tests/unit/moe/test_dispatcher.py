@@ -10,13 +10,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_default_pg_collection,
-    get_moe_layer_wise_logging_tracker,
 )
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
 )
 
+from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.moe import experts
 from megatron_coe.moe.dispatcher import LocalDispatcher, order_by_expert
 from megatron_coe.moe.router import as_map
@@ -173,9 +173,9 @@ def without_values(groups, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(experts, "grouping", lambda _x, counts, _widths: counts.cumsum(0).int())
     scale = torch.ones(1, device="meta")
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale)
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_balance_losses()
     yield
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_balance_losses()
 
 
 def pass_without_values(changes: dict, padding: bool) -> None:

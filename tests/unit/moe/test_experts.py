@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_coe.megatron_compat.versions import experts_part, part_class, part_submodules
+
 HIDDEN, FFN, EXPERTS = 24, 20, 4
 COUNTS = {
     "uneven": [3, 8, 1, 5],
@@ -120,10 +122,10 @@ def test_equals_megatrons_sequential_experts_bit_for_bit(counts, fused):
 
     config = make_config(bias_activation_fusion=fused)
     experts = make_experts(config)
-    module, submodules = TorchSpecProvider().grouped_mlp_modules(False)
-    assert module is SequentialMLP
+    part = experts_part(TorchSpecProvider().grouped_mlp_modules(False))
+    assert part_class(part) is SequentialMLP
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    stock = SequentialMLP(EXPERTS, config, submodules, pg_collection=groups)
+    stock = SequentialMLP(EXPERTS, config, part_submodules(part), pg_collection=groups)
     with torch.no_grad():
         for e, expert in enumerate(stock.local_experts):
             expert.linear_fc1.weight.copy_(experts.linear_fc1.weight[e])
@@ -289,7 +291,7 @@ def test_checkpoints_move_between_ours_and_megatrons_experts(
     from megatron_coe.backends.torch import TorchSpecProvider
 
     config = make_config(gated_linear_unit=gated)
-    _, submodules = TorchSpecProvider().grouped_mlp_modules(False)
+    submodules = part_submodules(experts_part(TorchSpecProvider().grouped_mlp_modules(False)))
     groups = ProcessGroupCollection.use_mpu_process_groups()
     metadata = {
         "singleton_local_shards": one_key_per_expert,

@@ -13,10 +13,10 @@ from megatron.core.distributed.finalize_model_grads import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     get_default_pg_collection,
-    get_moe_layer_wise_logging_tracker,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.moe.balance import collect_balance
 from megatron_coe.moe.router import CoERouter, IterationRouters
 from megatron_coe.reference import ReferenceCoE
@@ -186,7 +186,7 @@ def test_loss_weight_does_not_depend_on_the_micro_batch(
 
 def test_losses_are_logged_by_layer_and_iteration(groups) -> None:
     config = tiny_config(num_layers=3, coe_iterations=2, moe_z_loss_coeff=1e-3)
-    get_moe_layer_wise_logging_tracker().clear()  # what other tests logged
+    forget_balance_losses()  # what other tests logged
     layers = {1: IterationRouters(config, groups), 3: IterationRouters(config, groups)}
     expected = torch.zeros(2, 2, 3)
     for seed, ((number, routers), t) in enumerate(itertools.product(layers.items(), range(2))):

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
+from megatron_coe.megatron_compat.versions import forget_balance_losses
 from tests.unit.training.runs import (
     SEQ_LENGTH,
     Sequences,
@@ -64,7 +64,7 @@ def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     chunk.zero_grad_buffer()
     trainer.trainee.optimizer.zero_grad()
     loss.backward()
-    clear_aux_losses_tracker()
+    forget_balance_losses()
     return loss.item(), {name: parameters[name].main_grad.clone() for name in parameters}
 
 
