@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_coe.provider import CoEModelProvider
-from tests.shared import SHARED
 
-GOLDEN = SHARED / "data" / "golden"
+GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 RESIDUAL_OF_BOOLEANS = {
     (True, False): "inner",

@@ -12,8 +12,6 @@ from megatron_coe.reference import ReferenceCoE
 from tests.builders import expert_matrices, weigh_balance_losses
 from tests.golden import CASES, GOLDEN, as_megatron, provider_of
 
-pytestmark = pytest.mark.skipif(not CASES, reason=f"no golden models in {GOLDEN}")
-
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -48,7 +48,6 @@ def test_disagreement_is_an_error():
         small_config(residual="addinit", inner_residual=False, outer_residual=False)
 
 
-@pytest.mark.skipif(not CASES, reason=f"no golden models in {GOLDEN}")
 @pytest.mark.parametrize("case", CASES)
 def test_the_authors_keys_come_back(case):
     theirs = json.loads((GOLDEN / case / "config.json").read_text())
