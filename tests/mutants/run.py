@@ -27,12 +27,10 @@ COPIED = ("megatron_coe", "tests", "examples", "tools", "pretrain_coe.py", "pypr
 
 def run_tests(tree: Path, tests: tuple[str, ...], *more: str) -> tuple[int, str]:
     """Run `tests` in `tree`; returns pytest's exit status and the last lines of its output."""
-    shared = os.environ.get("MEGATRON_COE_SHARED", str(REPO.parent / "shared"))
     environment = {
         "OMP_NUM_THREADS": "1",  # the tests' tensors are too small to share
         **os.environ,
         "PYTHONPATH": str(tree),
-        "MEGATRON_COE_SHARED": shared,
     }
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *more]
     command = [sys.executable, "-m", "pytest", *options, *tests]

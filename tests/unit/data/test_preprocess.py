@@ -15,11 +15,10 @@ from megatron_coe.data.preprocess import output_prefixes, preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.sentences import load_splitter
 from megatron_coe.data.tokenizer import SentencePieceTokenizer
-from tests.shared import SHARED
 from tests.unit.data.texts import random_texts, write_jsonl
 
 QA = Fields(("query", "response"), question_answer=True)
-GSM8K = SHARED / "data" / "gsm8k"
+GSM8K = Path(__file__).parents[2] / "data" / "gsm8k"
 
 
 def documents(prefix: str | Path) -> list[list[list[int]]]:
@@ -215,7 +214,6 @@ def test_wrong_arguments_leave_nothing(tmp_path: Path, tokenizer: SentencePieceT
     assert names(tmp_path / "out") == []
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K in {GSM8K}")
 def test_gsm8k_parquet(tmp_path: Path, make_data: Callable[..., str]) -> None:
     pq = pytest.importorskip("pyarrow.parquet", reason="parquet needs the extra `data`")
     from megatron_coe.data.tokenizer import train_tokenizer
