@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import megatron_coe.hf  # noqa: F401 - makes the model known to the Auto classes
+import megatron_coe.hf.auto  # noqa: F401 - makes the model known to the Auto classes
 from megatron_coe.data.tokenizer import HuggingFaceTokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_coe.checkpoints.durable import HashedFile
 from megatron_coe.checkpoints.errors import BadCheckpointError
 from megatron_coe.checkpoints.trust import INDEX_FILE, read_index
-from megatron_coe.conversion.names import LAYERS
+from megatron_coe.hf.names import LAYERS
 
 DATA_FILE = "__0_0.distcp"
 # Beside weights: states of optimizers and generators, and modules' extra states (FP8 scales).

@@ -1,8 +1,8 @@
 """A training checkpoint as a Hugging Face folder, and back, exactly.
 
-Both directions walk over the table of `names.py` and hold one layer's largest tensor and one file's
-worth of weights in memory. Every weight is accounted for before the first one is read, and the
-result appears under its name only when it is whole.
+Both directions walk over the table of `hf/names.py` and hold one layer's largest tensor and one
+file's worth of weights in memory. Every weight is accounted for before the first one is read, and
+the result appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from megatron_coe.conversion.model import (
     verify_step,
     write_model,
 )
-from megatron_coe.conversion.names import weights
 from megatron_coe.conversion.shards import ShardWriter
 from megatron_coe.conversion.tokenizer import copy_tokenizer, write_tokenizer
 from megatron_coe.conversion.transfer import export, match_checkpoint
+from megatron_coe.hf.names import weights
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import Settings, load_settings
 

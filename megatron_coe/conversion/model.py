@@ -21,7 +21,6 @@ from megatron_coe.checkpoints.verify import check_checkpoint
 from megatron_coe.conversion.config import to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import HF_CONFIG, check_absent, new_folder, read_json
-from megatron_coe.conversion.names import Weight, weights
 from megatron_coe.conversion.shards import ShardReader
 from megatron_coe.conversion.tokenizer import copy_tokenizer
 from megatron_coe.conversion.transfer import (
@@ -32,6 +31,7 @@ from megatron_coe.conversion.transfer import (
     write_checkpoint,
 )
 from megatron_coe.data.tokenizer import load_tokenizer
+from megatron_coe.hf.names import Weight, weights
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.model import build_provider
 from megatron_coe.training.settings import ParallelSettings, Settings, load_settings

@@ -1,7 +1,7 @@
 """Weights out of one store into another: all accounted for first, then one at a time.
 
-A store is a training checkpoint or a Hugging Face folder; the table of `names.py` says what either
-must hold.
+A store is a training checkpoint or a Hugging Face folder; the table of `hf/names.py` says what
+either must hold.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_coe.conversion.distcp import CheckpointReader, CheckpointWriter
 from megatron_coe.conversion.folders import HF_CONFIG
-from megatron_coe.conversion.names import LAYERS, Weight
 from megatron_coe.conversion.shards import ShardReader, ShardWriter
+from megatron_coe.hf.names import LAYERS, Weight
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.checkpoint import MODEL_ONLY
 

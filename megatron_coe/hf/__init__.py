@@ -1,26 +1,28 @@
-"""The Hugging Face model of a Chain of Experts; imports torch and transformers, never Megatron.
+"""The Hugging Face model of a Chain of Experts and the table of its weight names, without Megatron.
 
-Importing it makes the model known to transformers' Auto classes, so that no remote code is needed:
+Importing one of its classes makes the model known to transformers' Auto classes, so that no remote
+code is needed:
 
     from megatron_coe.hf import CoeForCausalLM
     model = CoeForCausalLM.from_pretrained(folder)
 
-A folder that `save_pretrained` writes has the two files of model code beside the weights.
+A folder that `save_pretrained` writes has the two files of model code beside the weights. The
+table, `megatron_coe.hf.names`, needs torch only: transformers is loaded with the first class.
 """
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from typing import TYPE_CHECKING
 
-from .configuration_coe import CoeConfig
-from .modeling_coe import CoeForCausalLM, CoeModel
+if TYPE_CHECKING:
+    from .auto import CoeConfig, CoeForCausalLM, CoeModel
 
 __all__ = ["CoeConfig", "CoeForCausalLM", "CoeModel"]
 
-AutoConfig.register(CoeConfig.model_type, CoeConfig, exist_ok=True)
-AutoModel.register(CoeConfig, CoeModel, exist_ok=True)
-AutoModelForCausalLM.register(CoeConfig, CoeForCausalLM, exist_ok=True)
 
-CoeConfig.register_for_auto_class()
-CoeModel.register_for_auto_class("AutoModel")
-CoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+def __getattr__(name: str) -> type:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import auto
+
+    return getattr(auto, name)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.conversion.config import to_hf_config
-from megatron_coe.conversion.names import weights
+from megatron_coe.hf.names import weights
 from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.settings import load_settings

@@ -457,7 +457,7 @@ with torch.no_grad():
 assert not any(m.split(".")[0] == "megatron_coe" for m in sys.modules)
 torch.save(logits, folder + "/logits.pt")
 sys.path.insert(0, sys.argv[2])
-import megatron_coe.hf
+from megatron_coe.hf import CoeConfig
 assert not any(m.split(".")[0] == "megatron" for m in sys.modules)
 assert AutoConfig.for_model("coe_deepseekv2").inner_iter == 2
 """

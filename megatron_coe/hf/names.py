@@ -12,15 +12,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_coe.config import CoEConfig
-
 Shape = tuple[int, ...]
 
 LAYERS = "decoder.layers."
+
+
+class ModelShape(Protocol):
+    """The fields of a `CoEConfig` that decide which weights a model has, and their shapes."""
+
+    moe_layer_pattern: list[int]
+    vocab_size: int
+    padded_vocab_size: int
+    share_embeddings_and_output_weights: bool
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+
+    multi_latent_attention: bool
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+    num_query_groups: int
+    kv_channels: int
+    add_qkv_bias: bool
+    qk_layernorm: bool
+
+    num_moe_experts: int
+    moe_ffn_hidden_size: int
+    moe_shared_expert_intermediate_size: int | None
+    moe_router_enable_expert_bias: bool
+    coe_iterations: int
+    coe_independent_gate: bool
+    coe_upcycled: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +73,7 @@ class Weight:
     """It is never stored in a narrower type."""
 
 
-def weights(config: CoEConfig) -> list[Weight]:
+def weights(config: ModelShape) -> list[Weight]:
     """Every weight of a model, embedding first, then layer by layer."""
     model = _Names(config, None, "", "")
     result = [*_embedding(model)]
@@ -58,7 +88,7 @@ def weights(config: CoEConfig) -> list[Weight]:
 class _Names:
     """Makes the rows of one layer, or of what stands outside the layers."""
 
-    config: CoEConfig
+    config: ModelShape
     layer: int | None
     megatron: str
     hf: str

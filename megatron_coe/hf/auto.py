@@ -1,0 +1,18 @@
+"""Make the model known to transformers' Auto classes, so that no remote code is needed."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_coe import CoeConfig
+from .modeling_coe import CoeForCausalLM, CoeModel
+
+__all__ = ["CoeConfig", "CoeForCausalLM", "CoeModel"]
+
+AutoConfig.register(CoeConfig.model_type, CoeConfig, exist_ok=True)
+AutoModel.register(CoeConfig, CoeModel, exist_ok=True)
+AutoModelForCausalLM.register(CoeConfig, CoeForCausalLM, exist_ok=True)
+
+CoeConfig.register_for_auto_class()
+CoeModel.register_for_auto_class("AutoModel")
+CoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
