@@ -13,7 +13,8 @@ from megatron.core.utils import init_method_normal
 
 from megatron_coe import sizes
 from megatron_coe.layout import Layout, check_layout, extents_of
-from megatron_coe.megatron_compat.versions import no_graph_scopes, te_is_installed
+from megatron_coe.megatron_compat.versions import no_graph_scopes
+from megatron_coe.model.field_rules import check_supported
 
 RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 """How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
@@ -121,7 +122,7 @@ class CoEConfig(MLATransformerConfig):
         self._check_chain()
         self._check_experts()
         self._check_layout()
-        self._check_supported()
+        check_supported(self)
         if self.qk_layernorm is None:
             self.qk_layernorm = self.multi_latent_attention
         if self.rope_type is None:
@@ -264,55 +265,6 @@ class CoEConfig(MLATransformerConfig):
                 "moe_router_fusion=True with moe_router_group_score='max': the fused kernel ranks "
                 "groups by a sum. Set moe_router_fusion=false."
             )
-
-    def _check_supported(self) -> None:
-        """Refuse what Megatron offers and a re-entered layer would get wrong."""
-        refused = {
-            "moe_latent_size": "its projections stand outside the chain",
-            "overlap_moe_expert_parallel_comm": "its schedule runs a single iteration of the layer",
-            "delay_wgrad_compute": "it belongs to overlap_moe_expert_parallel_comm",
-            "moe_use_legacy_grouped_gemm": "the legacy grouped GEMM is deprecated by Megatron",
-            "mtp_use_repeated_layer": "its balance losses would count once per predicted token",
-        }
-        for name, reason in refused.items():
-            if getattr(self, name, None):  # one that a later Megatron has dropped is unset
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported by a CoE layer: {reason}. "
-                    "Unset it."
-                )
-        for name in ("fp8", "fp4", "moe_permute_fusion", "moe_router_fusion"):
-            if getattr(self, name) and not te_is_installed():
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} needs Transformer Engine, which is not "
-                    "installed. Unset it."
-                )
-        if self.add_bias_linear:
-            raise ValueError(
-                "add_bias_linear=True: experts and routers have no biases here. Set it to false "
-                "(add_qkv_bias gives the attention its own)."
-            )
-        kinds = self.moe_router_load_balancing_type
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        if "global_aux_loss" in kinds and not self.coe_independent_gate and self.coe_iterations > 1:
-            raise ValueError(
-                f"moe_router_load_balancing_type={self.moe_router_load_balancing_type!r} with "
-                "coe_independent_gate=False: one router counts the tokens of all iterations "
-                "together. Choose 'seq_aux_loss' or 'aux_loss', or a router for each iteration."
-            )
-        if self.moe_router_load_balancing_type == "sinkhorn":
-            raise ValueError(
-                "moe_router_load_balancing_type='sinkhorn' is not supported by a CoE layer: choose "
-                "'seq_aux_loss', 'aux_loss', 'global_aux_loss' or 'none'."
-            )
-        for name in ("cuda_graph_scope", "cuda_graph_modules"):  # the later name of the former
-            scopes = getattr(self, name, None) or []
-            scopes = scopes.split(",") if isinstance(scopes, str) else scopes
-            scopes = {getattr(scope, "name", scope) for scope in scopes}
-            if self.coe_iterations > 1 and scopes & {"moe", "moe_router", "moe_preprocess"}:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: a graph of part of a MoE layer would hold one "
-                    "iteration of several. Leave the moe scopes out."
-                )
 
     def _check_rope(self) -> None:
         legal = ("rope", "yarn") if self.multi_latent_attention else ("rope",)

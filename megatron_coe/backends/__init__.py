@@ -84,11 +84,6 @@ def refuse_unusable(config: CoEModelProvider) -> None:
                 f"{name}={value!r} needs Transformer Engine ({reason}), and this run has "
                 f"backend={config.backend!r} without it: unset it"
             )
-    if config.moe_token_dispatcher_type == "flex":
-        raise ValueError(
-            "moe_token_dispatcher_type='flex' is not supported by a CoE layer: its buffers are one "
-            "pass's, and DeepEP is not tested here; choose 'alltoall' or 'allgather'"
-        )
 
 
 def resolve_backend(name: str) -> BackendSpecProvider:

@@ -38,6 +38,14 @@ if _MINOR != 16 and _MINOR < 18:
 PARTS_ARE_PARTIALS = _MINOR >= 18
 """Whether layer parts are `functools.partial`s of classes (current line), not `ModuleSpec`s."""
 
+RETIRED_FIELDS = {
+    "async_tensor_model_parallel_allreduce": (True, False),
+    "moe_extended_tp": (False,),
+    "moe_use_legacy_grouped_gemm": (False,),
+}
+"""Model fields that the current line has dropped, with their harmless values: settings written
+for 0.16 may name them."""
+
 # --- parts of layers ------------------------------------------------------------------------------
 
 Part = type | partial | ModuleSpec

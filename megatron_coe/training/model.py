@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from megatron_coe.megatron_compat.versions import MEGATRON_VERSION, RETIRED_FIELDS
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import ParallelSettings, Settings, suggestion
 
@@ -41,7 +42,6 @@ _NOT_NEGATIVE = (
 )
 _CHOICES = {
     "normalization": ("RMSNorm", "LayerNorm"),
-    "moe_token_dispatcher_type": ("allgather", "alltoall", "flex"),
     "moe_router_load_balancing_type": ("seq_aux_loss", "aux_loss", "global_aux_loss", "none"),
 }
 
@@ -59,8 +59,7 @@ def build_provider(
     Raises:
         ValueError: a field of section `model` is unknown, of the wrong type or out of range.
     """
-    model = dict(settings.model)
-    _check_fields(model)
+    model = _checked_fields(settings.model)
     vocab_size = model["vocab_size"] = model.get("vocab_size") or tokenizer_vocab_size or 0
     if tokenizer_vocab_size is not None and 0 < vocab_size < tokenizer_vocab_size:
         raise ValueError(
@@ -96,10 +95,18 @@ def _precision_fields(precision: str, device: torch.device) -> dict[str, Any]:
     return {"bf16": bf16, "params_dtype": dtype, "pipeline_dtype": dtype}
 
 
-def _check_fields(model: Mapping[str, Any]) -> None:
+def _checked_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this line of Megatron-Core has, all of them known and in range."""
     hints = get_type_hints(CoEModelProvider)
     known = {f.name for f in fields(CoEModelProvider) if f.init} - _DECIDED_ELSEWHERE.keys()
     for name, value in model.items():
+        if name in RETIRED_FIELDS and name not in known:
+            if value not in RETIRED_FIELDS[name]:
+                raise ValueError(
+                    f"model.{name}={value!r}: megatron-core {MEGATRON_VERSION} has no such field: "
+                    "remove it, or use megatron-core 0.16.1 (Python 3.10 or 3.11)"
+                )
+            continue
         if name in _DECIDED_ELSEWHERE:
             raise ValueError(f"model.{name} is decided by {_DECIDED_ELSEWHERE[name]}: remove it")
         if name not in known:
@@ -107,6 +114,7 @@ def _check_fields(model: Mapping[str, Any]) -> None:
         if not _fits(value, hints[name]):
             raise ValueError(f"model.{name}={value!r}: must be {_describe(hints[name])}")
         _check_range(name, value)
+    return {name: value for name, value in model.items() if name in known}
 
 
 def _check_range(name: str, value: object) -> None:

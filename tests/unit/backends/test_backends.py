@@ -128,7 +128,6 @@ def test_transformer_engines_provider_never_offers_legacy_experts(device):
         {"apply_rope_fusion": True},
         {"cuda_graph_impl": "local"},
         {"gradient_accumulation_fusion": True},
-        {"moe_token_dispatcher_type": "flex"},
     ],
     ids=lambda field: next(iter(field)),
 )

@@ -1,0 +1,1 @@
+"""The model: its configuration's rules."""

@@ -1,0 +1,160 @@
+"""Which of Megatron-Core's model fields a layer that is entered C times cannot have: one table.
+
+A field of Megatron's that is in no table here works as in any Megatron model, and a test shows it
+(docs/megatron_core.md says which). Of the fields that the 0.19 line added, those that change what
+is computed, how weights are laid out or who holds them are refused until a test shows otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_coe.megatron_compat.versions import te_is_installed
+
+if TYPE_CHECKING:
+    from megatron_coe.config import CoEConfig
+
+_WEIGHT_LAYOUT = "it lays weights out in another way, which conversion and checkpoints do not know"
+_SHARDED_WEIGHTS = "weights sharded over further ranks are tested with no CoE layer"
+_SCALED = "it scales activations by its own rules, which exported models do not have"
+_SPARSE = "this kind of attention is not among the model's"
+
+UNSUPPORTED: dict[str, str] = {
+    # A re-entered layer
+    "moe_latent_size": "its projections stand outside the iterations",
+    "overlap_moe_expert_parallel_comm": "its schedule runs a single iteration of the layer",
+    "delay_wgrad_compute": "it belongs to overlap_moe_expert_parallel_comm",
+    "overlap_dispatch_backward_with_experts_wgrad": "it pairs one dispatch with one wgrad",
+    "moe_use_legacy_grouped_gemm": "the legacy grouped GEMM is deprecated by Megatron",
+    "mtp_use_repeated_layer": "its balance losses would count once per predicted token",
+    "moe_paged_stash": "its pages hold the activations of one pass through the experts",
+    "moe_expert_rank_capacity_factor": "it belongs to moe_paged_stash",
+    "moe_router_force_biased": "routers of several iterations would share one bias",
+    "moe_router_quantile_balancing_ema": "its quantiles would count an iteration as a micro-batch",
+    # Weights
+    "moe_single_grouped_weight": _WEIGHT_LAYOUT,
+    "moe_single_grouped_bias": _WEIGHT_LAYOUT,
+    "moe_mlp_glu_interleave_size": _WEIGHT_LAYOUT,
+    "moe_shared_expert_glu_interleave_size": _WEIGHT_LAYOUT,
+    "mla_down_proj_fusion": _WEIGHT_LAYOUT,
+    "mtp_hybrid_override_pattern": _WEIGHT_LAYOUT,
+    # Who holds them, and which tokens
+    "tensor_parallel_num_weight_shards": _SHARDED_WEIGHTS,
+    "expert_tensor_parallel_num_weight_shards": _SHARDED_WEIGHTS,
+    "gtp_weight_remat_size": _SHARDED_WEIGHTS,
+    "expert_gtp_weight_remat_size": _SHARDED_WEIGHTS,
+    "hybrid_context_parallel": "its groups change from one sequence to the next",
+    "max_seqlen_per_dp_cp_rank": "it belongs to hybrid_context_parallel",
+    # What is computed
+    "use_mup": _SCALED,
+    "experimental_attention_variant": _SPARSE,
+}
+"""Field -> why it is refused. Unset is None, False, an empty value, 0 or a size of 1."""
+
+NEEDS_TE = (
+    "fp8",
+    "fp4",
+    "fp8_output_proj",
+    "fused_residual_rmsnorm",
+    "moe_permute_fusion",
+    "moe_permute_fusion_into_hybridep",
+    "moe_router_fusion",
+    "use_grouped_gemm_for_dense_mlp",
+    "use_grouped_gemm_for_shared_expert",
+    "use_transformer_engine_op_fuser",
+)
+"""Fields that cannot be configured without Transformer Engine."""
+
+DISPATCHERS = ("allgather", "alltoall")
+
+_MOE_GRAPHS = {"moe", "moe_router", "moe_preprocess"}
+
+
+def check_supported(config: CoEConfig) -> None:
+    """Raise ValueError, naming field, value and fix, for the first field that cannot be had."""
+    for name, reason in UNSUPPORTED.items():
+        value = getattr(config, name, None)  # one that only the other line has is unset
+        if value and not (type(value) is int and value == 1):
+            raise ValueError(
+                f"{name}={value!r} is not supported by a CoE layer: {reason}. Unset it."
+            )
+    for name in NEEDS_TE:
+        if getattr(config, name, None) and not te_is_installed():
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} needs Transformer Engine, which is not "
+                "installed. Unset it."
+            )
+    if config.add_bias_linear:
+        raise ValueError(
+            "add_bias_linear=True: experts and routers have no biases here. Set it to false "
+            "(add_qkv_bias gives the attention its own)."
+        )
+    _check_dispatcher(config)
+    _check_balancing(config)
+    _check_replay(config)
+    _check_interleaving(config)
+    _check_partial_graphs(config)
+
+
+def _check_dispatcher(config: CoEConfig) -> None:
+    kind = config.moe_token_dispatcher_type
+    if kind == "flex":
+        raise ValueError(
+            "moe_token_dispatcher_type='flex' is not supported by a CoE layer: its buffers are one "
+            "pass's, and DeepEP is not tested here; choose 'alltoall' or 'allgather'"
+        )
+    if kind not in DISPATCHERS:
+        choices = ", ".join(map(repr, DISPATCHERS))
+        raise ValueError(f"moe_token_dispatcher_type={kind!r}: must be one of {choices}")
+
+
+def _check_balancing(config: CoEConfig) -> None:
+    kinds = config.moe_router_load_balancing_type
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    for kind in {"sinkhorn", "quantile_balancing"}.intersection(kinds):
+        raise ValueError(
+            f"moe_router_load_balancing_type={kind!r} is not supported by a CoE layer: choose "
+            "'seq_aux_loss', 'aux_loss', 'global_aux_loss' or 'none'."
+        )
+    shared = not config.coe_independent_gate and config.coe_iterations > 1
+    if "global_aux_loss" in kinds and shared:
+        raise ValueError(
+            f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r} with "
+            "coe_independent_gate=False: one router counts the tokens of all iterations "
+            "together. Choose 'seq_aux_loss' or 'aux_loss', or a router for each iteration."
+        )
+
+
+def _check_replay(config: CoEConfig) -> None:
+    """A router keeps one recording, and replays the last it made."""
+    shared = not config.coe_independent_gate and config.coe_iterations > 1
+    if config.moe_enable_routing_replay and shared:
+        raise ValueError(
+            "moe_enable_routing_replay=True with coe_independent_gate=False: one router would "
+            "replay its last iteration's choice in all of them. Set coe_independent_gate=true."
+        )
+
+
+def _check_interleaving(config: CoEConfig) -> None:
+    """Megatron-Core 0.16.1 and 0.19.2 accept this and compute garbage: at 8 micro-batches over
+    2 x 2 chunks the gradients' norm is 712 for 2.55, with 2 micro-batches it is right."""
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
+    if interleaved and config.batch_p2p_comm and not config.overlap_p2p_comm:
+        raise ValueError(
+            "virtual_pipeline_model_parallel_size="
+            f"{config.virtual_pipeline_model_parallel_size} with overlap_p2p_comm=False and "
+            "batch_p2p_comm=True: Megatron's interleaved schedule then computes wrong losses and "
+            "gradients. Set overlap_p2p_comm=true and batch_p2p_comm=false."
+        )
+
+
+def _check_partial_graphs(config: CoEConfig) -> None:
+    for name in ("cuda_graph_scope", "cuda_graph_modules"):  # the current name of the former
+        scopes = getattr(config, name, None) or []
+        scopes = scopes.split(",") if isinstance(scopes, str) else scopes
+        scopes = {getattr(scope, "name", scope) for scope in scopes}
+        if config.coe_iterations > 1 and scopes & _MOE_GRAPHS:
+            raise ValueError(
+                f"{name}={getattr(config, name)}: a graph of part of a MoE layer would hold one "
+                "iteration of several. Leave the moe scopes out."
+            )
