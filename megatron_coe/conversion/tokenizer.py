@@ -59,6 +59,8 @@ def write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        # What the model takes; transformers 4 would add token_type_ids.
+        "model_input_names": ["input_ids", "attention_mask"],
         # Text that happens to spell a special token is text, as in SentencePiece.
         "split_special_tokens": True,
         **{f"{name}_token": processor.id_to_piece(number) for name, number in special.items()},

@@ -10,7 +10,6 @@ and iteration, C iterations, D width of an attention head, L layers, V vocabular
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,11 +17,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -41,6 +40,26 @@ except ImportError:  # transformers 4
     from transformers.utils.generic import check_model_inputs as record_outputs
 
 __all__ = ["CoeForCausalLM", "CoeModel", "CoePreTrainedModel"]
+
+CACHE = "cache" if hasattr(MoeModelOutputWithPast, "cache") else "past_key_values"
+"""The cache's name in outputs; transformers 5.24 renamed it."""
+
+KEYWORDS = frozenset(
+    {
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_balance_losses",
+        "num_items_in_batch",  # the loss reads these three
+        "shift_labels",
+        "ignore_index",
+        "cu_seq_lens_q",  # and flash attention these, of packed sequences
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+    }
+)
+"""What `forward` takes besides its named arguments."""
 
 
 class CoeRMSNorm(nn.Module):
@@ -287,8 +306,10 @@ def eager_attention_forward(
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[-2]]
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -318,14 +339,17 @@ class CoeAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         cache_position: Tensor | None = None,
+        key_length: int | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.project(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            where = {"cache_position": cache_position}
-            key, value = past_key_values.update(key, value, self.layer_idx, where)
+        if cache is not None:
+            where = {"cache_position": cache_position}  # only transformers 4 has to be told
+            key, value = cache.update(key, value, self.layer_idx, where)
+            # A static cache returns the room of later tokens too.
+            key, value = key[:, :, :key_length], value[:, :, :key_length]
         kind, width = self.config._attn_implementation, value.shape[-1]
         if width < self.head_dim and kind not in ("eager", "sdpa", "flex_attention"):
             # Fused kernels want one width; columns of zeros add nothing, and are cut off below.
@@ -460,14 +484,12 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> Tensor:
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             **kwargs,
         )
         stream = hidden_states + attended
@@ -482,7 +504,7 @@ class CoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("CoeDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -545,36 +567,55 @@ class CoeModel(CoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
+        cache: Cache | None = None,
+        token_type_ids: Tensor | None = None,
         **kwargs: object,
     ) -> MoeModelOutputWithPast:
-        """Runs the layers on tokens [B, S], or on their embeddings [B, S, H].
+        """Run the layers on tokens [B, S], or on their embeddings [B, S, H].
 
-        Without `position_ids`, an `attention_mask` [B, past + S] (1: token, 0: padding)
-        says where each sequence begins, so that padding on the left changes nothing.
+        Args:
+            attention_mask: [B, past + S], 1: token, 0: padding; or for attention itself,
+                [B, 1, S, keys]: True, or 0.0 where a mask is added to the scores, for a key that is
+                seen. Without `position_ids`, one of the first kind says where each sequence begins,
+                so that padding on the left changes nothing.
+            past_key_values, cache: the same argument, under its name before transformers 5.24 and
+                since.
+            token_type_ids: ignored; tokenizers of transformers 4 give it.
+
+        Raises:
+            TypeError: a keyword is unknown, or the cache is given twice or is none.
+            ValueError: the tokens are given twice or not at all, the mask does not fit them, or a
+                cache would be written twice because layers are recomputed.
         """
+        kwargs.pop("cache_position", None)  # transformers 4 gives what is counted below
+        check_keywords(kwargs, self.config._attn_implementation)
+        cache = one_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is not None and recomputes:
+            raise ValueError(
+                f"{CACHE} with gradient checkpointing: each key would be written again when its "
+                "layer is recomputed. Leave the cache out, or call the model under torch.no_grad()."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache()
         S, device = inputs_embeds.shape[1], inputs_embeds.device
-        if cache_position is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            cache_position = torch.arange(S, device=device) + past
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        key_length = past + S
+        cache_position = torch.arange(past, key_length, device=device)
+        if attention_mask is not None and len(attention_mask.shape) == 4:
+            mask, key_length = attention_mask, attention_mask.shape[-1]
+            attention_mask = None
+        else:
+            kind = self.config._attn_implementation
+            mask = causal_mask(kind, inputs_embeds, past, attention_mask, position_ids)
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
-            if attention_mask is not None and attention_mask.dim() == 2:
+            if attention_mask is not None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]
-        mask = causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            cache_position=cache_position,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -583,21 +624,93 @@ class CoeModel(CoePreTrainedModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
+                cache=cache,
                 cache_position=cache_position,
+                key_length=key_length,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+
+def check_keywords(kwargs: dict[str, object], kind: str) -> None:
+    """Refuse what nothing would read: a cache under a newer name would be lost without a word.
+
+    An implementation of attention that is not transformers' own may have keywords of its own.
+    """
+    unknown = {key for key, value in kwargs.items() if value is not None} - KEYWORDS
+    if not kind.startswith(("eager", "sdpa", "flash_attention", "flex_attention")):
+        unknown = {key for key in unknown if isinstance(kwargs[key], Cache)}
+    if unknown:
+        raise TypeError(
+            f"forward() got unknown keywords: {', '.join(sorted(unknown))}. Leave them out; "
+            "a cache is given as past_key_values or cache."
         )
 
 
-def causal_mask(inputs_embeds: Tensor, **arguments: object) -> Tensor | None:
-    """transformers' `create_causal_mask`, whose arguments differ between its versions."""
-    arguments |= {"inputs_embeds": inputs_embeds, "input_embeds": inputs_embeds}
-    taken = inspect.signature(create_causal_mask).parameters
-    return create_causal_mask(**{key: arguments[key] for key in taken if key in arguments})
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache under whichever of its two names it is given."""
+    if past_key_values is not None and cache is not None:
+        raise TypeError("past_key_values and cache are the same argument: give one of them.")
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(
+            f"{CACHE} is of the type {type(cache).__name__}: give a Cache of transformers, such as "
+            "DynamicCache()."
+        )
+    return cache
+
+
+def causal_mask(
+    kind: str,
+    inputs_embeds: Tensor,
+    past: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor | BlockMask | None:
+    """Which tokens each of S new ones sees, the `past` cached ones included.
+
+    Args:
+        kind: `attn_implementation`; it decides what is returned.
+        inputs_embeds: [B, S, H], for its shape and device.
+        attention_mask: [B, past + S], 1: token, 0: padding.
+        position_ids: [B or 1, S] as the caller gave them. Where they do not go on by one, another
+            sequence begins, if there is neither mask nor cache: packed sequences do not see each
+            other.
+
+    Returns:
+        `eager`, `sdpa`: booleans [B, 1, S, past + S], True: is seen. `flex_attention`: its own kind
+        of mask. Others: `attention_mask`, as flash attention takes it. None where causal order,
+        which `sdpa` and flash attention know of themselves, is all.
+    """
+    (B, S), L, device = inputs_embeds.shape[:2], past + inputs_embeds.shape[1], inputs_embeds.device
+    packed = position_ids is not None and attention_mask is None and past == 0
+    if attention_mask is not None:
+        if attention_mask.shape[-1] != L:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[-1]} columns: give {L}, one for each of "
+                f"{past} cached and {S} new tokens."
+            )
+        attention_mask = attention_mask.to(device, torch.bool)
+        if attention_mask.all():
+            attention_mask = None
+    if kind not in ("eager", "sdpa", "flex_attention"):
+        return attention_mask
+    if packed:
+        begins_BS = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+        packed = bool(begins_BS.any())
+    if kind == "sdpa" and attention_mask is None and not packed and (past == 0 or S == 1):
+        return None
+    query_S1, key_L = torch.arange(past, L, device=device)[:, None], torch.arange(L, device=device)
+    seen = (key_L <= query_S1).expand(B, 1, S, L)
+    if packed:
+        sequence_BS = begins_BS.to(device).cumsum(-1)
+        seen = seen & (sequence_BS[:, None, :, None] == sequence_BS[:, None, None, :])
+    if attention_mask is not None:
+        # Padding sees itself: of a row without any key some kernels make NaN.
+        seen = seen & (attention_mask[:, None, None, :] | (key_L == query_S1))
+    if kind == "flex_attention":
+        return create_block_mask(lambda b, h, q, k: seen[b, 0, q, k], B, None, S, L, device)
+    return seen
 
 
 class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
@@ -626,11 +739,13 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
+        token_type_ids: Tensor | None = None,
         **kwargs: object,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, S, V] of tokens [B, S].
 
-        Args:
+        Args (others as in `CoeModel.forward`):
             labels: [B, S], the tokens themselves (they are shifted here); -100 is left out. The
                 loss is the mean cross-entropy. In training mode its *gradient* is also that of
                 `aux_loss`, whose value is not added, as in the authors' code.
@@ -653,6 +768,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             output_router_logits=output_router_logits,
             output_balance_losses=balanced,
             **kwargs,
@@ -671,8 +787,8 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )

@@ -44,6 +44,7 @@ def test_ids_and_texts_are_the_same(model, tmp_path):
         assert converted.encode(text) == ids, "nothing is added"
         assert converted.decode(ids) == original.detokenize(ids) == text
     assert converted.decode([2, 3, 3], skip_special_tokens=True) == ""
+    assert list(converted("a b")) == ["input_ids", "attention_mask"], "what the model takes"
 
 
 def test_the_package_reads_it_back(model, tmp_path):
