@@ -8,7 +8,7 @@
 # make parity       every parallel layout against one process      make resharding   checkpoints
 #                   from every layout in every other; both write a table of docs/results.md
 # make test-slurm   the batch scripts on a Slurm that it starts, and installs where it can
-# make test-transformers-4    the Hugging Face side with the last transformers 4
+# make test-transformers VERSION=4.57.6    the Hugging Face side with another version of transformers
 # make test-eval    exported models under lm_eval
 #
 # Every target makes its environment first (.venv, the last two .venv-…), once; later runs need no network.
@@ -24,6 +24,7 @@ UNPINNED ?= none
 PACKAGES ?=
 OVERRIDES ?=
 JOBS ?= 2
+VERSION ?=
 
 # Threads that wait for others sleep, instead of keeping busy a core that another process could use.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -33,7 +34,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-all test-gpu test-slurm test-mutants test-transformers-4 test-eval lint clean-quickstart
+.PHONY: quickstart test test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
 .PHONY: parity resharding test-faults
 
 # --- environment ---------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ clean-quickstart:
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-mutants test-faults test-transformers-4 test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
+test test-all test-mutants test-faults test-transformers test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
 
 # A file's tests share what they build, so one process takes the whole file.
 SHARED_OUT := -n $(JOBS) --dist loadfile
@@ -118,11 +119,15 @@ test-faults: $(VENV)/.installed-test
 	$(PY) -W ignore tests/faults/run.py
 
 # Each in an environment of its own, beside the one that everything else uses.
-test-transformers-4:
-	$(MAKE) VENV=.venv-transformers-4 UNPINNED='transformers|tokenizers|huggingface-hub' \
-	    PACKAGES='transformers==4.57.*' .venv-transformers-4/.installed-test
-	.venv-transformers-4/bin/python -m pytest tests/unit/hf tests/unit/conversion \
-	    tests/functional/test_convert.py
+TRANSFORMERS_VENV = .venv-transformers-$(VERSION)
+
+test-transformers:
+	$(if $(VERSION),,$(error give a VERSION of transformers, such as VERSION=4.57.6))
+	$(MAKE) VENV=$(TRANSFORMERS_VENV) UNPINNED='transformers|tokenizers|huggingface-hub' \
+	    PACKAGES='transformers==$(VERSION)' $(TRANSFORMERS_VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(TRANSFORMERS_VENV)/bin/python -m pytest $(SHARED_OUT) tests/unit/hf \
+	    tests/unit/conversion tests/unit/test_generation.py tests/functional/test_convert.py \
+	    tests/functional/test_generate.py
 
 test-eval:
 	$(MAKE) VENV=.venv-eval .venv-eval/.installed-eval

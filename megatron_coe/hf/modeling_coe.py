@@ -682,7 +682,8 @@ def causal_mask(
         of mask. Others: `attention_mask`, as flash attention takes it. None where causal order,
         which `sdpa` and flash attention know of themselves, is all.
     """
-    (B, S), L, device = inputs_embeds.shape[:2], past + inputs_embeds.shape[1], inputs_embeds.device
+    B, S = inputs_embeds.shape[:2]
+    L, device = past + S, inputs_embeds.device
     packed = position_ids is not None and attention_mask is None and past == 0
     if attention_mask is not None:
         if attention_mask.shape[-1] != L:
@@ -700,7 +701,8 @@ def causal_mask(
         packed = bool(begins_BS.any())
     if kind == "sdpa" and attention_mask is None and not packed and (past == 0 or S == 1):
         return None
-    query_S1, key_L = torch.arange(past, L, device=device)[:, None], torch.arange(L, device=device)
+    key_L = torch.arange(L, device=device)
+    query_S1 = key_L[past:, None]
     seen = (key_L <= query_S1).expand(B, 1, S, L)
     if packed:
         sequence_BS = begins_BS.to(device).cumsum(-1)
