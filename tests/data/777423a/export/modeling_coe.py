@@ -1,0 +1,678 @@
+"""The Chain-of-Experts model for transformers (4.57 and 5.x), with the authors' weight names.
+
+A layer sends every token C times through its experts, each time by a router of that iteration
+(paper: arXiv 2506.18945, section 3); everything around it is DeepSeek-V2. `CoeConfig` documents
+the variants.
+
+Axis letters: B batch, S sequence, T = B * S tokens, H hidden, N routed experts, K chosen per token
+and iteration, C iterations, D width of an attention head, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .configuration_coe import CoeConfig
+
+try:
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+    def record_outputs(forward):
+        return merge_with_config_defaults(capture_outputs(forward))
+except ImportError:  # transformers 4
+    from transformers.utils.generic import OutputRecorder
+    from transformers.utils.generic import check_model_inputs as record_outputs
+
+__all__ = ["CoeForCausalLM", "CoeModel", "CoePreTrainedModel"]
+
+
+class CoeRMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class CoeMLP(nn.Module):
+    """SwiGLU without biases: a dense layer, a shared expert or a routed one."""
+
+    def __init__(self, config: CoeConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gated = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.down_proj(gated)
+
+
+# --- the chain of experts -------------------------------------------------------------------------
+
+
+class CoeGate(nn.Module):
+    """A router: chooses K of N experts for each token, in fp32 at least."""
+
+    def __init__(self, config: CoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.use_expert_bias:  # moved by the trainer's count of tokens, not by gradients
+            bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Routes x [B, S, H].
+
+        Returns:
+            logits [T, N], weights [T, K] and indices [T, K] of the chosen experts, and in training
+            mode the balance loss (a scalar without coefficient), else None.
+        """
+        config = self.config
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        x_TH = hidden_states.flatten(0, -2).to(dtype)
+        with torch.autocast(x_TH.device.type, enabled=False):
+            logits_TN = F.linear(x_TH, self.weight.to(dtype))
+        sigmoid = config.scoring_func == "sigmoid"
+        scores_TN = logits_TN.sigmoid() if sigmoid else logits_TN.softmax(dim=-1)
+        choice_TN = (
+            scores_TN + self.e_score_correction_bias if config.use_expert_bias else scores_TN
+        )
+        indices_TK = self._top_k(choice_TN)
+        weights_TK = scores_TN.gather(1, indices_TK)
+        if config.num_experts_per_tok > 1 and (sigmoid or config.norm_topk_prob):
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        if sigmoid or config.num_experts_per_tok == 1 or not config.norm_topk_prob:
+            weights_TK = weights_TK * config.routed_scaling_factor
+        loss = None
+        if self.training:
+            loss = self._balance_loss(scores_TN, indices_TK, hidden_states.shape[0])
+        return logits_TN, weights_TK, indices_TK, loss
+
+    def _top_k(self, scores_TN: Tensor) -> Tensor:
+        """The best K experts, of the best groups only if routing is limited to groups [T, K].
+
+        A group is as good as its best expert (DeepSeek-V2, section 2.2.2).
+        """
+        config = self.config
+        if config.topk_method == "group_limited_greedy":
+            groups_TGn = scores_TN.unflatten(1, (config.n_group, -1))
+            best_TG = groups_TGn.amax(dim=-1).topk(config.topk_group, dim=-1, sorted=False).indices
+            dropped_TG = torch.ones_like(groups_TGn[..., 0], dtype=torch.bool)
+            dropped_TG = dropped_TG.scatter(1, best_TG, False)
+            scores_TN = groups_TGn.masked_fill(dropped_TG.unsqueeze(-1), -torch.inf).flatten(1)
+        return scores_TN.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def _balance_loss(self, scores_TN: Tensor, indices_TK: Tensor, batch: int) -> Tensor:
+        """DeepSeek's balance loss: sum_i count_i / (S K / N) * mean_s score_i, mean over sequences.
+
+        Padding counts, as in the authors' code. Without `seq_aux` the batch is one long sequence.
+        """
+        N, K = self.config.n_routed_experts, self.config.num_experts_per_tok
+        if self.config.scoring_func == "sigmoid":  # of the scores alone, made to sum to 1
+            indices_TK = scores_TN.topk(K, dim=-1).indices
+            scores_TN = scores_TN / (scores_TN.sum(dim=-1, keepdim=True) + 1e-20)
+        sequences = batch if self.config.seq_aux else 1
+        scores_BSN = scores_TN.unflatten(0, (sequences, -1))
+        chosen_BM = indices_TK.reshape(sequences, -1)  # M = S * K
+        count_BN = scores_BSN.new_zeros(sequences, N)
+        count_BN = count_BN.scatter_add(
+            1, chosen_BM, torch.ones_like(chosen_BM, dtype=count_BN.dtype)
+        )
+        share_BN = count_BN * (N / chosen_BM.shape[1])
+        return (share_BN * scores_BSN.mean(dim=1)).sum(dim=-1).mean()
+
+
+class CoeExperts(nn.ModuleList):
+    """The routed experts of a layer, which all its iterations share."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of each token's experts [T, H], for x [T, H], index and weights [T, K]."""
+        result_TH = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
+        # In training every expert takes part, so that each has a gradient in each step (DDP).
+        for expert in range(len(self)) if self.training else top_k_index.unique().tolist():
+            token, rank = torch.where(top_k_index == expert)
+            update = self[expert](hidden_states[token])
+            result_TH = result_TH.index_add(0, token, update * top_k_weights[token, rank, None])
+        return result_TH.to(hidden_states.dtype)
+
+
+class CoeMoE(nn.Module):
+    """The chain: x(0) -> x(C), one choice of experts per iteration, one pool of experts."""
+
+    def __init__(self, config: CoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        F_ = config.moe_intermediate_size
+        self.experts = CoeExperts(CoeMLP(config, F_) for _ in range(config.n_routed_experts))
+        C = config.inner_iter
+        self.gate = (
+            nn.ModuleList(CoeGate(config) for _ in range(C))
+            if config.use_igate
+            else CoeGate(config)
+        )
+        if config.n_shared_experts:
+            self.shared_experts = CoeMLP(config, F_ * config.n_shared_experts)
+        if config.coe_upcycled:
+            self.coe_weights = nn.ParameterDict(
+                {str(t): nn.Parameter(torch.zeros(config.hidden_size)) for t in range(1, C)}
+            )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x(C) [B, S, H] of x(0) [B, S, H], the normed stream."""
+        x_0 = x = hidden_states
+        mode = self.config.residual_mode
+        for t in range(self.config.inner_iter):
+            update = self._update(x, t)
+            if self.config.coe_upcycled:
+                x = x + self.coe_weights[str(t)] * update if t else update
+            elif mode in ("inner", "inner_outer"):
+                x = x + update
+            else:
+                x = x_0 + update if mode == "addinit" else update
+        return x
+
+    def _update(self, x: Tensor, t: int) -> Tensor:
+        """f_t(x): routed and shared experts of one iteration."""
+        gate = self.gate[t] if self.config.use_igate else self.gate
+        _, weights_TK, indices_TK, _ = gate(x)
+        update = self.experts(x.flatten(0, -2), indices_TK, weights_TK).view_as(x)
+        return update + self.shared_experts(x) if self.config.n_shared_experts else update
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+class CoeRotaryEmbedding(nn.Module):
+    """Angles of the rotary embedding, without or with YaRN as DeepSeek-V2 has it.
+
+    They are computed anew in every pass: a few small operations, and no buffer that a narrower
+    dtype or a model built without memory could spoil.
+    """
+
+    def __init__(self, config: CoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.size = config.qk_rope_head_dim if config.attention_type == "mla" else config.head_dim
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, S, D / 2] in fp32, for positions [B, S]."""
+        device = hidden_states.device
+        frequencies, magnitude = self.frequencies(device)
+        with torch.autocast(device.type, enabled=False):
+            angles = position_ids[..., None].to(device, torch.float32) * frequencies
+            return angles.cos() * magnitude, angles.sin() * magnitude
+
+    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Frequency of each pair [D / 2] and the factor on cos and sin."""
+        rope = self.config.rope_parameters
+        pair = torch.arange(0, self.size, 2, device=device, dtype=torch.float32)
+        plain = 1.0 / rope["rope_theta"] ** (pair / self.size)
+        if rope["rope_type"] == "default":
+            return plain, 1.0
+        low, high = (self._pair_that_turns(rope.get(*key)) for key in YARN_TURNS)
+        low, high = max(math.floor(low), 0), min(math.ceil(high), self.size - 1)
+        ramp = (pair / 2 - low) / max(high - low, 0.001)
+        stretched = ramp.clamp(0, 1)  # 0: turns often, kept; 1: turns rarely, interpolated
+        frequencies = plain * (1 - stretched) + plain / rope["factor"] * stretched
+        mscales = (rope.get("mscale", 1.0), rope.get("mscale_all_dim", 0.0))
+        over, under = (yarn_mscale(rope["factor"], mscale) for mscale in mscales)
+        return frequencies, over / under
+
+    def _pair_that_turns(self, turns: float) -> float:
+        """The (fractional) pair that makes so many turns over the original context."""
+        rope = self.config.rope_parameters
+        wavelengths = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)
+        return self.size * math.log(wavelengths) / (2 * math.log(rope["rope_theta"]))
+
+
+YARN_TURNS = (("beta_fast", 32), ("beta_slow", 1))
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """How much sharper attention is made on a context `factor` times as long (YaRN, eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of x [B, heads, S, D] by cos and sin [B, S, D / 2], in fp32.
+
+    interleaved: pairs are (0, 1), (2, 3), ... as DeepSeek stores them, else (0, D/2), (1, D/2 + 1).
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    even, odd = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    even, odd = even.float(), odd.float()
+    turned = (even * cos - odd * sin, even * sin + odd * cos)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return joined.to(x.dtype)
+
+
+def eager_attention_forward(
+    module: CoeAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T + mask) v by its definition; returns [B, S, heads, D] and the probabilities."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class CoeAttention(nn.Module):
+    """What both kinds of attention do with queries, keys and values."""
+
+    is_causal = True
+
+    def __init__(self, config: CoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = 1
+
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each [B, heads, S, D], of x [B, S, H]."""
+        raise TypeError(f"{type(self).__name__} has no projections of its own.")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        query, key, value = self.project(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            where = {"cache_position": cache_position}
+            key, value = past_key_values.update(key, value, self.layer_idx, where)
+        kind, width = self.config._attn_implementation, value.shape[-1]
+        if width < self.head_dim and kind not in ("eager", "sdpa", "flex_attention"):
+            # Fused kernels want one width; columns of zeros add nothing, and are cut off below.
+            value = F.pad(value, (0, self.head_dim - width))
+        output, weights = self._interface()(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        shape = hidden_states.shape[:-1]
+        output = output.reshape(*shape, -1, value.shape[-1])[..., :width].flatten(-2)
+        return self.o_proj(output), weights
+
+    def _interface(self) -> Callable:
+        """The chosen implementation of attention.
+
+        Both calls are spelled as transformers 5 and 4 search them in a model's source, to find out
+        whether `set_attn_implementation` may be used with it.
+        """
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            kind = self.config._attn_implementation
+            return ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+        if self.config._attn_implementation == "eager":
+            return eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+
+
+class CoeLatentAttention(CoeAttention):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+
+    def __init__(self, config: CoeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.widths = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+        H, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        rank, eps = config.q_lora_rank, config.latent_norm_eps
+        if rank is None:
+            self.q_proj = nn.Linear(H, heads * self.head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(H, rank, bias=bias)
+            self.q_a_layernorm = CoeRMSNorm(rank, eps)
+            self.q_b_proj = nn.Linear(rank, heads * self.head_dim, bias=False)
+        latent = config.kv_lora_rank + config.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(H, latent, bias=bias)
+        self.kv_a_layernorm = CoeRMSNorm(config.kv_lora_rank, eps)
+        up = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, up, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, H, bias=bias)
+        rope = config.rope_parameters
+        if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
+            self.scaling *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        if config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q_plain, q_turned = query.split(self.widths, dim=-1)
+        latent = self.kv_a_proj_with_mqa(hidden_states)
+        latent, k_turned = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        key_value = self.kv_b_proj(self.kv_a_layernorm(latent))
+        widths = (config.qk_nope_head_dim, config.v_head_dim)
+        key_value = key_value.unflatten(-1, (-1, sum(widths))).transpose(1, 2)
+        k_plain, value = key_value.split(widths, dim=-1)
+        q_turned = rotate(q_turned, *position_embeddings, interleaved=True)
+        k_turned = rotate(k_turned.unsqueeze(1), *position_embeddings, interleaved=True)
+        k_turned = k_turned.expand(-1, k_plain.shape[1], -1, -1)  # one for all heads
+        query = torch.cat((q_plain, q_turned), dim=-1)
+        return query, torch.cat((k_plain, k_turned), dim=-1), value
+
+
+class CoePlainAttention(CoeAttention):
+    """Attention with as many heads of keys and values as `num_key_value_heads` says."""
+
+    def __init__(self, config: CoeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        H, heads, kv_heads = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.num_key_value_groups = heads // kv_heads
+        self.q_proj = nn.Linear(H, heads * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(H, kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(H, kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, H, bias=False)
+        if config.use_qk_norm:
+            self.q_norm = CoeRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = CoeRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = (
+            rotate(x.transpose(1, 2), *position_embeddings, interleaved=False) for x in (query, key)
+        )
+        return query, key, value.transpose(1, 2)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+class CoeDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a chain of experts or, in a dense layer, one feed-forward network."""
+
+    def __init__(self, config: CoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        attention = CoeLatentAttention if config.attention_type == "mla" else CoePlainAttention
+        self.self_attn = attention(config, layer_idx)
+        chain = config.has_experts(layer_idx)
+        self.mlp = CoeMoE(config) if chain else CoeMLP(config, config.intermediate_size)
+        self.adds_stream = config.adds_stream if chain else True
+        self.input_layernorm = CoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = CoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        stream = hidden_states + attended
+        output = self.mlp(self.post_attention_layernorm(stream))
+        return stream + output if self.adds_stream else output
+
+
+class CoePreTrainedModel(PreTrainedModel):
+    """What transformers has to know of the model."""
+
+    config_class = CoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("CoeDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # which experts run depends on the tokens
+    _can_record_outputs = {  # noqa: RUF012 - transformers' own name and type
+        "hidden_states": CoeDecoderLayer,
+        "attentions": CoeAttention,
+        "router_logits": OutputRecorder(CoeGate, index=0),
+        "balance_losses": OutputRecorder(CoeGate, index=3),
+    }
+
+    def __init__(self, config: CoeConfig) -> None:
+        super().__init__(config)
+        if config.use_expert_bias:
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CoeGate):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if self.config.use_expert_bias:
+                nn.init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, CoeMoE) and self.config.coe_upcycled:
+            for gate in module.coe_weights.values():
+                nn.init.zeros_(gate)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs: object
+    ) -> None:
+        # The reentrant kind, the default of transformers 4, would cut the balance loss off from
+        # the layers that it comes from.
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
+
+
+class CoeModel(CoePreTrainedModel):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config: CoeConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            CoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = CoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = CoeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @record_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: object,
+    ) -> MoeModelOutputWithPast:
+        """Runs the layers on tokens [B, S], or on their embeddings [B, S, H].
+
+        Without `position_ids`, an `attention_mask` [B, past + S] (1: token, 0: padding)
+        says where each sequence begins, so that padding on the left changes nothing.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        S, device = inputs_embeds.shape[1], inputs_embeds.device
+        if cache_position is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            cache_position = torch.arange(S, device=device) + past
+        if position_ids is None:
+            position_ids = cache_position.unsqueeze(0)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]
+        mask = causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache_position=cache_position,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                cache_position=cache_position,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+def causal_mask(inputs_embeds: Tensor, **arguments: object) -> Tensor | None:
+    """transformers' `create_causal_mask`, whose arguments differ between its versions."""
+    arguments |= {"inputs_embeds": inputs_embeds, "input_embeds": inputs_embeds}
+    taken = inspect.signature(create_causal_mask).parameters
+    return create_causal_mask(**{key: arguments[key] for key in taken if key in arguments})
+
+
+class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
+    """The language model: token ids to logits, and a loss if there are labels."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_rep"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: CoeConfig) -> None:
+        super().__init__(config)
+        self.model = CoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: object,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [B, S, V] of tokens [B, S].
+
+        Args:
+            labels: [B, S], the tokens themselves (they are shifted here); -100 is left out. The
+                loss is the mean cross-entropy. In training mode its *gradient* is also that of
+                `aux_loss`, whose value is not added, as in the authors' code.
+            output_router_logits: also return the logits of every router call, a tuple of L * C
+                tensors [T, N]: layer by layer, and in each its iterations in order.
+            logits_to_keep: only the logits of the last so many positions (0: all), or of these.
+
+        Returns:
+            transformers' output; `aux_loss`, in training mode only, is `aux_loss_alpha` times the
+            balance loss summed over layers and iterations, with its graph.
+        """
+        config = self.config
+        if output_router_logits is None:
+            output_router_logits = getattr(config, "output_router_logits", False)
+        balanced = self.training and config.aux_loss_alpha > 0
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_balance_losses=balanced,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = aux_loss = None
+        if balanced:
+            losses = [value.to(logits.device) for value in outputs["balance_losses"]]
+            aux_loss = config.aux_loss_alpha * sum(losses)
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **kwargs)
+            if balanced:
+                loss = loss + (aux_loss - aux_loss.detach())
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )

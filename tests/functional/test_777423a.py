@@ -1,0 +1,221 @@
+"""What commit 777423a left behind is read by this state, which computes the same from it.
+
+`tests/data/777423a/README.md` says what there is. Figures are equal to the last bit where the same
+versions run on the same kind of processor, and within 1e-5 elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+import pretrain_coe
+from megatron_coe.checkpoints.folder import find_checkpoints
+from megatron_coe.conversion.hf import from_hf, to_hf
+from megatron_coe.hf import CoeForCausalLM
+from megatron_coe.machine import machine, versions
+from megatron_coe.training.checkpoint import load_checkpoint
+from megatron_coe.training.model import build_provider
+from megatron_coe.training.settings import load_settings
+from megatron_coe.training.setup import process_groups
+from tests.data.make_777423a import NEW_TOKENS, PROMPTS, RESUMED, STOPPED, statistics
+from tests.unit.training.runs import make_trainer
+
+REPO = Path(__file__).parents[2]
+MADE = REPO / "tests" / "data" / "777423a"
+EXPECTED = json.loads((MADE / "expected.json").read_text())
+STEP = Path("run", "checkpoints", f"step_{STOPPED:08d}")
+ONE_RANK = "1 rank, no dropout"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """A copy of the files, in which the command lines run: the settings name files in it."""
+    shutil.copytree(MADE, tmp_path / "777423a")
+    monkeypatch.chdir(tmp_path / "777423a")
+    return tmp_path / "777423a"
+
+
+def same_machine() -> bool:
+    """Whether sums have the order here that they had when the figures were made."""
+    here = {
+        **versions(),
+        "processor": machine(torch.device("cpu"))["processor"],
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    decisive = ("torch", "megatron-core", "processor", "cpu_capability")
+    return all(here[name] == EXPECTED["made_with"][name] for name in decisive)
+
+
+def assert_reported(case: str) -> None:
+    """The run's figures after its checkpoint are those of the case."""
+    reported = statistics(Path("run", "metrics.jsonl"), after=STOPPED)
+    expected = EXPECTED["resumed"][case]
+    assert reported.keys() == expected.keys()
+    for name, steps in expected.items():
+        assert reported[name] == (steps if same_machine() else pytest.approx(steps, rel=1e-5)), name
+
+
+def tensors_of(step: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, read by torch alone."""
+    index = torch_checkpoint.FileSystemReader(step).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in index.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    torch_checkpoint.load(tensors, checkpoint_id=step, no_dist=True)
+    return tensors
+
+
+def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+# --- settings and options -------------------------------------------------------------------------
+
+
+def test_every_setting_is_read_under_its_name():
+    written = yaml.safe_load(Path("config.yaml").read_text())
+    log = written["log"]["dir"]
+    settings = load_settings(Path("config.yaml"))
+    for section, values in written.items():
+        for name, value in values.items():
+            read = getattr(settings, section)
+            read = read[name] if isinstance(read, dict) else getattr(read, name)
+            expected = value.replace("${log.dir}", log) if isinstance(value, str) else value
+            assert read == expected, f"{section}.{name}"
+    provider = build_provider(settings, torch.device("cpu"))
+    for name, value in written["model"].items():
+        if name != "activation_func" and value is not None:  # a function; Megatron's own choice
+            assert getattr(provider, name) == value, name
+
+
+def test_every_setting_can_be_overridden_under_its_name():
+    settings = load_settings(Path("config.yaml"))
+    Path("empty.yaml").write_text("{}")
+    overrides = [
+        f"{section}.{name}={json.dumps(value)}"
+        for section, values in yaml.safe_load(Path("config.yaml").read_text()).items()
+        for name, value in values.items()
+    ]
+    assert load_settings(Path("empty.yaml"), overrides) == settings
+
+
+def test_every_option_is_accepted():
+    ask = (
+        "import json, pathlib; from tests.data.make_777423a import options_of; "
+        "print(json.dumps(options_of(pathlib.Path.cwd())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ask],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    today = json.loads(done.stdout.splitlines()[-1])
+    for program, options in json.loads((MADE / "options.json").read_text()).items():
+        for option, choices in options.items():
+            assert option in today[program], f"{program} {option}"
+            offered = today[program][option]
+            assert offered is None or set(choices or offered) <= set(offered), f"{program} {option}"
+
+
+# --- the checkpoint -------------------------------------------------------------------------------
+
+
+def test_weights_and_moments_are_loaded_bit_for_bit(device):
+    """What is written again at once holds the tensors of the checkpoint."""
+    again = ["checkpoint.save=again", "checkpoint.async_save=false"]
+    settings = load_settings(Path("config.yaml"), [*RESUMED[ONE_RANK], *again])
+    with process_groups(settings.parallel, device):
+        trainer = make_trainer(settings, device)
+        trainer.progress = load_checkpoint(STEP, trainer.trainee)
+        trainer.save()
+    assert (trainer.progress.step, trainer.progress.samples) == (STOPPED, STOPPED * 8)
+    (written,) = find_checkpoints(Path("again"))
+    expected = tensors_of(STEP)
+    assert sum(name.startswith("optimizer.") for name in expected) > len(expected) / 2
+    assert_same_tensors(tensors_of(written), expected)
+
+
+def test_one_rank_resumes_what_two_have_left():
+    arguments = ["--config", "config.yaml", "train.stop_step=null", *RESUMED[ONE_RANK]]
+    assert pretrain_coe.main(arguments) == 0
+    assert_reported(ONE_RANK)
+
+
+def test_two_ranks_resume_on_the_command_line():
+    """With dropout where the generators' states mean the same: on the same engine."""
+    same = versions()["megatron-core"] == EXPECTED["made_with"]["megatron-core"]
+    case = "2 ranks" if same else "2 ranks, no dropout"
+    arguments = ["--config", "config.yaml", "train.stop_step=null", *RESUMED[case]]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(REPO / "pretrain_coe.py"), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {STEP}" in done.stdout
+    assert_reported(case)
+
+
+# --- the export -----------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_is_exported_bit_for_bit(folder):
+    to_hf(folder / "run" / "checkpoints", folder / "again")
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        read = [json.loads((folder / side / name).read_text()) for side in ("again", "export")]
+        assert read[0] == read[1], name
+    weights = [load_file(folder / side / "model.safetensors") for side in ("again", "export")]
+    assert_same_tensors(*weights)
+
+
+def test_the_export_becomes_a_checkpoint_and_comes_back(folder):
+    from_hf(folder / "export", folder / "imported")
+    to_hf(folder / "imported", folder / "again")
+    weights = [load_file(folder / side / "model.safetensors") for side in ("again", "export")]
+    assert_same_tensors(*weights)
+
+
+@pytest.mark.parametrize("load", ["export", "run/checkpoints"])
+def test_the_same_text_is_generated(load, capsys):
+    main = runpy.run_path(str(REPO / "tools" / "generate.py"))["main"]
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    main(["--load", load, *prompts, "--max-new-tokens", str(NEW_TOKENS)])
+    assert capsys.readouterr().out == EXPECTED["generated"]
+
+
+def test_the_export_computes_the_same(folder):
+    expected = load_file(folder / "expected.safetensors")
+    model = CoeForCausalLM.from_pretrained(folder / "export").eval()
+    ids = expected["input_ids"]
+    with torch.no_grad():
+        output = model(ids, labels=ids)
+        tokens = model.generate(
+            ids, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
+        )
+    assert torch.equal(tokens, expected["tokens"])
+    torch.testing.assert_close(output.logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, expected["loss"], rtol=1e-5, atol=1e-5)
