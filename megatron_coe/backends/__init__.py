@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 # Not `import torch`: once the module beside this one is imported, that name means it.
 from torch import cuda, device
 
-from megatron_coe.megatron_compat import cpu, mtp, patches
+from megatron_coe.megatron_compat import cpu, mtp, patches, recompute
 from megatron_coe.megatron_compat.patches import have_apex, have_te
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def prepare() -> device:
     """
     patches.install()
     mtp.install()
+    recompute.install()
     if not cuda.is_available():
         cpu.install()
         return cpu.CPU

@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
+from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings
@@ -144,6 +145,7 @@ def build_model(
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, on the device, in the run's precision, wrapped for DDP."""
     forget_balance_losses()  # of a model before this one
+    prepare_recompute(provider)
     stages = parallel.virtual_pipeline_model_parallel_size
     modules = [provider.provide(vp_stage=stage) for stage in (range(stages) if stages else [None])]
     modules = [module.to(device) for module in modules]
