@@ -1,6 +1,7 @@
 # make quickstart   from nothing to a trained Chain-of-Experts model, its loss curve, its Hugging Face
 #                   folder and some of its answers, in runs/quickstart
 # make test         the fast tests           make test-all      the slow ones too
+# make test-line    those of the fast tests that another Megatron-Core can change
 # make lint         style                    make test-mutants  does the suite catch planted faults?
 # make test-faults  kills, signals, damaged checkpoints, hangs, hostile and malformed input, injected
 #                   into real runs; prints the table of docs/reliability.md
@@ -25,6 +26,7 @@ PACKAGES ?=
 OVERRIDES ?=
 JOBS ?= 2
 VERSION ?=
+PYTEST_ARGS ?=
 
 # Threads that wait for others sleep, instead of keeping busy a core that another process could use.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -34,20 +36,24 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
+.PHONY: quickstart test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
 .PHONY: parity resharding test-faults
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
 
+# The line of Megatron-Core that the environment's Python has (setup.py).
+LINE = import sys; print("0.19" if sys.version_info >= (3, 12) else "0.16")
+
 $(VENV)/.installed-quickstart: EXTRAS = data,hf,plot
 $(VENV)/.installed-test: EXTRAS = data,hf,plot,test
 $(VENV)/.installed-eval: EXTRAS = data,test,eval
-$(VENV)/.installed-%: setup.py constraints.txt
+$(VENV)/.installed-%: setup.py constraints-0.16.txt constraints-0.19.txt
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	@# A torch that is there already (--system-site-packages) is kept, whatever its version.
 	@$(PY) -c 'import torch' 2>/dev/null && there=torch; \
-	    grep -vE "^($(UNPINNED)|$${there:-none})==" constraints.txt > $(VENV)/constraints.txt
+	    grep -vE "^($(UNPINNED)|$${there:-none})==" constraints-$$($(PY) -c '$(LINE)').txt \
+	    > $(VENV)/constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt \
 	    -e '.[$(EXTRAS)]' $(PACKAGES)
 	@touch $@
@@ -94,13 +100,24 @@ clean-quickstart:
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-mutants test-faults test-transformers test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
+test test-all test-line test-mutants test-faults test-transformers test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
 
 # A file's tests share what they build, so one process takes the whole file.
 SHARED_OUT := -n $(JOBS) --dist loadfile
 
+# Without Megatron: what they test is the same under every line of it.
+ENGINE_FREE := $(addprefix tests/unit/,analysis data experiments test_machine.py)
+
+FAST := -m "not slow and not gpu and not slurm" $(SHARED_OUT)
+
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not gpu and not slurm" $(SHARED_OUT)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST) $(PYTEST_ARGS)
+
+# Of the fast tests, those that another Megatron-Core, torch or transformers can change.
+test-line: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST) $(PYTEST_ARGS) tests/distributed \
+	    $(filter-out $(ENGINE_FREE),$(wildcard tests/unit/*)) \
+	    tests/functional/test_777423a.py tests/functional/test_megatron_*.py
 
 test-all: $(VENV)/.installed-test
 	$(PY) -m pytest -m "not slurm"

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", help="write each test's outcome there (tests/engine_lines.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A suite that a shell starts in the background ignores Ctrl-C, and so would all it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    path = config.getoption("--outcomes")
+    if path and not hasattr(config, "workerinput"):  # xdist's controller sees every report
+        config.pluginmanager.register(Outcomes(Path(path)))
+
+
+class Outcomes:
+    """Writes what became of each test: passed, skipped or failed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text(json.dumps(self.outcomes, indent=0, sort_keys=True))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ COPIED = ("megatron_coe", "tools", "examples", "pretrain_coe.py", "Makefile", "s
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy whose environment is the one of this test, and counts as installed."""
-    for name in (*COPIED, "constraints.txt"):
+    for name in (*COPIED, "constraints-0.16.txt", "constraints-0.19.txt"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     python = tmp_path / ".venv" / "bin" / "python"
