@@ -16,6 +16,7 @@ import math
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     apply_router_token_dropping,
@@ -261,8 +262,21 @@ class CoERouter(TopKRouter):
             scores = scores * ~padding_mask[:, None]
         masked = padding_mask is not None
         probs = self._apply_aux_loss(probs, scores, routing_map, masked)
-        probs = self._apply_seq_aux_loss(probs, scores, routing_map, S, B, masked)
+        by_sequence = self.weigh_by_length(scores, routing_map, S, B) if masked else scores
+        probs = self._apply_seq_aux_loss(probs, by_sequence, routing_map, S, B, masked)
         return self._apply_global_aux_loss(probs, scores, routing_map, masked)
+
+    def weigh_by_length(self, scores: Tensor, routing_map: Tensor, S: int, B: int) -> Tensor:
+        """Scores [T, N] times (T_mean / T_b)^2 of their sequence b, of whose tokens T_b count.
+
+        The loss of a sequence is N / (K T_b^2) * sum_i count_i * sum_s score_si. With padding,
+        Megatron divides those of all sequences by the square of their mean length, T_mean
+        (router.py, `_apply_seq_aux_loss`): short sequences would count for less.
+        """
+        counts_B = routing_map.view(S, B, -1).sum(dim=(0, 2))
+        lengths_B = reduce_from_tensor_model_parallel_region(counts_B, self.tp_cp_group) / self.topk
+        weights_B = (lengths_B.mean() / lengths_B.clamp(min=1)).square()
+        return (scores.view(S, B, -1) * weights_B[:, None].to(scores.dtype)).view_as(scores)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Hang ST-MoE's z-loss (arXiv 2202.08906) on the logits' gradient [T, N]."""

@@ -253,6 +253,35 @@ def test_padding_may_be_left_out_of_bias_and_balance(groups) -> None:
     torch.testing.assert_close(router.local_tokens_per_expert, expected.float())
 
 
+@pytest.mark.parametrize("loss", ["seq_aux_loss", "aux_loss", "z_loss"])
+def test_padding_is_left_out_of_each_loss(groups, loss: str) -> None:
+    """Sequences of several lengths, one of them empty: each is divided by its own length."""
+    coeff, lengths = 0.1, [S, S // 2, 1, 0][:B]
+    kind = {"moe_router_load_balancing_type": loss, "moe_aux_loss_coeff": coeff}
+    if loss == "z_loss":
+        kind = {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": coeff}
+    router = CoERouter(tiny_config(**kind), groups).train()
+    randomise(router, torch.Generator().manual_seed(15), std=0.2)
+    x = random_input(16)
+    padding_SB = torch.arange(S)[:, None] >= torch.tensor(lengths)
+    weigh_balance_losses(1)
+    probs, _ = router(x, padding_SB)
+    (probs * 0).sum().backward()
+
+    oracle = balance_oracle(router)
+    sequences = [x[:length, b : b + 1] for b, length in enumerate(lengths)]
+    if loss == "seq_aux_loss":
+        terms = [oracle.balance_loss(oracle.scores(s, router.weight)) for s in sequences if len(s)]
+        value = torch.stack(terms).sum() / B  # an empty sequence has nothing to balance
+    else:
+        valid_T1H = torch.cat([s.flatten(0, 1) for s in sequences])[:, None]
+        value = oracle.balance_loss(oracle.scores(valid_T1H, router.weight))
+        if loss == "z_loss":
+            value = (valid_T1H @ router.weight.T).logsumexp(dim=-1).square().mean()
+    (expected,) = torch.autograd.grad(coeff * value, router.weight)
+    torch.testing.assert_close(router.weight.grad, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_evaluation_counts_nothing(groups) -> None:
     config = tiny_config(
         moe_router_score_function="sigmoid",
