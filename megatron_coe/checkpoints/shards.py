@@ -69,7 +69,9 @@ class ShardFile:
             for item, data in self.items:
                 start = file.tell()
                 if isinstance(data, io.BytesIO):
-                    file.write(data.getbuffer())
+                    # Not its buffer: where an error keeps one alive in a reference cycle, Python
+                    # 3.12.1 crashes in the garbage collection of the BytesIO.
+                    file.write(data.getvalue())
                 else:
                     tensor = _compact(data)
                     file.expect(tensor.reshape(-1).view(torch.uint8).numpy())
