@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(strange, file=sys.stderr)
         except BadCheckpointError as error:
             bad += 1
-            print(f"{path}: bad: {error}")
+            print(f"{path}: {error.verdict}: {error}")
     if bad:
         raise ValueError(f"{bad} of {len(found)} checkpoint(s) in {folder} are bad")
 

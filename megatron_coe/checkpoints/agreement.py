@@ -41,19 +41,21 @@ def check_together(check: Callable[[], T]) -> T:
 
     A collective of all ranks; `check` must be none.
 
-    Raises: BadCheckpointError with the first rank's reason.
+    Raises: BadCheckpointError with the first rank's reason, and of the kind that it raised.
     """
     result, error = None, None
     try:
         result = check()
+    except BadCheckpointError as failure:
+        error = failure
     except (ValueError, OSError) as failure:
-        error = str(failure)
+        error = BadCheckpointError(str(failure))
     if first := _first(error):
-        raise BadCheckpointError(first)
+        raise first
     return result
 
 
-def _first(error: str | None) -> str | None:
-    errors: list[str | None] = [None] * dist.get_world_size()
+def _first(error: T | None) -> T | None:
+    errors: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     return next((e for e in errors if e), None)

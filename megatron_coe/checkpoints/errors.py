@@ -12,3 +12,11 @@ class CheckpointWriteError(OSError):
 
 class BadCheckpointError(ValueError):
     """A checkpoint that must not be used; the message names its file and what is wrong with it."""
+
+    verdict = "bad"
+
+
+class NewerCheckpointError(BadCheckpointError):
+    """A checkpoint that newer software wrote, in a way that this one cannot read."""
+
+    verdict = "too new"

@@ -9,7 +9,7 @@ anywhere, in it or in what it lists, is noticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,11 +95,20 @@ def _could_be_read(name: str) -> bool:
     return name.endswith((".distcp", ".pt")) or name.startswith(".metadata")
 
 
-def verify_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+def verify_files(
+    folder: Path,
+    manifest: Manifest,
+    part: int = 0,
+    parts: int = 1,
+    in_every_part: Collection[str] = (),
+) -> None:
     """Compare files with a manifest: all sizes, and the hashes of every `parts`-th file.
 
     The files are dealt out by size, so that ranks that share the work have about as much to read.
     What it does not list must not pass for data of the checkpoint, whoever reads it.
+
+    Args:
+        in_every_part: files that each part compares, because whoever asks for it reads them.
 
     Raises: BadCheckpointError naming the first file that differs.
     """
@@ -108,15 +117,23 @@ def verify_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1
             f"{MANIFEST_FILE} does not list {name}, which passes for a part of the checkpoint: "
             "move it away"
         )
+    check_sizes(folder, manifest)
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    for name in {*by_size[part::parts], *in_every_part} & manifest.files.keys():
+        if facts_of(folder / name) != manifest.files[name]:
+            raise BadCheckpointError(
+                f"the SHA-256 of {name} is not the one in {MANIFEST_FILE}: the content has changed"
+            )
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compare files with a manifest as far as they need not be read.
+
+    Raises: BadCheckpointError naming the first file that is missing or has another size.
+    """
     for name, facts in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
             raise BadCheckpointError(f"{name} is missing")
         if (size := path.stat().st_size) != facts.size:
             raise BadCheckpointError(f"{name} has {size} bytes, {MANIFEST_FILE} says {facts.size}")
-    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-    for name in by_size[part::parts]:
-        if facts_of(folder / name) != manifest.files[name]:
-            raise BadCheckpointError(
-                f"the SHA-256 of {name} is not the one in {MANIFEST_FILE}: the content has changed"
-            )

@@ -155,7 +155,7 @@ def verify_step(step: Path) -> None:
     try:
         check_checkpoint(step)
     except BadCheckpointError as error:
-        raise BadCheckpointError(f"checkpoint {step} is bad: {error}") from error
+        raise BadCheckpointError(f"checkpoint {step} is {error.verdict}: {error}") from error
 
 
 def provider_of(settings: Settings) -> CoEModelProvider:

@@ -6,13 +6,16 @@ either must hold.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 
+from megatron_coe.checkpoints.folder import COMMON_FILE, FORMAT_FILE
+from megatron_coe.checkpoints.trust import FORMAT
+from megatron_coe.checkpoints.versions import VERSIONS_FILE, versions_text
 from megatron_coe.conversion.distcp import CheckpointReader, CheckpointWriter
 from megatron_coe.conversion.folders import HF_CONFIG
 from megatron_coe.conversion.shards import ShardReader, ShardWriter
@@ -133,8 +136,9 @@ def write_checkpoint(
         writer.close()
     finally:
         writer.abandon()
-    torch.save(MODEL_ONLY, step / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(step))
+    torch.save(MODEL_ONLY, step / COMMON_FILE)
+    (step / FORMAT_FILE).write_text(json.dumps(FORMAT), encoding="utf-8")
+    (step / VERSIONS_FILE).write_text(versions_text(), encoding="utf-8")
 
 
 def _write_extra_states(

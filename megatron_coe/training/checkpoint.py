@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_coe.checkpoints.agreement import check_together
 from megatron_coe.checkpoints.errors import BadCheckpointError
 from megatron_coe.checkpoints.trust import vet
+from megatron_coe.checkpoints.versions import explain
+from megatron_coe.megatron_compat.checkpoints import load_sharded_state
 from megatron_coe.training.optimizer_state import OptimizerState
 from megatron_coe.training.rng import rng_state, set_rng_state
 from megatron_coe.training.setup import Trainee
@@ -105,13 +107,15 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         ValueError: the checkpoint is of another model, or holds what could execute code.
     """
     try:
-        common = check_together(partial(vet, path, dist.get_rank(), dist.get_world_size()))
+        contents = check_together(partial(vet, path, dist.get_rank(), dist.get_world_size()))
     except BadCheckpointError as error:
         raise BadCheckpointError(f"checkpoint {path}: {error}") from error
+    common = contents.common
     try:
         progress = Progress(**common["progress"])
     except TypeError as error:
-        raise BadCheckpointError(f"checkpoint {path} is of another version: {error}") from error
+        reason = explain(path, BadCheckpointError(f"it is of another version: {error}"))
+        raise BadCheckpointError(f"checkpoint {path}: {reason}") from error
     state = _model_state(trainee)
     if progress.step > 0:  # before the first step there is no optimizer state to speak of
         optimizer_state = OptimizerState(trainee.optimizer, state, is_loading=True)
@@ -120,7 +124,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     if same_layout:
         state["rng"] = _sharded_rng(None)
     try:
-        loaded = dist_checkpointing.load(state, str(path))
+        loaded = load_sharded_state(state, path, contents.index, common)
     except (CheckpointingException, CheckpointException) as error:
         reason = str(error).strip().split("\n")[-1]
         raise ValueError(f"checkpoint {path} does not fit this model: {reason}") from error

@@ -52,7 +52,7 @@ def choose_checkpoint(options: CheckpointSettings, must_resume: bool = False) ->
                 _say(strange)
             return path
         except BadCheckpointError as error:
-            _say(f"checkpoint {path} is bad and not used: {error}")
+            _say(f"checkpoint {path} is {error.verdict} and not used: {error}")
     if found:
         raise ValueError(
             f"checkpoint.save={folder}: none of its {len(found)} checkpoints is good; to start "

@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.manifest import write_manifest
 from megatron_coe.checkpoints.shards import SharePlan, Written
 from megatron_coe.checkpoints.trust import FORMAT, INDEX_FILE
+from megatron_coe.checkpoints.versions import VERSIONS_FILE, versions_text
 from megatron_coe.training.checkpoint import Progress, run_state, state_size
 from megatron_coe.training.settings import CheckpointSettings
 from megatron_coe.training.setup import Trainee
@@ -109,7 +110,8 @@ class Saver:
             {
                 folders.COMMON_FILE: _serialised(common),
                 folders.CONFIG_FILE: self.config.encode(),
-                folders.FORMAT_FILE: json.dumps(asdict(FORMAT)).encode(),
+                folders.FORMAT_FILE: json.dumps(FORMAT).encode(),
+                VERSIONS_FILE: versions_text().encode(),
             },
             _device(trainee),
         )

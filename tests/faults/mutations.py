@@ -35,7 +35,13 @@ SETTINGS = (
     *("train.steps=4", "checkpoint.save_interval=1"),
     *("model.attention_dropout=0", "train.eval_interval=0"),
 )
-FILES = ("manifest.json", "metadata.json", "common.pt", ".metadata", "config.yaml", "shard")
+FILES = (
+    *("manifest.json", "metadata.json", "common.pt", ".metadata", "config.yaml", "versions.json"),
+    "shard",
+)
+
+SAME = ("metadata.json", "config.yaml", "versions.json")
+"""Files that all checkpoints of a run have in common."""
 
 USED_OLDER = "the older one is used"
 REFUSED = "no good one: refused"
@@ -126,7 +132,7 @@ def cases(count: int = COUNT, seed: int = 1) -> list[Mutation]:
     while len(plans) < count:
         file = FILES[turn % len(FILES)]
         damage = list(DAMAGES)[turn // len(FILES) % len(DAMAGES)]
-        same = damage == "the older one's" and file in ("metadata.json", "config.yaml")
+        same = damage == "the older one's" and file in SAME
         expected = REFUSED if draw.random() < 0.35 else USED_OLDER
         plans.append(("flipped bits in" if same else damage, file, expected))
         turn += 1

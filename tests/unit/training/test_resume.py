@@ -11,6 +11,8 @@ import zipfile
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_coe.checkpoints.errors import BadCheckpointError
 from megatron_coe.checkpoints.folder import LATEST_FILE, find_checkpoints
@@ -21,6 +23,7 @@ from megatron_coe.checkpoints.manifest import (
     write_manifest,
 )
 from megatron_coe.checkpoints.trust import read_index
+from megatron_coe.checkpoints.versions import VERSIONS_FILE
 from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.resume import choose_checkpoint
 from megatron_coe.training.settings import CheckpointSettings
@@ -55,7 +58,8 @@ def choose(folder, **options):
 
 def names_of_files() -> list[str]:
     shards = ["__0_0.distcp", "__0_1.distcp"]
-    return [*shards, ".metadata", "common.pt", "metadata.json", "config.yaml", MANIFEST_FILE]
+    megatrons = [".metadata", "common.pt", "metadata.json"]
+    return [*shards, *megatrons, "config.yaml", VERSIONS_FILE, MANIFEST_FILE]
 
 
 def cut(path):
@@ -114,7 +118,7 @@ def test_damage_is_named_and_the_one_before_is_used(folder, capfd, name, damage)
 def test_a_file_of_another_checkpoint_is_noticed(folder, name):
     newest, older = find_checkpoints(folder)
     if (newest / name).read_bytes() == (older / name).read_bytes():
-        assert name in (".metadata", "metadata.json", "config.yaml")
+        assert name in (".metadata", "metadata.json", "config.yaml", VERSIONS_FILE)
         return
     shutil.copyfile(older / name, newest / name)
     assert choose(folder) == older
@@ -249,6 +253,26 @@ def forge_generators_plainly(checkpoint, attack):
     put_object(checkpoint, key, pickle.dumps(attack))
 
 
+def keep_common_in_shards(checkpoint, common=None):
+    """Move the content of `common.pt` to where Megatron-Core 0.19 saves it."""
+    if common is None:
+        common = torch.load(checkpoint / "common.pt", weights_only=True)
+    (checkpoint / "common.pt").unlink()
+    index = read_index(checkpoint)
+    key, name = "common_state/shard_0_1", "__0_0.distcp"
+    content = saved([common])
+    index.state_dict_metadata[key] = BytesStorageMetadata()
+    place = _StorageInfo(name, (checkpoint / name).stat().st_size, len(content))
+    index.storage_data[MetadataIndex(key)] = place
+    with (checkpoint / name).open("ab") as file:
+        file.write(content)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def forge_common_in_shards(checkpoint, attack):
+    keep_common_in_shards(checkpoint, {"progress": {"step": 2}, "args": attack})
+
+
 def forge_extra_state(checkpoint, attack):
     key = next(key for key in objects_of(checkpoint) if "_extra_state" in key)
     put_object(checkpoint, key, saved([attack]))
@@ -286,6 +310,7 @@ FORGERIES = [
     forge_common_plainly,
     forge_index,
     forge_index_within,
+    forge_common_in_shards,
     forge_generators,
     forge_generators_plainly,
     forge_extra_state,
@@ -327,6 +352,16 @@ def test_another_format_is_refused(folder, content):
     (newest / "metadata.json").write_text(json.dumps(content))
     write_manifest(newest, 2, describe_folder(newest))
     assert choose(folder) == older
+
+
+def test_common_values_in_the_shards_are_read(folder, trainer):
+    """Under either line of Megatron-Core, as the later saves them."""
+    newest, _ = find_checkpoints(folder)
+    keep_common_in_shards(newest)
+    write_manifest(newest, 2, describe_folder(newest))
+    assert choose(folder) == newest
+    trainer.progress = load_checkpoint(newest, trainer.trainee)
+    assert trainer.progress.step == 2
 
 
 @pytest.mark.parametrize("where", ["../__0_0.distcp", "/etc/passwd", "a/b", 3, ""])
