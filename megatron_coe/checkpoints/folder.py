@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_coe.checkpoints.durable import replace_file, sync
@@ -70,18 +71,31 @@ def point_at(checkpoint: Path) -> None:
     replace_file(pointer, f"{checkpoint.name}\n".encode())
 
 
-def retain(folder: Path, step: int, keep: int, keep_every: int) -> list[OSError]:
+def retain(
+    folder: Path, step: int, keep: int, keep_every: int, is_loadable: Callable[[Path], bool]
+) -> list[OSError]:
     """Delete old checkpoints after that of `step` was published.
 
-    Kept are the `keep` newest and those whose step is a multiple of `keep_every` (0: none). Those
-    past `step` are neither counted nor deleted: they were found bad when the run resumed, and in
-    the place of a good one they would have it deleted.
+    Kept are the `keep` newest that this process could load, all that are newer than the oldest of
+    these, and those whose step is a multiple of `keep_every` (0: none). One that it could not load
+    is not counted: in the place of another it would have that deleted. Nor are those past `step`
+    counted or deleted, which were found bad when the run resumed.
+
+    Args:
+        is_loadable: asked for the newest first, and for none that is older than the last to keep.
 
     Returns: what stood in the way of a deletion, one error for each that failed; the next call
         tries again.
     """
-    earlier = [path for path in find_checkpoints(folder) if step_of(path) <= step]
-    old = [path for path in earlier[keep:] if keep_every == 0 or step_of(path) % keep_every]
+    wanted, old = keep, []
+    for path in find_checkpoints(folder):
+        if step_of(path) > step:
+            continue
+        if wanted == 0:
+            if keep_every == 0 or step_of(path) % keep_every:
+                old.append(path)
+        elif is_loadable(path):
+            wanted -= 1
     errors = []
     for path in [*folder.glob(f"{_REMOVED}step_*"), *old]:  # those half deleted before, too
         try:

@@ -81,6 +81,7 @@ def trainer(
         changed = []
         if checkpoint:
             changed = check_changes(checkpoint, settings, tokenizer, model_only=must_resume)
+            saver.resume_from(checkpoint)
         setup.seed_everything(settings.train.seed)
         activity.enter(DATA)
         train_set, valid_set = _build_data(settings, tokenizer, provider.seq_length)

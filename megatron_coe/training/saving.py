@@ -35,6 +35,7 @@ from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.manifest import write_manifest
 from megatron_coe.checkpoints.shards import SharePlan, Written
 from megatron_coe.checkpoints.trust import FORMAT, INDEX_FILE
+from megatron_coe.checkpoints.verify import is_loadable
 from megatron_coe.checkpoints.versions import VERSIONS_FILE, versions_text
 from megatron_coe.training.checkpoint import Progress, run_state, state_size
 from megatron_coe.training.settings import CheckpointSettings
@@ -70,6 +71,13 @@ class Saver:
         self.config = config
         self.tokenizer = tokenizer
         self._pending: _Pending | None = None
+        self._resumed_from: int | None = None
+        self._loadable: dict[Path, bool] = {}
+
+    def resume_from(self, checkpoint: Path) -> None:
+        """Take note of the checkpoint that the run resumes from: none after it was valid."""
+        self._resumed_from = folders.step_of(checkpoint)
+        self._loadable[checkpoint] = True
 
     def check(self, trainee: Trainee) -> None:
         """Clear away what an earlier run left half done; see that a checkpoint could be written.
@@ -165,8 +173,9 @@ class Saver:
             folders.point_at(checkpoint)
         except OSError as error:
             errors.append(error)
+        self._loadable[checkpoint] = True
         errors += folders.retain(
-            checkpoint.parent, step, self.options.keep, self.options.keep_every
+            checkpoint.parent, step, self.options.keep, self.options.keep_every, self._is_loadable
         )
         for error in errors:
             print(
@@ -175,6 +184,14 @@ class Saver:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _is_loadable(self, checkpoint: Path) -> bool:
+        """Return whether this run could load a checkpoint; each is looked at once."""
+        if checkpoint not in self._loadable:
+            last = self._resumed_from
+            was_refused = last is not None and folders.step_of(checkpoint) > last
+            self._loadable[checkpoint] = not was_refused and is_loadable(checkpoint)
+        return self._loadable[checkpoint]
 
     def _together(self, step: int, action: Callable[[], Any]) -> Any:
         """`write_together`, with nothing partial left behind when it fails."""

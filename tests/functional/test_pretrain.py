@@ -142,6 +142,20 @@ def test_train_stop_resume_and_evaluate(config, tmp_path, capsys):
     assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_is_resumed_from_outlives_what_is_damaged(config, tmp_path, capsys):
+    """`keep` counts two that can be loaded, and the damaged one between them is not one."""
+    folder = tmp_path / "run" / "checkpoints"
+    arguments = ["--config", str(config), "train.eval_interval=0"]
+    assert pretrain_coe.main([*arguments, "train.stop_step=2", "checkpoint.save_interval=1"]) == 0
+    shard = folder / "step_00000002" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert pretrain_coe.main([*arguments, "train.stop_step=3"]) == 0
+    assert "step_00000002 is bad and not used" in capsys.readouterr().err
+    assert sorted(path.name[-1] for path in folder.glob("step_*")) == ["1", "2", "3"]
+
+
 def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, tmp_path):
     """Data parallel with the distributed optimizer; then the checkpoint is loaded on one rank."""
     alone, together = tmp_path / "alone", tmp_path / "together"

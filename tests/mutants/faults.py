@@ -50,6 +50,8 @@ OF_SAVING = ("tests/unit/training/test_saving.py",)
 OF_RESUMING = ("tests/unit/training/test_resume.py",)
 OF_BENCHMARK = tuple(f"tests/unit/benchmark/test_{n}.py" for n in ("timing", "layers", "phases"))
 OF_FOLDERS = ("tests/unit/checkpoints/test_folder.py",)
+OF_VERSIONS = ("tests/unit/checkpoints/test_versions.py",)
+OF_PRETRAINING = ("tests/functional/test_pretrain.py",)
 
 
 @dataclass(frozen=True)
@@ -504,9 +506,58 @@ FAULTS = [
     Fault(
         "bad checkpoints of a later step count among the newest",
         CHECKPOINTS + "folder.py",
-        "if step_of(path) <= step]",
-        "]",
+        "if step_of(path) > step:",
+        "if False:",
         OF_FOLDERS,
+    ),
+    Fault(
+        "checkpoints that cannot be loaded count among the newest",
+        CHECKPOINTS + "folder.py",
+        "elif is_loadable(path):",
+        "else:",
+        OF_FOLDERS,
+    ),
+    Fault(
+        "what was found bad on resuming is taken for good when it is passed",
+        "megatron_coe/training/saving.py",
+        "not was_refused and is_loadable(checkpoint)",
+        "is_loadable(checkpoint)",
+        OF_SAVING,
+    ),
+    Fault(
+        "a run does not know which checkpoint it resumed from",
+        "megatron_coe/training/run.py",
+        "saver.resume_from(checkpoint)",
+        "pass",
+        OF_PRETRAINING,
+    ),
+    Fault(
+        "the index of a newer torch is left to torch",
+        "megatron_coe/megatron_compat/checkpoints.py",
+        "    FileSystemReader.read_metadata = read_metadata\n",
+        "",
+        OF_VERSIONS,
+    ),
+    Fault(
+        "more properties of a tensor than are known are dropped unseen",
+        CHECKPOINTS + "trust.py",
+        "if len(state) > max(known, 6):",
+        "if False:",
+        OF_VERSIONS,
+    ),
+    Fault(
+        "one form of the format file is refused",
+        CHECKPOINTS + "trust.py",
+        "if content not in (FORMAT, FORMAT | _COMMON_FORMAT):",
+        "if content != FORMAT:",
+        OF_VERSIONS,
+    ),
+    Fault(
+        "a damaged index is read by ranks that have not compared it",
+        CHECKPOINTS + "verify.py",
+        "part, parts, (INDEX_FILE, COMMON_FILE, FORMAT_FILE))",
+        "part, parts)",
+        OF_VERSIONS,
     ),
     Fault(
         "a checkpoint whose replacement has not got its name is lost",

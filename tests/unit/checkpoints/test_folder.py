@@ -36,6 +36,10 @@ def put(folder: Path, step: int) -> Path:
     return published
 
 
+def always(path: Path) -> bool:
+    return True
+
+
 def contents(folder: Path) -> dict[int, str]:
     return {step_of(path): (path / "content").read_text() for path in find_checkpoints(folder)}
 
@@ -66,10 +70,10 @@ def test_what_cannot_be_deleted_is_told_and_tried_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse)
         for _ in range(2):
-            (error,) = retain(tmp_path, 3, keep=1, keep_every=0)
+            (error,) = retain(tmp_path, 3, keep=1, keep_every=0, is_loadable=always)
             assert error.filename == str(tmp_path / ".removed_step_00000001" / "content")
     assert list(contents(tmp_path)) == [3]
-    assert retain(tmp_path, 3, keep=1, keep_every=0) == []
+    assert retain(tmp_path, 3, keep=1, keep_every=0, is_loadable=always) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST_FILE, "step_00000003"]
 
 
@@ -81,7 +85,26 @@ def test_which_are_kept(tmp_path, keep, keep_every, left):
     for step in range(1, 7):
         write(tmp_path, step, str(step))
         put(tmp_path, step)
-    retain(tmp_path, 5, keep, keep_every)  # 6 is of a future that was found bad
+    retain(tmp_path, 5, keep, keep_every, always)  # 6 is of a future that was found bad
+    assert list(contents(tmp_path)) == left
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "loadable", "left"),
+    [
+        (1, 0, {5}, [6, 5]),
+        (2, 0, {5, 2}, [6, 5, 4, 3, 2]),  # neither 4 nor 3 takes the place of 2
+        (2, 0, {5, 3, 2}, [6, 5, 4, 3]),
+        (2, 2, {5, 3}, [6, 5, 4, 3, 2]),
+        (3, 0, {5, 1}, [6, 5, 4, 3, 2, 1]),
+        (2, 0, {6, 5, 3}, [6, 5, 4, 3]),  # 6 lies in the future
+    ],
+)
+def test_what_cannot_be_loaded_takes_no_place(tmp_path, keep, keep_every, loadable, left):
+    for step in range(1, 7):
+        write(tmp_path, step, str(step))
+        put(tmp_path, step)
+    retain(tmp_path, 5, keep, keep_every, lambda path: step_of(path) in loadable)
     assert list(contents(tmp_path)) == left
 
 
@@ -121,7 +144,7 @@ def test_dying_anywhere_in_a_save_leaves_a_good_folder(
     with monkeypatch.context() as patch, suppress(Death):
         die_at(patch, number)
         put(tmp_path, step)
-        retain(tmp_path, step, keep=1, keep_every=0)
+        retain(tmp_path, step, keep=1, keep_every=0, is_loadable=always)
     restore(tmp_path)
     found = contents(tmp_path)
     assert found.get(2) == "old" or found.get(step) == "new"

@@ -16,8 +16,10 @@ import torch
 from megatron_coe.checkpoints import durable, shards
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import LATEST_FILE, find_checkpoints
+from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
 from megatron_coe.checkpoints.verify import check_checkpoint
 from megatron_coe.training.checkpoint import load_checkpoint, state_size
+from megatron_coe.training.resume import choose_checkpoint
 from tests.unit.training.runs import make_settings, make_trainer, weights
 from tests.unit.training.test_checkpoint import assert_same, optimizer_state
 
@@ -276,3 +278,32 @@ def test_every_file_is_synced_before_the_name(single_rank, tmp_path, monkeypatch
     assert files <= set(synced[:named])
     assert synced[named - 2 : named] == ["manifest.json", f".partial_{path.name}"]
     assert synced[named + 1] == tmp_path.name
+
+
+@pytest.mark.parametrize("reason", ["too new", "damaged"])
+def test_what_the_run_could_not_load_takes_no_place(single_rank, tmp_path, reason):
+    """The one it resumed from stays until there are others in its place."""
+    settings = make_settings(tmp_path, checkpoint={"keep": 2}, model=SMALL)
+    earlier = make_trainer(settings, single_rank)
+    for _ in range(2):
+        earlier.step()
+        earlier.save()
+    newest, older = find_checkpoints(tmp_path)
+    if reason == "too new":
+        index = (newest / ".metadata").read_bytes()
+        (newest / ".metadata").write_bytes(index.replace(b"TensorProp", b"NewerProps"))
+        write_manifest(newest, 2, describe_folder(newest))
+    else:
+        spoiled = bytearray((newest / "__0_0.distcp").read_bytes())
+        spoiled[len(spoiled) // 2] ^= 1
+        (newest / "__0_0.distcp").write_bytes(spoiled)
+    trainer = make_trainer(settings, single_rank)
+    assert choose_checkpoint(settings.checkpoint) == older
+    trainer.progress = load_checkpoint(older, trainer.trainee)
+    trainer.saver.resume_from(older)
+    kept = []
+    for step in (3, 4):
+        trainer.progress.step = step
+        trainer.save()
+        kept.append([int(path.name[-1]) for path in find_checkpoints(tmp_path)])
+    assert kept == [[3, 2, 1], [4, 3]]
