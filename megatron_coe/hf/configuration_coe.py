@@ -88,7 +88,7 @@ class CoeConfig(PretrainedConfig):
     """
 
     model_type = "coe_deepseekv2"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - Trainer adds a list
     base_model_tp_plan = {  # noqa: RUF012 - transformers' own name and type
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.q_b_proj": "colwise",
