@@ -143,5 +143,5 @@ def _choose_together(root: str) -> bool:
             if dist.get_rank() == 0:
                 file.write_bytes(content)
         dist.barrier()
-        assert len(chosen) == 5 + 2 * dist.get_world_size()
+        assert len(chosen) == 6 + 2 * dist.get_world_size()
         return all(chosen) and choose_checkpoint(settings.checkpoint) == newest
