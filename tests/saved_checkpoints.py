@@ -32,7 +32,7 @@ from megatron_coe.training.settings import CheckpointSettings, Settings
 from tests.unit.training.runs import make_settings, make_trainer
 
 DATA = Path(__file__).parent / "data"
-NAMES = ("core-0.19.2", "torch-2.15.0")
+NAMES = ("core-0.16.1", "core-0.19.2", "torch-2.15.0")
 STEP = 2
 EXPECTED_FILE = "expected.json"
 TOLERANCE = 1e-5

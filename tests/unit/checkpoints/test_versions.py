@@ -69,6 +69,7 @@ def test_the_kept_checkpoints_are_what_their_names_say():
     for name in saved_checkpoints.NAMES:
         (checkpoint,) = find_checkpoints(saved_checkpoints.DATA / name)
         versions[name] = read_versions(checkpoint)
+    assert versions["core-0.16.1"]["megatron-core"] == "0.16.1"
     assert versions["core-0.19.2"]["megatron-core"] == "0.19.2"
     assert versions["torch-2.15.0"]["torch"] == "2.15.0+cu132"
     # What torch before 2.15 cannot unpickle: the sixth entry, strides.
