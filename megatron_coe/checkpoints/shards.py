@@ -10,6 +10,7 @@ leaves the others waiting for it.
 from __future__ import annotations
 
 import io
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,9 +81,21 @@ class ShardFile:
                 results.append(WriteResult(item.index, place.length, place))
             return Written({self.name: file.close()}, results)
         except Exception as error:
+            _release(error)
             raise (file.error or error) from error
         finally:
             file.abandon()
+
+
+def _release(error: BaseException | None) -> None:
+    """Let go of what the functions of an error held, as soon as it is caught.
+
+    Of torch.save that is its writer: left to the garbage collector, which may take the file before
+    it, it ends the process (torch 2.11, Python 3.12: a segmentation fault).
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 class SharePlan:
