@@ -20,7 +20,6 @@ MACHINE_FILE = "machine.json"
 PACKAGES = (
     "megatron-coe",
     "megatron-core",
-    "torch",
     "triton",
     "transformer-engine",
     "transformers",
@@ -65,8 +64,9 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' that matter, as far as they are installed."""
-    found = {"python": platform.python_version()}
+    """Python's and the packages' that matter, as far as they are installed; torch's with its build
+    (`+cpu`, `+cu130`), which its package does not tell."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in PACKAGES:
         try:
             found[name] = version(name)
