@@ -102,6 +102,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     """Bring a new trainee to the state of a checkpoint. A collective of all ranks.
 
     Hyperparameters stay those of the present settings: what is restored is what training changed.
+    A trainee without an optimizer gets the weights alone.
 
     Raises:
         ValueError: the checkpoint is of another model, or holds what could execute code.
@@ -117,7 +118,9 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         reason = explain(path, BadCheckpointError(f"it is of another version: {error}"))
         raise BadCheckpointError(f"checkpoint {path}: {reason}") from error
     state = _model_state(trainee)
-    if progress.step > 0:  # before the first step there is no optimizer state to speak of
+    optimizer_state = None
+    # Before the first step there is no optimizer state to speak of.
+    if trainee.optimizer is not None and progress.step > 0:
         optimizer_state = OptimizerState(trainee.optimizer, state, is_loading=True)
         state["optimizer"] = optimizer_state.tensors
     same_layout = common["layout"] == _layout()
@@ -130,11 +133,12 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         raise ValueError(f"checkpoint {path} does not fit this model: {reason}") from error
     for key, chunk in _chunks(trainee):
         chunk.load_state_dict(loaded[key])
-    if progress.step > 0:
+    if optimizer_state is not None:
         optimizer_state.restore(loaded["optimizer"], progress.updates)
-    else:
+    elif trainee.optimizer is not None:
         trainee.optimizer.reload_model_params()
-    trainee.schedule.step(progress.step - trainee.schedule.num_steps)
+    if trainee.schedule is not None:
+        trainee.schedule.step(progress.step - trainee.schedule.num_steps)
     if same_layout:
         set_rng_state(loaded["rng"])
     return progress

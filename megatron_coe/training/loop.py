@@ -90,7 +90,8 @@ class Trainer:
         self.activity = activity or Activity()
         self.activity.follow(trainee.chunks)
         self.num_microbatches = num_microbatches(settings, dist.get_world_size())
-        self._gradient_norms = GradientNorms(trainee.optimizer, trainee.chunks)
+        if trainee.optimizer is not None:
+            self._gradient_norms = GradientNorms(trainee.optimizer, trainee.chunks)
         self._gauges = Gauges(trainee, settings.train, self.num_microbatches, train.device)
         self._seconds = 0.0
         self._start = StepStart(trainee.chunks)

@@ -87,7 +87,7 @@ def trainer(
         train_set, valid_set = _build_data(settings, tokenizer, provider.seq_length)
         stop.heed(device, "the model was built", saves)
         activity.enter(MODEL)
-        trainee = setup.build_trainee(provider, settings, device)
+        trainee = setup.build_trainee(provider, settings, device, trains=not must_resume)
         stop.heed(device, "the checkpoint was loaded", saves)
         activity.enter(LOADING)
         progress = load_checkpoint(checkpoint, trainee) if checkpoint else Progress()

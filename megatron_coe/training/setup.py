@@ -38,8 +38,9 @@ class Trainee:
     provider: CoEModelProvider
     chunks: list[DistributedDataParallel]
     """This pipeline stage's part of the model: one chunk, or several under interleaving."""
-    optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
+    optimizer: MegatronOptimizer | None
+    """None, as the schedule, where the model is only evaluated."""
+    schedule: OptimizerParamScheduler | None
 
 
 def world_size() -> int:
@@ -121,9 +122,17 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(stage_seed)
 
 
-def build_trainee(provider: CoEModelProvider, settings: Settings, device: torch.device) -> Trainee:
-    """Model, optimizer and schedule, wired to one another the way Megatron's schedules expect."""
+def build_trainee(
+    provider: CoEModelProvider, settings: Settings, device: torch.device, trains: bool = True
+) -> Trainee:
+    """Build model, optimizer and schedule, wired to one another as Megatron's schedules expect.
+
+    Args:
+        trains: False: the model alone, to be evaluated.
+    """
     chunks = build_model(provider, settings.parallel, device)
+    if not trains:
+        return Trainee(provider, chunks, None, None)
     optimizer = build_optimizer(provider, chunks, settings)
     connect_schedule(provider, settings.parallel, chunks)
     provider.grad_scale_func = optimizer.scale_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE, LATEST_FILE, find_checkpoints
+from megatron_coe.training import setup
 from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.settings import load_settings
 from tests.unit.training.runs import make_settings, make_trainer, weights
@@ -178,3 +180,20 @@ def test_a_checkpoint_of_another_model_is_refused(single_rank, tmp_path):
     other = make_trainer(make_settings(model={"num_layers": 1, "hidden_size": 40}), single_rank)
     with pytest.raises(ValueError, match=f"checkpoint {Path(path)} does not fit this model"):
         load_checkpoint(path, other.trainee)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_an_evaluation_needs_no_optimizer(single_rank, tmp_path, monkeypatch, distributed):
+    settings = make_settings(tmp_path, parallel={"use_distributed_optimizer": distributed})
+    trained = make_trainer(settings, single_rank, held_out=3)
+    losses_of(trained, until=2)
+    trained.save()
+    monkeypatch.setattr(setup, "build_optimizer", pytest.fail)
+    monkeypatch.setattr(setup, "build_trainee", partial(setup.build_trainee, trains=False))
+    settings.train.seed += 1
+    evaluated = make_trainer(settings, single_rank, held_out=3)
+    assert evaluated.trainee.optimizer is None
+    evaluated.progress = load_checkpoint(find_checkpoints(tmp_path)[0], evaluated.trainee)
+    assert evaluated.progress.step == 2
+    assert_same(weights(evaluated), weights(trained))
+    assert evaluated.evaluate() == trained.evaluate()
