@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_coe.backends.latent import LatentAttention
 from megatron_coe.backends.torch import TorchSpecProvider
@@ -58,7 +59,10 @@ def get_coe_decoder_block_spec(
     # Megatron repeats the same object: without this, layers would share one spec even now.
     block.layer_specs = [deepcopy(spec) for spec in block.layer_specs]
     substitutes = {MLASelfAttention: LatentAttention}
-    if not use_transformer_engine:
+    if use_transformer_engine:
+        for spec in block.layer_specs:
+            _share_checkpoint_keys(spec.submodules, config)
+    else:
         rms_norm = config.normalization == "RMSNorm"
         substitutes = _local_substitutes(backend, rms_norm)
         block.layer_norm = backend.layer_norm(rms_norm=rms_norm)
@@ -67,6 +71,23 @@ def get_coe_decoder_block_spec(
         if part_class(spec.submodules.mlp) is MoELayer:
             _chain_experts(spec, config, backend, pg_collection)
     return block
+
+
+def _share_checkpoint_keys(layer: TransformerLayerSubmodules, config: CoEConfig) -> None:
+    """Name norms in checkpoints as the other backend does, in place.
+
+    Transformer Engine's linear layers hold the norm before them. Megatron's local layers of plain
+    attention go by its names for norms, whatever follows them; those of latent attention do not.
+    """
+    if config.multi_latent_attention:
+        shared = {
+            "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+            "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+            "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+        }
+    else:
+        shared = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **shared}
 
 
 def _chain_experts(

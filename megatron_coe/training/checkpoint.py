@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_coe.checkpoints.agreement import check_together
 from megatron_coe.checkpoints.errors import BadCheckpointError
-from megatron_coe.checkpoints.trust import vet
+from megatron_coe.checkpoints.trust import read_index, vet
 from megatron_coe.checkpoints.versions import explain
 from megatron_coe.megatron_compat.checkpoints import load_sharded_state
 from megatron_coe.training.optimizer_state import OptimizerState
@@ -118,6 +118,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         reason = explain(path, BadCheckpointError(f"it is of another version: {error}"))
         raise BadCheckpointError(f"checkpoint {path}: {reason}") from error
     state = _model_state(trainee)
+    absent = _take_absent_extra_states(path, state)
     optimizer_state = None
     # Before the first step there is no optimizer state to speak of.
     if trainee.optimizer is not None and progress.step > 0:
@@ -132,7 +133,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
         reason = str(error).strip().split("\n")[-1]
         raise ValueError(f"checkpoint {path} does not fit this model: {reason}") from error
     for key, chunk in _chunks(trainee):
-        chunk.load_state_dict(loaded[key])
+        chunk.load_state_dict({**loaded[key], **dict.fromkeys(absent[key])})
     if optimizer_state is not None:
         optimizer_state.restore(loaded["optimizer"], progress.updates)
     elif trainee.optimizer is not None:
@@ -142,6 +143,28 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     if same_layout:
         set_rng_state(loaded["rng"])
     return progress
+
+
+def _take_absent_extra_states(path: Path, state: dict[str, Any]) -> dict[str, list[str]]:
+    """Take out of each chunk's state the extra states that a checkpoint has not; their names.
+
+    Transformer Engine's norms have one, always empty, where the torch backend's have none.
+    """
+    stored = read_index(path).state_dict_metadata
+    absent = {
+        key: [
+            name
+            for name, value in chunk.items()
+            if "_extra_state" in name
+            and isinstance(value, ShardedObject)
+            and value.unique_key not in stored
+        ]
+        for key, chunk in state.items()
+    }
+    for key, names in absent.items():
+        for name in names:
+            del state[key][name]
+    return absent
 
 
 def _chunks(trainee: Trainee) -> list[tuple[str, GPTModel]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE, LATEST_FILE, find_checkpoints
 from megatron_coe.training import setup
@@ -197,3 +198,21 @@ def test_an_evaluation_needs_no_optimizer(single_rank, tmp_path, monkeypatch, di
     assert evaluated.progress.step == 2
     assert_same(weights(evaluated), weights(trained))
     assert evaluated.evaluate() == trained.evaluate()
+
+
+def test_an_extra_state_that_a_checkpoint_has_not_is_none(single_rank, tmp_path, monkeypatch):
+    """As between the backends: Transformer Engine's norms have one, the torch backend's not."""
+    first = make_trainer(make_settings(tmp_path), single_rank)
+    first.step()
+    first.save()
+    second = make_trainer(make_settings(tmp_path), single_rank)
+    (model,) = unwrap_model(second.trainee.chunks)
+    norm, given = type(model.decoder.final_layernorm), []
+    monkeypatch.setattr(norm, "get_extra_state", lambda self: None, raising=False)
+    monkeypatch.setattr(
+        norm, "set_extra_state", lambda self, state: given.append(state), raising=False
+    )
+    second.progress = load_checkpoint(find_checkpoints(tmp_path)[0], second.trainee)
+    assert given and set(given) == {None}
+    assert_same(weights(second), weights(first))
+    assert_same(optimizer_state(second), optimizer_state(first))
