@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.data.errors import DataError
+from megatron_coe.megatron_compat.transformer_engine import broken_by
 from megatron_coe.training.endings import NotFiniteError, StoppedError, stopped
 from megatron_coe.training.exit_status import DONE, MISTAKE, NOT_WRITTEN, RANK_LOST
 from megatron_coe.training.signals import StopRequest, unblock
@@ -50,8 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
                 trainer = prepare(options, stack, stop)
             except CheckpointWriteError:
                 raise
-            except (ValueError, OSError) as error:
-                return complain(error, MISTAKE)
+            except Exception as error:
+                told = broken_by(error) or error
+                if not isinstance(told, ValueError | OSError):
+                    raise
+                return complain(told, MISTAKE)
             if trainer is None:
                 return DONE
             if options.eval_only:

@@ -33,7 +33,7 @@ class CoEModelProvider(CoEConfig):
     """S: the longest sequence that the model will see."""
 
     backend: str = "auto"
-    """`te` (Transformer Engine), `torch` (without it), or `auto`: te where it is installed."""
+    """`te` (Transformer Engine), `torch` (without it), or `auto`: te where it can be used."""
 
     parallel_output: bool = True
     """Leave the logits split over the tensor-parallel ranks, as the parallel loss takes them."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 # Not `import torch`: once the module beside this one is imported, that name means it.
 from torch import cuda, device
 
-from megatron_coe.megatron_compat import cpu, mtp, patches, recompute
-from megatron_coe.megatron_compat.patches import have_apex, have_te
+from megatron_coe.megatron_compat import cpu, mtp, patches, recompute, transformer_engine
+from megatron_coe.megatron_compat.patches import have_apex
+from megatron_coe.megatron_compat.transformer_engine import have_te
+from megatron_coe.model.field_rules import NEEDS_TE
 
 if TYPE_CHECKING:
     from megatron.core.models.backends import BackendSpecProvider
@@ -28,6 +30,7 @@ __all__ = [
 BACKENDS = ("auto", "torch", "te")
 
 _NEED_TE = {
+    **dict.fromkeys(NEEDS_TE, "the kernels are its own"),
     "tp_comm_overlap": "without it nothing would overlap",
     "apply_rope_fusion": "the fused kernels are its own",
     "gradient_accumulation_fusion": "the linear layers that have it are its own",
@@ -38,22 +41,23 @@ _NEED_TE = {
     "external_cuda_graph": "its generator states can be captured, torch's cannot",
     "cuda_graph_impl": "its generator states can be captured, torch's cannot",
 }
-"""Fields of Megatron's configuration that do nothing or fail late without Transformer Engine. (What
-cannot even be configured without it, `CoEConfig` refuses.)"""
+"""Fields of Megatron's configuration that do nothing or fail late without Transformer Engine.
+(Those of `NEEDS_TE` `CoEConfig` refuses already, where it is not even installed.)"""
 
 
 def prepare() -> device:
     """Make Megatron-Core run on this machine as it is; call once, before building anything.
 
-    Patches what Megatron gets wrong without Transformer Engine (`megatron_compat.patches`) and,
-    without CUDA, its CUDA-only spots (`megatron_compat.cpu`). With CUDA, selects the device that
-    ``LOCAL_RANK`` names. Idempotent.
+    Patches what Megatron gets wrong where Transformer Engine cannot be used
+    (`megatron_compat.patches`) and, without CUDA, its CUDA-only spots (`megatron_compat.cpu`). With
+    CUDA, selects the device that ``LOCAL_RANK`` names. Idempotent.
 
     Returns:
         The device on which to put the model and the data.
 
     Raises:
-        ValueError: ``LOCAL_RANK`` is not the index of a CUDA device.
+        ValueError: ``LOCAL_RANK`` is not the index of a CUDA device, or Transformer Engine is
+            installed and cannot be imported.
     """
     patches.install()
     mtp.install()
@@ -99,10 +103,13 @@ def resolve_backend(name: str) -> BackendSpecProvider:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown: choose one of {', '.join(BACKENDS)}")
-    te_usable = have_te() and cuda.is_available()
+    te_usable = have_te()
     if name == "te" and not te_usable:
-        missing = "a CUDA device" if have_te() else "Transformer Engine, which is not installed"
-        raise ValueError(f"backend='te' needs {missing}: set backend='torch' or 'auto'")
+        missing = transformer_engine.import_error()
+        reason = f"cannot be imported ({missing})" if missing else "is left aside: no CUDA device"
+        raise ValueError(
+            f"backend='te' needs Transformer Engine, which {reason}. Set backend='torch' or 'auto'"
+        )
     # Imported here so that `prepare` can correct Megatron before either provider builds on it.
     if name == "torch" or not te_usable:
         from megatron_coe.backends.torch import TorchSpecProvider

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_coe.data.records import Fields
+from megatron_coe.megatron_compat.transformer_engine import broken_by
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -69,12 +70,15 @@ def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was w
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        told = broken_by(error) or error
+        if not isinstance(told, ValueError | OSError):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return USER_ERROR
     return 0
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.data.files import atomic_path, check_writable
+from megatron_coe.megatron_compat import transformer_engine
 from megatron_coe.training.exit_status import DONE
 from megatron_coe.training.metrics import METRICS_FILE, read_records
 from megatron_coe.training.settings import Settings
@@ -100,7 +101,11 @@ def last_validation_loss(folder: Path) -> float:
 
 
 def server() -> ForkServerContext:
-    """Makes processes that have Megatron imported."""
+    """Makes processes that have Megatron imported.
+
+    Raises: ValueError: it cannot be imported beside a broken Transformer Engine.
+    """
+    transformer_engine.is_installed()  # asked here: in the server it would be a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_coe.py; read on import
     # Megatron's modules each say on import that they do without Apex.
     os.environ.setdefault("PYTHONWARNINGS", ",".join(_UNHEARD))

@@ -187,10 +187,11 @@ _LITERAL_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.rerun_state_machine",
     "megatron.core.tensor_parallel.data",
-    "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.utils",
     "megatron.core.utils",
 )
+_LITERAL_CUDA_0_16 = ("megatron.core.transformer.moe.moe_utils",)
+"""Those of the 0.16 line alone, which go when it goes."""
 _FACTORIES = frozenset({"empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like"})
 
 
@@ -214,8 +215,10 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_literal_devices() -> None:
+    from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
+
     view = TorchOnCpu("torch")
-    for name in _LITERAL_CUDA:
+    for name in _LITERAL_CUDA if PARTS_ARE_PARTIALS else (*_LITERAL_CUDA, *_LITERAL_CUDA_0_16):
         importlib.import_module(name).torch = view
 
 

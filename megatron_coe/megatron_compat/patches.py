@@ -1,16 +1,20 @@
-"""Patches of what Megatron-Core gets wrong where Transformer Engine is absent, on any device.
+"""Patches of what Megatron-Core gets wrong where Transformer Engine cannot be used, on any device.
 
 Its modules each guess for themselves whether Transformer Engine and Apex are there, and some guess
-wrong: names stay undefined, or a package that happens to be called ``apex`` is taken for NVIDIA's.
-:func:`install` corrects the guesses. With Transformer Engine present nothing is changed, save that
-a foreign ``apex`` is still kept out.
+wrong: names stay undefined, a package that happens to be called ``apex`` is taken for NVIDIA's, or
+a Transformer Engine that can be imported for one that can run. :func:`install` corrects the
+guesses. Where Transformer Engine can be used nothing is changed, save that a foreign ``apex`` is
+still kept out.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import inspect
+import logging
+import os
+import re
 import sys
 import types
 import warnings
@@ -18,10 +22,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from megatron_coe.megatron_compat import transformer_engine
+from megatron_coe.megatron_compat.transformer_engine import have_te
 
-def have_te() -> bool:
-    """Whether Transformer Engine's PyTorch part can be imported."""
-    return _importable("transformer_engine.pytorch")
+logger = logging.getLogger(__name__)
 
 
 def have_apex() -> bool:
@@ -36,15 +40,42 @@ def have_apex() -> bool:
 def install() -> None:
     """Correct what Megatron's modules guessed about the packages around them. Idempotent.
 
-    Works whether or not Megatron's modules were imported before. Warns once (``RuntimeWarning``)
-    about an importable ``apex`` that is not NVIDIA's.
+    Works whether or not Megatron's modules were imported before. Says once what is ignored: a
+    Transformer Engine without a CUDA device (a line on stderr, once per machine), and an importable
+    ``apex`` that is not NVIDIA's (``RuntimeWarning``).
+
+    Raises:
+        BrokenTransformerEngineError: Transformer Engine cannot be imported; nothing was patched.
     """
-    foreign_apex = _importable("apex") and not have_apex()
-    if foreign_apex:
+    needed = [row for row in PATCHES if is_needed(row)]
+    if "unusable_te" in needed:
+        _tell_of_unusable_te()
+    if "foreign_apex" in needed:
         _warn_of_foreign_apex()
-    for name, patch in PATCHES.items():
-        if foreign_apex if name == "foreign_apex" else not have_te():
-            patch()
+    for row in needed:
+        PATCHES[row]()
+
+
+def is_needed(row: str) -> bool:
+    """Whether this machine and this line of Megatron-Core need a row of `PATCHES`."""
+    if row == "foreign_apex":
+        return _importable("apex") and not have_apex()
+    if have_te():
+        return False
+    if row == "unusable_te":
+        return transformer_engine.is_installed()
+    from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
+
+    return row not in ONLY_0_16 or not PARTS_ARE_PARTIALS
+
+
+@functools.cache
+def _tell_of_unusable_te() -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.warning(
+            "Transformer Engine is installed but left aside: it needs a CUDA device, and there is "
+            "none. PyTorch's modules and optimizer are used"
+        )
 
 
 @functools.cache
@@ -71,11 +102,15 @@ def _warn_of_foreign_apex() -> None:
 
 # Modules that decide at import, and must have decided before their decision can be corrected.
 _DECIDING = (
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.models.backends",
     "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
     "megatron.core.optimizer",
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.transformer.attention",
+    "megatron.core.transformer.moe.moe_layer",
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.multi_latent_attention",
     "megatron.core.transformer.multi_token_prediction",
@@ -91,14 +126,51 @@ def _megatron_modules() -> Iterator[types.ModuleType]:
             yield module
 
 
+_TE_FLAG = re.compile(r"HAVE_(TE|GTP|FUSED_QKV_ROPE)")
+
+
+def _patch_unusable_te() -> None:
+    """Megatron takes a Transformer Engine that can be imported for one that can run: it builds its
+    optimizer (which refuses) and calls its kernels. All is decided again as if it were absent.
+
+    Its classes may stay: what asks for them asks whether a module is one, and none is.
+    """
+    for module in _megatron_modules():
+        if module.__name__.endswith(".transformer_engine"):
+            module.HAVE_TE = False
+            continue
+        for name, value in list(vars(module).items()):
+            if value is True and _TE_FLAG.match(name):
+                setattr(module, name, False)
+            elif inspect.isfunction(value) and _is_of_te(value):
+                setattr(module, name, None)
+    importlib.import_module("megatron.core.transformer.attention").SplitAlongDim = None
+    norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    importlib.import_module("megatron.core.transformer.transformer_block").LayerNormImpl = norm
+    _use_torch_optimizers()
+    _use_local_multi_tensor_functions()
+
+
+def _is_of_te(function: types.FunctionType) -> bool:
+    """Whether a function is Transformer Engine's, or Megatron's around one of its."""
+    module = function.__module__
+    return module == "megatron.core.extensions.transformer_engine" or (
+        module.partition(".")[0] == transformer_engine.PACKAGE
+    )
+
+
 def _patch_have_te() -> None:
     """``multi_latent_attention`` imports only Megatron's wrappers, which import without Transformer
-    Engine (as ``None``), and concludes that it is there: ``isinstance(x, None)`` follows. Later
-    versions ask in the same way whether a layer is one for inference, which is Transformer
-    Engine's."""
+    Engine (as ``None``), and concludes that it is there: ``isinstance(x, None)`` follows."""
     for module in _megatron_modules():
         if getattr(module, "HAVE_TE", False):
             module.HAVE_TE = False
+
+
+def _patch_inference_linear() -> None:
+    """Megatron-LM's main branch asks whether a layer is one for inference, which is Transformer
+    Engine's, as ``multi_latent_attention`` of 0.16 asks for others."""
+    for module in _megatron_modules():
         if hasattr(module, "is_inference_column_parallel_linear"):
             module.is_inference_column_parallel_linear = _never
 
@@ -172,25 +244,46 @@ def _patch_foreign_apex() -> None:
             if getattr(module, name, None) is apex_norm:
                 setattr(module, name, torch_norm)
     if not have_te():
+        # An Apex built without its extensions still offers ``FusedAdam``, which then refuses.
         _use_torch_optimizers()
 
 
 def _use_torch_optimizers() -> None:
-    """An Apex built without its extensions still offers ``FusedAdam``, which then refuses."""
     optimizer = importlib.import_module("megatron.core.optimizer")
     optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
     optimizer.USING_PYTORCH_OPTIMIZER = True
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     distributed.Adam = torch.optim.Adam
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = False
+    distributed.HAVE_APEX_OR_TE = False
+    distributed.USING_APEX_OPTIMIZER = distributed.USING_TE_OPTIMIZER = False
+
+
+def _use_local_multi_tensor_functions() -> None:
+    """Copy, scale and measure many tensors by Megatron's own functions."""
+    utils = importlib.import_module("megatron.core.utils")
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    for module in (clip_grads, importlib.import_module("megatron.core.optimizer.optimizer")):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None  # 0.16 has none
 
 
 PATCHES: dict[str, Callable[[], None]] = {
-    "have_te": _patch_have_te,
-    "router_gemm": _patch_router_gemm,
+    "unusable_te": _patch_unusable_te,  # first: the others are about Megatron without it
     "selective_recompute": _patch_selective_recompute,
     "distributed_optimizer_load": _patch_distributed_optimizer_load,
     "gradient_norm": _patch_gradient_norm,
     "foreign_apex": _patch_foreign_apex,
+    "have_te": _patch_have_te,
+    "router_gemm": _patch_router_gemm,
+    "inference_linear": _patch_inference_linear,
 }
 """One row per fault. Removing a row brings its symptom back (see the tests)."""
+
+ONLY_0_16 = frozenset({"have_te", "router_gemm"})
+"""Rows of the 0.16 line alone, which go when it goes: 0.19 has these right.
+
+Of the others `inference_linear` is of Megatron-LM's main branch (after 0.19), where it finds what
+it patches; all the rest both lines need.
+"""

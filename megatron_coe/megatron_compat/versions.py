@@ -19,8 +19,6 @@ from megatron.core import __version__ as MEGATRON_VERSION
 from megatron.core import parallel_state
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.utils import get_batch_on_this_cp_rank as _get_batch_on_this_cp_rank
-from megatron.core.utils import get_te_version
-from packaging.version import Version
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -107,15 +105,6 @@ def no_graph_scopes() -> list | None:
     The current line renamed the field to `cuda_graph_modules` and wants the old one unset.
     """
     return None if PARTS_ARE_PARTIALS else []
-
-
-# --- Transformer Engine ---------------------------------------------------------------------------
-
-
-def te_is_installed() -> bool:
-    """Whether Megatron found a version of Transformer Engine; where none is, the 0.16 line says
-    None and the current one 0.0.0."""
-    return get_te_version() not in (None, Version("0.0.0"))
 
 
 # --- batches --------------------------------------------------------------------------------------

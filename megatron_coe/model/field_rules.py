@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_coe.megatron_compat.versions import te_is_installed
+from megatron_coe.megatron_compat import transformer_engine
 
 if TYPE_CHECKING:
     from megatron_coe.config import CoEConfig
@@ -79,7 +79,7 @@ def check_supported(config: CoEConfig) -> None:
                 f"{name}={value!r} is not supported by a CoE layer: {reason}. Unset it."
             )
     for name in NEEDS_TE:
-        if getattr(config, name, None) and not te_is_installed():
+        if getattr(config, name, None) and not transformer_engine.is_installed():
             raise ValueError(
                 f"{name}={getattr(config, name)!r} needs Transformer Engine, which is not "
                 "installed. Unset it."

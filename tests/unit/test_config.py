@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_coe.backends import have_te
 from megatron_coe.config import RESIDUAL_MODES, CoEConfig
+from megatron_coe.megatron_compat.transformer_engine import is_installed
 from tests.builders import tiny_config
 
 GROUPS = {
@@ -89,7 +89,7 @@ def test_wrong_values_are_refused_by_name(fields: dict, named: list[str]) -> Non
         assert words in str(error.value)
 
 
-@pytest.mark.skipif(have_te(), reason="Transformer Engine is there")
+@pytest.mark.skipif(is_installed(), reason="Transformer Engine is there")
 @pytest.mark.parametrize("name", ["fp8", "fp4", "moe_permute_fusion", "moe_router_fusion"])
 def test_what_megatron_configures_with_transformer_engine_only(name: str) -> None:
     value = "hybrid" if name.startswith("fp") else True

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 
 import pytest
 import torch
 
 from megatron_coe import backends
-from megatron_coe.megatron_compat import cpu, patches
+from megatron_coe.megatron_compat import cpu, patches, transformer_engine
+from tests.stub_te import write_te
 
 
 def test_preparing_twice_changes_nothing_more(device):
@@ -34,7 +37,7 @@ def test_auto_is_plain_pytorch_without_transformer_engine(device):
 
 @pytest.mark.skipif(backends.have_te(), reason="Transformer Engine is installed")
 def test_transformer_engine_is_refused_where_it_is_missing(device):
-    with pytest.raises(ValueError, match="backend='te' needs Transformer Engine"):
+    with pytest.raises(ValueError, match="backend='te' needs Transformer Engine, which "):
         backends.resolve_backend("te")
 
 
@@ -65,11 +68,10 @@ def fresh_imports():
     yield
     patches._importable.cache_clear()
     patches._warn_of_foreign_apex.cache_clear()
+    transformer_engine.import_error.cache_clear()
 
 
 def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_imports):
-    import sys
-
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("apex", "apex.multi_tensor_apply", "amp_C"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -86,8 +88,6 @@ def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_im
     (tmp_path / "amp_C.py").write_text("")
     patches._importable.cache_clear()
     patches._warn_of_foreign_apex.cache_clear()
-    import importlib
-
     importlib.invalidate_caches()
     assert backends.have_apex()
     with warnings.catch_warnings():
@@ -97,12 +97,39 @@ def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_im
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-def test_a_package_that_breaks_on_import_counts_as_absent(tmp_path, monkeypatch, fresh_imports):
+def test_a_broken_transformer_engine_stops_before_anything_is_patched(
+    tmp_path, monkeypatch, fresh_imports
+):
+    """`import_error` alone is asked here: Megatron was imported without it long ago."""
+    monkeypatch.syspath_prepend(str(write_te(tmp_path, __init__="raise OSError('no libcuda')")))
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    monkeypatch.setattr(patches, "PATCHES", dict.fromkeys(patches.PATCHES, pytest.fail))
+    transformer_engine.import_error.cache_clear()
+    for ask in (backends.have_te, patches.install, lambda: backends.resolve_backend("auto")):
+        with pytest.raises(ValueError, match=r"cannot be imported.*: OSError: no libcuda") as error:
+            ask()
+        assert "\n" not in str(error.value)
+
+
+def test_only_imports_of_transformer_engine_are_explained_by_it(tmp_path, monkeypatch):
+    """Not an error of the same type from elsewhere, nor one that its functions raise later."""
+    write_te(tmp_path, __init__="__version__ = '1'", pytorch="def run():\n    assert False, 'late'")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "transformer_engine").mkdir()
-    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('no libcuda')")
-    patches._importable.cache_clear()
-    assert not backends.have_te()
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        monkeypatch.delitem(sys.modules, name)
+    pytorch = importlib.import_module("transformer_engine.pytorch")
+    with pytest.raises(AssertionError) as late:
+        pytorch.run()
+    assert transformer_engine.broken_by(late.value) is None
+    assert transformer_engine.broken_by(AssertionError("elsewhere")) is None
+    with pytest.raises(ImportError) as missing:
+        importlib.import_module("transformer_engine.nothing")
+    try:
+        raise ValueError("hides it") from missing.value
+    except ValueError as error:
+        assert "No module named" in str(transformer_engine.broken_by(error))
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_transformer_engines_provider_never_offers_legacy_experts(device):

@@ -1,8 +1,11 @@
 """Show, for every patch, the symptom without it. Run as a program; prints JSON.
 
+    rows.py ROW ROW …
+
 The rows change Megatron for the whole process, so each is left out in a fork of one process that
 has imported Megatron and applied nothing. The result is {row: [what went wrong without the row,
-what went wrong with all rows or null]}. A foreign `apex` on the path is part of the picture.
+what went wrong with all rows or null]}. A foreign `apex` on the path is part of the picture, and
+for `unusable_te` a Transformer Engine that needs a GPU.
 """
 
 from __future__ import annotations
@@ -171,6 +174,16 @@ def fusions() -> None:
     fused_bias_swiglu.swiglu(torch.ones(2, 4))
 
 
+def unusable_te() -> None:
+    optimizer = trained_with(distributed=True).chained_optimizers[0].optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    router_gemm()
+
+
+def inference_linear() -> None:
+    """Of Megatron-LM's main branch: a wheel has nothing to be patched."""
+
+
 def have_te() -> None:
     mla = MLATransformerConfig(
         num_layers=1,
@@ -233,6 +246,8 @@ def foreign_apex() -> None:
 
 
 ROWS: dict[str, Callable[[], None]] = {
+    "unusable_te": unusable_te,
+    "inference_linear": inference_linear,
     "current_device": current_device,
     "streams": streams,
     "rng": rng,
@@ -280,7 +295,8 @@ def fault_in_a_fork(row: str, left_out: str | None) -> str | None:
 
 
 if __name__ == "__main__":
+    rows = sys.argv[1:]
     print(
-        json.dumps({row: [fault_in_a_fork(row, row), fault_in_a_fork(row, None)] for row in ROWS})
+        json.dumps({row: [fault_in_a_fork(row, row), fault_in_a_fork(row, None)] for row in rows})
     )
     sys.stdout.flush()

@@ -10,7 +10,8 @@ import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS, te_is_installed
+from megatron_coe.megatron_compat.transformer_engine import is_installed
+from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
 from megatron_coe.model.field_rules import NEEDS_TE, UNSUPPORTED
 from tests.builders import build_layer, randomise, tiny_config
 
@@ -67,7 +68,7 @@ def test_unsupported_fields_are_refused_by_name_and_reason(name: str) -> None:
     assert f"{name}={value!r}" in str(error.value) and UNSUPPORTED[name] in str(error.value)
 
 
-@pytest.mark.skipif(te_is_installed(), reason="Transformer Engine is installed")
+@pytest.mark.skipif(is_installed(), reason="Transformer Engine is installed")
 @pytest.mark.parametrize("name", sorted(HERE.keys() & set(NEEDS_TE)))
 def test_fields_of_transformer_engine_are_refused_without_it(name: str) -> None:
     value = "hybrid" if name in ("fp8", "fp4") else True
