@@ -12,10 +12,11 @@ REPO = Path(__file__).parents[2]
 
 
 def benchmark(*arguments: object) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, str(REPO / "tools/benchmark.py"), *map(str, arguments)],
         cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
