@@ -197,7 +197,10 @@ def _patch_selective_recompute() -> None:
 
 def _patch_distributed_optimizer_load() -> None:
     """Torch's Adam keeps a step count per parameter, which the distributed optimizer restores
-    first, then leaves out of a checkpoint's tensors and asks for all the same (``KeyError``)."""
+    first. Then it leaves the count out of a checkpoint's tensors and asks for it all the same
+    (``KeyError``) or, of checkpoints that are sharded as its buffers are (``dp_reshardable``, the
+    default of Megatron's `pretrain`), copies the count from before loading: 0, so that Adam takes
+    trained moments for new ones."""
     module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     set_states = module.DistributedOptimizer._set_main_param_and_optimizer_states
     if hasattr(set_states, "__wrapped__"):
@@ -208,9 +211,54 @@ def _patch_distributed_optimizer_load() -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         restored = {"step": state["step"]} if "step" in state else {}
-        set_states(self, model_param, {**restored, **tensors})
+        set_states(self, model_param, {**tensors, **restored})
 
     module.DistributedOptimizer._set_main_param_and_optimizer_states = keep_step
+
+
+def _patch_distributed_optimizer_state() -> None:
+    """Torch's Adam has no state before its first step, where the distributed optimizer asserts that
+    all parameters have made the same number of steps; so it cannot be loaded. Loading then gives
+    them all one tensor as their step count, which counts once per parameter and step: the updates
+    that follow are wrong, without a word. And fp32 weights are loaded through views that need
+    gradients, which torch refuses outside of ``no_grad``."""
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer_class = module.DistributedOptimizer
+    state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
+    if hasattr(state_dict, "__wrapped__"):
+        return
+
+    @functools.wraps(state_dict)
+    def complete_before(self):
+        complete_adam_state(self.optimizer)
+        return state_dict(self)
+
+    @functools.wraps(load_state_dict)
+    @torch.no_grad()
+    def complete_after(self, state):
+        load_state_dict(self, state)
+        complete_adam_state(self.optimizer)
+
+    optimizer_class.state_dict, optimizer_class.load_state_dict = complete_before, complete_after
+
+
+def complete_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter of torch's Adam all its state, and a step count of its own.
+
+    Nothing for other optimizers: Transformer Engine's and Apex's count per group.
+    """
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        # Where such an update counts.
+        on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            step = torch.zeros((), device=parameter.device if on_device else "cpu")
+            state["step"] = state.get("step", step).to(step, copy=True)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment not in state:
+                    state[moment] = torch.zeros_like(parameter)
 
 
 def _patch_gradient_norm() -> None:
@@ -273,6 +321,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "unusable_te": _patch_unusable_te,  # first: the others are about Megatron without it
     "selective_recompute": _patch_selective_recompute,
     "distributed_optimizer_load": _patch_distributed_optimizer_load,
+    "distributed_optimizer_state": _patch_distributed_optimizer_state,
     "gradient_norm": _patch_gradient_norm,
     "foreign_apex": _patch_foreign_apex,
     "have_te": _patch_have_te,

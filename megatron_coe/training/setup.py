@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
+from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.provider import CoEModelProvider
@@ -220,23 +221,11 @@ def fuse_update(optimizer: MegatronOptimizer) -> None:
 def complete_state(optimizer: MegatronOptimizer) -> None:
     """Give each parameter of torch's AdamW all its state, and a step count of its own.
 
-    Torch makes the state at the first step, and before it Megatron's distributed optimizer can be
-    neither saved nor loaded (0.16.1 asserts one common step count in `state_dict`). On loading, the
-    distributed optimizer gives all parameters the same tensor as step count, which then counts once
-    per parameter and step: wrong updates, without a word. Transformer Engine's needs nothing.
+    Torch makes the state at the first step, before which Megatron's optimizers can be neither saved
+    nor loaded (`megatron_compat.patches` has more). Transformer Engine's needs nothing.
     """
     for part in optimizer.chained_optimizers:
-        if not isinstance(part.optimizer, torch.optim.AdamW):
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                # Where a fused update counts.
-                step = torch.zeros((), device=parameter.device)
-                state["step"] = state.get("step", step).to(step, copy=True)
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    if moment not in state:
-                        state[moment] = torch.zeros_like(parameter)
+        complete_adam_state(part.optimizer)
 
 
 def build_schedule(optimizer: MegatronOptimizer, train: TrainSettings) -> OptimizerParamScheduler:

@@ -18,6 +18,7 @@ INDEXED = "megatron_coe/data/indexed.py"
 INDEX_CACHE = "megatron_coe/data/index_cache.py"
 OBJECTIVE = "megatron_coe/training/objective.py"
 SETUP = "megatron_coe/training/setup.py"
+PATCHES = "megatron_coe/megatron_compat/patches.py"
 BENCHMARK = "megatron_coe/benchmark/"
 LOOP = "megatron_coe/training/loop.py"
 SIGNALS = "megatron_coe/training/signals.py"
@@ -39,6 +40,7 @@ OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
 OF_EXPERT_MLP = ("tests/unit/moe/test_expert_mlp.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
 OF_SETUP = ("tests/unit/training/test_setup.py",)
+OF_PATCHES = ("tests/unit/megatron_compat/test_patches.py",)
 OF_SIGNALS = ("tests/unit/training/test_signals.py",)
 OF_LAYOUTS = ("tests/distributed/test_layouts.py",)
 OF_UPCYCLE = ("tests/unit/conversion/test_upcycle.py",)
@@ -334,6 +336,20 @@ FAULTS = [
         "overrides = {} if train.decay_all_parameters else None",
         "overrides = None",
         OF_SETUP,
+    ),
+    Fault(
+        "resumed Adam: the step count from before loading",
+        PATCHES,
+        "{**tensors, **restored}",
+        "{**restored, **tensors}",
+        OF_PATCHES,
+    ),
+    Fault(
+        "resumed Adam: one step count for all parameters",
+        PATCHES,
+        'state.get("step", step).to(step, copy=True)',
+        'state.get("step", step).to(step)',
+        OF_PATCHES,
     ),
     Fault(
         "exported model: the balance loss in the value",

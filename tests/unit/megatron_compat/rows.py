@@ -62,14 +62,22 @@ def column_parallel() -> ColumnParallelLinear:
     )
 
 
-def trained_with(distributed: bool) -> MegatronOptimizer:
-    """The optimizer after one step of a tiny model through DDP, with clipping."""
+def with_optimizer(
+    distributed: bool, *layers: torch.nn.Module
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """Layers wrapped for DDP, and their optimizer, with clipping."""
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
-    model = DistributedDataParallel(config(), ddp, column_parallel())
+    model = DistributedDataParallel(config(), ddp, torch.nn.ModuleList(layers))
     settings = OptimizerConfig(lr=0.1, clip_grad=1.0, use_distributed_optimizer=distributed)
-    optimizer = get_megatron_optimizer(settings, [model])
+    return model, get_megatron_optimizer(settings, [model])
+
+
+def trained_with(distributed: bool) -> MegatronOptimizer:
+    """The optimizer after one step of a tiny model."""
+    layer = column_parallel()
+    model, optimizer = with_optimizer(distributed, layer)
     model.zero_grad_buffer()
-    model(torch.ones(2, 1, 8))[0].square().sub(1).square().sum().backward()
+    layer(torch.ones(2, 1, 8))[0].square().sub(1).square().sum().backward()
     model.finish_grad_sync()
     optimizer.step()
     return optimizer
@@ -222,6 +230,24 @@ def distributed_optimizer_load() -> None:
     tensors.pop("step")
     with torch.no_grad():
         optimizer._set_main_param_and_optimizer_states(parameter, tensors)
+        # Or the count is that from before loading.
+        stale = {**tensors, "step": torch.zeros(())}
+        optimizer._set_main_param_and_optimizer_states(parameter, stale)
+    (state,) = optimizer.optimizer.state.values()
+    assert state["step"] == 1
+
+
+def distributed_optimizer_state() -> None:
+    _, chained = with_optimizer(True, column_parallel(), column_parallel())
+    (optimizer,) = chained.chained_optimizers
+    saved = optimizer.state_dict()
+    for group in saved["optimizer"]["param_groups"]:
+        group["step"] = 3.0
+    optimizer.load_state_dict(saved)
+    first, second = (state["step"] for state in optimizer.optimizer.state.values())
+    assert first == second == 3
+    first += 1
+    assert second == 3, "parameters share a step count"
 
 
 class HostReads(TorchDispatchMode):
@@ -262,6 +288,7 @@ ROWS: dict[str, Callable[[], None]] = {
     "router_gemm": router_gemm,
     "selective_recompute": selective_recompute,
     "distributed_optimizer_load": distributed_optimizer_load,
+    "distributed_optimizer_state": distributed_optimizer_state,
     "gradient_norm": gradient_norm,
     "foreign_apex": foreign_apex,
 }

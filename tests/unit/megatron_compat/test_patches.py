@@ -40,6 +40,7 @@ SYMPTOMS = {
     "router_gemm": "name 'te_general_gemm' is not defined",
     "selective_recompute": "name 'FP8GlobalStateManager' is not defined",
     "distributed_optimizer_load": "KeyError: 'step'",
+    "distributed_optimizer_state": "^AssertionError: $",
     "gradient_norm": "a value is read back",
     "foreign_apex": "Apex must be installed",
 }
