@@ -1,0 +1,1 @@
+"""The CoE model in other frameworks."""
