@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Train the paper's CoE-2(4/64) with a Megatron-LM checkout: its pretrain, its arguments, its data.
+# Train the paper's CoE-2(4/64) with Megatron's own pretrain, arguments and data sets.
 #
-#   MEGATRON_LM_PATH=path/to/Megatron-LM DATA=my/corpus_text_document TOKENIZER=my/tokenizer.model \
-#       examples/megatron_lm/train.sh [more of Megatron-LM's arguments]
+#   DATA=my/corpus TOKENIZER=my/tokenizer.model GPUS=8 examples/megatron_lm/train.sh [arguments]
 #
-# DATA is a prefix that Megatron-LM's tools/preprocess_data.py (or this repository's, with packed
-# documents) has written; without it the data are random tokens. GPUS is the number of processes of
-# this machine. Without Transformer Engine add: --transformer-impl local --no-persist-layer-norm
-# --no-masked-softmax-fusion --no-gradient-accumulation-fusion.
+# What is added on the command line wins. Without DATA the data are random tokens.
+#   DATA              prefix of the .bin/.idx pair that tools/preprocess_data.py has written
+#   VALID             likewise of the validation set; without it, 2% of DATA
+#   TOKENIZER         the SentencePiece model that they were encoded with
+#   GPUS              processes on this machine (1)
+#   SAVE              folder of checkpoints and TensorBoard files (runs/megatron_lm)
+#   DEVICE=cpu        gloo, fp32 and this package's own modules in place of NCCL, bf16 and
+#                     Transformer Engine. (On a GPU without Transformer Engine, add LOCAL's arguments.)
+#   MEGATRON_LM_PATH  a Megatron-LM checkout, of the 0.16 line or from 0.18 on; without it
+#                     megatron.training is that of the megatron-core wheel (0.19.2)
 set -euo pipefail
 
-: "${MEGATRON_LM_PATH:?name a Megatron-LM checkout, of the 0.16 line or from 0.18 on}"
 cd "$(dirname "$0")/../.."
 
 CHAIN=(
@@ -66,7 +70,6 @@ RECIPE=(
     --adam-beta2 0.95
     --weight-decay 0.01
     --clip-grad 1.0
-    --bf16
     --seed 42
     --use-distributed-optimizer
     --eval-interval 100
@@ -80,19 +83,32 @@ OUTPUT=(
     --ckpt-format torch_dist
     --tensorboard-dir "${SAVE:-runs/megatron_lm}/tensorboard"
 )
+LOCAL=(
+    --transformer-impl local
+    --no-rope-fusion
+    --no-persist-layer-norm
+    --no-masked-softmax-fusion
+    --no-gradient-accumulation-fusion
+)
+case "${DEVICE:-gpu}" in
+    gpu) MACHINE=(--bf16) ;;
+    cpu) MACHINE=(--distributed-backend gloo "${LOCAL[@]}") ;;
+    *) echo "train.sh: error: DEVICE=$DEVICE: choose gpu or cpu" >&2 && exit 2 ;;
+esac
 if [[ -n "${DATA:-}" ]]; then
     : "${TOKENIZER:?name the SentencePiece model that DATA was encoded with}"
-    CORPUS=(
-        --data-path "$DATA"
-        --split 98,2,0
-        --tokenizer-type SentencePieceTokenizer
-        --tokenizer-model "$TOKENIZER"
-    )
+    CORPUS=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER")
+    if [[ -n "${VALID:-}" ]]; then
+        CORPUS+=(--train-data-path "$DATA" --valid-data-path "$VALID")
+    else
+        CORPUS+=(--data-path "$DATA" --split 98,2,0)
+    fi
 else
     CORPUS=(--mock-data --tokenizer-type NullTokenizer --vocab-size 102399)
 fi
 
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-export PYTHONPATH="$MEGATRON_LM_PATH:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec torchrun --nproc-per-node "${GPUS:-1}" examples/megatron_lm/pretrain_coe_megatron.py \
-    "${CHAIN[@]}" "${MODEL[@]}" "${EXPERTS[@]}" "${RECIPE[@]}" "${OUTPUT[@]}" "${CORPUS[@]}" "$@"
+export PYTHONPATH="${MEGATRON_LM_PATH:+$MEGATRON_LM_PATH:}$PWD${PYTHONPATH:+:$PYTHONPATH}"
+exec torchrun --standalone --nproc-per-node "${GPUS:-1}" examples/megatron_lm/pretrain_coe_megatron.py \
+    "${CHAIN[@]}" "${MODEL[@]}" "${EXPERTS[@]}" "${RECIPE[@]}" "${OUTPUT[@]}" "${MACHINE[@]}" \
+    "${CORPUS[@]}" "$@"

@@ -20,62 +20,17 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_coe.provider import CoEModelProvider
 from tests.distributed.launch import REPO
+from tests.functional.megatron_lm import CLIP, DECAY, FIELDS, LR, MODEL, STEPS, TRAINING
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
 SCRIPT = REPO / "examples/megatron_lm/pretrain_coe_megatron.py"
-STEPS, MICRO_BATCHES, LR, DECAY, CLIP = 4, 2, 5e-3, 0.1, 0.5
+MICRO_BATCHES = 2
 
 pytestmark = pytest.mark.skipif(
     not MEGATRON_LM, reason="MEGATRON_LM_PATH names no Megatron-LM checkout"
 )
 
-MODEL = shlex.split("""
-    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48
-    --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8
-    --v-head-dim 8 --qk-layernorm --position-embedding-type rope --rope-type yarn
-    --rotary-scaling-factor 40 --mscale 0.707 --mscale-all-dim 0.707 --normalization RMSNorm
-    --norm-epsilon 1e-6 --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
-    --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.05 --num-experts 6
-    --moe-router-topk 2 --moe-ffn-hidden-size 16 --moe-shared-expert-intermediate-size 24
-    --moe-grouped-gemm --moe-router-pre-softmax --moe-router-dtype fp32
-    --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type seq_aux_loss
-    --moe-aux-loss-coeff 0.02 --transformer-impl local --use-cpu-initialization
-    --no-bias-swiglu-fusion --no-rope-fusion --no-persist-layer-norm --no-masked-softmax-fusion
-    --no-gradient-accumulation-fusion
-""")
-TRAINING = shlex.split(f"""
-    --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2
-    --global-batch-size {2 * MICRO_BATCHES} --train-iters {STEPS} --lr {LR}
-    --lr-decay-style constant --weight-decay {DECAY} --clip-grad {CLIP} --adam-beta2 0.95
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 94 --make-vocab-size-divisible-by 16
-    --distributed-backend gloo --log-interval 1 --eval-iters 1 --eval-interval 1000 --seed 7
-""")
-CHAIN = ["--coe-iterations", "3", "--coe-residual", "inner"]
-
-
-def our_model() -> CoEModelProvider:
-    """What MODEL and CHAIN describe, written down anew in this package's own fields."""
-    return CoEModelProvider(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        ffn_hidden_size=48,
-        kv_lora_rank=16,
-        qk_head_dim=8,
-        qk_pos_emb_head_dim=8,
-        v_head_dim=8,
-        num_moe_experts=6,
-        moe_router_topk=2,
-        moe_ffn_hidden_size=16,
-        moe_shared_expert_intermediate_size=24,
-        moe_aux_loss_coeff=0.02,
-        coe_iterations=3,
-        coe_residual="inner",
-        vocab_size=94,
-        make_vocab_size_divisible_by=16,
-        seq_length=32,
-        use_cpu_initialization=True,
-    )
+BATCH = shlex.split(f"--micro-batch-size 2 --global-batch-size {2 * MICRO_BATCHES} --mock-data")
 
 
 def free_port() -> int:
@@ -87,7 +42,7 @@ def free_port() -> int:
 def pretrain(work: Path, arguments: str = "", world_size: int = 1) -> str:
     """Run the example script with Megatron-LM in `work`; return what the last rank printed.
 
-    `work/record.pt` then holds what `megatron_lm_on_cpu.py` records.
+    `work/record.pt` then holds what `record_megatron_lm.py` records.
     """
     environment = {
         **os.environ,
@@ -100,8 +55,8 @@ def pretrain(work: Path, arguments: str = "", world_size: int = 1) -> str:
         "WORLD_SIZE": str(world_size),
     }
     python = os.environ.get("MEGATRON_LM_PYTHON", sys.executable)
-    on_cpu = REPO / "tests/functional/megatron_lm_on_cpu.py"
-    command = [python, "-W", "ignore", on_cpu, "record.pt", SCRIPT, *MODEL, *TRAINING, *CHAIN]
+    recorder = REPO / "tests/functional/record_megatron_lm.py"
+    command = [python, "-W", "ignore", recorder, "record.pt", SCRIPT, *MODEL, *TRAINING, *BATCH]
     logs = [work / f"rank{rank}.log" for rank in range(world_size)]
     ranks = []
     try:
@@ -140,7 +95,7 @@ def logged(output: str, name: str) -> list[float]:
 def test_pretrain_trains_our_model(single_rank, single) -> None:
     """Megatron-LM's losses are those of our model in a plain loop over its batches."""
     output, record = single
-    model = our_model().provide().train()
+    model = CoEModelProvider(**FIELDS).provide().train()
     model.load_state_dict(record["weights"], strict=False)
     assert {name for name, _ in model.named_parameters()} == record["weights"].keys()
 

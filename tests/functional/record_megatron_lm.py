@@ -1,10 +1,9 @@
-"""Run a script over a Megatron-LM checkout's `pretrain` on a CPU and record what it did.
+"""Run a script over a Megatron-LM checkout's `pretrain` and record what it did.
 
-    python tests/functional/megatron_lm_on_cpu.py RECORD SCRIPT ARGUMENTS
+    python tests/functional/record_megatron_lm.py RECORD SCRIPT ARGUMENTS
 
-`megatron_coe.megatron_compat.cpu` covers `megatron.core`; this covers what the checkout's
-`megatron.training` takes for granted besides. RECORD gets rank 0's weights before the first step,
-its micro-batches and what Megatron-LM's loss function reported of each.
+RECORD gets rank 0's weights before the first step, its micro-batches and what Megatron-LM's loss
+function reported of each.
 """
 
 from __future__ import annotations
@@ -15,39 +14,8 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 
 import torch
-
-
-def cover() -> None:
-    """Apply `megatron_coe`'s covers, then those of the training side."""
-    from megatron_coe.backends import prepare
-    from megatron_coe.megatron_compat import cpu
-
-    prepare()
-    for module in LITERAL_CUDA:
-        importlib.import_module(module).torch = cpu.TorchOnCpu("torch")
-    training = importlib.import_module("megatron.training.training")
-    initialize = importlib.import_module("megatron.training.initialize")
-    training.initialize_megatron = functools.partial(
-        training.initialize_megatron, allow_no_cuda=True
-    )
-    training.set_jit_fusion_options = nothing  # runs kernels once, on the GPU
-    if hasattr(initialize, "fused_kernels"):
-        initialize.fused_kernels.load = nothing  # compiles some with nvcc
-    # One device to every process; otherwise Megatron-LM makes no parallel groups.
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.set_device = nothing
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)
-
-
-def nothing(*args: object, **kwargs: object) -> None:
-    pass
-
-
-LITERAL_CUDA = ("megatron.training.training", "megatron.training.utils")
 
 
 class Recorder:
@@ -85,8 +53,10 @@ class Recorder:
 
 
 def main() -> None:
+    from megatron_coe.backends import prepare
+
     record, *sys.argv = sys.argv[1:]
-    cover()
+    prepare()  # as the script does, before Megatron's training modules are imported
     gpt = importlib.import_module("pretrain_gpt")
     gpt.forward_step = recorder = Recorder(gpt.forward_step)
     try:
