@@ -51,6 +51,12 @@ UNSUPPORTED: dict[str, str] = {
 }
 """Field -> why it is refused. Unset is None, False, an empty value, 0 or a size of 1."""
 
+_FILLED_IN = {
+    "tensor_parallel_num_weight_shards": "tensor_model_parallel_size",
+    "expert_tensor_parallel_num_weight_shards": "expert_tensor_parallel_size",
+}
+"""Fields that Megatron's parsed arguments set to another's value where they are not given."""
+
 NEEDS_TE = (
     "fp8",
     "fp4",
@@ -74,7 +80,8 @@ def check_supported(config: CoEConfig) -> None:
     """Raise ValueError, naming field, value and fix, for the first field that cannot be had."""
     for name, reason in UNSUPPORTED.items():
         value = getattr(config, name, None)  # one that only the other line has is unset
-        if value and not (type(value) is int and value == 1):
+        filled_in = getattr(config, _FILLED_IN[name], None) if name in _FILLED_IN else 1
+        if value and not (type(value) is int and value in (1, filled_in)):
             raise ValueError(
                 f"{name}={value!r} is not supported by a CoE layer: {reason}. Unset it."
             )

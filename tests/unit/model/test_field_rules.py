@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_coe.megatron_compat.transformer_engine import is_installed
 from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
-from megatron_coe.model.field_rules import NEEDS_TE, UNSUPPORTED
+from megatron_coe.model.field_rules import _FILLED_IN, NEEDS_TE, UNSUPPORTED
 from tests.builders import build_layer, randomise, tiny_config
 
 HERE = {field.name: field for field in fields(MLATransformerConfig)}
@@ -66,6 +66,16 @@ def test_unsupported_fields_are_refused_by_name_and_reason(name: str) -> None:
     with pytest.raises(ValueError) as error:
         tiny_config(**{name: value})
     assert f"{name}={value!r}" in str(error.value) and UNSUPPORTED[name] in str(error.value)
+
+
+@pytest.mark.skipif(not PARTS_ARE_PARTIALS, reason="about fields that 0.16.1 does not have")
+@pytest.mark.parametrize("name", sorted(_FILLED_IN))
+def test_what_megatrons_arguments_fill_in_is_accepted(name: str) -> None:
+    layout = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    layout["sequence_parallel"] = True
+    tiny_config(**layout, **{name: 2})
+    with pytest.raises(ValueError, match=f"{name}=4 is not supported"):
+        tiny_config(**layout, **{name: 4})
 
 
 @pytest.mark.skipif(is_installed(), reason="Transformer Engine is installed")
