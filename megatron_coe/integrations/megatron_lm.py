@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_coe.backends import refuse_unusable
 from megatron_coe.config import GROUP_SCORES, RESIDUAL_MODES
+from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.provider import CoEModelProvider
 
 BACKENDS = {"transformer_engine": "te", "local": "torch"}
@@ -101,6 +102,7 @@ def coe_builder(
         )
     try:
         refuse_unusable(config)
+        prepare_recompute(config)
         return config.provide(pre_process, post_process, vp_stage, pg_collection)
     except ValueError as error:
         raise _with_flag(error) from error
