@@ -11,7 +11,7 @@ Axis letters: H hidden, V vocabulary, N routed experts, F feed-forward size of a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -65,12 +65,20 @@ class Weight:
     """Hugging Face names and shapes, in the order of `split`."""
     split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[Tensor]], Tensor]
+    """The inverse of `split`. Both also serve a tensor-parallel rank, whose tensor is the join of
+    its piece of every part (of a padded one: once it is padded)."""
     experts: int = 0
     """How many experts are stacked in it; 0: it is no expert's."""
     padded: bool = False
     """It has a row per token id, and further rows of padding in the checkpoint."""
     keeps_fp32: bool = False
     """It is never stored in a narrower type."""
+
+    def of_experts(self, first: int, count: int) -> Weight:
+        """The part of a stacked weight that belongs to `count` experts from `first` on."""
+        each = len(self.parts) // self.experts
+        names = list(self.parts)[first * each : (first + count) * each]
+        return replace(self, parts={name: self.parts[name] for name in names}, experts=count)
 
 
 def weights(config: ModelShape) -> list[Weight]:
@@ -98,9 +106,8 @@ class _Names:
         return self._row(keys, {name: shape}, lambda whole: [whole], lambda parts: parts[0], traits)
 
     def rows(self, keys: str, parts: dict[str, Shape]) -> Weight:
-        """Parts that stand one over the other."""
-        sizes = [shape[0] for shape in parts.values()]
-        return self._row(keys, parts, lambda whole: whole.split(sizes), torch.cat)
+        """Parts of one shape that stand one over the other."""
+        return self._row(keys, parts, lambda whole: whole.chunk(len(parts)), torch.cat)
 
     def vocabulary(self, keys: str, name: str) -> Weight:
         """A table with a row per token id, padded with zeros in Megatron."""
@@ -125,12 +132,12 @@ class _Names:
         }
 
         def split(whole: Tensor) -> list[Tensor]:
-            grouped = whole.view(groups, queries + 2, width, *inputs)
+            grouped = whole.view(-1, queries + 2, width, *inputs)
             return [part.reshape(-1, *inputs) for part in grouped.split(counts, dim=1)]
 
         def join(parts: Sequence[Tensor]) -> Tensor:
             grouped = [
-                part.view(groups, count, width, *inputs)
+                part.reshape(-1, count, width, *inputs)
                 for part, count in zip(parts, counts, strict=True)
             ]
             return torch.cat(grouped, dim=1).reshape(-1, *inputs)
@@ -139,7 +146,7 @@ class _Names:
 
     def experts(self, keys: str, matrices: Sequence[str], shape: Shape) -> Weight:
         """A tensor [N, rows, columns]: per expert, one or more matrices over one another."""
-        count = self.config.num_moe_experts
+        count, each = self.config.num_moe_experts, len(matrices)
         parts = {
             f"mlp.experts.{expert}.{matrix}.weight": shape
             for expert in range(count)
@@ -148,8 +155,8 @@ class _Names:
         return self._row(
             keys,
             parts,
-            lambda whole: whole.reshape(-1, *shape).unbind(),
-            lambda parts: torch.stack(list(parts)).view(count, -1, shape[1]),
+            lambda whole: whole.reshape(len(whole) * each, -1, whole.shape[-1]).unbind(),
+            lambda parts: torch.stack(list(parts)).view(len(parts) // each, -1, parts[0].shape[-1]),
             experts=count,
         )
 
@@ -216,7 +223,11 @@ def _attention(at: _Names) -> list[Weight]:
     c, attn = at.config, "self_attention."
     H, width = c.hidden_size, c.kv_channels
     rows = [
-        at.same(f"{attn}linear_qkv.layer_norm_weight", "input_layernorm.weight", H),
+        at.same(
+            f"{attn}linear_qkv.layer_norm_weight|input_layernorm.weight",
+            "input_layernorm.weight",
+            H,
+        ),
         at.query_groups(f"{attn}linear_qkv.weight", "weight", H),
     ]
     if c.add_qkv_bias:

@@ -49,3 +49,26 @@ def test_splitting_undoes_joining(changes: dict) -> None:
         parts = [torch.randn(shape, generator=generator) for shape in weight.parts.values()]
         again = weight.split(weight.join(parts))
         assert all(torch.equal(a, b) for a, b in zip(again, parts, strict=True)), weight.keys
+
+
+def test_the_part_of_some_experts_is_theirs_in_the_stack() -> None:
+    generator = torch.Generator().manual_seed(4)
+    stacked = [weight for weight in weights(tiny_provider()) if weight.experts]
+    assert len(stacked) == 4  # two linear layers, in each of two layers
+    for weight in stacked:
+        parts = {n: torch.randn(s, generator=generator) for n, s in weight.parts.items()}
+        some = weight.of_experts(2, 3)
+        joined = some.join([parts[name] for name in some.parts])
+        assert torch.equal(joined, weight.join(list(parts.values()))[2:5])
+
+
+def test_a_rank_of_two_holds_half_of_gate_and_half_of_up() -> None:
+    (weight,) = (
+        w
+        for w in weights(tiny_provider(moe_layer_freq=[0, 1]))
+        if "mlp.linear_fc1.weight" in w.keys[0]
+    )
+    gate, up = (torch.randn(shape) for shape in weight.parts.values())
+    second = weight.join([part.chunk(2)[1] for part in (gate, up)])
+    assert torch.equal(second, torch.cat([gate[24:], up[24:]]))
+    assert all(map(torch.equal, weight.split(second), (gate[24:], up[24:])))
