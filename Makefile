@@ -11,6 +11,8 @@
 # make test-slurm   the batch scripts on a Slurm that it starts, and installs where it can
 # make test-transformers VERSION=4.57.6    the Hugging Face side with another version of transformers
 # make test-eval    exported models under lm_eval
+# make test-bridge TE_PATH=DIR  models in Megatron-Bridge; PYTHON is a Python 3.12, and DIR holds an
+#                   unpacked Transformer Engine for it and torch 2.11, which Bridge imports
 #
 # Every target makes its environment first (.venv, the last two .venv-…), once; later runs need no network.
 #   PYTHON=python3.11                    the interpreter to make it with
@@ -27,6 +29,7 @@ OVERRIDES ?=
 JOBS ?= 2
 VERSION ?=
 PYTEST_ARGS ?=
+TE_PATH ?=
 
 # Threads that wait for others sleep, instead of keeping busy a core that another process could use.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -37,7 +40,7 @@ DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
 .PHONY: quickstart test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
-.PHONY: parity resharding test-faults
+.PHONY: parity resharding test-faults test-bridge
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
@@ -48,6 +51,7 @@ LINE = import sys; print("0.19" if sys.version_info >= (3, 12) else "0.16")
 $(VENV)/.installed-quickstart: EXTRAS = data,hf,plot
 $(VENV)/.installed-test: EXTRAS = data,hf,plot,test
 $(VENV)/.installed-eval: EXTRAS = data,test,eval
+$(VENV)/.installed-bridge: EXTRAS = hf,test
 $(VENV)/.installed-%: setup.py constraints-0.16.txt constraints-0.19.txt
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	@# A torch that is there already (--system-site-packages) is kept, whatever its version.
@@ -100,7 +104,7 @@ clean-quickstart:
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-line test-mutants test-faults test-transformers test-eval parity resharding: export CUDA_VISIBLE_DEVICES :=
+test test-all test-line test-mutants test-faults test-transformers test-eval test-bridge parity resharding: export CUDA_VISIBLE_DEVICES :=
 
 # A file's tests share what they build, so one process takes the whole file.
 SHARED_OUT := -n $(JOBS) --dist loadfile
@@ -108,7 +112,7 @@ SHARED_OUT := -n $(JOBS) --dist loadfile
 # Without Megatron: what they test is the same under every line of it.
 ENGINE_FREE := $(addprefix tests/unit/,analysis data experiments test_machine.py)
 
-FAST := -m "not slow and not gpu and not slurm" $(SHARED_OUT)
+FAST := -m "not slow and not gpu and not slurm and not bridge" $(SHARED_OUT)
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST) $(PYTEST_ARGS)
@@ -120,7 +124,7 @@ test-line: $(VENV)/.installed-test
 	    tests/functional/test_777423a.py tests/functional/test_megatron_*.py
 
 test-all: $(VENV)/.installed-test
-	$(PY) -m pytest -m "not slurm"
+	$(PY) -m pytest -m "not slurm and not bridge"
 
 test-gpu: $(VENV)/.installed-test
 	$(PY) -m pytest tests/gpu
@@ -149,6 +153,19 @@ test-transformers:
 test-eval:
 	$(MAKE) VENV=.venv-eval .venv-eval/.installed-eval
 	.venv-eval/bin/python -m pytest tests/functional/test_evaluate.py
+
+# Bridge itself without what it requires: most of that is for other models.
+BRIDGE := torch==2.11.0 transformers==5.12.1 -r tests/integrations/requirements.txt
+
+test-bridge:
+	$(if $(wildcard $(TE_PATH)/transformer_engine),,$(error give the folder that holds an \
+	    unpacked transformer_engine, TE_PATH=DIR))
+	$(MAKE) VENV=.venv-bridge UNPINNED='torch|transformers|tokenizers|huggingface-hub' \
+	    PACKAGES='$(BRIDGE)' .venv-bridge/.installed-bridge
+	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    megatron-bridge==0.6.2
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TE_PATH) .venv-bridge/bin/python -m pytest \
+	    tests/integrations tests/unit/integrations/test_megatron_bridge.py
 
 parity: $(VENV)/.installed-test
 	$(PY) -W ignore tests/distributed/parity_table.py

@@ -41,7 +41,7 @@ def test_finalize_derives_again_and_settles() -> None:
 @pytest.fixture
 def bridge_provider(single_rank):
     pytest.importorskip("megatron.bridge.models.model_provider", reason="needs Megatron-Bridge")
-    from megatron_coe.megatron_bridge import CoEBridgeProvider
+    from megatron_coe.integrations.megatron_bridge import CoEBridgeProvider
 
     return CoEBridgeProvider(**{**TINY, "vocab_size": None, "seq_length": 20})
 

@@ -1,0 +1,352 @@
+"""CoE models in Megatron-Bridge: a model provider, and Hugging Face folders by its `AutoBridge`.
+
+Needs Megatron-Bridge (`megatron.bridge`), which nothing else of the package imports. Importing this
+module registers `CoEBridge` for `coe_deepseekv2` folders. How to use it is in
+docs/megatron_bridge.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.model_bridge import (
+    MegatronModelBridge,
+    WeightConversionTask,
+)
+from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
+from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
+from megatron.bridge.models.model_provider import ModelProviderMixin
+from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from transformers import PretrainedConfig
+
+import megatron_coe.hf.auto  # noqa: F401 - lets AutoConfig read a folder without its remote code
+from megatron_coe.conversion import config as hf_config
+from megatron_coe.hf.names import LAYERS, Weight, weights
+from megatron_coe.provider import CoEModelProvider
+
+# A checkpoint's run_config.yaml names its provider, which Bridge makes of allowed modules only.
+register_allowed_target_prefix(f"{__name__}.")
+
+
+@dataclass
+class CoEBridgeProvider(CoEModelProvider, ModelProviderMixin[GPTModel]):
+    """`CoEModelProvider` with what Megatron-Bridge's training adds to a provider.
+
+    As with Bridge's own providers nothing is checked or derived when one is made: recipes and
+    command lines change fields first, and `finalize` follows.
+    """
+
+    vocab_size: int | None = None
+    """Number of token ids; None for the tokenizer's, which Bridge fills in."""
+
+    should_pad_vocab: bool = False
+    """Whether the embedding tables are padded. Bridge pads where it has filled in `vocab_size`."""
+
+    init_model_with_meta_device: bool = False
+    """Bridge's: the model is built on the meta device, which Bridge makes the default for it."""
+
+    tp_comm_overlap_cfg: str | dict | None = None
+    """Bridge's: user buffers of `tp_comm_overlap`, a file or its content."""
+
+    hf_model_id: str | None = None
+    """Bridge's: where an export finds the tokenizer and what else goes with the weights."""
+
+    def __post_init__(self) -> None:
+        self._pg_collection: ProcessGroupCollection | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> CoEBridgeProvider:
+        """A copy on the same process groups: Megatron's modules copy configurations."""
+        memo[id(self._pg_collection)] = self._pg_collection
+        memo[id(self)] = other = copy(self)
+        other.__dict__ = {name: deepcopy(value, memo) for name, value in vars(self).items()}
+        return other
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding tables."""
+        return super().padded_vocab_size if self.should_pad_vocab else self.vocab_size
+
+    def provide(
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build the part of the model that belongs to this pipeline stage, on Bridge's groups."""
+        return super().provide(pre_process, post_process, vp_stage, self._pg_collection)
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
+    """One parameter of a model and the Hugging Face weights that it is made of, by the table.
+
+    A tensor-parallel rank's parameter is made of a piece of each of them, cut along the axis in
+    which it is shorter than the whole one. Every rank reads what it needs and cuts it itself, so
+    nothing is sent on the way in. On the way out a parameter is gathered whole: for experts of one
+    tensor, that tensor for all experts of a layer.
+    """
+
+    def __init__(self, name: str, weight: Weight, expert: int | None = None) -> None:
+        """
+        Args:
+            name: of the parameter in a model, with the layer's number.
+            expert: whose it is, counted over all ranks, where each expert has its own; None where
+                one holds all experts of a rank, or none.
+        """
+        self.weight, self.expert = weight, expert
+        super().__init__(name, {})
+
+    @property
+    def hf_param(self) -> str | dict[str, str]:
+        """Names of the weights that this rank's parameter is made of."""
+        names = list(self._part(self.ep_rank).parts)
+        return names[0] if len(names) == 1 else {name: name for name in names}
+
+    @hf_param.setter
+    def hf_param(self, _: object) -> None:
+        """Set by the base class; the table and the expert-parallel rank decide."""
+
+    def _validate_patterns(self) -> None:
+        """Nothing to compare: the table's names hold no wildcards."""
+
+    def resolve(self, captures: tuple[str, ...]) -> TableMapping:
+        """Another one of the same parameter; there are no wildcards to fill in."""
+        return TableMapping(self.megatron_param, self.weight, self.expert)
+
+    def hf_to_megatron(
+        self, hf_weights: Tensor | dict[str, Tensor], megatron_module: torch.nn.Module
+    ) -> Tensor:
+        """Make this rank's parameter; it has the shape, dtype and device of the one in place."""
+        parts = list(hf_weights.values()) if isinstance(hf_weights, dict) else [hf_weights]
+        name = self.megatron_param.rpartition(".")[2]
+        if self.expert is not None:  # Transformer Engine's number the experts of a rank from 0
+            name = self._normalize_expert_param_name(name)
+        target = getattr(megatron_module, name)
+        if self.weight.padded:
+            missing = len(target) * self.tp_size - len(parts[0])
+            if missing < 0:
+                raise ValueError(
+                    f"{self.megatron_param} has {len(target) * self.tp_size} rows for the "
+                    f"{len(parts[0])} token ids of {self.hf_param}: raise vocab_size"
+                )
+            parts = [F.pad(parts[0], (0, 0, 0, missing))]
+        part = self._part(self.ep_rank)
+        axis = _cut_axis(part, target)
+        if axis is not None:
+            parts = [each.chunk(self.tp_size, axis)[self.tp_rank] for each in parts]
+        joined = part.join(parts)
+        return (joined if self.expert is None else joined[0]).to(target)
+
+    def megatron_to_hf(
+        self, megatron_weights: Tensor | None, megatron_module: torch.nn.Module | None
+    ) -> dict[str, Tensor]:
+        """Gather the parameter over all ranks, by name of the weights that it is made of."""
+        if megatron_weights is not None:
+            megatron_weights = self.maybe_dequantize(megatron_weights)
+        piece = self.broadcast_from_pp_rank(megatron_weights, cache_key=self.megatron_param)
+        part = self._part(self.ep_rank)
+        axis = _cut_axis(part, piece)
+        if self.expert is not None:
+            piece = piece[None]
+        if axis is None:
+            whole = piece
+        else:
+            pieces = zip(*map(part.split, self.gather_from_tp_ranks(piece)), strict=True)
+            whole = part.join([torch.cat(list(each), axis) for each in pieces])
+        if not self.weight.experts:
+            return _named(part, whole)
+        result = {}
+        for rank, experts in enumerate(self._gather_from_ep_ranks(whole)):
+            result |= _named(self._part(rank), experts)
+        return result
+
+    def _part(self, ep_rank: int) -> Weight:
+        """What of the table's weight an expert-parallel rank holds in this parameter."""
+        if not self.weight.experts:
+            return self.weight
+        count = self.weight.experts // self.ep_size
+        first = ep_rank * count
+        if self.expert is None:
+            return self.weight.of_experts(first, count)
+        return self.weight.of_experts(first + self.expert % count, 1)
+
+    def _gather_from_ep_ranks(self, tensor: Tensor) -> list[Tensor]:
+        if self.ep_size == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.ep_size)]
+        torch.distributed.all_gather(gathered, tensor.contiguous(), group=self.ep_group)
+        return gathered
+
+
+class TableRegistry(MegatronMappingRegistry):
+    """The table of weight names for one model, found by the name of a parameter."""
+
+    def __init__(self, table: Iterable[Weight]) -> None:
+        self.table = list(table)
+        mappings = [
+            TableMapping(name, weight, expert)
+            for weight in self.table
+            for name, expert in _parameters(weight)
+        ]
+        super().__init__(*mappings)
+        self._by_name = {mapping.megatron_param: mapping for mapping in mappings}
+
+    def megatron_to_hf_lookup(self, megatron_param_name: str) -> TableMapping | None:
+        """As the base class, which compares with every mapping in turn."""
+        mapping = self._by_name.get(megatron_param_name)
+        return mapping and self._prepare_mapping(mapping)
+
+
+def _parameters(weight: Weight) -> Iterator[tuple[str, int | None]]:
+    """The parameters that hold a weight, whatever modules a model is built of: (name, expert)."""
+    for key in weight.keys:
+        name = key.replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
+        if not weight.experts:
+            yield name, None
+            continue
+        name = name.replace(".experts.experts.", ".experts.")
+        yield name, None
+        for expert in range(weight.experts):
+            yield f"{name}{expert}", expert  # Transformer Engine's
+            yield name.replace(".experts.", f".experts.local_experts.{expert}."), expert
+
+
+def _cut_axis(weight: Weight, piece: Tensor) -> int | None:
+    """Along which axis, counted from the last, tensor-parallel ranks have divided a weight."""
+    whole = weight.join([torch.empty(shape, device="meta") for shape in weight.parts.values()])
+    axes = range(-piece.ndim, 0)
+    return next((axis for axis in axes if whole.shape[axis] != piece.shape[axis]), None)
+
+
+def _named(weight: Weight, whole: Tensor) -> dict[str, Tensor]:
+    return dict(zip(weight.parts, weight.split(whole), strict=True))
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+@MegatronModelBridge.register_bridge(
+    source="CoeForCausalLM",
+    target=GPTModel,
+    provider=CoEBridgeProvider,
+    model_type=hf_config.MODEL_TYPE,
+)
+class CoEBridge(MegatronModelBridge):
+    """CoE models between Hugging Face's format and `CoEBridgeProvider`, for `AutoBridge`.
+
+    Stricter than Bridge's own: a weight that is missing, left over or unknown is an error, where
+    those log a warning and leave the parameter as it was.
+    """
+
+    def provider_bridge(self, hf_pretrained: PreTrainedCausalLM) -> CoEBridgeProvider:
+        """The provider of a Hugging Face configuration.
+
+        Raises: ValueError for a key that is missing, contradicts another or cannot be had.
+        """
+        config = hf_pretrained.config
+        dtype = self.dtype_from_hf(config, default=torch.float32)
+        return CoEBridgeProvider(
+            **_model_fields(config),
+            seq_length=config.max_position_embeddings,
+            fp16=dtype == torch.float16,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+        )
+
+    @classmethod
+    def megatron_to_hf_config(cls, provider: CoEModelProvider) -> hf_config.Config:
+        """`config.json` of a model, without what only a tokenizer knows.
+
+        Raises: ValueError naming a field that the format cannot express.
+        """
+        config = {"max_position_embeddings": provider.seq_length, **cls._describe(provider)}
+        return config | {"torch_dtype": str(provider.params_dtype).removeprefix("torch.")}
+
+    _describe = staticmethod(hf_config.to_hf_config)
+
+    def mapping_registry(self) -> TableRegistry:
+        """The table of weight names for the model of `hf_config`."""
+        return TableRegistry(weights(CoEBridgeProvider(**_model_fields(self.hf_config))))
+
+    def build_conversion_tasks(
+        self,
+        hf_pretrained: PreTrainedCausalLM | PretrainedConfig,
+        megatron_model: list[GPTModel],
+        weight_dtype: torch.dtype | None = None,
+    ) -> list[WeightConversionTask]:
+        """As the base class, once all weights of both sides are accounted for.
+
+        Raises: ValueError naming the first weight that is missing, left over or unknown.
+        """
+        self.hf_pretrained = hf_pretrained
+        self.hf_config = getattr(hf_pretrained, "config", hf_pretrained)
+        registry = self.mapping_registry()
+        if not isinstance(hf_pretrained, PretrainedConfig):
+            _account_for(registry.table, hf_pretrained)
+        for name in self._megatron_global_param_names_all_pp_ranks(megatron_model):
+            name = self._get_lora_unwrapped_name(name)
+            tied = self.hf_config.tie_word_embeddings and "output_layer" in name
+            if registry.megatron_to_hf_lookup(name) is None and not tied:
+                raise ValueError(
+                    f"the model has {name}, which is no weight of the model that the Hugging Face "
+                    "configuration describes"
+                )
+        return super().build_conversion_tasks(hf_pretrained, megatron_model, weight_dtype)
+
+
+class CoEDeepseekV2Bridge(CoEBridge):
+    """CoE models of one iteration and the residual mode `outer`, as transformers' DeepSeek-V2."""
+
+    _describe = staticmethod(hf_config.to_deepseek_v2_config)
+
+    def mapping_registry(self) -> TableRegistry:
+        """As the base class; a model with a router per iteration numbers its only one."""
+        table = super().mapping_registry().table
+        return TableRegistry([*table, *filter(None, map(_with_numbered_router, table))])
+
+
+def register_deepseek_v2() -> None:
+    """Let `AutoBridge` give folders of DeepSeek-V2 to `CoEDeepseekV2Bridge`, for this process.
+
+    A call of its own, since it takes them from Bridge's own bridge for the family.
+    """
+    MegatronModelBridge.register_bridge(
+        source="DeepseekV2ForCausalLM",
+        target=GPTModel,
+        provider=CoEBridgeProvider,
+        model_type=hf_config.DEEPSEEK_V2,
+    )(CoEDeepseekV2Bridge)
+
+
+def _with_numbered_router(weight: Weight) -> Weight | None:
+    keys = [key for key in weight.keys if ".mlp.router." in key]
+    numbered = tuple(key.replace(".mlp.router.", ".mlp.router.0.") for key in keys)
+    return replace(weight, keys=numbered) if numbered else None
+
+
+def _account_for(table: Iterable[Weight], hf_pretrained: PreTrainedCausalLM) -> None:
+    expected = {name for weight in table for name in weight.parts}
+    present = set(hf_pretrained.state.source.get_all_keys())
+    where = hf_pretrained.model_name_or_path
+    for name in sorted(expected - present):
+        raise ValueError(f"{where}: lacks {name}, which its configuration implies")
+    for name in sorted(present - expected):
+        raise ValueError(
+            f"{where}: holds {name}, which is no weight of the model that its configuration "
+            "describes"
+        )
+
+
+def _model_fields(config: PretrainedConfig) -> dict[str, object]:
+    return hf_config.to_model_fields(config.to_dict(), config.name_or_path or "configuration")
