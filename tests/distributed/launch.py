@@ -1,11 +1,10 @@
-"""Run a test function on several real gloo ranks, each a process of its own."""
+"""Run a test function on several real gloo ranks, each a process of its own, forked."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,7 +12,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.zygote import Process, shared
 
 
 class RankError(AssertionError):
@@ -45,14 +44,11 @@ def launch(fn_path: str, world_size: int, *args: object, timeout_s: float = 240.
             _wait(ranks, time.monotonic() + timeout_s)
         finally:
             for process in ranks:
-                process.kill()
-                process.wait()
+                process.end()
         return _collect(work, ranks)
 
 
-def _start(
-    work: Path, fn_path: str, rank: int, world_size: int, timeout_s: float
-) -> subprocess.Popen:
+def _start(work: Path, fn_path: str, rank: int, world_size: int, timeout_s: float) -> Process:
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",  # gloo ranks are CPU ranks, also on a machine with GPUs
@@ -60,19 +56,11 @@ def _start(
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
-        "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
     }
-    with (work / f"log{rank}").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, __file__, str(work), fn_path, str(timeout_s)],
-            cwd=REPO,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    return shared().start(__file__, [work, fn_path, timeout_s], work, environment)
 
 
-def _wait(ranks: list[subprocess.Popen], deadline: float) -> None:
+def _wait(ranks: list[Process], deadline: float) -> None:
     """Until all have ended, one has failed (the others would wait for it), or time is up."""
     while time.monotonic() < deadline:
         codes = [process.poll() for process in ranks]
@@ -85,14 +73,14 @@ def _wait(ranks: list[subprocess.Popen], deadline: float) -> None:
         time.sleep(0.05)
 
 
-def _collect(work: Path, ranks: list[subprocess.Popen]) -> list[object]:
+def _collect(work: Path, ranks: list[Process]) -> list[object]:
     results, faults = [], []
     for rank, process in enumerate(ranks):
         error, result = work / f"error{rank}", work / f"result{rank}.json"
         if error.exists():
             faults.append(f"--- rank {rank} raised\n{error.read_text()}")
         elif not result.exists():
-            tail = (work / f"log{rank}").read_text(errors="replace")[-3000:]
+            tail = (process.said() + process.complained())[-3000:]
             faults.append(f"--- rank {rank} gave no result (exit {process.returncode})\n{tail}")
         else:
             results.append(json.loads(result.read_text()))

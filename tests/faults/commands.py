@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from tests.faults.zygote import Zygote
+from tests.zygote import Zygote
 
 REPO = Path(__file__).resolve().parents[2]
 MISTAKE = 2

@@ -30,7 +30,7 @@ sys.path.insert(0, str(REPO))
 from tests.faults import commands, hangs, hostile, kills, malformed, mutations, signals  # noqa: E402
 from tests.faults.runs import Bench, bench  # noqa: E402
 from tests.faults.table import Outcome, render, rows  # noqa: E402
-from tests.faults.zygote import Zygote  # noqa: E402
+from tests.zygote import Zygote  # noqa: E402
 
 OPTIMIZED = " under -O"
 

@@ -26,7 +26,7 @@ from megatron_coe.data.corpus import make_corpus
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
-from tests.faults.zygote import Process, Zygote
+from tests.zygote import Process, Zygote
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = "pretrain_coe.py"

@@ -158,7 +158,7 @@ def test_nothing_outlives_a_harness_that_is_killed(tmp_path):
     script = tmp_path / "endless.py"
     script.write_text("import time\nwhile True:\n    time.sleep(1)\n")
     code = (
-        "import sys; from pathlib import Path; from tests.faults.zygote import Zygote\n"
+        "import sys; from pathlib import Path; from tests.zygote import Zygote\n"
         "folder = Path(sys.argv[1])\n"
         "with Zygote(Path.cwd()) as zygote:\n"
         "    process = zygote.start(folder / 'endless.py', [], folder, {})\n"

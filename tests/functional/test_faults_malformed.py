@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults import hostile, malformed
 from tests.faults.commands import REPO, Bench, run_case
-from tests.faults.zygote import Zygote
+from tests.zygote import Zygote
 
 FEW = (
     "yaml: nested 100,000 deep",

@@ -19,8 +19,8 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_coe.provider import CoEModelProvider
-from tests.distributed.launch import REPO
 from tests.functional.megatron_lm import CLIP, DECAY, FIELDS, LR, MODEL, STEPS, TRAINING
+from tests.zygote import REPO
 
 MEGATRON_LM = os.environ.get("MEGATRON_LM_PATH")
 SCRIPT = REPO / "examples/megatron_lm/pretrain_coe_megatron.py"

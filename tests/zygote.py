@@ -1,9 +1,13 @@
-"""Runs of a command line without the seconds that importing Megatron takes.
+"""Command lines and ranks without the seconds that importing Megatron takes.
 
 A zygote is a process that has imported everything once and started nothing: no thread, no process
 group. For each run it forks a child, which then is that run: it executes the script's file as
 `__main__`, has its pid, its process group, its files and its environment, dies of signals and ends
-with a status, all as if a shell had started it (tests/faults/test_harness.py compares them).
+with a status, all as if a shell had started it (tests/functional/test_faults.py compares them).
+What happens while modules are imported is not of the run: a test of that, or of the variables that
+libraries read then, starts a process of its own.
+
+    done = run("tools/generate.py", "--load", "hf", cwd=folder)      like subprocess.run
 
     with Zygote(REPO) as zygote:
         process = zygote.start("pretrain_coe.py", ["--config", "run.yaml"], folder, environment)
@@ -15,25 +19,33 @@ however the harness ends, and takes all process groups that it started with it.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
+
+REPO = Path(__file__).resolve().parents[1]
 
 # All that a run imports, also late: what is missing here only takes longer.
 IMPORTS = (
     "megatron_coe.training.run",
+    "megatron_coe.conversion.hf",
+    "megatron_coe.generation",
+    "matplotlib.pyplot",
     "megatron_coe.training.checks",
     "megatron_coe.data.tokenizer",
     "torch.utils.tensorboard",
@@ -147,8 +159,9 @@ class Zygote:
         files: Path,
         environment: Mapping[str, str],
         plant: str | None = None,
+        cwd: Path | None = None,
     ) -> Process:
-        """Run `script` (relative to the tree) from the tree's root.
+        """Run `script` (relative to the tree) in the folder `cwd`, or in the tree's root.
 
         Args:
             files: folder for what it prints; `out` and `err` of the rank are made anew.
@@ -160,7 +173,7 @@ class Zygote:
         pid = self.ask(
             start={
                 "argv": [str(self._tree / script), *map(str, arguments)],
-                "cwd": str(self._tree),
+                "cwd": str(cwd or self._tree),
                 "env": dict(environment),
                 "out": str(out),
                 "err": str(err),
@@ -179,6 +192,54 @@ class Zygote:
         if not reply:
             raise RuntimeError(f"the zygote has ended with status {server.wait()}")
         return json.loads(reply)
+
+
+@cache
+def shared() -> Zygote:
+    """The one that all tests of this process use; it ends with this process."""
+    # Read when the Hugging Face libraries are imported: no fork can have others.
+    home = tempfile.TemporaryDirectory(prefix="megatron_coe-hf-")
+    zygote = Zygote(REPO, {"HF_HOME": home.name, "HF_HUB_OFFLINE": "1"})
+    atexit.register(home.cleanup)
+    atexit.register(zygote.__exit__, None, None, None)
+    return zygote
+
+
+def run(
+    script: str | Path,
+    *arguments: object,
+    cwd: Path = REPO,
+    environment: Mapping[str, str] | None = None,
+    forked: bool = True,
+    timeout_s: float = 300.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of this repository (relative to its root) to its end, without input.
+
+    Args:
+        environment: what it has beside the variables of this process.
+        forked: False: start an interpreter, as a shell would; every command line has a test that
+            does so.
+    """
+    own = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, **own, **(environment or {})}
+    if not forked:
+        return subprocess.run(
+            [sys.executable, str(REPO / script), *map(str, arguments)],
+            cwd=cwd,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    with tempfile.TemporaryDirectory() as files:
+        process = shared().start(script, arguments, Path(files), variables, cwd=cwd)
+        status = process.wait(timeout_s)
+        process.end()
+        if status is None:
+            raise subprocess.TimeoutExpired([str(script), *map(str, arguments)], timeout_s)
+        said, complained = process.said(), process.complained()
+    return subprocess.CompletedProcess([script, *arguments], status, said, complained)
 
 
 # --- the zygote's own side ---------------------------------------------------------------
@@ -240,6 +301,9 @@ def _become(job: dict) -> None:
     os.environ.clear()
     os.environ.update(job["env"])
     sys.argv[:] = job["argv"]
+    # What each process finds out for itself, and modules have remembered.
+    tempfile.tempdir = None
+    random.seed()
     if job["plant"]:
         module, _, function = job["plant"].partition(":")
         getattr(importlib.import_module(module), function)()
@@ -247,8 +311,7 @@ def _become(job: dict) -> None:
 
 
 def _main() -> None:
-    repository = str(Path(__file__).resolve().parents[2])
-    sys.path[0:1] = [sys.argv[1], repository]  # the script's folder as ever, and that of plants
+    sys.path[0:1] = [sys.argv[1], str(REPO)]  # the script's folder as ever, and that of plants
     for name in IMPORTS:
         importlib.import_module(name)
     gc.freeze()  # so that collections of garbage in a fork leave the shared memory alone
