@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 
+from tests import zygote
 from tests.unit.conversion.models import write_random_model
 
-ROOT = Path(__file__).parents[2]
 N, K, C = 7, 2, 3
 TOKENS = 600
 
@@ -46,20 +45,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def run(home: Path, tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
-        cwd=home,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "HF_HOME": str(home / "cache"),
-            "HF_HUB_OFFLINE": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
+def run(home: Path, tool: str, *arguments: object, **how: bool) -> CompletedProcess[str]:
+    offline = {"HF_HOME": str(home / "cache"), "HF_HUB_OFFLINE": "1"}
+    return zygote.run(f"tools/{tool}", *arguments, cwd=home, environment=offline, **how)
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -72,7 +60,7 @@ def analysis(home: Path) -> Path:
     """The analysis of the folder `hf-1`, with its control."""
     done = run(
         home, "analyze_routing.py", "--load", "hf-1", "--data", "text.jsonl", "--random-init",
-        "--tokens", TOKENS, "--permutations", 9, "--output", "out",
+        "--tokens", TOKENS, "--permutations", 9, "--output", "out", forked=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "| hf-1 | 1 | 1 → 2 |" in done.stdout
@@ -159,7 +147,7 @@ def page(home: Path, analysis: Path) -> Path:
     (folder / "answers.txt").write_text(HOSTILE)
     (folder / "machine.json").write_text(json.dumps({"processor": HOSTILE, "gpus": 8}))
     shutil.copytree(analysis, folder / "analysis")
-    done = run(home, "report.py", "run")
+    done = run(home, "report.py", "run", forked=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("run/report.html: ")
     return folder / "report.html"

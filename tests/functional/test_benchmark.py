@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from subprocess import CompletedProcess
 
-REPO = Path(__file__).parents[2]
+from tests import zygote
 
 
-def benchmark(*arguments: object) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, str(REPO / "tools/benchmark.py"), *map(str, arguments)],
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def benchmark(*arguments: object, **how: bool) -> CompletedProcess[str]:
+    return zygote.run("tools/benchmark.py", *arguments, **how)
 
 
 def test_every_subject_of_one_process(tmp_path):
@@ -33,6 +22,7 @@ def test_every_subject_of_one_process(tmp_path):
     result = benchmark(
         *("--scale", "tiny", "--rounds", 2, "--warmup", 1, "--profiles", 1, "--steps", 2),
         *("--threads", 1, "--clock", "processor", "--output", output, "--what", *subjects),
+        forked=False,
     )
     assert result.returncode == 0, result.stderr
     document = json.loads(output.read_text())

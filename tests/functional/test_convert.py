@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import zygote
 from tests.unit.conversion.models import write_random_model
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +52,10 @@ def run(home: Path, *command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def convert(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return run(home, ROOT / "tools" / "convert_checkpoint.py", *arguments)
+def convert(home: Path, *arguments: object, **how: bool) -> subprocess.CompletedProcess[str]:
+    offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    program = "tools/convert_checkpoint.py"
+    return zygote.run(program, *arguments, cwd=home, environment=offline, **how)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,7 @@ def imported(tmp_path_factory):
 def test_there_and_back_and_loaded_with_remote_code(imported):
     done = convert(
         imported, "to-hf", "--load", "checkpoints", "--save", "again",
-        *("--dtype", "bf16"), *("--max-shard-size", "0.05MB"),
+        *("--dtype", "bf16"), *("--max-shard-size", "0.05MB"), forked=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "checkpoints/step_00000000 -> again" in done.stdout
@@ -130,9 +133,9 @@ def test_training_starts_from_an_imported_model(imported):
     preprocess([texts], imported / "train", imported / "t.model", fields=Fields(), quiet=True)
     config = imported / "checkpoints" / "step_00000000" / "config.yaml"
     data = imported / "train_text_document"
-    done = run(
-        imported, ROOT / "pretrain_coe.py", "--config", config, f"data.train=[{data}]",
-        *(f"data.valid=[{data}]", "train.steps=2", "train.precision=fp32", "model.seq_length=8"),
+    done = zygote.run(
+        "pretrain_coe.py", "--config", config, f"data.train=[{data}]", f"data.valid=[{data}]",
+        *("train.steps=2", "train.precision=fp32", "model.seq_length=8"), cwd=imported,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "resumed from checkpoints/step_00000000" in done.stdout

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests import zygote
 from tests.unit.conversion.models import write_random_model
 
 ROOT = Path(__file__).parents[2]
@@ -38,14 +39,9 @@ def environment(home: Path, temporary: Path) -> dict[str, str]:
 def generate(home: Path, tmp_path: Path):
     """Runs the command in `home`; nothing may be left in the folder of temporary files."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments),
-            cwd=home,
-            env=environment(home, tmp_path),
-            capture_output=True,
-            text=True,
-        )
+    def run(*arguments: object, **how: bool) -> subprocess.CompletedProcess[str]:
+        variables = environment(home, tmp_path)
+        return zygote.run("tools/generate.py", *arguments, cwd=home, environment=variables, **how)
 
     yield run
     assert list(tmp_path.iterdir()) == []
@@ -95,7 +91,8 @@ def expected(home: Path, prompt: str, count: int) -> str:
 @pytest.mark.parametrize("form", ["hf", "checkpoints"])
 def test_the_likeliest_text_of_either_form(home: Path, generate, form: str) -> None:
     done = generate(
-        *("--load", form, "--prompt", "one two", "--prompt", "six", "--max-new-tokens", 25)
+        *("--load", form, "--prompt", "one two", "--prompt", "six", "--max-new-tokens", 25),
+        forked=form != "hf",
     )
     assert (done.returncode, done.stderr) == (0, "")
     texts = [expected(home, prompt, 25) for prompt in ("one two", "six")]
@@ -150,22 +147,22 @@ def test_text_comes_while_more_is_made_and_ctrl_c_ends_it(home: Path, tmp_path: 
 
 
 def test_ctrl_c_leaves_no_temporary_folder(home: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command("--load", "checkpoints", "--prompt", "one", "--max-new-tokens", POSITIONS),
+    files, temporary = tmp_path / "files", tmp_path / "temporary"
+    files.mkdir()
+    temporary.mkdir()
+    process = zygote.shared().start(
+        "tools/generate.py",
+        ["--load", "checkpoints", "--prompt", "one", "--max-new-tokens", POSITIONS],
+        files,
+        environment(home, temporary),
         cwd=home,
-        env=environment(home, tmp_path),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
     )
-    with process:
-        while not list(tmp_path.glob("megatron_coe-*/description/tokenizer.json")):
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate()
-    assert (process.returncode, errors) == (130, "interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    while not list(temporary.glob("megatron_coe-*/description/tokenizer.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    assert process.send(signal.SIGINT)
+    assert (process.wait(120), process.complained()) == (130, "interrupted\n")
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_reader_that_has_enough_is_no_error(home: Path, tmp_path: Path) -> None:

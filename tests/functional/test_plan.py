@@ -13,7 +13,7 @@ CONFIG = ("--config", "examples/scale/coe-2_4-65.yaml", "train.global_batch_size
 
 
 def test_a_layout_is_recommended_built_and_read_back(tmp_path) -> None:
-    result = run("plan.py", *CONFIG, "--gpus", 16, "--top", 3, "--build")
+    result = run("plan.py", *CONFIG, "--gpus", 16, "--top", 3, "--build", forked=False)
     assert result.returncode == 0, result.stderr
     head, text = result.stdout.split("\n\nmodel:\n")
     assert "789,588,992 parameters" in head and "16 x H100" in head

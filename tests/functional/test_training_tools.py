@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
+from tests import zygote
 
-REPO = Path(__file__).parents[2]
 
-
-def run(tool: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(REPO / "tools" / tool), *map(str, arguments)],
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run(tool: str, *arguments: object, **how: bool) -> CompletedProcess[str]:
+    return zygote.run(f"tools/{tool}", *arguments, **how)
 
 
 def test_estimate_prints_the_sizes_of_a_preset():
-    result = run("estimate.py", "--config", "examples/paper/coe-2_4-64.yaml", "train.seed=1")
+    result = run(
+        "estimate.py", "--config", "examples/paper/coe-2_4-64.yaml", "train.seed=1", forked=False
+    )
     assert result.returncode == 0, result.stderr
     assert "780,930,048 (571,214,848 without embedding and head)" in result.stdout
     for name in ("active per token", "FLOPs per token", "memory of a rank", "activations"):
@@ -78,7 +70,7 @@ def write_run(folder: Path, losses: list[float]) -> Path:
 def test_plot_runs_draws_and_tells_the_end(tmp_path):
     picture, a, b = tmp_path / "loss.png", *(write_run(tmp_path / x, [4.5, 4.25]) for x in "ab")
     for named in (a, a / "metrics.jsonl"):
-        result = run("plot_runs.py", named, "--output", picture)
+        result = run("plot_runs.py", named, "--output", picture, forked=False)
         assert result.returncode == 0, result.stderr
         assert result.stdout == f"{picture}: validation loss 4.2500 at step 3\n"
         assert picture.read_bytes().startswith(b"\x89PNG")

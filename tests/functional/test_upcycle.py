@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.functional.test_convert import ROOT, convert, run
+from tests import zygote
+from tests.functional.test_convert import convert
 from tests.unit.conversion.models import megatron_logits, write_random_model
 
 MIXTURE = {"coe_iterations": 1, "coe_residual": "outer", "vocab_size": 300}
@@ -34,8 +35,8 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def upcycle(home: Path, *arguments: object):
-    return run(home, ROOT / "tools" / "upcycle.py", *arguments)
+def upcycle(home: Path, *arguments: object, **how: bool):
+    return zygote.run("tools/upcycle.py", *arguments, cwd=home, **how)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,16 +44,16 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_mixture_is_upcycled_trained_and_exported(home, single_rank, monkeypatch):
-    done = upcycle(home, "--load", "mixture", "--iterations", "2", "--save", "chain")
+    done = upcycle(home, "--load", "mixture", "--iterations", "2", "--save", "chain", forked=False)
     assert done.returncode == 0, done.stderr
     step = Path("chain/step_00000000")
     assert done.stdout == f"mixture -> {step}; train it with --config {step}/config.yaml\n"
 
-    done = run(
-        home, ROOT / "pretrain_coe.py", "--config", step / "config.yaml",
+    done = zygote.run(
+        "pretrain_coe.py", "--config", step / "config.yaml",
         *(f"data.train=[{home}/train_text_document]", f"train.steps={STEPS}", "train.lr=0.01"),
         *("train.precision=fp32", "train.global_batch_size=4", "train.lr_warmup_fraction=0"),
-        *("model.seq_length=16", "log.interval=1"),
+        *("model.seq_length=16", "log.interval=1"), cwd=home,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"resumed from {step}" in done.stdout
