@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import zygote
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -85,7 +87,7 @@ def test_broken_line_ends_with_its_place_and_a_status(tmp_path: Path, model: Pat
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {path}:2: not JSON")
     assert names(tmp_path) == ["in.jsonl"]
-    done = run("preprocess_data", *arguments, "--skip-bad-lines")
+    done = zygote.run("tools/preprocess_data.py", *arguments, "--skip-bad-lines")
     assert done.returncode == 0
     assert done.stderr.startswith(f"skipped {path}:2: not JSON")
     assert "2 documents" in done.stdout
@@ -165,28 +167,26 @@ def test_stopped_run_leaves_no_process_and_no_file(
 ) -> None:
     path, output = tmp_path / "in.jsonl", tmp_path / "out"
     line = json.dumps({"text": "one two three four five six " * 2000})
-    path.write_text(f"{line}\n" * 3000)
+    path.write_text(f"{line}\n" * 60)
     rest = ("--tokenizer", model, "--output-prefix", output / "x")
-    process = subprocess.Popen(
-        command("preprocess_data", "--input", path, *rest, "--workers", 2),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    process = zygote.shared().start(
+        "tools/preprocess_data.py",
+        ["--input", *[path] * 50, *rest, "--workers", 2],
+        tmp_path,
+        environment(),
     )
     # Both workers and the resource tracker of multiprocessing.
     wait_for(lambda: len(psutil.Process(process.pid).children()) == 3)
     children = psutil.Process(process.pid).children()
     if number is signal.SIGKILL:
-        process.kill()
+        process.send(number)
     else:
         os.killpg(process.pid, number)  # as a terminal does: to every process of the group
-    _, errors = process.communicate(timeout=120)
+    status = process.wait(120)
     gone, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert len(gone) == 3
     if number is not signal.SIGKILL:
-        assert errors == "interrupted; nothing was written\n"
-        assert process.returncode == 130
+        assert process.complained() == "interrupted; nothing was written\n"
+        assert status == 130
         assert names(output) == []

@@ -262,14 +262,14 @@ def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(config, tmp_path
 
 
 def test_a_signal_where_nothing_is_kept_has_another_status(config, tmp_path):
-    arguments = ["--config", str(config), "train.steps=1000000", "checkpoint.save=null"]
+    arguments = ["--config", str(config), "train.steps=10000", "checkpoint.save=null"]
     with once_it_has_steps(tmp_path / "run", 1, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert pretrain_coe.main(arguments) == 128 + signal.SIGTERM
 
 
 def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
     """Also to those that the first checkpoint started, which the last one needs."""
-    long = ["train.steps=1000000", "checkpoint.save_interval=2"]
+    long = ["train.steps=10000", "checkpoint.save_interval=2"]
     process = start("--config", config, *long, start_new_session=True)
 
     def signal_all() -> None:
@@ -289,7 +289,7 @@ def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
 
 def test_the_launcher_returns_the_status_of_ranks_of_which_one_was_signalled(config, tmp_path):
     launcher = (str(REPO / "slurm" / "launch.py"), "--standalone", "--nproc-per-node=2")
-    process = start("--config", config, "train.steps=1000000", launcher=launcher)
+    process = start("--config", config, "train.steps=10000", launcher=launcher)
 
     def signal_rank_1() -> None:
         ranks = psutil.Process(process.pid).children()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing
 from torch.utils.data import Dataset
 
 from megatron_coe.data.datasets import VALIDATION_SEED, build_datasets
 from megatron_coe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from tests.distributed.launch import launch
 from tests.unit.data.texts import random_texts
 
 MakeData = Callable[..., str]
@@ -252,13 +251,9 @@ def read_all(folder: Path, prefixes: list[str], model: str) -> list[list[list[in
     return samples
 
 
-def _read_on_rank(rank: int, folder: Path, prefixes: list[str], model: str) -> None:
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    samples = read_all(folder, prefixes, model)
-    (folder / f"rank{rank}.json").write_text(json.dumps(samples))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def read_on_rank(folder: str, prefixes: list[str], model: str) -> list[list[list[int]]]:
+    """Runs on each rank."""
+    return read_all(Path(folder), prefixes, model)
 
 
 def test_every_rank_reads_what_one_process_reads(
@@ -266,9 +261,9 @@ def test_every_rank_reads_what_one_process_reads(
 ) -> None:
     prefixes = [make_data("a", random_texts(40, 8)), make_data("b", random_texts(60, 9))]
     model = str(tokenizer.path)
-    multiprocessing.spawn(_read_on_rank, (tmp_path, prefixes, model), nprocs=2)
+    function = "tests.unit.data.test_datasets:read_on_rank"
+    ranks = launch(function, 2, str(tmp_path), prefixes, model)
     (tmp_path / "alone").mkdir()
     alone = read_all(tmp_path / "alone", prefixes, model)
     assert len(alone) == 8
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == alone
+    assert ranks == [alone, alone]

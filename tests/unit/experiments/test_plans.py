@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ DATA = Data.at(Path("data"))
 PAIRS = [(scale, experiment) for scale in SCALES.values() for experiment in EXPERIMENTS.values()]
 
 
+@cache  # the tests read the same few hundred settings, and change none
 def settings_of(scale: Scale, arm: Arm, seed: int = 1) -> Settings:
     return scale.settings_of(arm, seed, Path("runs") / arm.name, DATA, [])
 
