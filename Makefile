@@ -106,8 +106,9 @@ clean-quickstart:
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
 test test-all test-line test-mutants test-faults test-transformers test-eval test-bridge parity resharding: export CUDA_VISIBLE_DEVICES :=
 
-# A file's tests share what they build, so one process takes the whole file.
-SHARED_OUT := -n $(JOBS) --dist loadfile
+# A file's tests share what they build, so one process takes the whole file; in the order of their
+# names, which has the long ones in front (pytest-xdist's own has those with the fewest tests last).
+SHARED_OUT := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Without Megatron: what they test is the same under every line of it.
 ENGINE_FREE := $(addprefix tests/unit/,analysis data experiments test_machine.py)
