@@ -27,7 +27,7 @@ from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.training.settings import Settings
-from tests.distributed.launch import REPO, launch
+from tests.distributed.launch import launch
 from tests.functional.megatron_lm import (
     CLIP,
     DECAY,
@@ -38,6 +38,7 @@ from tests.functional.megatron_lm import (
     STEPS,
     TRAINING,
 )
+from tests.zygote import REPO
 
 BATCH = shlex.split("--global-batch-size 8 --micro-batch-size 1 --num-workers 0")
 
