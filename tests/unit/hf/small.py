@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 
 from megatron_coe.hf import CoeConfig, CoeForCausalLM
+
+NATIVE_HAS_MSCALE = "mscale" in inspect.getsource(modeling_deepseek_v2)
+"""Whether transformers' deepseek_v2 has YaRN's mscale in attention; 4.57.6 and 5.12.1 leave it out.
+Nor can theirs rank groups of experts."""
 
 YARN = {
     "type": "yarn",
