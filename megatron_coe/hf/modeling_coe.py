@@ -230,7 +230,7 @@ class CoeMoE(nn.Module):
 class CoeRotaryEmbedding(nn.Module):
     """Angles of the rotary embedding, without or with YaRN as DeepSeek-V2 has it.
 
-    They are computed anew in every pass: a few small operations, and no buffer that a narrower
+    They are computed in every pass: a few small operations, and no buffer that a narrower
     dtype or a model built without memory could spoil.
     """
 

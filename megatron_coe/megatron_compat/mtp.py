@@ -1,4 +1,4 @@
-"""Multi-token prediction (MTP): keep Megatron-Core's current line from weighing its losses anew.
+"""Multi-token prediction (MTP): keep the current line from scaling its losses by layout.
 
 With `calculate_per_token_loss`, 0.19 multiplies each MTP loss by (sum of the loss mask before
 rolling) / max(sum after rolling, 1). Both sums are of one rank and one micro-batch, so that the

@@ -1,4 +1,4 @@
-"""Make tests/data/777423a anew: what commit 777423a writes, and what it computes from it.
+"""Remake tests/data/777423a: what commit 777423a writes, and what it computes from it.
 
     git worktree add /tmp/777423a 777423a
     python tests/data/make_777423a.py /tmp/777423a
