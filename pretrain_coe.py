@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_coe.checkpoints.errors import CheckpointWriteError
+from megatron_coe.data.command_line import quiet_imports
 from megatron_coe.data.errors import DataError
 from megatron_coe.megatron_compat.transformer_engine import broken_by
 from megatron_coe.training.endings import NotFiniteError, StoppedError, stopped
@@ -100,7 +101,7 @@ def prepare(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) ->
         world_size = max(world_size, checks.smallest_world_size(settings))
     checks.check_layout(settings, world_size)
     # Megatron says so in every module; the setting `model.backend` says what stands in.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    quiet_imports()
     warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")
     from megatron_coe.training import run
 

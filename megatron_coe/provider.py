@@ -81,7 +81,7 @@ class CoEModelProvider(CoEConfig):
         mtp = None
         if self.mtp_num_layers:
             mtp = get_gpt_mtp_block_spec_for_backend(self, decoder, backend, vp_stage=vp_stage)
-        with _without_mlp_type_warning():
+        with _without_notices():
             return GPTModel(
                 config=self,
                 transformer_layer_spec=decoder,
@@ -102,18 +102,23 @@ class CoEModelProvider(CoEConfig):
 
 
 @contextmanager
-def _without_mlp_type_warning() -> Iterator[None]:
-    """Silence "Unknown MLP type", said once per layer of any class but Megatron's own.
+def _without_notices() -> Iterator[None]:
+    """Silence what Megatron logs about every model of this package.
 
-    It warns that no process groups are passed on; `megatron_coe.specs` passes them.
+    "Unknown MLP type", for each layer of any class but its own, warns that no process groups are
+    passed on; `megatron_coe.specs` passes them. 0.19 calls every `GPTModel` deprecated.
     """
-    logger = logging.getLogger("megatron.core.transformer.transformer_layer")
+    names = ("megatron.core.transformer.transformer_layer", "megatron.core.models.gpt.gpt_model")
+    loggers = [logging.getLogger(name) for name in names]
 
     def keep(record: logging.LogRecord) -> bool:
-        return "Unknown MLP type" not in record.getMessage()
+        message = record.getMessage()
+        return "Unknown MLP type" not in message and "GPTModel IS DEPRECATED" not in message
 
-    logger.addFilter(keep)
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)

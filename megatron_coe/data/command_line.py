@@ -67,7 +67,7 @@ def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was w
         interrupted: what is told after Ctrl-C or SIGTERM.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    quiet_imports()
     try:
         main()
     except KeyboardInterrupt:
@@ -80,6 +80,12 @@ def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was w
         print(f"error: {told}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def quiet_imports() -> None:
+    """Let Megatron-Core be imported without its warnings about what this package does not use."""
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from megatron_coe.data.datasets import build_datasets
 from megatron_coe.data.errors import DataError
 from megatron_coe.data.indexed import inspect
 from megatron_coe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
 from tests.faults.payloads import PAYLOADS, Call
 from tests.unit.data.texts import random_texts
 
@@ -72,6 +73,11 @@ def test_every_payload_is_live_and_none_is_opened(tmp_path: Path, name: str) -> 
     index_cache._seal(folder)
     assert index_cache.fault(folder) is not None
     assert not canary.exists()
+    if name == "a pickle in a storage" and PARTS_ARE_PARTIALS:
+        # Megatron-Core 0.19 disarms this one for the whole process that imports it.
+        with pytest.raises(pickle.UnpicklingError):
+            pickle.loads(payload)
+        return
     pickle.loads(payload)
     assert canary.exists()
 
