@@ -1,6 +1,6 @@
 """Compare which tests pass under the two lines of Megatron-Core.
 
-    python -m pytest … --outcomes 0.16.json       in the environment of each line
+    python -m pytest … --outcomes=0.16.json       in the environment of each line
     python tests/engine_lines.py 0.16.json 0.19.json
 
 Of the files that ran under both, a test that passes under one line only must be listed, with its
