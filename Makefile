@@ -155,14 +155,15 @@ test-eval:
 	$(MAKE) VENV=.venv-eval .venv-eval/.installed-eval
 	.venv-eval/bin/python -m pytest tests/functional/test_evaluate.py
 
-# Bridge itself without what it requires: most of that is for other models.
+# Bridge itself without most of what it requires, which is for other models. Its hydra-core wants
+# OmegaConf before 2.4.
 BRIDGE := torch==2.11.0 transformers==5.12.1 -r tests/integrations/requirements.txt
+UNBRIDGED := torch|transformers|tokenizers|huggingface-hub|omegaconf
 
 test-bridge:
 	$(if $(wildcard $(TE_PATH)/transformer_engine),,$(error give the folder that holds an \
 	    unpacked transformer_engine, TE_PATH=DIR))
-	$(MAKE) VENV=.venv-bridge UNPINNED='torch|transformers|tokenizers|huggingface-hub' \
-	    PACKAGES='$(BRIDGE)' .venv-bridge/.installed-bridge
+	$(MAKE) VENV=.venv-bridge UNPINNED='$(UNBRIDGED)' PACKAGES='$(BRIDGE)' .venv-bridge/.installed-bridge
 	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    megatron-bridge==0.6.2
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TE_PATH) .venv-bridge/bin/python -m pytest \

@@ -19,7 +19,7 @@ setup(
         "megatron-core>=0.19.2,<0.20; python_version >= '3.12'",
         "sentencepiece",
         "nltk",
-        "omegaconf>=2.4",
+        "omegaconf>=2.3",  # Megatron-Bridge's hydra-core wants one before 2.4
         "psutil",  # megatron.core.dist_checkpointing imports it without declaring it
         "tensorboard",
         "tqdm",

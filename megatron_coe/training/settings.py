@@ -15,9 +15,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +41,15 @@ NOT_OFFERED = {
     "parallel.use_distributed_optimizer",
 }
 """Settings of Megatron's that people look for, and why they are not here."""
+
+
+def _choice(*values: str) -> str:
+    """A field that takes one of these, the first unless another is given.
+
+    In metadata: OmegaConf knows `Literal` from 2.4 on only, and hydra-core, which Megatron-Bridge
+    requires, wants one before that.
+    """
+    return field(default=values[0], metadata={"choices": values})
 
 
 @dataclass
@@ -74,7 +83,7 @@ class DataSettings:
     """How much is drawn from each training set, in any unit; None: from each its own size."""
     valid: list[str] = field(default_factory=list)
     """Prefixes of the held-out sets; empty: no validation."""
-    mode: Literal["packed", "examples"] = "packed"
+    mode: str = _choice("packed", "examples")
     """packed: documents joined and cut every seq_length tokens; examples: one document per
     sequence, cut on the right and padded, padding left out of the loss (the paper's way)."""
     cache: str | None = None
@@ -92,11 +101,11 @@ class TrainSettings:
     micro_batch_size: int = 1
     global_batch_size: int = 1
     seed: int = 42
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: str = _choice("auto", "bf16", "fp32")
     """auto: bf16 on a GPU, fp32 on a CPU (where bf16 products are hundreds of times slower)."""
     lr: float = 3e-4
     min_lr: float = 0.0
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_decay_style: str = _choice("constant", "linear", "cosine")
     lr_warmup_fraction: float = 0.1
     """Share of `steps` over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.01
@@ -113,7 +122,7 @@ class TrainSettings:
     """How many of the first held-out sequences are used, the same each time; None: all."""
     deterministic: bool = True
     """On a GPU, use kernels whose sums have a fixed order: the same command, the same bits."""
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: str = _choice("stop", "skip")
     """What a step with a NaN or Inf in loss or gradients does, beside updating nothing: stop the
     run, saved as of the step before; or leave its sequences out and go on."""
     max_skipped_steps: int = 10
@@ -178,6 +187,14 @@ class Settings:
 
 SECTIONS = tuple(f.name for f in fields(Settings))
 
+_CHOICES = {
+    f"{section.name}.{f.name}": f.metadata["choices"]
+    for section in fields(Settings)
+    if is_dataclass(section.default_factory)
+    for f in fields(section.default_factory)
+    if "choices" in f.metadata
+}
+
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """Read `path`, what it extends, and `section.key=value` overrides, the later winning.
@@ -199,6 +216,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ValueError(f"{path}: {key}{_first_line(error)}") from error
     assert isinstance(settings, Settings)
+    _check_choices(str(path), asdict(settings))
     return settings
 
 
@@ -322,7 +340,18 @@ def _merge(base: DictConfig, content: DictConfig, source: str) -> DictConfig:
         key = getattr(error, "full_key", None)
         raise ValueError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}") from error
     assert isinstance(merged, DictConfig)
+    _check_choices(source, OmegaConf.to_container(content, resolve=False))
     return merged
+
+
+def _check_choices(source: str, sections: dict[str, Any]) -> None:
+    """Raise ValueError for a value that is none of its setting's; what refers to another waits."""
+    for key, choices in _CHOICES.items():
+        section, name = key.split(".")
+        value = (sections.get(section) or {}).get(name, choices[0])
+        if value not in choices and "${" not in str(value):
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{source}: {key}={value!r}: must be one of {known}")
 
 
 def _first_line(error: Exception) -> str:
