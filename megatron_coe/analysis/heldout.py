@@ -25,7 +25,7 @@ class Source:
 
     Args:
         paths: prefixes of `.bin/.idx` pairs, whose ids the model's tokenizer made, or files of
-            text (.jsonl, .jsonl.gz, .parquet, .txt), one after another.
+            text (see `data.records`), one after another.
         fields: where the text stands in a record of a file.
         tokens: so many are read, up to the end of the last sequence that they begin.
         seq_length: S, the most tokens a sequence has; None: 512, or fewer if the model has fewer

@@ -2,7 +2,7 @@
 
     errors.py        what can turn out about data in the middle of a run
     files.py         files that get their name only when they are complete
-    records.py       texts out of .jsonl, .jsonl.gz, .parquet and .txt, each with its place
+    records.py       texts out of JSON lines, plain text and parquet, each with its place
     sentences.py     sentence splitting with NLTK's Punkt, offline
     corpus.py        the generated maths corpus
     tokenizer.py     one small interface over SentencePiece and Hugging Face tokenizers

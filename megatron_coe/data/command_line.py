@@ -31,7 +31,8 @@ def add_text_arguments(
         nargs="+",
         required=source is None,
         metavar="FILE",
-        help=".jsonl, .jsonl.gz, .parquet, or .txt with one text per line",
+        help=".jsonl or .json with one object per line, .txt with one text per line (these also "
+        "as .gz or .zst), .parquet",
     )
     add_key_arguments(parser)
 
@@ -43,7 +44,8 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
         "--json-keys",
         nargs="+",
         metavar="KEY",
-        help="keys (or columns) that hold text; each is a text by itself (default: text)",
+        help="keys (or columns) that hold text, a.b for key b of the object under a; each is a "
+        "text by itself (default: text)",
     )
     keys.add_argument(
         "--qa-keys",

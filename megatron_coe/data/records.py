@@ -1,4 +1,7 @@
-"""Texts out of .jsonl, .jsonl.gz, .parquet and .txt files, with the place of every record.
+"""Texts out of JSON lines, plain text and parquet files, with the place of every record.
+
+JSON lines (.jsonl or .json, an object per line) and plain text (.txt, a text per line) may be
+compressed (.gz, .zst) and may begin with a UTF-8 byte order mark.
 
 The work is in two halves so that it can be shared out: `read_chunks` cuts files into runs of raw
 records (cheap, one process), and `Fields.texts` turns one raw record into texts (any process).
@@ -6,17 +9,27 @@ records (cheap, one process), and `Fields.texts` turns one raw record into texts
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import pyarrow
 
 CHUNK_RECORDS = 512
 CHUNK_BYTES = 1 << 20
+
+_LINES = (".jsonl", ".json", ".txt")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view"}
 
 # One line of a text file, or the values of the wanted columns of one row of a parquet file.
 RawRecord = bytes | tuple[bytes | None, ...]
@@ -31,7 +44,9 @@ class Fields:
     """Which values of a record are text, and whether they stand alone or form one example.
 
     Args:
-        keys: names of JSON keys or parquet columns. A line of a .txt file is a text by itself.
+        keys: names of JSON keys or parquet columns; `a.b` is the key b of the object (the field of
+            the struct) a, unless there is a key of just that name. A line of a .txt file is a text
+            by itself.
         question_answer: join the two keys as `query : {first} response : {second}`, the form of
             the paper's recipe, instead of one text per key.
     """
@@ -78,22 +93,28 @@ class Fields:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RecordError(f"not JSON ({error})") from error
+            raise RecordError(f"not JSON ({error}); a line must hold one object") from error
         if not isinstance(record, dict):
             raise RecordError(f"a JSON object is needed, this is a {type(record).__name__}")
-        for key in self.keys:
-            if key not in record:
-                raise RecordError(f"no key {key!r} (it has {_listed(record)})")
-            if not isinstance(record[key], str):
-                raise RecordError(f"key {key!r} is a {type(record[key]).__name__}, not a string")
-            _check_unicode(key, record[key])
-        return tuple(record[key] for key in self.keys)
+        return tuple(_text_under(key, record) for key in self.keys)
 
     @staticmethod
     def _from_cell(key: str, value: bytes | None) -> str:
         if value is None:
             raise RecordError(f"column {key!r} is null, not a string")
         return _decode(value)
+
+
+def _text_under(key: str, record: dict[str, Any]) -> str:
+    text: Any = record
+    for part in [key] if key in record else key.split("."):
+        if not isinstance(text, dict) or part not in text:
+            raise RecordError(f"no key {key!r} (it has {_listed(record)})")
+        text = text[part]
+    if not isinstance(text, str):
+        raise RecordError(f"key {key!r} is a {type(text).__name__}, not a string")
+    _check_unicode(key, text)
+    return text
 
 
 def question_prompt(question: str) -> str:
@@ -132,9 +153,15 @@ def check_inputs(paths: Sequence[Path], fields: Fields) -> None:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"input {path} is not a file")
-        if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".txt")):
-            raise ValueError(f"input {path} is not named .jsonl, .jsonl.gz, .parquet or .txt")
-        if path.suffix == ".txt" and (fields.question_answer or fields.outputs > 1):
+        kind, compression = _kind(path)
+        if kind not in _LINES and (kind, compression) != (".parquet", ""):
+            raise ValueError(
+                f"input {path} is not named .jsonl, .json, .txt (any of them followed by .gz or "
+                ".zst) or .parquet"
+            )
+        if ".parquet" in kind or ".zst" in compression:
+            _pyarrow(path)
+        if kind == ".txt" and (fields.question_answer or fields.outputs > 1):
             raise ValueError(f"input {path}: a text file has no keys {', '.join(fields.keys)}")
 
 
@@ -183,23 +210,42 @@ def is_blank(record: RawRecord) -> bool:
     return isinstance(record, bytes) and not record.strip()
 
 
+def _kind(path: Path) -> tuple[str, str]:
+    """What a file is named: its format, and its compression or ""."""
+    compression = path.suffix if path.suffix in _COMPRESSIONS else ""
+    return Path(path.name.removesuffix(compression)).suffix, compression
+
+
 def _text_file_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
+    _, compression = _kind(path)
     with path.open("rb") as raw:
-        if path.suffix != ".gz":
-            yield from _line_chunks(path, raw, raw)
-            return
         try:
-            with gzip.GzipFile(fileobj=raw) as lines:
+            with _decompressed(path, raw, compression) as lines:
                 yield from _line_chunks(path, raw, lines)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is a damaged gzip file ({error})") from error
+        except (EOFError, zlib.error, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the disk's fault, not the content's
+                raise
+            kind = _COMPRESSIONS[compression]
+            raise ValueError(f"{path} is a damaged {kind} file ({error})") from error
+
+
+def _decompressed(
+    path: Path, raw: BinaryIO, compression: str
+) -> AbstractContextManager[BinaryIO | io.BufferedReader]:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == ".zst":
+        # pyarrow's, which the extra brings anyway; it reads frames that follow one another
+        return io.BufferedReader(_pyarrow(path).CompressedInputStream(raw, "zstd"))
+    return nullcontext(raw)
 
 
 def _line_chunks(path: Path, raw: BinaryIO, lines: BinaryIO) -> Iterator[Chunk]:
-    first, size = 1, 0
+    first, size, plain = 1, 0, _kind(path)[0] == ".txt"
     records: list[RawRecord] = []
-    plain = path.suffix == ".txt"
     for line in lines:
+        if first == 1 and not records:
+            line = line.removeprefix(codecs.BOM_UTF8)
         records.append(line)
         size += len(line)
         if len(records) == CHUNK_RECORDS or size >= CHUNK_BYTES:
@@ -210,22 +256,17 @@ def _line_chunks(path: Path, raw: BinaryIO, lines: BinaryIO) -> Iterator[Chunk]:
 
 
 def _parquet_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{path}: parquet needs `pip install megatron-coe[data]`") from error
+    pa = _pyarrow(path)
+    import pyarrow.parquet as pq
+
     file_bytes, first = path.stat().st_size, 1
     try:
         with pq.ParquetFile(path) as table:
-            for key in keys:
-                if key not in table.schema_arrow.names:
-                    columns = _listed(table.schema_arrow.names)
-                    raise ValueError(f"{path} has no column {key!r} (it has {columns})")
+            places = [_column(path, key, table.schema_arrow) for key in keys]
             for batch in table.iter_batches(batch_size=CHUNK_RECORDS, columns=list(keys)):
                 # As bytes: a string column may hold bytes that are not UTF-8, which then counts as
                 # one broken record instead of a broken file.
-                columns = [_as_bytes(path, key, batch.column(key)).to_pylist() for key in keys]
+                columns = [_as_bytes(batch, place).to_pylist() for place in places]
                 records = list(zip(*columns, strict=True))
                 position = file_bytes * (first + len(records) - 1) // table.metadata.num_rows
                 yield Chunk(path, first, records, position)
@@ -234,13 +275,46 @@ def _parquet_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
         raise ValueError(f"{path} is a damaged parquet file ({error})") from error
 
 
-def _as_bytes(path: Path, key: str, column: pyarrow.Array) -> pyarrow.Array:  # noqa: F821
+def _column(path: Path, key: str, schema: pyarrow.Schema) -> list[str]:
+    """Check the column of a key; its name, followed by those of the fields that lead to it."""
     import pyarrow as pa
 
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"{path}: column {key!r} is of type {column.type}, not string")
-    return column.cast(kind).cast(pa.large_binary())
+    place, kind = [key] if key in schema.names else key.split("."), pa.struct(list(schema))
+    for name in place:
+        found = kind.get_all_field_indices(name) if pa.types.is_struct(kind) else []
+        if not found:
+            raise ValueError(f"{path} has no column {key!r} (it has {_listed(schema.names)})")
+        if len(found) > 1:
+            raise ValueError(
+                f"{path} has the column {key!r} {len(found)} times: rename all but one"
+            )
+        kind = kind.field(found[0]).type
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(value_type) not in _TEXT_TYPES:
+        raise ValueError(f"{path}: column {key!r} is of type {kind}, not string")
+    return place
+
+
+def _as_bytes(batch: pyarrow.RecordBatch, place: Sequence[str]) -> pyarrow.Array:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = batch.column(place[0])
+    if len(place) > 1:
+        column = pc.struct_field(column, list(place[1:]))
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_binary())
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: {path.suffix[1:]} needs `pip install megatron-coe[data]`"
+        ) from error
+    return pyarrow
 
 
 def _decode(raw: bytes) -> str:
