@@ -32,8 +32,13 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset, Subset
 
 from megatron_coe.data import index_cache
-from megatron_coe.data.errors import DataError
-from megatron_coe.data.indexed import CheckedDataset, IndexedFile, check_token_ids, inspect
+from megatron_coe.data.indexed import (
+    CheckedDataset,
+    IndexedFile,
+    check_token_ids,
+    inspect,
+    non_empty,
+)
 from megatron_coe.data.tokenizer import Tokenizer
 
 Mode = Literal["packed", "examples"]
@@ -57,7 +62,8 @@ class ExampleDataset(MegatronDataset):
     Training visits every document once per epoch, in an order that depends on the seed and the
     epoch; validation goes through the documents in their order. Takes the arguments of
     `MegatronDataset`, so that `BlendedMegatronDatasetBuilder` builds and blends it;
-    `indexed_indices` are documents, and the length is exactly `num_samples` (None: one epoch).
+    `indexed_indices` are documents, of which the empty ones are left out, and the length is exactly
+    `num_samples` (None: one epoch).
     """
 
     def __init__(
@@ -69,9 +75,9 @@ class ExampleDataset(MegatronDataset):
         index_split: Split,
         config: GPTDatasetConfig,
     ) -> None:
-        super().__init__(
-            indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
-        )
+        whole = non_empty(indexed_dataset.sequence_lengths, indexed_dataset.document_indices)
+        indices = indexed_indices[np.concatenate(list(whole))[indexed_indices]]
+        super().__init__(indexed_dataset, dataset_path, indices, num_samples, index_split, config)
         self._order = self._document_order()
         # Embeddings are looked up at padded positions too, so the id has to exist.
         self._padding = max(config.tokenizer.pad, 0)
@@ -114,10 +120,6 @@ class ExampleDataset(MegatronDataset):
             length -= len(parts[-1])
             if length == 0:
                 break
-        if not sum(map(len, parts)):
-            raise DataError(
-                f"{self.dataset_path}: document {document} is empty: preprocess the data again"
-            )
         return np.concatenate(parts).astype(np.int64)
 
     def _document_order(self) -> np.ndarray:
@@ -306,7 +308,7 @@ def _training_blend(
 
 
 def _check_fits(file: IndexedFile, mode: Mode) -> None:
-    if mode == "packed" and file.sequences != file.documents:
+    if mode == "packed" and file.split:
         raise ValueError(
             f"{file.prefix} has its sentences split: packed mode would shuffle them one by one; "
             "preprocess without --split-sentences, or use examples"

@@ -2,17 +2,22 @@
 
 Megatron asserts or fails deep inside on files that are missing, cut short, damaged or of another
 tokenizer, or reads on in the wrong place; here each of these is one error that names the file.
-Sizes and counts are always checked, contents as far as a quick start allows (`_looks`); ids are
-checked again when they are read (`CheckedDataset`).
+Sizes, counts and documents are always checked, other contents as far as a quick start allows
+(`_looks`); ids are checked again when they are read (`CheckedDataset`).
+
+Documents without a token are valid: Megatron-LM's own preprocessing writes them without a sequence,
+other writers as a sequence of length 0.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
@@ -32,6 +37,7 @@ CHECKED_TOKENS = 1 << 24
 CHECKED_ENTRIES = 1 << 24
 _PIECES = 16
 _FINGERPRINTED_BYTES = 1 << 20
+DIGESTED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,11 @@ class IndexedFile:
     """A checked `.bin/.idx` pair.
 
     Attributes:
-        sequences: as many as documents, unless sentences were split.
+        documents: those that hold a token.
+        empty: documents without one, which Megatron-LM writes without a sequence and others as a
+            sequence of length 0.
+        sequences: of all documents, those of length 0 included.
+        split: whether a document has several sequences, as where sentences were split.
         dtype: of a token id in the `.bin`.
         stamp: changes when the pair is written anew, also within the clock's tick or with the
             time of the old one.
@@ -47,7 +57,9 @@ class IndexedFile:
 
     prefix: str
     documents: int
+    empty: int
     sequences: int
+    split: bool
     tokens: int
     dtype: np.dtype
     stamp: tuple[int, ...]
@@ -69,7 +81,7 @@ def inspect(prefix: str) -> IndexedFile:
     if not np.issubdtype(dtype, np.integer):
         raise ValueError(f"{idx} says that ids are of type {dtype} ({code}): they must be integers")
     content = np.memmap(idx, mode="r")[_HEADER.size :]
-    lengths = content[: 4 * sequences].view("<i4")
+    lengths, offsets, documents = _arrays(content, sequences, boundaries)
     if int(lengths.min()) < 0:
         number = int(lengths.argmin())
         raise ValueError(f"{idx} is damaged: sequence {number} has the length {lengths[number]}")
@@ -80,11 +92,58 @@ def inspect(prefix: str) -> IndexedFile:
         raise ValueError(f"{bin_} is {difference} than {idx} says: {size} bytes, not {needed}")
     if tokens == 0:
         raise ValueError(f"{prefix} holds no token")
-    middle = _BYTES_PER_SEQUENCE * sequences
-    _check_offsets(idx, lengths, content[4 * sequences : middle].view("<i8"), dtype.itemsize)
-    _check_documents(idx, content[middle:].view("<i8"), sequences)
+    _check_offsets(idx, lengths, offsets, dtype.itemsize)
+    most = _check_documents(idx, documents, sequences)
     stamp = (idx.stat().st_size, idx.stat().st_mtime_ns, _checksum(content))
-    return IndexedFile(prefix, boundaries - 1, sequences, tokens, dtype, stamp)
+    whole = sum(int(part.sum()) for part in non_empty(lengths, documents))
+    return IndexedFile(
+        prefix,
+        documents=whole,
+        empty=boundaries - 1 - whole,
+        sequences=sequences,
+        split=most > 1,
+        tokens=tokens,
+        dtype=dtype,
+        stamp=stamp,
+    )
+
+
+def non_empty(lengths: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield, for some documents after the other, which of them hold a token.
+
+    Args:
+        lengths: of the sequences.
+        documents: their boundaries: document d has the sequences from `documents[d]` on up to
+            `documents[d + 1]`.
+    """
+    all_sequences_do = int(lengths.min()) > 0
+    for start in range(0, len(documents) - 1, CHECKED_ENTRIES):
+        some = documents[start : start + CHECKED_ENTRIES + 1]
+        if all_sequences_do:
+            yield np.diff(some) > 0
+        else:
+            first, end = some[0], some[-1]
+            before = np.concatenate([[0], np.cumsum(lengths[first:end], dtype=np.int64)])
+            yield np.diff(before[some - first]) > 0
+
+
+def identity_of(file: IndexedFile) -> dict[str, Any]:
+    """Return what tells a data set's content from another's, wherever it lies.
+
+    Of large files the digest covers pieces from the first to the last byte, which takes
+    milliseconds; the counts are of all.
+    """
+    digest = hashlib.sha256()
+    for suffix in ("idx", "bin"):
+        content = np.memmap(f"{file.prefix}.{suffix}", mode="r")
+        for piece in _looks(content.size, DIGESTED_BYTES):
+            digest.update(content[piece])
+    return {
+        "name": Path(file.prefix).name,
+        "documents": file.documents,
+        "tokens": file.tokens,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def check_token_ids(file: IndexedFile, tokenizer: Tokenizer) -> None:
@@ -121,6 +180,16 @@ class CheckedDataset(IndexedDataset):
         return ids
 
 
+def _arrays(content: np.ndarray, sequences: int, boundaries: int) -> tuple[np.ndarray, ...]:
+    """Lengths and offsets of the sequences, and boundaries of the documents; modes are left out."""
+    middle = _BYTES_PER_SEQUENCE * sequences
+    return (
+        content[: 4 * sequences].view("<i4"),
+        content[4 * sequences : middle].view("<i8"),
+        content[middle : middle + 8 * boundaries].view("<i8"),
+    )
+
+
 def _read_header(idx: Path) -> tuple[int, int, int]:
     """Code of the dtype, number of sequences, number of document boundaries."""
     with idx.open("rb") as stream:
@@ -132,7 +201,7 @@ def _read_header(idx: Path) -> tuple[int, int, int]:
         raise ValueError(f"{idx} is of an unknown version ({version}) or dtype ({code})")
     needed = _HEADER.size + sequences * _BYTES_PER_SEQUENCE + boundaries * 8
     size = idx.stat().st_size
-    if size != needed:
+    if size not in (needed, needed + sequences):  # multimodal data have a mode for each sequence
         fault = "is cut short" if size < needed else "is longer than its counts say"
         raise ValueError(f"{idx} {fault}: {size} of {needed} bytes")
     return code, sequences, boundaries
@@ -154,19 +223,23 @@ def _check_offsets(idx: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize
             )
 
 
-def _check_documents(idx: Path, boundaries: np.ndarray, sequences: int) -> None:
-    """Documents follow one another from the first sequence to the last."""
+def _check_documents(idx: Path, boundaries: np.ndarray, sequences: int) -> int:
+    """Documents follow one another from the first sequence to the last; returns how many
+    sequences the longest has."""
     damaged = f"{idx} is damaged: the documents "
     if boundaries[0] != 0 or boundaries[-1] != sequences:
         raise ValueError(
             f"{damaged}go from sequence {boundaries[0]} to {boundaries[-1]} instead of from 0 to "
             f"{sequences}; preprocess the data again"
         )
-    for piece in _looks(len(boundaries) - 1, CHECKED_ENTRIES):
-        steps = np.diff(boundaries[piece.start : piece.stop + 1])
+    most = 0
+    for start in range(0, len(boundaries) - 1, CHECKED_ENTRIES):
+        steps = np.diff(boundaries[start : start + CHECKED_ENTRIES + 1])
         if steps.min() < 0:
-            number = piece.start + int(steps.argmin())
+            number = start + int(steps.argmin())
             raise ValueError(f"{damaged}overlap: document {number} ends before it begins")
+        most = max(most, int(steps.max()))
+    return most
 
 
 def _looks(size: int, limit: int) -> Iterator[slice]:
@@ -190,12 +263,13 @@ def _first_wrong(ids: np.ndarray, vocab_size: int) -> int | None:
 
 def _document_of(file: IndexedFile, token: int) -> int:
     """Which document a token is of, for a message."""
-    content = np.memmap(f"{file.prefix}.idx", mode="r")[_HEADER.size :]
-    middle = _BYTES_PER_SEQUENCE * file.sequences
-    offsets, boundaries = content[4 * file.sequences : middle], content[middle:]
+    idx = Path(f"{file.prefix}.idx")
+    _, sequences, boundaries = _read_header(idx)
+    content = np.memmap(idx, mode="r")[_HEADER.size :]
+    _, offsets, documents = _arrays(content, sequences, boundaries)
     byte = token * file.dtype.itemsize
-    sequence = int(np.searchsorted(offsets.view("<i8"), byte, side="right")) - 1
-    return int(np.searchsorted(boundaries.view("<i8"), sequence, side="right")) - 1
+    sequence = int(np.searchsorted(offsets, byte, side="right")) - 1
+    return int(np.searchsorted(documents, sequence, side="right")) - 1
 
 
 def _wrong_id(prefix: str, document: int, token: int, tokenizer: Tokenizer) -> str:
@@ -218,11 +292,12 @@ def data_summary(prefixes: Iterable[str]) -> str:
     Raises: as `inspect`.
     """
     lines = []
-    for prefix in prefixes:
-        file = inspect(prefix)
+    for file in map(inspect, prefixes):
+        empty = f" and {file.empty:,} empty ones, left out" if file.empty else ""
         mean = file.tokens / file.documents
         lines.append(
-            f"{prefix}: {file.documents:,} documents, {file.tokens:,} tokens ({mean:.1f} each)"
+            f"{file.prefix}: {file.documents:,} documents{empty}, {file.tokens:,} tokens "
+            f"({mean:.1f} each)"
         )
     return "\n".join(lines)
 

@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from megatron_coe.data.datasets import VALIDATION_SEED, build_datasets
+from megatron_coe.data.indexed import data_summary, inspect
 from megatron_coe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.distributed.launch import launch
 from tests.unit.data.texts import random_texts
@@ -153,6 +157,96 @@ def test_packed_samples_equal_a_plain_recomputation(
             assert item["labels"].tolist() == sample[1:]
             assert item["loss_mask"].tolist() == [1.0] * S
             assert item["position_ids"].tolist() == list(range(S))
+
+
+def write_sequences(
+    prefix: Path, documents: list[list[list[int]]], modes: bool = False, keep_empty: bool = False
+) -> str:
+    """Megatron's own writer: each document's sequences, with a mode each; `keep_empty` writes one
+    of length 0 where a document has none."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16, multimodal=modes)
+    for document in documents:
+        sequences = document or [[]] * keep_empty
+        ids = [token for sequence in sequences for token in sequence]
+        lengths = [len(sequence) for sequence in sequences]
+        builder.add_document(ids, lengths, [1] * len(lengths) if modes else None)
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def megatrons_samples(
+    prefix: str, samples: int, tokenizer: SentencePieceTokenizer, folder: Path
+) -> list[dict[str, list]]:
+    """What Megatron's own data set gives of a file, without anything of this package's."""
+    config = GPTDatasetConfig(
+        random_seed=7,
+        sequence_length=S,
+        blend=([prefix], None),
+        split="1,0,0",
+        path_to_cache=str(folder),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    stored = IndexedDataset(prefix)
+    indices = np.arange(len(stored), dtype=np.int32)
+    return as_lists(GPTDataset(stored, prefix, indices, samples, Split.train, config))
+
+
+def as_lists(dataset: Dataset) -> list[dict[str, list]]:
+    items = (dataset[number] for number in range(len(dataset)))
+    return [{key: value.tolist() for key, value in item.items()} for item in items]
+
+
+# Empty ones at both ends, beside one another and alone.
+EMPTY_AT = (0, 3, 4, 9, 40)
+
+
+@pytest.mark.parametrize("modes", [False, True], ids=["", "modes"])
+@pytest.mark.parametrize("keep_empty", [False, True], ids=["no sequence", "length 0"])
+def test_empty_documents(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, keep_empty: bool, modes: bool
+) -> None:
+    texts = random_texts(36, 12)
+    documents = [[tokenizer.tokenize(text)] for text in texts]
+    with_empty = list(documents)
+    for place in EMPTY_AT:
+        with_empty.insert(place, [])
+    whole = write_sequences(tmp_path / "whole", documents)
+    empty = write_sequences(tmp_path / "empty", with_empty, modes, keep_empty)
+    assert Path(f"{whole}.bin").read_bytes() == Path(f"{empty}.bin").read_bytes()
+    file = inspect(empty)
+    assert (file.documents, file.empty, file.tokens) == (36, 5, inspect(whole).tokens)
+    assert data_summary([empty]).startswith(f"{empty}: 36 documents and 5 empty ones, left out, ")
+
+    read, valid = build(tokenizer, [empty], [empty], mode="packed", num_samples=(90, None))
+    assert as_lists(read) == megatrons_samples(empty, 90, tokenizer, tmp_path / "theirs")
+    if not keep_empty:  # the same sequences, and so the same order as without empty documents
+        assert as_lists(read) == megatrons_samples(whole, 90, tokenizer, tmp_path / "theirs")
+    _, expected = build(tokenizer, [whole], [whole], mode="packed")
+    assert sum(len(item["tokens"]) for item in as_lists(valid)) == len(expected) * S
+
+    for prefixes in ([empty], [empty, whole]):
+        ours = build(tokenizer, prefixes, prefixes, num_samples=(80, None))
+        theirs = build(
+            tokenizer, [whole] * len(prefixes), [whole] * len(prefixes), num_samples=(80, None)
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            assert as_lists(one) == as_lists(other)
+
+
+def test_empty_documents_do_not_hide_split_sentences(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    """As many sequences as documents, but not one of each."""
+    split = write_sequences(tmp_path / "a", [[[5], [6, 7]], [], [[8, 9]]])
+    assert inspect(split).sequences == 3
+    with pytest.raises(ValueError, match="has its sentences split"):
+        build(tokenizer, [split], mode="packed")
+    _, valid = build(tokenizer, [split], [split])
+    assert [item["tokens"][:3] for item in as_lists(valid)] == [[5, 6, 7], [8, 9, 3]]
 
 
 def test_data_written_anew_is_indexed_anew(
