@@ -182,7 +182,7 @@ def build_datasets(
     Args:
         train: prefixes of `.bin/.idx` pairs, each with its weight in the blend, or none with one:
             then each is drawn in proportion to its size (documents for `examples`, otherwise
-            tokens).
+            tokens). A set of weight 0 is not read.
         valid: prefixes of the held-out sets; none: no validation set.
         seq_length: S, input positions of a sample.
         num_samples: training samples, for which the data is repeated as often as it takes (the set
@@ -299,10 +299,13 @@ def _training_blend(
     if len(weighted) not in (0, len(train)):
         raise ValueError(f"train={list(train)}: give every data set a weight, or none")
     for prefix, weight in weighted:
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"train: the weight of {prefix} is {weight}, it must be above 0")
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"train: the weight of {prefix} is {weight}, it must be 0 or more")
     if weighted:
-        return [inspect(prefix) for prefix, _ in weighted], [float(w) for _, w in weighted]
+        drawn = [(prefix, float(weight)) for prefix, weight in weighted if weight]
+        if not drawn:
+            raise ValueError(f"train={list(train)}: give at least one a weight above 0")
+        return [inspect(prefix) for prefix, _ in drawn], [weight for _, weight in drawn]
     files = [inspect(prefix) for prefix in train if isinstance(prefix, str)]
     return files, [float(f.documents if mode == "examples" else f.tokens) for f in files]
 

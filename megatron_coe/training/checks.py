@@ -168,8 +168,10 @@ def _check_data(data: DataSettings) -> None:
             f"data.train_weights has {len(weights)} value(s) for the {len(data.train)} set(s) of "
             "data.train: give one for each"
         )
-    if any(not weight > 0 for weight in weights):
-        raise ValueError(f"data.train_weights={weights}: each must be greater than 0")
+    if any(not weight >= 0 for weight in weights) or not any(weights):
+        raise ValueError(
+            f"data.train_weights={weights}: each must be 0 or more, and one of them greater than 0"
+        )
 
 
 def _check_profile(log: LogSettings) -> None:

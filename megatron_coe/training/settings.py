@@ -80,7 +80,8 @@ class DataSettings:
     train: list[str] = field(default_factory=list)
     """Prefixes of the training sets."""
     train_weights: list[float] | None = None
-    """How much is drawn from each training set, in any unit; None: from each its own size."""
+    """How much is drawn from each training set, in any unit (0: it is not read); None: from each
+    its own size."""
     valid: list[str] = field(default_factory=list)
     """Prefixes of the held-out sets; empty: no validation."""
     mode: str = _choice("packed", "examples")

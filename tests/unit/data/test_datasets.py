@@ -314,6 +314,19 @@ def test_blend_without_weights_is_by_size_and_repeats(
     )
 
 
+def test_a_set_of_weight_0_is_left_out(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    a, b = (make_data(letter, [f"{letter}{n}" for n in range(9)]) for letter in "ab")
+    gone = f"{a}-gone"
+    for mode in ("examples", "packed"):
+        alone, _ = build(tokenizer, [(a, 1.0), (b, 3.0)], mode=mode, seq_length=4)
+        read, _ = build(tokenizer, [(gone, 0), (a, 2.0), (b, 6.0)], mode=mode, seq_length=4)
+        assert as_lists(read) == as_lists(alone)
+    single, _ = build(tokenizer, [(gone, 0), (b, 0.5)])
+    assert sources(single, tokenizer) == {"b": 50}
+
+
 def test_errors(make_data: MakeData, tokenizer: SentencePieceTokenizer) -> None:
     a, b = make_data("a", ["one two three"]), make_data("b", ["ten"])
     for message, train, changes in (
@@ -324,7 +337,8 @@ def test_errors(make_data: MakeData, tokenizer: SentencePieceTokenizer) -> None:
         ("num_samples", [a], {"num_samples": (1, 0)}),
         ("train is empty", [], {}),
         ("a weight, or none", [(a, 1.0), b], {}),
-        ("weight of .* is 0", [(a, 1.0), (b, 0)], {}),
+        ("weight of .* is -1", [(a, 1.0), (b, -1)], {}),
+        ("a weight above 0", [(a, 0.0), (b, 0)], {}),
         ("weight of .* is nan", [(a, float("nan"))], {}),
         ("too few for one packed sample", [a], {"mode": "packed", "valid": [b]}),
         ("does not exist", [a], {"valid": [b + "x"]}),

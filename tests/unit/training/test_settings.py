@@ -156,11 +156,15 @@ def test_values_out_of_range_are_named(section, name, value, expected):
         check_values(settings)
 
 
-def test_weights_must_be_positive():
+def test_weights_leave_something_to_read():
     settings = Settings()
-    settings.data.train, settings.data.train_weights = ["a", "b"], [1.0, 0.0]
-    with pytest.raises(ValueError, match="each must be greater than 0"):
-        check_values(settings)
+    settings.data.train = ["a", "b"]
+    for weights in ([1.0, -1.0], [0.0, 0.0]):
+        settings.data.train_weights = weights
+        with pytest.raises(ValueError, match="each must be 0 or more, and one of them greater"):
+            check_values(settings)
+    settings.data.train_weights = [1.0, 0.0]
+    check_values(settings)
 
 
 @pytest.mark.parametrize(
