@@ -45,12 +45,17 @@ def check_values(settings: Settings) -> None:
         settings,
         *("train.seed", "train.min_lr", "train.weight_decay", "train.clip_grad"),
         *("train.eval_interval", "train.max_skipped_steps", "train.hang_timeout_s"),
-        *("checkpoint.save_interval", "checkpoint.keep_every"),
+        *("train.lr_warmup_steps", "checkpoint.save_interval", "checkpoint.keep_every"),
     )
     train = settings.train
     for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
         if not 0 <= getattr(train, name) < 1:
             raise ValueError(f"train.{name}={getattr(train, name)}: give a number in [0, 1)")
+    if train.lr_warmup_steps is not None and train.lr_warmup_steps >= train.steps:
+        raise ValueError(
+            f"train.lr_warmup_steps={train.lr_warmup_steps} must be less than train.steps="
+            f"{train.steps}"
+        )
     if train.min_lr > train.lr:
         raise ValueError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}")
     if train.seed > LARGEST_SEED:

@@ -109,6 +109,8 @@ class TrainSettings:
     lr_decay_style: str = _choice("constant", "linear", "cosine")
     lr_warmup_fraction: float = 0.1
     """Share of `steps` over which the learning rate rises linearly from 0."""
+    lr_warmup_steps: int | None = None
+    """So many steps instead; None: `lr_warmup_fraction` of them."""
     weight_decay: float = 0.01
     decay_all_parameters: bool = False
     """Weight decay on every parameter (the paper's recipe), or not on norms (Megatron's)."""

@@ -230,12 +230,15 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
 
 def build_schedule(optimizer: MegatronOptimizer, train: TrainSettings) -> OptimizerParamScheduler:
     """Learning rate over steps: linear warm-up from 0, then constant, linear or cosine decay."""
+    warmup = train.lr_warmup_steps
+    if warmup is None:
+        warmup = int(train.lr_warmup_fraction * train.steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=int(train.lr_warmup_fraction * train.steps),
+        lr_warmup_steps=warmup,
         lr_decay_steps=train.steps,
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,

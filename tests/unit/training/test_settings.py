@@ -141,6 +141,8 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         ("train", "min_lr", 1.0, "train.min_lr=1.0 must not exceed train.lr"),
         ("train", "adam_beta2", 1.0, r"train.adam_beta2=1.0: give a number in \[0, 1\)"),
         ("train", "lr_warmup_fraction", 1.0, "train.lr_warmup_fraction=1.0"),
+        ("train", "lr_warmup_steps", -1, "train.lr_warmup_steps=-1: must be 0 or more"),
+        ("train", "lr_warmup_steps", 1000, "train.lr_warmup_steps=1000 must be less than train.st"),
         ("checkpoint", "keep", 0, "checkpoint.keep=0"),
         ("checkpoint", "save_interval", -1, "checkpoint.save_interval=-1: must be 0 or more"),
         ("parallel", "tensor_model_parallel_size", 0, "parallel.tensor_model_parallel_size=0"),

@@ -19,8 +19,11 @@ def learning_rates(device, **train) -> list[float]:
     return rates
 
 
+@pytest.mark.parametrize(
+    "length", [{"lr_warmup_fraction": 0.25}, {"lr_warmup_steps": 10}], ids=["fraction", "steps"]
+)
 @pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
-def test_learning_rate_of_every_step(single_rank, style):
+def test_learning_rate_of_every_step(single_rank, style, length):
     steps, warmup, top, low = 40, 10, 0.5, 0.1
     rates = learning_rates(
         single_rank,
@@ -28,7 +31,7 @@ def test_learning_rate_of_every_step(single_rank, style):
         lr=top,
         min_lr=low,
         lr_decay_style=style,
-        lr_warmup_fraction=0.25,
+        **length,
     )
     for step, rate in enumerate(rates):
         done = (step - warmup) / (steps - warmup)
@@ -45,6 +48,7 @@ def test_learning_rate_of_every_step(single_rank, style):
 
 def test_a_run_too_short_to_warm_up_starts_at_full_rate(single_rank):
     assert learning_rates(single_rank, steps=2, lr=0.5, lr_warmup_fraction=0.1) == [0.5, 0.5]
+    assert learning_rates(single_rank, steps=2, lr=0.5, lr_warmup_steps=0) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("everything", [True, False])
