@@ -261,6 +261,9 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         _check_nesting(path, text)
         content = OmegaConf.load(path)
+    except yaml.constructor.ConstructorError as error:  # a tag, or more values than it reads
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: refused by OmegaConf: {reason}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except (OSError, RecursionError) as error:  # OmegaConf's word for a file that is a number

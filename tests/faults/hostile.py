@@ -264,14 +264,14 @@ def _settings() -> Iterator[Case]:
         return HostileCase(f"settings: {name}", TRAIN, ("{d}/run.yaml", *says), make)
 
     apply = "!!python/object/apply:os.system ['touch {d}/canary']"
-    yield text("an object made by a call", f"train: {{steps: {apply}}}", "not valid YAML")
+    yield text("an object made by a call", f"train: {{steps: {apply}}}", "refused by OmegaConf")
     yield text(
         "an object made anew",
         "train: !!python/object/new:os.system ['touch {d}/canary']",
-        "not valid YAML",
+        "refused by OmegaConf",
     )
-    yield text("a module", "model: {x: !!python/module:os ''}", "not valid YAML")
-    yield text("a function", "model: {x: !!python/name:os.system ''}", "not valid YAML")
+    yield text("a module", "model: {x: !!python/module:os ''}", "refused by OmegaConf")
+    yield text("a function", "model: {x: !!python/name:os.system ''}", "refused by OmegaConf")
     yield HostileCase(
         "settings: a call in an override", f'{TRAIN} "train.steps={apply}"', ("train.steps",)
     )

@@ -80,7 +80,7 @@ def cases() -> Iterator[Case]:
     yield HostileCase(
         "checkpoint: settings with a tag",
         _TO_HF,
-        ("config.yaml", "not valid YAML"),
+        ("config.yaml", "refused by OmegaConf"),
         _sealed(
             _text_at("config.yaml", "train: !!python/object/apply:os.system ['touch {d}/canary']")
         ),
