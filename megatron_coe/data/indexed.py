@@ -127,7 +127,7 @@ def non_empty(lengths: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray
             yield np.diff(before[some - first]) > 0
 
 
-def identity_of(file: IndexedFile) -> dict[str, Any]:
+def identify(file: IndexedFile) -> dict[str, Any]:
     """Return what tells a data set's content from another's, wherever it lies.
 
     Of large files the digest covers pieces from the first to the last byte, which takes

@@ -2,7 +2,7 @@
 
     model, optimizer          sharded tensors
     rng                       an object per rank
-    schedule, progress, layout, tokenizer   plain values that all ranks share
+    schedule, progress, layout, tokenizer, data     plain values that all ranks share
 
 Any other layout of the same model can load it, with or without the distributed optimizer, but then
 without RNG states, which belong to ranks. How it gets to disk: `megatron_coe.training.saving`.
@@ -64,12 +64,16 @@ MODEL_ONLY = {
 
 
 def run_state(
-    trainee: Trainee, progress: Progress, tokenizer: dict[str, Any] | None = None
+    trainee: Trainee,
+    progress: Progress,
+    tokenizer: dict[str, Any] | None = None,
+    data: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """All that a checkpoint holds, sharded. A collective of all ranks; tensors are the live ones.
 
     Args:
         tokenizer: what identifies the tokenizer that the run's data were made with.
+        data: what identifies each of its training sets.
     """
     with _gathered_parameters(trainee):
         state = _model_state(trainee)
@@ -79,6 +83,7 @@ def run_state(
         "progress": asdict(progress),
         "layout": _layout(),
         "tokenizer": tokenizer,
+        "data": data,
         "rng": _sharded_rng(rng_state()),
     }
 

@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_coe.data.datasets import check_datasets
+from megatron_coe.data.indexed import IndexedFile
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.training.metrics import METRICS_FILE
-from megatron_coe.training.settings import Settings
+from megatron_coe.training.settings import DataSettings, Settings
+
+
+def training_sets(data: DataSettings) -> list[str]:
+    """Return the prefixes that training reads: those whose weight is not 0."""
+    weights = data.train_weights or [1.0] * len(data.train)
+    return [prefix for prefix, weight in zip(data.train, weights, strict=True) if weight]
 
 
 def data_arguments(settings: Settings, tokenizer: Tokenizer, seq_length: int) -> dict[str, Any]:
@@ -34,17 +41,23 @@ def data_arguments(settings: Settings, tokenizer: Tokenizer, seq_length: int) ->
 
 def check_files(
     settings: Settings, tokenizer: Tokenizer, seq_length: int, saves: bool = True
-) -> None:
+) -> list[IndexedFile]:
     """Data sets whole and of this tokenizer; folders of the run's own there, or to be made.
 
     Args:
         saves: whether the run writes checkpoints.
 
+    Returns: what training reads.
+
     Raises: ValueError naming the file; OSError naming the setting of a folder.
     """
-    check_datasets(**data_arguments(settings, tokenizer, seq_length))
-    if os.environ.get("RANK", "0") != "0":  # the first one alone writes what all share
-        return
+    files, _, _ = check_datasets(**data_arguments(settings, tokenizer, seq_length))
+    if os.environ.get("RANK", "0") == "0":  # the first one alone writes what all share
+        _check_folders(settings, saves)
+    return files
+
+
+def _check_folders(settings: Settings, saves: bool) -> None:
     if saves and settings.checkpoint.save:
         _check_folder("checkpoint.save", settings.checkpoint.save)
     _check_folder("log.dir", settings.log.dir)

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,9 +20,10 @@ from megatron_coe.checkpoints.folder import (
     restore,
     step_of,
 )
+from megatron_coe.checkpoints.trust import read_common
 from megatron_coe.checkpoints.verify import check_checkpoint, strange_files
 from megatron_coe.data.tokenizer import Tokenizer
-from megatron_coe.training.resume_policy import changes, tokenizer_change
+from megatron_coe.training.resume_policy import DATA, changes, data_change, tokenizer_change
 from megatron_coe.training.settings import CheckpointSettings, Settings, load_settings
 
 
@@ -69,11 +71,16 @@ def choose_checkpoint(options: CheckpointSettings, must_resume: bool = False) ->
 
 
 def check_changes(
-    path: Path, settings: Settings, tokenizer: Tokenizer, model_only: bool = False
+    path: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    data: list[dict[str, Any]] | None = None,
+    model_only: bool = False,
 ) -> list[str]:
-    """Compare a checkpoint's settings and tokenizer with the present ones.
+    """Compare a checkpoint's settings, tokenizer and training data with the present ones.
 
     Args:
+        data: what identifies the training sets; None: only their paths are compared.
         model_only: only what makes the model matters, because nothing is trained.
 
     Returns: changes that are allowed and worth saying.
@@ -81,7 +88,13 @@ def check_changes(
     Raises: ValueError naming each change that is refused.
     """
     before = load_settings(path / CONFIG_FILE)
-    found = changes(before, settings, model_only=model_only or step_of(path) == 0)
+    model_only = model_only or step_of(path) == 0
+    found = changes(before, settings, model_only)
+    recorded = read_common(path).get("data")  # older checkpoints have none
+    if data and recorded and not model_only:
+        found = [change for change in found if change.key != DATA]
+        if change := data_change(recorded, data):
+            found.append(change)
     if change := tokenizer_change(path, tokenizer):
         found.append(change)
     accepted = set(settings.checkpoint.accept_changes)

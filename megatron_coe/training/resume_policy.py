@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("data.tokenizer", _SAFE),  # it may move; its content is compared, see `tokenizer_change`
     ("data.valid", _SAFE),
     ("data.cache", _SAFE),
-    ("data.*", _REFUSED),
+    ("data.*", _REFUSED),  # of the training sets, the content is compared: see `data_change`
     ("train.stop_step", _SAFE),
     ("train.micro_batch_size", _SAFE),
     ("train.eval_*", _SAFE),
@@ -61,8 +61,8 @@ RULES: tuple[tuple[str, Policy], ...] = (
 )
 """Patterns of keys; the first that matches decides."""
 
-_PATHS = ("data.train",)
 _TOKENIZER = "data.tokenizer"
+DATA = "data.train"
 _LENGTH = "model.seq_length"
 
 
@@ -115,6 +115,29 @@ def tokenizer_change(checkpoint: Path, tokenizer: Tokenizer) -> Change | None:
     return Change(_TOKENIZER, _describe(before), _describe(now), is_refused=True)
 
 
+def data_change(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Change | None:
+    """Compare the content of the training sets, in their order, whatever they are called."""
+    if len(before) == len(now):
+        pairs = zip(before, now, strict=True)
+        differing = [pair for pair in pairs if _without_name(pair[0]) != _without_name(pair[1])]
+        if not differing:
+            return None
+        before, now = map(list, zip(*differing, strict=True))
+    return Change(DATA, _described(before), _described(now), is_refused=True)
+
+
+def _without_name(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "name"}
+
+
+def _described(data: list[dict[str, Any]]) -> str:
+    return "; ".join(
+        f"{each['name']}: {each['documents']:,} documents, {each['tokens']:,} tokens, SHA-256 "
+        f"{each['sha256'][:12]}…"
+        for each in data
+    )
+
+
 def _flat(settings: Settings) -> Iterator[tuple[str, object]]:
     for section, values in asdict(settings).items():
         for name, value in values.items():
@@ -132,7 +155,7 @@ def _value(key: str, side: dict[str, object]) -> object:
 
 
 def _comparable(key: str, value: object) -> object:
-    if key in _PATHS and isinstance(value, list):
+    if key == DATA and isinstance(value, list):
         return [os.path.abspath(path) for path in value]
     return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from megatron_coe import backends
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.data.datasets import build_datasets, check_datasets
-from megatron_coe.data.indexed import data_summary, inspect
+from megatron_coe.data.indexed import IndexedFile, data_summary, identify
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.machine import write_machine
 from megatron_coe.training import setup
@@ -27,7 +27,7 @@ from megatron_coe.training.estimate import describe_sizes, plan_of
 from megatron_coe.training.loop import Trainer, Validation
 from megatron_coe.training.metrics import Reporter
 from megatron_coe.training.model import build_provider
-from megatron_coe.training.preflight import check_files, data_arguments
+from megatron_coe.training.preflight import check_files, data_arguments, training_sets
 from megatron_coe.training.resume import check_changes, choose_checkpoint
 from megatron_coe.training.resume_policy import identity_of
 from megatron_coe.training.saving import Saver
@@ -67,8 +67,9 @@ def trainer(
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
     backends.refuse_unusable(provider)
-    check_files(settings, tokenizer, provider.seq_length, saves=not must_resume)
-    saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(tokenizer))
+    files = check_files(settings, tokenizer, provider.seq_length, saves=not must_resume)
+    data = [identify(file) for file in files]
+    saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(tokenizer), data)
     timeout_s = settings.train.hang_timeout_s
     store, saves = setup.rendezvous(), settings.checkpoint.save is not None
     with (
@@ -80,7 +81,7 @@ def trainer(
         checkpoint = choose_checkpoint(settings.checkpoint, must_resume)
         changed = []
         if checkpoint:
-            changed = check_changes(checkpoint, settings, tokenizer, model_only=must_resume)
+            changed = check_changes(checkpoint, settings, tokenizer, data, model_only=must_resume)
             saver.resume_from(checkpoint)
         setup.seed_everything(settings.train.seed)
         activity.enter(DATA)
@@ -96,9 +97,8 @@ def trainer(
                 saver.check(trainee)
             else:
                 saver.tidy()
-        train = _source(
-            train_set, settings, device, _samples_per_epoch(settings, provider.seq_length)
-        )
+        per_epoch = _samples_per_epoch(files, settings.data.mode, provider.seq_length)
+        train = _source(train_set, settings, device, per_epoch)
         validation = None
         if valid_set is not None:
             validation = Validation(_source(valid_set, settings, device), len(valid_set))
@@ -117,7 +117,7 @@ def trainer(
 def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
     data = settings.data
     yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
-    yield f"training data\n{data_summary(data.train)}"
+    yield f"training data\n{data_summary(training_sets(data))}"
     if data.valid:
         yield f"validation data\n{data_summary(data.valid)}"
     sequences = settings.train.steps * settings.train.global_batch_size
@@ -131,10 +131,9 @@ def _build_data(
     return build_datasets(**arguments, cache_dir=settings.data.cache)
 
 
-def _samples_per_epoch(settings: Settings, seq_length: int) -> float:
+def _samples_per_epoch(files: Sequence[IndexedFile], mode: str, seq_length: int) -> float:
     """Sequences that one pass over all the training data holds."""
-    files = [inspect(prefix) for prefix in settings.data.train]
-    if settings.data.mode == "examples":
+    if mode == "examples":
         return sum(file.documents for file in files)
     return sum(file.tokens for file in files) / seq_length
 

@@ -60,16 +60,22 @@ class Saver:
         options: where they go, how, and which are kept; without a folder nothing is written.
         config: the run's resolved settings as YAML, kept in each.
         tokenizer: what identifies the tokenizer, kept in each.
+        data: what identifies each training set, kept in each.
 
     Every method raises CheckpointWriteError, on all ranks, for a checkpoint that cannot be written.
     """
 
     def __init__(
-        self, options: CheckpointSettings, config: str, tokenizer: dict[str, Any] | None = None
+        self,
+        options: CheckpointSettings,
+        config: str,
+        tokenizer: dict[str, Any] | None = None,
+        data: list[dict[str, Any]] | None = None,
     ) -> None:
         self.options = options
         self.config = config
         self.tokenizer = tokenizer
+        self.data = data
         self._pending: _Pending | None = None
         self._resumed_from: int | None = None
         self._loadable: dict[Path, bool] = {}
@@ -105,7 +111,7 @@ class Saver:
             return
         target = folders.partial_folder(Path(self.options.save), progress.step)
         self._together(progress.step, partial(_on_rank_0, _make_new, target))
-        shared, common = save_preprocess(run_state(trainee, progress, self.tokenizer))
+        shared, common = save_preprocess(run_state(trainee, progress, self.tokenizer, self.data))
         plan = SharePlan(shared, target)
         needed = _sum(plan.nbytes, _device(trainee))
         self._together(progress.step, partial(_on_rank_0, _require_room, target, needed))

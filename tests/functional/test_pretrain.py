@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -154,6 +157,32 @@ def test_what_is_resumed_from_outlives_what_is_damaged(config, tmp_path, capsys)
     assert pretrain_coe.main([*arguments, "train.stop_step=3"]) == 0
     assert "step_00000002 is bad and not used" in capsys.readouterr().err
     assert sorted(path.name[-1] for path in folder.glob("step_*")) == ["1", "2", "3"]
+
+
+def test_training_sets_may_move_but_not_change(config, data, tmp_path, capsys):
+    """On resume their content is compared, not their names."""
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    for suffix in ("bin", "idx"):
+        (moved / f"b.{suffix}").rename(moved / f"c.{suffix}")
+    arguments = ["--config", str(config), "data.valid=[]"]
+    assert pretrain_coe.main([*arguments, "train.stop_step=1"]) == 0
+    arguments += [f"data.train=[{moved}/a,{moved}/c]"]
+    assert pretrain_coe.main([*arguments, "train.stop_step=2"]) == 0
+
+    stored = moved / "c.bin"
+    times = stored.stat().st_atime_ns, stored.stat().st_mtime_ns
+    ids = np.memmap(stored, "<u2", "r+")
+    ids[-1], ids[-2] = ids[-2], ids[-1]
+    ids.flush()
+    os.utime(stored, ns=times)
+    capsys.readouterr()
+    assert pretrain_coe.main([*arguments, "train.stop_step=3"]) == 2
+    told = r"data\.train was 'c: 80 documents, [\d,]+ tokens, SHA-256 (\w{12})…' and is 'c: 80 docu"
+    assert re.search(told, capsys.readouterr().err)
+    meant = "checkpoint.accept_changes=[data.train]"
+    assert pretrain_coe.main([*arguments, "train.stop_step=3", meant]) == 0
+    assert pretrain_coe.main([*arguments, "train.stop_step=4"]) == 0
 
 
 def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, tmp_path):

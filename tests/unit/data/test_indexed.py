@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 
 from megatron_coe.data.datasets import build_datasets
-from megatron_coe.data.indexed import check_token_ids, data_summary, inspect, unigram_entropy
+from megatron_coe.data.indexed import (
+    check_token_ids,
+    data_summary,
+    identify,
+    inspect,
+    unigram_entropy,
+)
 from megatron_coe.data.tokenizer import SentencePieceTokenizer
 from tests.unit.data.texts import random_texts
 
@@ -100,6 +107,24 @@ def test_ids_are_looked_at_from_the_first_to_the_last(
             check_token_ids(file, tokenizer)
         ids[place] = kept
     check_token_ids(file, tokenizer)
+
+
+def test_identity_is_of_the_content_alone(
+    monkeypatch: pytest.MonkeyPatch, make_data: MakeData, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("megatron_coe.data.indexed.DIGESTED_BYTES", 256)
+    prefix = make_data("a", random_texts(200, 4))
+    for suffix in ("bin", "idx"):
+        shutil.copyfile(f"{prefix}.{suffix}", tmp_path / f"moved.{suffix}")
+    first, moved = identify(inspect(prefix)), identify(inspect(str(tmp_path / "moved")))
+    assert moved == first | {"name": "moved"}
+    ids = np.memmap(tmp_path / "moved.bin", "<u2", "r+")
+    for place in (0, len(ids) - 1):
+        ids[place] += 1
+        ids.flush()
+        changed = identify(inspect(str(tmp_path / "moved")))
+        assert changed["sha256"] != first["sha256"]
+        ids[place] -= 1
 
 
 def test_token_ids_of_another_tokenizer_are_refused(

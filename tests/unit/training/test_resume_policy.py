@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, fields
 
 import pytest
@@ -10,7 +11,7 @@ from megatron_coe.checkpoints.folder import CONFIG_FILE, find_checkpoints
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.resume import check_changes
-from megatron_coe.training.resume_policy import Policy, changes, identity_of, policy_of
+from megatron_coe.training.resume_policy import Policy, changes, data_change, identity_of, policy_of
 from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
 from tests.unit.training.runs import make_settings, make_trainer
@@ -98,6 +99,21 @@ def test_every_setting_has_its_place():
     assert all(policy_of(f"model.{f.name}") in Policy for f in fields(CoEModelProvider))
     assert policy_of("data.something_new") is Policy.REFUSED
     assert policy_of("model.something_new") is Policy.REFUSED
+
+
+def test_the_content_of_training_sets_decides_in_its_order():
+    one, two = (
+        {"name": name, "documents": 1000, "tokens": 20_000, "sha256": name * 64} for name in "ab"
+    )
+    assert data_change([one, two], [one | {"name": "moved"}, two]) is None
+    for before, now, told in (
+        ([one, two], [one, two | {"tokens": 19_999}], r"^data.train was 'b: .* 20,000 .*19,999"),
+        ([one, two], [two, one], "was 'a: .*; b: .* and is 'b: .*; a: "),
+        ([one], [one, two], "was 'a: 1,000 documents, [^;]*' and is 'a: .*; b: "),
+    ):
+        change = data_change(before, now)
+        assert change.is_refused
+        assert re.search(told, str(change))
 
 
 @pytest.fixture(scope="module")
