@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     the_run = Run.read(options.run)
     folder = the_run.metrics.parent
     output = options.output or folder / "report.html"
+    if output.suffix.lower() not in (".html", ".htm"):
+        output = output.with_name(f"{output.name}.html")
     check_writable(output)
     try:
         from megatron_coe.analysis.report import write_report  # imports torch: seconds
@@ -83,7 +85,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="its .html may be left out; default: RUN/report.html",
+    )
     parser.add_argument(
         "--no-analysis", dest="analysis", action="store_false", help="do not analyse checkpoints"
     )

@@ -16,6 +16,7 @@ from megatron_coe.analysis.collect import (
     collect,
     find_models,
     random_model,
+    run_name,
     trained_mode,
 )
 from megatron_coe.analysis.findings import PermutationTest, Text
@@ -61,7 +62,7 @@ def analyze(
             text = Text(ids, sequence_numbers(sequences), classes)
         routings.append(collect(model, sequences, path.name, batch_size))
     assert text is not None
-    analysis = Analysis(_about(routings, source, sequences, test))
+    analysis = Analysis({"run": run_name(models[-1]), **_about(routings, source, sequences, test)})
     analysis.training = list(findings.training_rows(routings))
     if control:
         routings.append(_control(model, sequences, test.seed, batch_size))

@@ -63,6 +63,14 @@ def find_models(load: Path) -> list[Path]:
     return found[::-1]
 
 
+def run_name(model: Path) -> str:
+    """Return what people call a model: the name of its run, or of its Hugging Face folder."""
+    folder = model.resolve()
+    if (folder / "config.json").is_file():
+        return folder.name
+    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent).name
+
+
 def trained_mode(model: Path) -> str:
     """How the sequences of a model's training were made; Hugging Face folders do not tell."""
     config = model / CONFIG_FILE

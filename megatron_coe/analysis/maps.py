@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_coe.analysis.figures import COLOURS, colours, new_figure
 from megatron_coe.analysis.findings import DISTANCES, Row
-from megatron_coe.analysis.routing import Ints
+from megatron_coe.analysis.routing import Floats, Ints, expected_coactivation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,21 +18,58 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 
-def coactivation_map(name: str, layer: int, matrices: Sequence[Ints]) -> Figure:
-    """A layer's co-activation matrices [N, N], one panel for each pair of iterations.
+@dataclass(frozen=True)
+class CoactivationScale:
+    """How far the colors of co-activation maps reach: one scale for all that stand side by side.
 
-    Rows are experts at t, columns at t + 1; colours count tokens, on one scale for all panels.
+    Attributes:
+        most: tokens in a cell.
+        excess: tokens in a cell more, or fewer, than independent choices give.
     """
-    figure = new_figure(1.2 + 4.3 * len(matrices), 4.6)
-    panels = np.atleast_1d(figure.subplots(1, len(matrices)))
-    most = max(int(matrix.max()) for matrix in matrices)
-    for t, (axes, matrix) in enumerate(zip(panels, matrices, strict=True), start=1):
-        image = axes.imshow(matrix, vmin=0, vmax=most, cmap="viridis", interpolation="nearest")
-        axes.set(xlabel=f"expert at iteration {t + 1}", ylabel=f"expert at iteration {t}")
-        axes.set_title(f"iterations {t} → {t + 1}", fontsize="medium")
-    _scale(figure, image, panels, "tokens")
-    figure.suptitle(f"{name}, layer {layer}: co-activation", fontsize="medium")
+
+    most: float
+    excess: float
+
+    @staticmethod
+    def of(matrices: Iterable[Ints]) -> CoactivationScale:
+        """Return the scale that holds all of the matrices [N, N]."""
+        found = [(matrix.max(), np.abs(_excess(matrix)).max()) for matrix in matrices]
+        return CoactivationScale(*(float(value) for value in np.max(found, axis=0)))
+
+
+def coactivation_map(
+    title: str, layer: int, matrices: Sequence[Ints], scale: CoactivationScale | None = None
+) -> Figure:
+    """Draw a layer's co-activation matrices [N, N], a line of panels for each pair of iterations.
+
+    Rows are experts at t, columns at t + 1. The left panel counts tokens; the right one subtracts
+    what independent choices would give, so that how often experts are used does not show.
+
+    Args:
+        scale: of the colors; None: that of these matrices.
+    """
+    scale = scale or CoactivationScale.of(matrices)
+    figure = new_figure(8, 0.4 + 3 * len(matrices))
+    panels = figure.subplots(len(matrices), 2, squeeze=False)
+    counts = {"vmin": 0, "vmax": scale.most, "cmap": "viridis"}
+    excess = {"vmin": -scale.excess, "vmax": scale.excess, "cmap": "RdBu_r"}
+    for t, (line, matrix) in enumerate(zip(panels, matrices, strict=True), start=1):
+        images = [
+            axes.imshow(values, interpolation="nearest", **colors)
+            for axes, values, colors in zip(
+                line, (matrix, _excess(matrix)), (counts, excess), strict=True
+            )
+        ]
+        for axes in line:
+            axes.set(xlabel=f"expert at iteration {t + 1}", ylabel=f"expert at iteration {t}")
+    for number, label in enumerate(("tokens", "tokens beyond independent choices")):
+        _scale(figure, images[number], panels[:, number], label)
+    figure.suptitle(f"{title}, layer {layer}", fontsize="medium")
     return figure
+
+
+def _excess(matrix: Ints) -> Floats:
+    return matrix - expected_coactivation(matrix)
 
 
 def usage_map(name: str, rows: Sequence[Row], experts: int) -> Figure:

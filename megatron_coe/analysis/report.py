@@ -110,7 +110,7 @@ def _caption(name: str) -> str:
     model = model.replace("_layer-", ", layer ").replace(RANDOM, "initial weights (control)")
     text = {
         "coactivation": "Co-activation: tokens by their expert at an iteration (rows) and at the "
-        "next (columns)",
+        "next (columns), and how many more than independent choices would give",
         "usage": "Load of every expert over the mean",
         "consistency": "Experts that tokens some way apart have in common, over chance",
         "information": "What the choice at one iteration tells of the next, over shuffled tokens",

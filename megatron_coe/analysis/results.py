@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,21 +89,35 @@ class Analysis:
 
     def pictures(self) -> Iterator[tuple[str, Figure]]:
         """Each picture and its name."""
+        if self.matrices:
+            scale = maps.CoactivationScale.of(chain.from_iterable(self.matrices.values()))
         for (model, layer), matrices in self.matrices.items():
             name = f"coactivation_{model}_layer-{layer}"
-            yield name, maps.coactivation_map(model, layer, matrices)
+            yield name, maps.coactivation_map(self.title(model), layer, matrices, scale)
         for model in dict.fromkeys(str(row["model"]) for row in self.shown(self.routers)):
             rows, usage = (
                 [row for row in table if row["model"] == model]
                 for table in (self.routers, self.usage)
             )
-            yield f"usage_{model}", maps.usage_map(model, usage, int(self.about["experts"]))
-            yield f"consistency_{model}", maps.consistency_plot(model, rows)
+            yield (
+                f"usage_{model}",
+                maps.usage_map(self.title(model), usage, int(self.about["experts"])),
+            )
+            yield f"consistency_{model}", maps.consistency_plot(self.title(model), rows)
         if self.transitions:
             yield "information", maps.information_plot(self.shown(self.transitions))
         if len(self.about["models"]) > 1:
             tables = (self.routers, self.transitions, self.training)
             yield "training", maps.training_plot(*(_without_control(rows) for rows in tables))
+
+    def title(self, model: str) -> str:
+        """Return what a picture calls a model of the tables: of which run at which step."""
+        name = "initial weights" if model == RANDOM else model
+        step = model.removeprefix("step_")
+        if step != model and step.isdecimal():
+            name = f"step {int(step)}"
+        run = self.about.get("run")  # not in analyses of before
+        return f"{run}, {name}" if run and run != name else name
 
     def shown(self, rows: Sequence[Row]) -> list[Row]:
         """Rows of the last model and of the control."""

@@ -67,6 +67,13 @@ def coactivation(first_TK: Ints, second_TK: Ints, experts: int) -> Ints:
     return contingency(first_TK, second_TK, (experts, experts))
 
 
+def expected_coactivation(matrix_NN: Ints) -> Floats:
+    """Return what M would be if the choices at t and t + 1 knew nothing of one another: the same
+    use of experts, in every combination."""
+    rows, columns = matrix_NN.sum(axis=1), matrix_NN.sum(axis=0)
+    return np.outer(rows, columns) / matrix_NN.sum()
+
+
 def contingency(first_TA: Ints, second_TB: Ints, sizes: tuple[int, int]) -> Ints:
     """How often each pair of a label on the left and one on the right belongs to one token."""
     rows, columns = sizes

@@ -71,6 +71,7 @@ def test_tables_and_pictures_of_a_folder(home: Path, analysis: Path) -> None:
     about = json.loads((analysis / "summary.json").read_text())["about"]
     read = about["tokens"]
     assert (about["models"], about["experts"], about["topk"]) == (["hf-1"], N, K)
+    assert about["run"] == "hf-1"
     assert TOKENS <= read < TOKENS + 64
     counts = dict.fromkeys(("routers", "transitions", "usage"), 0)
     for name in counts:
@@ -227,8 +228,9 @@ def test_a_run_without_routing_has_a_page_too(home: Path, page: Path) -> None:
     bare.mkdir()
     for name in ("metrics.jsonl", "config.yaml"):
         shutil.copy(page.parent / name, bare)
-    done = run(home, "report.py", "bare", "--output", "bare.html")
+    done = run(home, "report.py", "bare", "--output", "bare")
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("bare.html: ")
     parsed = _Page((home / "bare.html").read_text(encoding="utf-8"))
     assert "Not analysed" in parsed.text and "Samples" not in parsed.text
     assert "Not recorded" in parsed.text, "the machine"
@@ -251,6 +253,8 @@ def test_checkpoints_are_analysed_where_there_is_held_out_data(home: Path, page:
     assert models == {"step_00000000", "random-init"}
     parsed = _Page((folder / "report.html").read_text(encoding="utf-8"))
     assert "Not analysed" not in parsed.text and "step_00000000" in parsed.text
+    for title in ("fresh, step 0, layer 1", "fresh, initial weights, layer 2"):
+        assert title in parsed.text
 
 
 CHROMIUM = next(

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from megatron_coe.analysis.figures import colours, inline_svg
-from megatron_coe.analysis.maps import coactivation_map
+from megatron_coe.analysis.maps import CoactivationScale, coactivation_map
 
 
 def picture(name: str) -> str:
@@ -30,6 +30,31 @@ def test_the_picture_stands_by_itself():
     assert text.count("data:image/png;base64,") >= 2  # the maps themselves
     labels = {"".join(node.itertext()) for node in root.iter("text")}
     assert {"expert at iteration 1", "expert at iteration 3", "tokens"} <= labels
+
+
+def test_maps_of_co_activation_have_one_scale_and_show_what_use_does_not_explain():
+    """Independent choices leave nothing on the right, however uneven the use of experts is."""
+    generator = np.random.default_rng(3)
+    uneven = np.outer([1, 2, 9], [6, 1, 3])
+    dependent = generator.integers(0, 40, (3, 3))
+    scale = CoactivationScale.of([uneven, dependent])
+    for matrices in ([uneven], [dependent, uneven]):
+        figure = coactivation_map("a run, step 3", 2, matrices, scale)
+        assert figure.get_suptitle() == "a run, step 3, layer 2"
+        images = [axes.images[0] for axes in figure.axes if axes.get_ylabel().startswith("expert")]
+        limits = {(image.get_clim(), image.get_cmap().name) for image in images}
+        assert len(images) == 2 * len(matrices)
+        assert limits == {
+            ((0, max(54, dependent.max())), "viridis"),
+            ((-scale.excess, scale.excess), "RdBu_r"),
+        }
+        for matrix, counts, excess in zip(matrices, images[::2], images[1::2], strict=True):
+            assert np.array_equal(counts.get_array(), matrix)
+            total = matrix.sum()
+            expected = [[row.sum() * col.sum() / total for col in matrix.T] for row in matrix]
+            np.testing.assert_allclose(excess.get_array(), matrix - expected, atol=1e-12)
+    assert scale.excess > 1
+    assert CoactivationScale.of([uneven]).excess < 1e-12
 
 
 def test_text_and_lines_take_the_colour_of_the_page():
