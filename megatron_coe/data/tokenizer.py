@@ -24,7 +24,7 @@ from megatron_coe.data.records import Fields, check_inputs, read_texts
 NO_TOKEN = -1  # what SentencePiece and Megatron's datasets use for "there is none"
 
 # SentencePiece writes its number of threads into the model and sums scores per thread: with a fixed
-# number the same texts give the same bytes on any machine.
+# number the same texts give the same bytes on any machine, from one version of SentencePiece.
 TRAINER_THREADS = 4
 SPECIAL_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
 
@@ -157,7 +157,8 @@ def train_tokenizer(
     """Trains a SentencePiece model on all texts of the input files and writes it to `output`.
 
     Text comes back unchanged from its tokens: nothing is normalised, and characters outside the
-    vocabulary are spelled in bytes. Digits are always single tokens, which helps with arithmetic.
+    vocabulary are spelled in bytes. The digits 0 to 9 are single tokens, which helps with arithmetic
+    (SentencePiece splits full-width ones too, but not those of other scripts).
 
     Raises: ValueError for broken input, no text, or a vocabulary the texts cannot fill.
     """
