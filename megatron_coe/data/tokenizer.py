@@ -157,8 +157,8 @@ def train_tokenizer(
     """Trains a SentencePiece model on all texts of the input files and writes it to `output`.
 
     Text comes back unchanged from its tokens: nothing is normalised, and characters outside the
-    vocabulary are spelled in bytes. The digits 0 to 9 are single tokens, which helps with arithmetic
-    (SentencePiece splits full-width ones too, but not those of other scripts).
+    vocabulary are spelled in bytes. The digits 0 to 9 are single tokens, which helps with
+    arithmetic (SentencePiece splits full-width ones too, but not those of other scripts).
 
     Raises: ValueError for broken input, no text, or a vocabulary the texts cannot fill.
     """

@@ -115,6 +115,18 @@ def test_a_wrong_file_is_named(tmp_path, text, expected):
     assert expected in message
 
 
+def test_more_values_than_omegaconf_takes_are_not_called_invalid(tmp_path):
+    """It reads 10,000 nodes, aliases counted as often as they stand."""
+    many = "model: {x: [" + "1, " * 10_000 + "]}"
+    aliases = "model: {a: &a [" + "1, " * 500 + "], b: [" + "*a, " * 50 + "]}"
+    for text in (many, aliases):
+        message = refused(write(tmp_path, "a.yaml", text))
+        assert "refused by OmegaConf: YAML" in message
+        assert "not valid" not in message
+    few = "model: {x: [" + "1, " * 9_000 + "]}"
+    assert len(load_settings(write(tmp_path, "a.yaml", few)).model["x"]) == 9_000
+
+
 def test_the_file_at_fault_is_named_not_the_one_that_extends_it(tmp_path):
     base = write(tmp_path, "base.yaml", "train: {stepz: 1}")
     top = write(tmp_path, "top.yaml", "extends: base.yaml")
