@@ -19,7 +19,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
-    apply_router_token_dropping,
     group_limited_topk,
     topk_routing_with_score_function,
     z_loss_func,
@@ -30,6 +29,7 @@ from torch import Tensor
 from megatron_coe.config import CoEConfig
 from megatron_coe.megatron_compat.versions import record_balance_loss
 from megatron_coe.moe.balance import iteration_key
+from megatron_coe.moe.capacity import drop_tokens
 
 NORMALISING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
 
@@ -104,14 +104,7 @@ class CoERouter(TopKRouter):
         if self.is_counting:
             self.count(logits_TN, routing_map, padding_mask)
         if self.config.moe_expert_capacity_factor is not None:
-            probs, routing_map = apply_router_token_dropping(
-                probs,
-                routing_map,
-                router_topk=self.topk,
-                capacity_factor=self.config.moe_expert_capacity_factor,
-                drop_policy=self.config.moe_token_drop_policy,
-                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
-            )
+            probs, routing_map = drop_tokens(probs, routing_map, self.config)
         if self.training and torch.is_grad_enabled():
             if self.is_aux_loss_enabled():
                 scores = self.scores(logits_TN)

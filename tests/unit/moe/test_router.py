@@ -123,6 +123,31 @@ def test_one_router_is_megatrons_bit_for_bit(groups, kind: str) -> None:
         assert mine is other is None or torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("pads", [False, True])
+def test_the_first_tokens_stay_where_position_decides(groups, pads: bool) -> None:
+    """64 tokens that most experts have too many of; the oracle goes through them in order."""
+    config = tiny_config(
+        moe_expert_capacity_factor=1.0,
+        moe_token_drop_policy="position",
+        moe_pad_expert_input_to_capacity=pads,
+        moe_router_load_balancing_type="none",
+    )
+    free = tiny_config(moe_router_load_balancing_type="none")
+    router, unbounded = CoERouter(config, groups), CoERouter(free, groups)
+    randomise(router, torch.Generator().manual_seed(3), std=0.5)
+    unbounded.weight.data.copy_(router.weight)
+    x = torch.randn(32, 2, H, generator=torch.Generator().manual_seed(4)) + 0.5
+    (probs, routing_map), (all_probs, chosen) = router(x), unbounded(x)
+    capacity = 64 * config.moe_router_topk // config.num_moe_experts
+    assert chosen.sum(dim=0).max() > capacity > chosen.sum(dim=0).min()
+    for expert in range(config.num_moe_experts):
+        column = chosen[:, expert].tolist()
+        order = [t for t in range(64) if column[t]] + [t for t in range(64) if not column[t]]
+        kept = order[:capacity] if pads else [t for t in order[:capacity] if column[t]]
+        assert routing_map[:, expert].nonzero().flatten().tolist() == sorted(kept)
+    assert torch.equal(probs, all_probs * routing_map)
+
+
 def test_fp64_scores_are_not_rounded_to_fp32(groups) -> None:
     """Megatron's softmax is in fp32 whatever it is given."""
     config = tiny_config(moe_router_dtype="fp64", params_dtype=torch.float64)
