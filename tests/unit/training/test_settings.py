@@ -94,10 +94,6 @@ def test_a_wrong_override_is_named(tmp_path, override, expected):
         ("extends: [a, b]", "'extends' must be the path of one file"),
         ("checkpoint: {save: '${log.nowhere}/x'}", "Interpolation key"),
         ("train: !!python/object/apply:os.system ['true']", "refused by OmegaConf"),
-        (
-            "model: {x: [" + "1, " * 10_000 + "]}",
-            "refused by OmegaConf: YAML node expansion exceeds",
-        ),
         ("[" * 60, "nested more than 50 deep"),
         ("[" * 100_000, "nest"),  # by PyYAML's own limit, where it has one
         ("# " + "x" * (1 << 20), "no file of settings"),
