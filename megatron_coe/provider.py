@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_coe.backends import resolve_backend
 from megatron_coe.config import CoEConfig
+from megatron_coe.model.vocab_padding import mask_vocab_padding
 from megatron_coe.specs import get_coe_decoder_block_spec
 
 
@@ -82,7 +83,7 @@ class CoEModelProvider(CoEConfig):
         if self.mtp_num_layers:
             mtp = get_gpt_mtp_block_spec_for_backend(self, decoder, backend, vp_stage=vp_stage)
         with _without_notices():
-            return GPTModel(
+            model = GPTModel(
                 config=self,
                 transformer_layer_spec=decoder,
                 vocab_size=self.padded_vocab_size,
@@ -99,6 +100,10 @@ class CoEModelProvider(CoEConfig):
                 pg_collection=pg_collection,
                 vp_stage=vp_stage,
             )
+        if post_process and self.padded_vocab_size > self.vocab_size:
+            sizes = (self.vocab_size, self.padded_vocab_size)
+            mask_vocab_padding(model.output_layer, *sizes, model.pg_collection.tp)
+        return model
 
 
 @contextmanager

@@ -436,6 +436,13 @@ FAULTS = [
         ("tests/unit/training/test_mtp.py",),
     ),
     Fault(
+        "the vocabulary's padding counts from each tensor-parallel rank's first row",
+        "megatron_coe/model/vocab_padding.py",
+        "max(vocab_size - first_id, 0)",
+        "min(vocab_size, width)",
+        ("tests/distributed/test_vocab_padding.py",),
+    ),
+    Fault(
         "a resumed optimizer counts its steps from 0",
         "megatron_coe/training/optimizer_state.py",
         "set_step(self.optimizer, step)",

@@ -48,12 +48,21 @@ def write_folder(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None
 
 def megatron_logits(step: Path, ids_BS: Tensor, device: torch.device) -> Tensor:
     """Logits [B, S, V] of a checkpoint, loaded the way training loads it."""
+    logits = _run_megatron(step, ids_BS.to(device), device)
+    return logits[..., : load_settings(step / CONFIG_FILE).model["vocab_size"]].cpu()
+
+
+def megatron_loss(step: Path, ids_BS: Tensor, device: torch.device) -> float:
+    """Mean loss of each sequence's tokens but the first, of a checkpoint that training loads."""
+    tokens, labels = ids_BS[:, :-1].to(device), ids_BS[:, 1:].to(device)
+    return _run_megatron(step, tokens, device, labels=labels).mean().item()
+
+
+def _run_megatron(step: Path, ids_BS: Tensor, device: torch.device, **inputs: Tensor) -> Tensor:
     forget_balance_losses()
-    settings = load_settings(step / CONFIG_FILE)
-    trainer = make_trainer(settings, device)
+    trainer = make_trainer(load_settings(step / CONFIG_FILE), device)
     assert load_checkpoint(step, trainer.trainee).step == int(step.name.removeprefix("step_"))
     (model,) = trainer.trainee.chunks
-    positions = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+    positions = torch.arange(ids_BS.shape[1], device=device).expand_as(ids_BS)
     with torch.no_grad():
-        logits = model.eval()(ids_BS.to(device), positions.to(device), None)
-    return logits[..., : settings.model["vocab_size"]].cpu()
+        return model.eval()(ids_BS, positions, None, **inputs)

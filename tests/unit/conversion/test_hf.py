@@ -23,7 +23,7 @@ from megatron_coe.hf import CoeForCausalLM
 from megatron_coe.training.checkpoint import load_checkpoint
 from megatron_coe.training.settings import load_settings
 from tests.golden import CASES, GOLDEN
-from tests.unit.conversion.models import megatron_logits, write_random_model
+from tests.unit.conversion.models import megatron_logits, megatron_loss, write_random_model
 from tests.unit.data.texts import random_texts, write_jsonl
 from tests.unit.hf.small import NATIVE_HAS_MSCALE
 from tests.unit.training.runs import make_settings, make_trainer
@@ -414,6 +414,22 @@ def test_one_iteration_is_a_model_of_transformers(single_rank, tmp_path, name):
     native = weights_of(tmp_path / "native")
     assert_same_bits(weights_of(tmp_path / "again"), native)
     assert len(native) == len(weights)
+
+
+def test_an_imported_model_has_the_loss_that_transformers_says(single_rank, tmp_path):
+    """Though its vocabulary of 90 ids is padded to 128, which would add about ln(128 / 90)."""
+    changes = NATIVE["scaled scores, two shared experts, no yarn"]
+    one = {"coe_iterations": 1, "coe_residual": "outer", "vocab_size": 90}
+    write_random_model(tmp_path / "written", seed=11, **one, **changes)
+    to_hf(from_hf(tmp_path / "written", tmp_path / "first"), tmp_path / "hf", family="deepseek_v2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(model).__name__ == "DeepseekV2ForCausalLM"
+    ids = torch.randint(90, (2, 19), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+
+    loss = megatron_loss(from_hf(tmp_path / "hf", tmp_path / "checkpoints"), ids, single_rank)
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.skipif(
