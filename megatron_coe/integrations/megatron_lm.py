@@ -136,8 +136,8 @@ def provider_from_args(args: Namespace) -> CoEModelProvider:
     )
     values.update(
         seq_length=args.max_position_embeddings,
-        vocab_size=args.padded_vocab_size,
-        make_vocab_size_divisible_by=1,  # Megatron-LM has padded it
+        vocab_size=_vocab_size(args),
+        make_vocab_size_divisible_by=args.padded_vocab_size,  # Megatron-LM has padded it
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
         rotary_percent=args.rotary_percent,
@@ -148,6 +148,19 @@ def provider_from_args(args: Namespace) -> CoEModelProvider:
         return CoEModelProvider(**values)
     except ValueError as error:
         raise _with_flag(error) from error
+
+
+def _vocab_size(args: Namespace) -> int:
+    """Number of ids, which is the tokenizer's: the arguments hold what it was padded to.
+
+    Without a tokenizer, as in programs that only convert weights, every row counts as a token's.
+    """
+    from megatron.training import get_tokenizer
+
+    try:
+        return min(get_tokenizer().vocab_size, args.padded_vocab_size)
+    except AssertionError:  # Megatron's, for what was not initialized
+        return args.padded_vocab_size
 
 
 def _refuse_other_models(args: Namespace) -> None:

@@ -2,8 +2,8 @@
 
     python tests/functional/record_megatron_lm.py RECORD SCRIPT ARGUMENTS
 
-RECORD gets rank 0's weights before the first step, its micro-batches and what Megatron-LM's loss
-function reported of each.
+RECORD gets rank 0's weights before the first step, its micro-batches, what Megatron-LM's loss
+function reported of each, and the tokenizer's number of ids.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ class Recorder:
         return loss, num_tokens, report
 
     def save(self, path: str) -> None:
+        from megatron.training import get_tokenizer
+
         kept = {"weights": self.weights, "batches": self.batches, "reports": self.reports}
-        torch.save(kept, path)
+        torch.save({**kept, "vocab_size": get_tokenizer().vocab_size}, path)
 
 
 def main() -> None:

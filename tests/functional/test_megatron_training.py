@@ -222,6 +222,15 @@ def test_a_layout_trains_as_our_trainer_does(ranks, layout) -> None:
     assert max(norms) > CLIP  # so that the clipping was part of the comparison
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_padding_of_the_vocabulary_is_not_trained(ranks, layout) -> None:
+    """Without a gradient Adam changes nothing: what there is comes from the weight decay."""
+    heads = [rank["padding"][layout] for rank in ranks]
+    assert sum(len(head) for head in heads) > 0
+    for ratios in heads:
+        assert ratios == pytest.approx([(1 - LR * DECAY) ** STEPS] * len(ratios), rel=1e-6)
+
+
 def test_layouts_train_the_same_model(ranks) -> None:
     """Each reads whole sequences; the two start from the same weights."""
     (experts, _), (tensors, _) = (ranks[-1][layout] for layout in list(LAYOUTS)[:2])
@@ -249,6 +258,8 @@ class _Record:
     """Of each model chunk, before the first step."""
     steps: list[tuple[float | None, float]] = field(default_factory=list)
     """Loss (None before the last stage) and gradient norm."""
+    padding: list[float] = field(default_factory=list)
+    """What each of the output layer's weights for padding was multiplied by since the first."""
     data: Dataset | None = None
 
 
@@ -257,10 +268,11 @@ def _train_everything(folder: str) -> dict[str, list]:
     from megatron_coe.megatron_compat import megatron_training
 
     megatron_training.install()
-    figures = {}
+    figures = {"padding": {}}
     for name, layout in LAYOUTS.items():
         record = _pretrain(layout.arguments)
         figures[name] = [record.steps, _train_ours(layout, record)]
+        figures["padding"][name] = record.padding
     for number, (name, arguments) in enumerate(RESUMED.items()):
         saves = f"{arguments} --ckpt-format torch_dist --save-interval 2"
         saves += f" --save {folder}/{number} --load {folder}/{number}"
@@ -270,6 +282,7 @@ def _train_everything(folder: str) -> dict[str, list]:
 
 def _pretrain(arguments: str) -> _Record:
     """Megatron's `pretrain` on random tokens, as the example script calls it."""
+    from megatron.core.parallel_state import get_tensor_model_parallel_rank
     from megatron.core.utils import unwrap_model
     from megatron.training import training
 
@@ -289,6 +302,11 @@ def _pretrain(arguments: str) -> _Record:
         result = train_step(forward_step, data_iterator, model, *others, **options)
         losses, _, _, _, _, grad_norm, *_ = result
         record.steps.append((losses["lm loss"].item() if losses else None, grad_norm))
+        before = record.weights[-1].get("output_layer.weight")
+        if before is not None:
+            start = max(FIELDS["vocab_size"] - get_tensor_model_parallel_rank() * len(before), 0)
+            now = unwrap_model(model)[-1].output_layer.weight.detach()
+            record.padding = (now / before)[start:].flatten().tolist()
         return result
 
     def noted_data(num_samples, vp_stage=None):

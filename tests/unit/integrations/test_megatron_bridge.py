@@ -71,6 +71,18 @@ def test_bridge_pads_only_what_it_filled_in(bridge_provider) -> None:
     assert bridge_provider.padded_vocab_size == 96
 
 
+def test_what_bridge_pads_gets_no_probability(bridge_provider) -> None:
+    bridge_provider.vocab_size, bridge_provider.make_vocab_size_divisible_by = 94, 16
+    bridge_provider.should_pad_vocab = True
+    bridge_provider.finalize()
+    (model,) = bridge_provider.provide_distributed_model(wrap_with_ddp=False)
+    ids = torch.randint(94, (2, 20), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        logits = model(ids, torch.arange(20).expand_as(ids), None)
+    assert logits.shape[-1] == 96
+    assert not logits.softmax(dim=-1)[..., 94:].any()
+
+
 def test_a_bridge_provider_is_copied_on_the_same_groups(bridge_provider) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
