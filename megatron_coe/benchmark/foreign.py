@@ -69,10 +69,10 @@ class Pair:
         )
         with torch.no_grad():
             losses = {"loss": self._our_loss()}, {"loss": self._their_loss()}
-        return (
-            losses[0] | {name: ours[name].main_grad for name, _ in names},
-            losses[1] | {name: theirs[other].grad for name, other in names},
-        )
+        expected = {name: theirs[other].grad for name, other in names}
+        # Ours of the embedding ends with padding.
+        found = {name: ours[name].main_grad[: len(grad)] for name, grad in expected.items()}
+        return losses[0] | found, losses[1] | expected
 
     def _clear(self) -> None:
         self.theirs.zero_grad(set_to_none=True)
@@ -118,11 +118,11 @@ def build_pair(settings: Settings, device: torch.device) -> Pair:
     setup.seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
     (ours,) = setup.build_model(provider, settings.parallel, device)
-    keys = to_deepseek_v2_config(provider) | {"vocab_size": provider.padded_vocab_size}
+    keys = to_deepseek_v2_config(provider)
     config = DeepseekV2Config(**{k: v for k, v in keys.items() if k != "model_type"})
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
-    _share_weights(ours.module, theirs, provider.num_layers)
+    _share_weights(ours.module, theirs, provider)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)
     dataset = RandomTokens(provider)
     items = [dataset[index] for index in range(settings.train.micro_batch_size)]
@@ -130,15 +130,17 @@ def build_pair(settings: Settings, device: torch.device) -> Pair:
     return Pair(provider, ours.train(), theirs.train(), tokens, labels)
 
 
-def _share_weights(ours: torch.nn.Module, theirs: torch.nn.Module, num_layers: int) -> None:
-    """Give transformers' model, made on meta, this package's weights."""
-    weights = dict(ours.named_parameters())
+def _share_weights(
+    ours: torch.nn.Module, theirs: torch.nn.Module, provider: CoEModelProvider
+) -> None:
+    """Give transformers' model, made on meta, this package's weights (without padding)."""
+    weights, V = dict(ours.named_parameters()), provider.vocab_size
     state = {
-        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"],
+        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:V],
         "model.norm.weight": weights["decoder.final_layernorm.weight"],
-        "lm_head.weight": weights["output_layer.weight"],
+        "lm_head.weight": weights["output_layer.weight"][:V],
     }
-    for index in range(num_layers):
+    for index in range(provider.num_layers):
         source, target = f"decoder.layers.{index}.", f"{_LAYER}{index}."
         for name, other in _NAMES.items():
             state[target + other] = weights[source + name]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_coe.benchmark.layers import BACKWARD, FORWARD
 from megatron_coe.benchmark.timing import Arm, Lap
+from megatron_coe.model.vocab_padding import fill_padding
 from megatron_coe.provider import CoEModelProvider
 
 MEGATRON, FUSED, PRODUCTS = "linear, then Megatron's loss", "linear_cross_entropy", "products alone"
@@ -24,11 +25,15 @@ MEGATRON, FUSED, PRODUCTS = "linear, then Megatron's loss", "linear_cross_entrop
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states [T, H], the head's weights [V, H] and the labels [T]."""
+    """Hidden states [T, H], the head's weights [V, H] and the labels [T].
+
+    Rows of the weights from `vocab_size` on are padding.
+    """
 
     x: Tensor
     weight: Tensor
     labels: Tensor
+    vocab_size: int
 
     def arms(self) -> list[Arm]:
         """Each forward and backward, for both gradients."""
@@ -56,11 +61,15 @@ class Head:
 
     def _by_megatron(self) -> Tensor:
         logits = F.linear(self.x, self.weight)
+        fill_padding(logits, self.vocab_size)
         return vocab_parallel_cross_entropy(logits[:, None], self.labels[:, None]).mean()
 
     def _fused(self) -> Tensor:
         options = torch.nn.LinearCrossEntropyOptions()  # in chunks, by PyTorch's own choice
-        return F.linear_cross_entropy(self.x, self.weight, self.labels, options=options)
+        weight = self.weight
+        if self.vocab_size < len(weight):  # a slice of all would cost a copy of the gradient
+            weight = weight[: self.vocab_size]
+        return F.linear_cross_entropy(self.x, weight, self.labels, options=options)
 
     def _products(self, lap: Lap) -> None:
         x, weight = self.x.detach(), self.weight.detach()
@@ -83,4 +92,4 @@ def random_head(provider: CoEModelProvider, tokens: int, device: torch.device) -
     x = torch.randn(tokens, H, device=device, dtype=dtype)
     weight = torch.randn(V, H, device=device, dtype=dtype) * provider.init_method_std
     labels = torch.randint(provider.vocab_size, (tokens,), device=device)
-    return Head(x.requires_grad_(), weight.requires_grad_(), labels)
+    return Head(x.requires_grad_(), weight.requires_grad_(), labels, provider.vocab_size)
