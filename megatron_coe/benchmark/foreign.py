@@ -117,7 +117,7 @@ def build_pair(settings: Settings, device: torch.device) -> Pair:
         ) from error
     setup.seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
-    (ours,) = setup.build_model(provider, settings.parallel, device)
+    (ours,) = setup.build_model(provider, settings.parallel, device, settings.train.seed)
     keys = to_deepseek_v2_config(provider)
     config = DeepseekV2Config(**{k: v for k, v in keys.items() if k != "model_type"})
     with torch.device("meta"):

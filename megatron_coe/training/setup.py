@@ -26,6 +26,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.model.weight_init import initialize_weights, undrawn_weights
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings
 
@@ -115,7 +116,10 @@ def use_deterministic_kernels() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed all generators; pipeline stages differ, so that their layers start differently."""
+    """Seed all generators; pipeline stages differ, so that their dropout does.
+
+    Initial weights depend on none of them: see `megatron_coe.model.weight_init`.
+    """
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)
@@ -131,7 +135,7 @@ def build_trainee(
     Args:
         trains: False: the model alone, to be evaluated.
     """
-    chunks = build_model(provider, settings.parallel, device)
+    chunks = build_model(provider, settings.parallel, device, settings.train.seed)
     if not trains:
         return Trainee(provider, chunks, None, None)
     optimizer = build_optimizer(provider, chunks, settings)
@@ -151,14 +155,21 @@ def connect_schedule(
 
 
 def build_model(
-    provider: CoEModelProvider, parallel: ParallelSettings, device: torch.device
+    provider: CoEModelProvider, parallel: ParallelSettings, device: torch.device, seed: int
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks, on the device, in the run's precision, wrapped for DDP."""
+    """This rank's model chunks, on the device, in the run's precision, wrapped for DDP.
+
+    Args:
+        seed: of the initial weights, which are the same in every layout.
+    """
     forget_balance_losses()  # of a model before this one
     prepare_recompute(provider)
     stages = parallel.virtual_pipeline_model_parallel_size
-    modules = [provider.provide(vp_stage=stage) for stage in (range(stages) if stages else [None])]
+    with undrawn_weights(provider):
+        modules = [provider.provide(vp_stage=vp) for vp in (range(stages) if stages else [None])]
     modules = [module.to(device) for module in modules]
+    for module in modules:
+        initialize_weights(module, seed)
     if provider.bf16:
         modules = [Float16Module(provider, module) for module in modules]
     ddp_config = DistributedDataParallelConfig(

@@ -2,7 +2,7 @@
 
 A layout is written as people say it, `TP2·PP2·EP2`, with `DO` for the distributed optimizer and
 `MB4` for micro-batches of 4; sizes that are not named are 1 and what is left is data parallelism.
-Weights are a function of a tensor's name and place, so every layout starts from the same ones.
+Every layout starts from the weights of the seed; `vary_constants` moves what starts constant.
 Gradients are put together by the global offsets that Megatron gives every piece for checkpoints
 (`sharded_state_dict`), which know nothing of how this test divides anything.
 
@@ -24,17 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import (
-    dict_list_map_inplace,
-    extract_matching_values,
-    nested_values,
-)
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
-    apply_factories,
-    apply_factory_merges,
-)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
@@ -53,6 +44,7 @@ from tests.threads import release_groups
 from tests.unit.training.runs import make_settings, make_trainer
 
 SEQ, VOCAB = 16, 96
+SEED = 1  # with which no choice of experts hangs on rounding
 # 4 layers are 4 stages or 2 x 2 chunks; 8 experts, 4 heads and every width divide by 4.
 MODEL = {
     "num_layers": 4,
@@ -60,6 +52,7 @@ MODEL = {
     "vocab_size": VOCAB,
     "seq_length": SEQ,
     "q_lora_rank": 16,
+    "init_method_std": 0.2,  # so that every part shows in the loss
     "backend": "torch",
 }
 VARIANTS = {
@@ -120,7 +113,7 @@ NEAR_TIE = 1e-6  # a K-th and a next score closer than this could swap by roundi
 
 def layout_settings(layout: str, variant: str = "C=2", **train: object) -> Settings:
     """The run that `TP2·PP2·DO·MB4` and a variant of the model describe."""
-    parallel, train = {}, {"global_batch_size": BATCH, **train}
+    parallel, train = {}, {"global_batch_size": BATCH, "seed": SEED, **train}
     for part in filter(None, layout.split("·")):
         if part in FLAGS:
             parallel |= FLAGS[part]
@@ -151,17 +144,17 @@ class Sequences:
 
 
 def build(settings: Settings, dtype: torch.dtype) -> list:
-    """This rank's chunks, wrapped for DDP, in `dtype`, with the weights of every layout."""
+    """This rank's chunks, wrapped for DDP, in `dtype`, at the weights of the seed."""
     cpu = torch.device("cpu")
     setup.seed_everything(settings.train.seed)
     provider = build_provider(settings, cpu)
     provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
     if dtype is torch.float64:
         provider.moe_router_dtype = "fp64"
-    chunks = setup.build_model(provider, settings.parallel, cpu)
+    chunks = setup.build_model(provider, settings.parallel, cpu, settings.train.seed)
     setup.connect_schedule(provider, settings.parallel, chunks)
     for module in unwrap_model(chunks):
-        set_weights(module)
+        vary_constants(module)
     return chunks
 
 
@@ -220,32 +213,15 @@ def pieces(state: dict) -> list[ShardedTensor]:
     return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
 
 
-def set_weights(module: torch.nn.Module) -> None:
-    """Give every parameter the values that belong to its name and its place in the whole model."""
-    state = module.sharded_state_dict(metadata=metadata())
-    factories, _ = extract_matching_values(
-        state, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
-    )
-    apply_factories(state)
-
-    def own_part(value: object) -> object:
-        if not isinstance(value, ShardedTensor):
-            return value
-        return whole_weight(value.key, value.global_shape)[value.global_slice()]
-
-    dict_list_map_inplace(own_part, state)
-    state = apply_factory_merges(state, factories)
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    module.load_state_dict(tensors, strict=False)
-
-
-def whole_weight(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of the whole model: norms near 1, expert biases 0, matrices of std 0.2."""
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    if key.endswith(("expert_bias", "local_tokens_per_expert")):
-        return torch.zeros(shape)
-    noise = 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    return 1 + noise if "norm" in key else noise
+@torch.no_grad()
+def vary_constants(module: torch.nn.Module) -> None:
+    """Move the parameters that start constant (norms, biases, an upcycled layer's gates) by noise
+    that belongs to their names: a mistake in them would not show."""
+    for piece in pieces(module.sharded_state_dict(metadata=metadata())):
+        if isinstance(piece.data, Parameter) and piece.data.ndim == 1:
+            generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
+            noise = 0.2 * torch.randn(piece.global_shape, generator=generator, dtype=torch.float64)
+            piece.data += noise[piece.global_slice()]
 
 
 def gather_gradients(chunks: list) -> dict[str, torch.Tensor]:
@@ -377,11 +353,11 @@ def counted_near_ties() -> Iterator[list[int]]:
 
 
 def make_parity_trainer(layout: str, variant: str, **train: object) -> loop.Trainer:
-    """A trainer in fp32 on `Sequences`, at the weights of every layout."""
+    """A trainer in fp32 on `Sequences`, at the weights of the seed."""
     settings = layout_settings(layout, variant, lr=1e-3, lr_warmup_fraction=0.0, **train)
     trainer = make_trainer(settings, torch.device("cpu"), Sequences())
     for module in unwrap_model(trainer.trainee.chunks):
-        set_weights(module)
+        vary_constants(module)
     trainer.trainee.optimizer.reload_model_params()
     return trainer
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest
@@ -39,6 +40,9 @@ from tests.functional.megatron_lm import (
     TRAINING,
 )
 from tests.zygote import REPO
+
+if TYPE_CHECKING:
+    from megatron_coe.training.loop import Trainer
 
 BATCH = shlex.split("--global-batch-size 8 --micro-batch-size 1 --num-workers 0")
 
@@ -159,7 +163,7 @@ def logged(output: str, name: str) -> list[float]:
 
 
 def test_the_script_trains_as_pretrain_coe_does(data, tmp_path) -> None:
-    """From the same files and the same seed: weights, order of the data and losses agree."""
+    """From the same files and Megatron's initial weights: order of the data and losses agree."""
     from megatron_coe.training import run
 
     arguments = [*MODEL, *TRAINING, *BATCH, "--lr-warmup-fraction", "0"]
@@ -183,6 +187,7 @@ def test_the_script_trains_as_pretrain_coe_does(data, tmp_path) -> None:
         log={"dir": str(tmp_path / "log")},
     )
     with run.trainer(described) as trainer:
+        _start_as_megatron(trainer)
         steps = [trainer.step() for _ in range(STEPS)]
     # Megatron prints seven digits of a loss and three decimals of a norm; in its second line, the
     # mean of the first two losses.
@@ -192,6 +197,20 @@ def test_the_script_trains_as_pretrain_coe_does(data, tmp_path) -> None:
     expected = [step.grad_norm for step in steps]
     assert logged(done.stdout, "grad norm") == pytest.approx(expected, abs=6e-4)
     assert "validation loss at iteration 4" in done.stdout
+
+
+def _start_as_megatron(trainer: Trainer) -> None:
+    """Give one rank the weights that Megatron draws, from its generators, for the same seed."""
+    from megatron.core.utils import unwrap_model
+
+    from megatron_coe.training import setup
+    from megatron_coe.training.model import build_provider
+
+    setup.seed_everything(SEED)
+    vocab_size = trainer.trainee.provider.vocab_size
+    theirs = build_provider(trainer.settings, torch.device("cpu"), vocab_size).provide()
+    (model,) = unwrap_model(trainer.trainee.chunks)
+    model.load_state_dict(theirs.state_dict())
 
 
 # --- two ranks ------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def test_the_gradient_is_the_objectives_whatever_the_micro_batch(
     loss, expected = objective_by_autograd(trainer, sequences)
     assert figures["train_loss"] == pytest.approx(loss, rel=1e-6)
     for name, gradient in expected.items():
-        torch.testing.assert_close(measured[name], gradient, rtol=1e-4, atol=1e-8, msg=name)
+        rounding = 1e-6 * gradient.abs().max().item()  # of sums in fp32, in an entry near 0
+        torch.testing.assert_close(measured[name], gradient, rtol=1e-4, atol=rounding, msg=name)
     routers = [gradient for name, gradient in expected.items() if "router" in name]
     assert len(routers) == 4 and all(gradient.abs().max() > 1e-6 for gradient in routers)
 

@@ -77,7 +77,8 @@ def test_the_gradient_is_the_objectives_whatever_the_micro_batch(single_rank, mi
     measured, expected = gradients(trainer), objective_by_autograd(trainer, sequences)
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(measured[name], gradient, rtol=1e-4, atol=1e-8, msg=name)
+        rounding = 1e-6 * gradient.abs().max().item()  # of sums in fp32, in an entry near 0
+        torch.testing.assert_close(measured[name], gradient, rtol=1e-4, atol=rounding, msg=name)
 
 
 def test_it_learns(single_rank):

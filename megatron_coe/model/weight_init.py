@@ -1,0 +1,135 @@
+"""Initial weights as a function of seed, parameter and position: the same model in every layout.
+
+Megatron draws a rank's weights from generators of that rank, so another layout starts from another
+model. Here the sharded state, which says under which name and where in the whole model each tensor
+of a rank lies, is filled as if it were loaded from a checkpoint of the whole model. No rank makes
+more than its own part.
+
+A matrix is drawn in blocks of rows by a counter-based generator, Philox (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", 2011): its key is of the seed and the matrix's name, its
+counter of the block. A rank draws the blocks that its rows lie in and keeps its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+BLOCK_ROWS = 64
+"""Rows that one counter stands for; other blocks are other weights."""
+
+_METADATA = {"singleton_local_shards": True}
+"""Has Megatron name each layer, each expert, and gate and up projection, by themselves."""
+
+_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
+
+
+@contextmanager
+def undrawn_weights(config: TransformerConfig) -> Iterator[None]:
+    """Have Megatron's modules draw no weights: those built here wait for `initialize_weights`.
+
+    (`perform_initialization=False` would not do. Biases then keep what the memory held, and 0.16
+    does not mark weights that are tensor-parallel: the gradients' norm misses all but one rank's.)
+    """
+    methods = {name: getattr(config, name) for name in _METHODS}
+    for name in methods:
+        setattr(config, name, _draw_nothing)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(config, name, method)
+
+
+def _draw_nothing(weight: Tensor) -> Tensor:
+    return weight
+
+
+@torch.no_grad()
+def initialize_weights(model: GPTModel, seed: int) -> None:
+    """Give this rank's part of a model the initial weights that belong to `seed`.
+
+    Distributions are Megatron's (`init_method`, `output_layer_init_method`,
+    `embedding_init_method`) and `CoERouter`'s. Vectors, that is norms, biases and gates, stay as
+    their modules made them: constant. Values are drawn in fp32, whatever the model's precision.
+
+    Raises:
+        ValueError: an init method of the configuration is not a normal distribution around 0.
+    """
+
+    def initial(piece: object) -> object:
+        return _initial(piece, model.config, seed) if isinstance(piece, ShardedTensor) else piece
+
+    for value in nested_values(model.sharded_state_dict(metadata=dict(_METADATA))):
+        if isinstance(value, ShardedTensorFactory):  # a tensor of several: gate and up, experts
+            value.data.copy_(value.merge_fn(dict_list_map_inplace(initial, value.build())))
+        elif isinstance(value, ShardedTensor):
+            value.data.copy_(initial(value))
+
+
+def _initial(piece: ShardedTensor, config: TransformerConfig, seed: int) -> Tensor:
+    """This rank's part of a tensor, as it starts."""
+    if piece.data.ndim < 2:
+        return piece.data
+    if ".router." in piece.key:
+        # Kaiming-uniform with a = sqrt(5), as `CoERouter.reset_parameters` draws.
+        draw = partial(_draw_uniform, bound=1 / math.sqrt(piece.global_shape[1]))
+    else:
+        draw = partial(_draw_normal, std=_std(piece.key, config))
+    return torch.from_numpy(_draw_part(piece, seed, draw))
+
+
+def _draw_part(piece: ShardedTensor, seed: int, draw: partial) -> np.ndarray:
+    """A part [rows, columns] of the matrix that `seed` and the piece's name stand for."""
+    (first_row, first_column), (rows, columns) = piece.global_offset, piece.local_shape
+    width, last_row = piece.global_shape[1], first_row + rows
+    key = int.from_bytes(blake2b(f"{seed} {piece.key}".encode(), digest_size=16).digest(), "little")
+    part = np.empty((rows, columns), dtype=np.float32)
+    for block in range(first_row // BLOCK_ROWS, -(-last_row // BLOCK_ROWS)):
+        start = block * BLOCK_ROWS
+        begin, end = max(first_row, start), min(last_row, start + BLOCK_ROWS)
+        # The lowest word of the counter is the generator's own.
+        generator = np.random.Generator(np.random.Philox(key=key, counter=block << 64))
+        drawn = draw(generator, (end - start, width))  # row by row, so from the block's first
+        part[begin - first_row : end - first_row] = drawn[
+            begin - start :, first_column : first_column + columns
+        ]
+    return part
+
+
+def _draw_normal(generator: np.random.Generator, shape: tuple[int, int], std: float) -> np.ndarray:
+    return generator.standard_normal(shape, dtype=np.float32) * np.float32(std)
+
+
+def _draw_uniform(
+    generator: np.random.Generator, shape: tuple[int, int], bound: float
+) -> np.ndarray:
+    return (2 * generator.random(shape, dtype=np.float32) - 1) * np.float32(bound)
+
+
+def _std(key: str, config: TransformerConfig) -> float:
+    """Standard deviation of a matrix by the init method that Megatron's modules take for it."""
+    field = "init_method"
+    if ".word_embeddings." in key:
+        field = "embedding_init_method"
+    elif ".linear_proj." in key or ".linear_fc2." in key:
+        field = "output_layer_init_method"
+    method = getattr(config, field)
+    options = method.keywords if isinstance(method, partial) else {}
+    if getattr(method, "func", None) is not torch.nn.init.normal_ or options.get("mean", 0.0):
+        raise ValueError(
+            f"{field}={method}: initial weights are drawn from normal distributions around 0; use "
+            "megatron.core.utils.init_method_normal, or leave it out"
+        )
+    return options["std"]
