@@ -24,6 +24,7 @@ LOOP = "megatron_coe/training/loop.py"
 SIGNALS = "megatron_coe/training/signals.py"
 TORCH = "megatron_coe/backends/torch.py"
 MODEL = "megatron_coe/training/model.py"
+WEIGHT_INIT = "megatron_coe/model/weight_init.py"
 ROUTING = "megatron_coe/analysis/routing.py"
 DEPENDENCE = "megatron_coe/analysis/dependence.py"
 COLLECT = "megatron_coe/analysis/collect.py"
@@ -42,6 +43,10 @@ OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
 OF_SETUP = ("tests/unit/training/test_setup.py",)
 OF_PATCHES = ("tests/unit/megatron_compat/test_patches.py",)
 OF_SIGNALS = ("tests/unit/training/test_signals.py",)
+OF_INITIAL_WEIGHTS = (
+    "tests/unit/model/test_weight_init.py",
+    "tests/distributed/test_initial_weights.py",
+)
 OF_LAYOUTS = ("tests/distributed/test_layouts.py",)
 OF_UPCYCLE = ("tests/unit/conversion/test_upcycle.py",)
 OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
@@ -174,6 +179,27 @@ FAULTS = [
         "torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))",
         "pass",
         OF_LAYER,
+    ),
+    Fault(
+        "all blocks of rows start alike",
+        WEIGHT_INIT,
+        "counter=block << 64",
+        "counter=0",
+        OF_INITIAL_WEIGHTS,
+    ),
+    Fault(
+        "each rank starts from the first columns",
+        WEIGHT_INIT,
+        "first_column : first_column + columns",
+        ":columns",
+        OF_INITIAL_WEIGHTS,
+    ),
+    Fault(
+        "a rank starts from the first rows of a block",
+        WEIGHT_INIT,
+        "begin - start :, first",
+        ": end - begin, first",
+        OF_INITIAL_WEIGHTS,
     ),
     Fault(
         "residual of the wrong mode",
