@@ -1,10 +1,11 @@
 """Routers of a CoE layer: Megatron's `TopKRouter`, one per iteration.
 
-Plugs into megatron/core/transformer/moe/router.py. Three things differ from the parent, each
+Plugs into megatron/core/transformer/moe/router.py. Four things differ from the parent, each
 because the parent's numbers would depart from the objective of this package
 (`sum of cross-entropy / valid tokens + coefficient * mean over sequences of the balance losses`):
-scores keep fp64 when asked for it, the balance losses carry the right weight also with per-token
-loss and whatever the layout, and they are logged per layer and iteration.
+scores keep fp64 when asked for it, the balance losses count the experts that were chosen where
+groups limit the choice, they carry the right weight also with per-token loss and whatever the
+layout, and they are logged per layer and iteration.
 
 Axis letters: S sequence, B batch, T = S * B tokens, H hidden, N routed experts, K chosen,
 C iterations.
@@ -101,6 +102,7 @@ class CoERouter(TopKRouter):
         if self.compact:
             return self.route_compactly(logits_TN, S, B, padding_mask)
         probs, routing_map = self.select(logits_TN)
+        chosen = routing_map  # before any is dropped for want of capacity
         if self.is_counting:
             self.count(logits_TN, routing_map, padding_mask)
         if self.config.moe_expert_capacity_factor is not None:
@@ -108,8 +110,8 @@ class CoERouter(TopKRouter):
         if self.training and torch.is_grad_enabled():
             if self.is_aux_loss_enabled():
                 scores = self.scores(logits_TN)
-                best = as_map(scores.topk(self.topk, dim=1).indices, self.num_experts)
-                probs = self.attach_balance_losses(probs, scores, best, S, B, padding_mask)
+                balanced = self.balanced(scores, chosen)
+                probs = self.attach_balance_losses(probs, scores, balanced, S, B, padding_mask)
             self.count_for_bias(routing_map, padding_mask)
         return probs, routing_map
 
@@ -118,8 +120,8 @@ class CoERouter(TopKRouter):
     ) -> tuple[Tensor, Tensor]:
         """The same, as weights and numbers of the chosen experts [T, K].
 
-        Where experts are chosen by their scores alone, the balance losses are about those scores
-        and that choice: neither is computed, or kept for the backward pass, a second time.
+        The balance losses are about the scores and the choice that are there already: neither is
+        computed, or kept for the backward pass, a second time.
         """
         probs_TK, chosen_TK, scores_TN = self.choose(logits_TN)
         if self.is_counting:
@@ -128,11 +130,11 @@ class CoERouter(TopKRouter):
             if self.is_aux_loss_enabled():
                 if scores_TN is None:
                     scores_TN = self.scores(logits_TN)
-                by_score = self.expert_bias is None and self.router_replay is None
-                by_score &= not self.config.moe_router_group_topk
-                best_TK = chosen_TK if by_score else scores_TN.topk(self.topk, dim=1).indices
-                best = as_map(best_TK, self.num_experts)
-                probs_TK = self.attach_balance_losses(probs_TK, scores_TN, best, S, B, padding_mask)
+                chosen = as_map(chosen_TK, self.num_experts)
+                balanced = self.balanced(scores_TN, chosen)
+                probs_TK = self.attach_balance_losses(
+                    probs_TK, scores_TN, balanced, S, B, padding_mask
+                )
             if self.enable_expert_bias:
                 self.count_for_bias(as_map(chosen_TK, self.num_experts), padding_mask)
         return probs_TK, chosen_TK
@@ -216,24 +218,36 @@ class CoERouter(TopKRouter):
         return probs_TK, chosen_TK, None if renormalised else scores
 
     def best(self, scores_TN: Tensor) -> Tensor:
-        """Indices of the K best experts [T, K], within the best groups where groups are limited."""
-
-        def choose(scores, topk, num_groups=None, group_topk=None):
-            if not group_topk:
-                return scores.topk(topk, dim=1)
-            if self.config.moe_router_group_score == "max":
-                return best_of_groups(scores, topk, num_groups, group_topk)
-            return group_limited_topk(
-                scores, topk, scores.shape[0], scores.shape[1], num_groups, group_topk
-            )
-
+        """Indices of the K best experts [T, K], or those that are replayed."""
+        if self.router_replay is None:
+            return self.best_by_score(scores_TN)[1]
         groups = (self.config.moe_router_num_groups, self.config.moe_router_group_topk)
-        if self.router_replay is not None:
-            replayed = self.router_replay.get_replay_topk(scores_TN, self.topk, *groups, choose)
-            return replayed[1]
-        return choose(scores_TN, self.topk, *groups)[1]
+        return self.router_replay.get_replay_topk(
+            scores_TN, self.topk, *groups, lambda scores, *_, **__: self.best_by_score(scores)
+        )[1]
+
+    def best_by_score(self, scores_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and indices of the K best experts [T, K], within the best groups where groups are
+        limited."""
+        groups = (self.config.moe_router_num_groups, self.config.moe_router_group_topk)
+        if not self.config.moe_router_group_topk:
+            return scores_TN.topk(self.topk, dim=1)
+        if self.config.moe_router_group_score == "max":
+            return best_of_groups(scores_TN, self.topk, *groups)
+        return group_limited_topk(scores_TN, self.topk, *scores_TN.shape, *groups)
 
     # -- balance losses ------------------------------------------------------------------------
+
+    def balanced(self, scores_TN: Tensor, chosen_TN: Tensor) -> Tensor:
+        """The experts [T, N] whose tokens the balance losses count, of those chosen.
+
+        They are the chosen ones, limits on groups included, as in the authors' code; Megatron's own
+        losses count the K best of all groups. A bias, which evens the choice out by itself, is left
+        aside (DeepSeek-V3, arXiv 2412.19437, equation 18).
+        """
+        if self.expert_bias is None:
+            return chosen_TN
+        return as_map(self.best_by_score(scores_TN)[1], self.num_experts)
 
     def attach_balance_losses(
         self,
@@ -246,7 +260,7 @@ class CoERouter(TopKRouter):
     ) -> Tensor:
         """Hang the configured balance losses of this iteration on `probs`' gradient.
 
-        They are about all experts' scores [T, N] and the K best by score, `routing_map` [T, N].
+        They are about all experts' scores [T, N] and, as `routing_map` [T, N], those of `balanced`.
         """
         if self.score_function == "sigmoid":
             scores = scores / (scores.sum(dim=-1, keepdim=True) + NORMALISING_EPS)

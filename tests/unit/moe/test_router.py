@@ -62,6 +62,7 @@ SCORES = {
         "moe_router_topk": 4,
         "moe_router_num_groups": 4,
         "moe_router_group_topk": 2,
+        "moe_router_load_balancing_type": "none",  # of all groups in Megatron, see below
     },
     "z-loss": {"moe_z_loss_coeff": 1e-2},
     "sequence loss": {"moe_aux_loss_coeff": 0.1},
@@ -208,6 +209,79 @@ def test_loss_weight_does_not_depend_on_the_micro_batch(
             terms.append((x @ router.weight.T).logsumexp(dim=-1).square().mean())
     (expected,) = torch.autograd.grad(coeff * torch.stack(terms).mean(), router.weight)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+SCORES_OF_GROUPS = {
+    "max": {"moe_router_group_score": "max"},
+    "sum": {"moe_router_group_score": "sum"},
+    "renormalised": {"moe_router_group_score": "max", "moe_router_pre_softmax": False},
+    "sigmoid": {"moe_router_group_score": "max", "moe_router_score_function": "sigmoid"},
+    "sigmoid with bias": {
+        "moe_router_group_score": "sum",
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
+}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("loss", ["seq_aux_loss", "aux_loss", "global_aux_loss"])
+@pytest.mark.parametrize("kind", SCORES_OF_GROUPS)
+def test_balance_losses_count_the_experts_of_the_groups_kept(
+    groups, kind: str, loss: str, padded: bool, compact: bool
+) -> None:
+    """The authors' definition by plain loops: 12 experts in 4 groups, 2 kept, top-4."""
+    coeff, lengths = 0.5, [S, S // 2, 1, 2] if padded else [S] * B
+    config = tiny_config(
+        num_moe_experts=12,
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_load_balancing_type=loss,
+        moe_aux_loss_coeff=coeff,
+        moe_router_dtype="fp64",
+        params_dtype=torch.float64,
+        **SCORES_OF_GROUPS[kind],
+    )
+    router = CoERouter(config, groups).train()
+    randomise(router, torch.Generator().manual_seed(20), std=0.3)
+    if config.moe_router_enable_expert_bias:
+        router.expert_bias.copy_(torch.linspace(3, -3, 12))  # the choice is that of the bias
+    x = random_input(21, torch.float64)
+    padding_SB = torch.arange(S)[:, None] >= torch.tensor(lengths)
+    weigh_balance_losses(1)
+    probs, _ = router(x, padding_SB if padded else None, compact=compact)
+    (probs * 0).sum().backward()
+
+    logits_SBN = x @ router.weight.T
+    sigmoid = config.moe_router_score_function == "sigmoid"
+    scores_SBN = logits_SBN.sigmoid() if sigmoid else logits_SBN.softmax(dim=-1)
+    share_SBN = scores_SBN / scores_SBN.sum(dim=-1, keepdim=True)
+    best = 1 if config.moe_router_group_score == "max" else 2  # 4 experts over 2 groups
+
+    def chosen(scores: list[float], limited: bool) -> list[int]:
+        worth = [sum(sorted(scores[g : g + 3])[-best:]) for g in range(0, 12, 3)]
+        kept = sorted(range(4), key=worth.__getitem__)[-2:] if limited else range(4)
+        allowed = [expert for expert in range(12) if expert // 3 in kept]
+        return sorted(allowed, key=scores.__getitem__)[-4:]
+
+    def gradient(limited: bool) -> torch.Tensor:
+        parts = [(b, range(length)) for b, length in enumerate(lengths)]
+        batches = [[part] for part in parts] if loss == "seq_aux_loss" else [parts]
+        terms = []
+        for batch in batches:
+            places = [(s, b) for b, tokens in batch for s in tokens]
+            count = torch.zeros(12, dtype=torch.float64)
+            for place in places:
+                count[chosen(scores_SBN[place].tolist(), limited)] += 1
+            mean = torch.stack([share_SBN[place] for place in places]).mean(dim=0)
+            terms.append((count / (len(places) * 4 / 12) * mean).sum())
+        value = coeff * torch.stack(terms).mean()
+        return torch.autograd.grad(value, router.weight, retain_graph=True)[0]
+
+    torch.testing.assert_close(router.weight.grad, gradient(limited=True), rtol=1e-7, atol=1e-10)
+    assert (gradient(limited=True) - gradient(limited=False)).abs().max() > 1e-3
 
 
 def test_losses_are_logged_by_layer_and_iteration(groups) -> None:
