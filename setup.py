@@ -31,6 +31,7 @@ setup(
         "eval": ["lm_eval[hf]>=0.4.9", "transformers>=4.57", "pyarrow"],
         "plot": ["matplotlib", "jinja2"],
         "test": [
+            "accelerate",  # transformers' Trainer asks for it
             "pytest",
             "pytest-xdist",
             "ruff",

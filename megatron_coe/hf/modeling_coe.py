@@ -110,7 +110,7 @@ class CoeGate(nn.Module):
 
         Returns:
             logits [T, N], weights [T, K] and indices [T, K] of the chosen experts, and in training
-            mode the balance loss (a scalar without coefficient), else None.
+            mode the balance losses without coefficient [B], or [1] of the whole batch, else None.
         """
         config = self.config
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -128,10 +128,12 @@ class CoeGate(nn.Module):
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         if sigmoid or config.num_experts_per_tok == 1 or not config.norm_topk_prob:
             weights_TK = weights_TK * config.routed_scaling_factor
-        loss = None
+        losses = None
         if self.training:
-            loss = self._balance_loss(scores_TN, indices_TK, hidden_states.shape[0])
-        return logits_TN, weights_TK, indices_TK, loss
+            # A bias evens the choice out by itself: the balance loss leaves it aside.
+            counted_TK = self._top_k(scores_TN) if config.use_expert_bias else indices_TK
+            losses = self._balance_losses(scores_TN, counted_TK, hidden_states.shape[0])
+        return logits_TN, weights_TK, indices_TK, losses
 
     def _top_k(self, scores_TN: Tensor) -> Tensor:
         """The best K experts, of the best groups only if routing is limited to groups [T, K].
@@ -147,14 +149,13 @@ class CoeGate(nn.Module):
             scores_TN = groups_TGn.masked_fill(dropped_TG.unsqueeze(-1), -torch.inf).flatten(1)
         return scores_TN.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
-    def _balance_loss(self, scores_TN: Tensor, indices_TK: Tensor, batch: int) -> Tensor:
-        """DeepSeek's balance loss: sum_i count_i / (S K / N) * mean_s score_i, mean over sequences.
+    def _balance_losses(self, scores_TN: Tensor, indices_TK: Tensor, batch: int) -> Tensor:
+        """DeepSeek's balance loss of each sequence: sum_i count_i / (S K / N) * mean_s score_i [B].
 
         Padding counts, as in the authors' code. Without `seq_aux` the batch is one long sequence.
         """
-        N, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        if self.config.scoring_func == "sigmoid":  # of the scores alone, made to sum to 1
-            indices_TK = scores_TN.topk(K, dim=-1).indices
+        N = self.config.n_routed_experts
+        if self.config.scoring_func == "sigmoid":  # made to sum to 1
             scores_TN = scores_TN / (scores_TN.sum(dim=-1, keepdim=True) + 1e-20)
         sequences = batch if self.config.seq_aux else 1
         scores_BSN = scores_TN.unflatten(0, (sequences, -1))
@@ -164,7 +165,7 @@ class CoeGate(nn.Module):
             1, chosen_BM, torch.ones_like(chosen_BM, dtype=count_BN.dtype)
         )
         share_BN = count_BN * (N / chosen_BM.shape[1])
-        return (share_BN * scores_BSN.mean(dim=1)).sum(dim=-1).mean()
+        return (share_BN * scores_BSN.mean(dim=1)).sum(dim=-1)
 
 
 class CoeExperts(nn.ModuleList):
@@ -715,6 +716,30 @@ def causal_mask(
     return seen
 
 
+def share_of_batch(
+    losses_B: Tensor,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    **kwargs: object,
+) -> Tensor:
+    """The sequences' losses [B] as one: their mean, or their share of a batch of which these
+    sequences are a part, each weighed by its tokens with a label.
+
+    A part does not know of how many sequences the batch is, only of how many such tokens, by which
+    the cross-entropy is divided too.
+    """
+    if num_items_in_batch is None or labels is None:
+        return losses_B.mean()
+    targets_BS = labels[:, 1:] if shift_labels is None else shift_labels
+    counts = (targets_BS != ignore_index).reshape(len(losses_B), -1)  # [1, ...] without seq_aux
+    tokens_B = counts.sum(dim=-1).to(losses_B.device)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(losses_B.device)
+    return (losses_B * tokens_B).sum() / num_items_in_batch
+
+
 class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
     """The language model: token ids to logits, and a loss if there are labels."""
 
@@ -751,13 +776,17 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             labels: [B, S], the tokens themselves (they are shifted here); -100 is left out. The
                 loss is the mean cross-entropy. In training mode its *gradient* is also that of
                 `aux_loss`, whose value is not added, as in the authors' code.
+            num_items_in_batch: tokens with a label of the batch that this one is a part of
+                (`Trainer` gives it): the loss and `aux_loss` are then this part's shares of that
+                batch's, which add up to the same however it is split.
             output_router_logits: also return the logits of every router call, a tuple of L * C
                 tensors [T, N]: layer by layer, and in each its iterations in order.
             logits_to_keep: only the logits of the last so many positions (0: all), or of these.
 
         Returns:
             transformers' output; `aux_loss`, in training mode only, is `aux_loss_alpha` times the
-            balance loss summed over layers and iterations, with its graph.
+            balance loss summed over layers and iterations, with its graph: the sequences' mean, or
+            with `num_items_in_batch` each sequence's by its share of these tokens.
         """
         config = self.config
         if output_router_logits is None:
@@ -779,8 +808,8 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = aux_loss = None
         if balanced:
-            losses = [value.to(logits.device) for value in outputs["balance_losses"]]
-            aux_loss = config.aux_loss_alpha * sum(losses)
+            losses_B = sum(value.to(logits.device) for value in outputs["balance_losses"])
+            aux_loss = config.aux_loss_alpha * share_of_batch(losses_B, labels, **kwargs)
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **kwargs)
             if balanced:
