@@ -54,9 +54,18 @@ class ShardReader:
         if index.is_file():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {name: self.folder / Path(file).name for name, file in weight_map.items()}
+                files = {name: Path(file) for name, file in weight_map.items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{index}: not an index of safetensors files") from error
+            for file in files.values():
+                if file.is_absolute() or ".." in file.parts:
+                    raise ValueError(f"{index}: names {file}, which lies outside of the folder")
+            if single.is_file() and Path(SINGLE_FILE) not in files.values():
+                raise ValueError(
+                    f"{single} is there, and {index}, which does not name it: take out the one "
+                    "that is not the model"
+                )
+            return {name: self.folder / file for name, file in files.items()}
         if not single.is_file():
             raise ValueError(f"{self.folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         return dict.fromkeys(_open(single).keys(), single)
@@ -76,8 +85,12 @@ class ShardReader:
                     f"{path}: {name} has type {entry.get_dtype()}: known are {', '.join(_DTYPES)}"
                 )
             self._shapes[name] = (tuple(entry.get_shape()), dtype)
-        for name in present - self._file_of.keys():
-            raise ValueError(f"{path}: holds {name}, which the index does not name")
+        for name in sorted(present):
+            named = self._file_of.get(name)
+            if named is None:
+                raise ValueError(f"{path}: holds {name}, which the index does not name")
+            if named != path:
+                raise ValueError(f"{path}: holds {name}, which the index says {named} holds")
 
 
 class ShardWriter:

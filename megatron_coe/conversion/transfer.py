@@ -75,6 +75,7 @@ def match_shards(reader: ShardReader, table: Sequence[Weight]) -> None:
 def read_stored(reader: CheckpointReader, weight: Weight, key: str) -> Tensor:
     """A weight of a checkpoint, whole; `key` is from `match_checkpoint`."""
     whole = reader.read(key, weight.layer if _is_stacked(weight, key) else None)
+    _refuse_nonfinite(_describe(weight), whole, reader.folder)
     if weight.experts:
         for name, tensor in zip(weight.parts, weight.split(whole), strict=True):
             _refuse_zeros(name, tensor, reader.folder)
@@ -102,14 +103,20 @@ def export(
 def assemble(reader: ShardReader, weight: Weight) -> Tensor:
     """A weight of a Hugging Face folder, joined of its parts."""
     if not weight.experts:
-        return weight.join([reader.read(name) for name in weight.parts])
+        return weight.join([_read_finite(reader, name) for name in weight.parts])
     # Experts one at a time: together they may be as large as a layer, and lie in several files.
     first = next(iter(weight.parts))
     whole = torch.empty(_shape(weight), dtype=reader.dtype(first))
     for name, view in zip(weight.parts, weight.split(whole), strict=True):
-        view.copy_(reader.read(name))
+        view.copy_(_read_finite(reader, name))
         _refuse_zeros(name, view, reader.folder)
     return whole
+
+
+def _read_finite(reader: ShardReader, name: str) -> Tensor:
+    tensor = reader.read(name)
+    _refuse_nonfinite(name, tensor, reader.file_of(name))
+    return tensor
 
 
 def write_checkpoint(
@@ -161,6 +168,11 @@ def _write_extra_states(
         return writer.write_extra_state(key, place or (0,), grid or (1,))
     for expert in range(experts):
         writer.write_extra_state(key, (*place, expert), (*grid, experts))
+
+
+def _refuse_nonfinite(name: str, tensor: Tensor, source: Path) -> None:
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # of a NaN, both are NaN
+        raise ValueError(f"{source}: {name} holds a number that is NaN or infinite")
 
 
 def _refuse_zeros(name: str, tensor: Tensor, source: Path) -> None:

@@ -255,6 +255,7 @@ def change_weights(folder, change) -> None:
 
 
 EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
+NORM = "model.norm.weight"
 
 
 @pytest.mark.parametrize(
@@ -266,8 +267,10 @@ EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
         (lambda weights: weights.update({EXPERT: torch.ones(3, 32)}), rf"{EXPERT}.*\[3, 32\]"),
         (lambda weights: weights.update({EXPERT: torch.ones(16, 32).int()}), EXPERT),
         (lambda weights: weights.update({EXPERT: weights[EXPERT].half()}), f"{EXPERT}.*different"),
+        (lambda weights: weights[EXPERT][3].fill_(torch.nan), rf"safetensors: {EXPERT}.*NaN"),
+        (lambda weights: weights[NORM][3].fill_(-torch.inf), rf"safetensors: {NORM}.*infinite"),
     ],
-    ids=["missing", "surplus", "zero expert", "shape", "type", "two types"],
+    ids=["missing", "surplus", "zero expert", "shape", "type", "two types", "NaN", "infinite"],
 )
 def test_a_wrong_weight_is_named(tmp_path, change, told):
     write_random_model(tmp_path / "hf", seed=5)
@@ -300,6 +303,42 @@ def test_damaged_files_are_named(imported, tmp_path):
             from_hf(folder, tmp_path / "checkpoints")
         shutil.rmtree(folder)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_in_two_files_is_named(imported, tmp_path):
+    folder = shutil.copytree(imported / "small", tmp_path / "hf")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    first, last = min(index.values()), max(index.values())
+    twice = next(name for name, file in index.items() if file == first)
+    content = load_file(folder / last)
+    save_file(content | {twice: load_file(folder / first)[twice]}, folder / last)
+    with pytest.raises(ValueError, match=rf"{last}: holds {twice}, which the index says .*{first}"):
+        from_hf(folder, tmp_path / "checkpoints")
+    save_file(content, folder / last)
+    shutil.copy(imported / "hf" / "model.safetensors", folder)
+    with pytest.raises(ValueError, match=r"model\.safetensors is there, and .*index\.json"):
+        from_hf(folder, tmp_path / "checkpoints")
+
+
+def test_an_index_may_name_files_of_subfolders(imported, tmp_path):
+    folder = shutil.copytree(imported / "small", tmp_path / "hf")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for number, file in enumerate(sorted(set(index["weight_map"].values()))):
+        (folder / f"part{number % 2}").mkdir(exist_ok=True)
+        (folder / file).rename(folder / f"part{number % 2}" / file)
+        for name, named in index["weight_map"].items():
+            if named == file:
+                index["weight_map"][name] = f"part{number % 2}/{file}"
+    path.write_text(json.dumps(index))
+    assert CoeForCausalLM.from_pretrained(folder)
+    from_hf(folder, tmp_path / "checkpoints")
+    to_hf(tmp_path / "checkpoints", tmp_path / "again")
+    assert_same_bits(weights_of(tmp_path / "again"), weights_of(imported / "hf"))
+    index["weight_map"][EXPERT] = "../outside.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json: names \.\./outside\.safetensors"):
+        from_hf(folder, tmp_path / "second")
 
 
 @pytest.mark.parametrize(
