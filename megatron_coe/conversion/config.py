@@ -7,6 +7,7 @@ stand only where theirs cannot say it: see `megatron_coe/hf/configuration_coe.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -106,7 +107,6 @@ DEFAULTS: Config = {
     "tie_word_embeddings": False,
     "q_lora_rank": None,
     "n_shared_experts": None,
-    "attention_bias": False,
     "first_k_dense_replace": 0,
     "moe_layer_freq": 1,
     "norm_topk_prob": False,
@@ -114,12 +114,68 @@ DEFAULTS: Config = {
     "scoring_func": "softmax",
     "aux_loss_alpha": 0.001,
     "seq_aux": True,
-    "rope_scaling": None,
-    "rope_theta": 10000,
-    "hidden_act": "silu",
     "topk_method": "greedy",
     **OWN,
 }
+
+# --- what becomes of an imported key: it is read, has one value, or changes no number -----------
+
+_READ = {
+    *(*SAME, *LATENT, *PLAIN, *DEFAULTS, *OTHER_SPELLINGS, "rope_scaling", "n_group", "topk_group"),
+    *("model_type", "inner_residual", "outer_residual"),
+}
+
+# Keys without a field that would change what the model computes, and the only value there is.
+_IMPLIED: Config = {
+    "hidden_act": "silu",
+    "attention_bias": False,  # see qkv_bias
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "use_sliding_window": False,
+    "num_nextn_predict_layers": 0,
+    "pruned_heads": {},
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+}
+
+# Of transformers' own class, which knows none of these keys.
+_IMPLIED_BY_DEEPSEEK_V2: Config = {
+    "inner_iter": 1,
+    "residual": "outer",
+    "inner_residual": False,
+    "outer_residual": True,
+    "scoring_func": "softmax",
+    **{key: value for key, value in OWN.items() if key != "head_dim"},
+}
+
+# Keys that change no number, as do transformers' private ones, which begin with an underscore.
+_HARMLESS = {
+    # who wrote the file, and with what it is loaded
+    *("architectures", "auto_map", "name_or_path", "transformers_version", "unsloth_version"),
+    *("unsloth_fixed", "tokenizer_class", "prefix", "torch_dtype", "use_bfloat16"),
+    # how it is run: layouts, implementations, what is returned
+    *("ep_size", "pretraining_tp", "attn_implementation", "experts_implementation"),
+    *("gradient_checkpointing", "chunk_size_feed_forward", "torchscript", "tf_legacy_loss"),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "is_decoder"),
+    *("output_router_logits", "save_routing_logits", "tie_last_hidden_states"),
+    # follows from others
+    *("head_dim", "qk_head_dim"),
+    # special ids, lengths, other heads
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("max_position_embeddings", "id2label", "label2id", "num_labels", "problem_type"),
+    *("finetuning_task", "task_specific_params", "cross_attention_hidden_size"),
+    # of text that is generated
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty"),
+    *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+    *("num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
+    *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+}
+
+_ROPE_READ = {*YARN, "type", "rope_type", "rope_theta", "attention_factor"}
+_ROPE_IMPLIED: Config = {"truncate": True, "partial_rotary_factor": 1.0}
 
 # Megatron fields that change what the model computes, and the only value that can be said.
 _INEXPRESSIBLE = {
@@ -192,6 +248,9 @@ def to_deepseek_v2_config(config: CoEConfig) -> Config:
     if not keys["n_shared_experts"]:
         raise ValueError(f"n_shared_experts=0 cannot be had as {DEEPSEEK_V2}: it needs one or more")
     keys = {key: value for key, value in keys.items() if key not in (*_CHAIN_KEYS, "auto_map")}
+    if (yarn := keys["rope_scaling"]) and not (yarn["mscale"] and yarn["mscale_all_dim"]):
+        # Where one is 0, transformers reads neither.
+        keys["rope_scaling"] = yarn | {"attention_factor": _attention_factor(yarn)}
     return keys | {"model_type": DEEPSEEK_V2, "architectures": ["DeepseekV2ForCausalLM"]}
 
 
@@ -201,8 +260,10 @@ def to_model_fields(hf: Mapping[str, JSON], source: object) -> dict[str, JSON]:
     Args:
         source: the file, for messages.
 
-    Raises: ValueError for a key that is missing, contradicts another or cannot be had in Megatron.
+    Raises: ValueError for a key that is missing, unknown, contradicts another or cannot be had in
+        Megatron.
     """
+    hf = {key: value for key, value in hf.items() if value is not None}
     try:
         return _to_model_fields({**DEFAULTS, **hf})
     except KeyError as error:
@@ -211,22 +272,54 @@ def to_model_fields(hf: Mapping[str, JSON], source: object) -> dict[str, JSON]:
         raise ValueError(f"{source}: {error}") from error
 
 
+def import_notices(hf: Mapping[str, JSON]) -> list[str]:
+    """What to say of a configuration that two programs read differently."""
+    if hf.get("model_type") == DEEPSEEK_V2 and hf.get("norm_topk_prob"):
+        return [
+            "norm_topk_prob=True: the weights of the chosen experts are normalized instead of "
+            f"scaled, as DeepSeek's own code does; transformers' {DEEPSEEK_V2} ignores this key"
+        ]
+    return []
+
+
 def _to_model_fields(hf: Config) -> dict[str, JSON]:
-    if hf.get("model_type") == DEEPSEEK_V2:
-        hf = {**hf, "inner_iter": 1, "residual": "outer", "use_igate": False}
-    elif hf.get("model_type") != MODEL_TYPE:
+    native = hf.get("model_type") == DEEPSEEK_V2
+    if not native and hf.get("model_type") != MODEL_TYPE:
         raise ValueError(
             f"model_type={hf.get('model_type')!r} is unknown: known are {MODEL_TYPE!r} and "
             f"{DEEPSEEK_V2!r}"
         )
-    if hf["hidden_act"] != "silu":
-        raise ValueError(f"hidden_act={hf['hidden_act']!r}: only 'silu' is known")
-    if isinstance(rope := hf.get("rope_parameters"), Mapping):  # as transformers 5 writes it
-        scaling = None if rope.get("rope_type", "default") == "default" else dict(rope)
-        hf = {**hf, "rope_theta": rope.get("rope_theta", hf["rope_theta"]), "rope_scaling": scaling}
+    _check_keys(hf, native)
+    if native:
+        hf = {**hf, "inner_iter": 1, "residual": "outer", "use_igate": False}
+    hf = hf | _rotary_keys(hf)
     fields = {field: hf[key] for key, field in SAME.items()}
     fields["coe_residual"] = read_residual(hf)
     return fields | _attention_fields(hf) | _expert_fields(hf) | _router_fields(hf)
+
+
+def _check_keys(hf: Config, native: bool) -> None:
+    """Every key is read, says what it must, or changes no number."""
+    implied = {**_IMPLIED, "num_experts": hf["n_routed_experts"]}
+    if native:
+        implied |= _IMPLIED_BY_DEEPSEEK_V2
+    if hf["attention_type"] == "mla":
+        implied["num_key_value_heads"] = hf["num_attention_heads"]
+    _check_implied(hf, implied, {*_READ, *_HARMLESS})
+
+
+def _check_implied(
+    keys: Mapping[str, JSON], implied: Config, known: set[str], of: str = ""
+) -> None:
+    """Raises: ValueError for a key that is neither known nor has the value that is implied."""
+    for key, value in keys.items():
+        if key in implied and value != implied[key]:
+            raise ValueError(f"{of}{key}={value!r} cannot be had here, only {implied[key]!r}")
+        if key not in implied and key not in known and not key.startswith("_"):
+            raise ValueError(
+                f"{of}{key}={value!r} is not known here and may change what the model computes: "
+                "delete the key if it does not"
+            )
 
 
 # --- residual modes ---------------------------------------------------------------------------
@@ -293,8 +386,6 @@ def _attention_keys(config: CoEConfig) -> Config:
 
 def _attention_fields(hf: Config) -> dict[str, JSON]:
     scaling = hf["rope_scaling"]
-    if hf["attention_bias"]:
-        raise ValueError("attention_bias=true: only false is known (see qkv_bias)")
     if hf["attention_type"] == "mha":
         if scaling is not None:
             raise ValueError(f"rope_scaling={scaling!r} with plain attention: only null is known")
@@ -313,11 +404,60 @@ def _attention_fields(hf: Config) -> dict[str, JSON]:
     fields |= {"multi_latent_attention": True, "qk_layernorm": True}
     if scaling is None:
         return fields | {"rope_type": "rope", "rotary_scaling_factor": 1.0}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling of type {kind!r}: known are 'yarn', or null for none")
+    return fields | _yarn_fields(scaling, native=hf["model_type"] == DEEPSEEK_V2)
+
+
+def _rotary_keys(hf: Config) -> Config:
+    """`rope_theta` and `rope_scaling`, None or YaRN's keys, whichever their spelling: transformers
+    5 writes both into `rope_parameters`."""
+    thetas = [hf["rope_theta"]] if "rope_theta" in hf else []
+    found: list[Config | None] = []
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name) or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"{name}={rope!r}: give an object, or null")
+        rope = {key: value for key, value in rope.items() if value is not None}
+        if not rope:
+            continue
+        _check_implied(rope, _ROPE_IMPLIED, _ROPE_READ, of=f"{name}.")
+        thetas += [rope["rope_theta"]] if "rope_theta" in rope else []
+        kinds = [rope[key] for key in ("type", "rope_type") if key in rope]
+        if not set(kinds) <= {"yarn"} and not set(kinds) <= {"default"}:
+            raise ValueError(f"{name} of type {kinds[-1]!r}: known are 'yarn', or null for none")
+        yarn = {key: rope[key] for key in rope if key in (*YARN, "attention_factor")}
+        found.append(yarn if "yarn" in kinds else None)
+    for what, values in (("rope_theta", thetas), ("rope_scaling and rope_parameters", found)):
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{what} disagree: {' and '.join(map(repr, values))}")
+    return {"rope_theta": [*thetas, 10000][0], "rope_scaling": [*found, None][0]}
+
+
+def _yarn_fields(scaling: Config, native: bool) -> dict[str, JSON]:
     yarn = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.0, **scaling}
-    return fields | {"rope_type": "yarn"} | {field: yarn[key] for key, field in YARN.items()}
+    factor, wanted = yarn["factor"], scaling.get("attention_factor")
+    if wanted is None and native and not (scaling.get("mscale") and scaling.get("mscale_all_dim")):
+        theirs = _attention_factor({"factor": factor, "mscale": 1.0, "mscale_all_dim": 0.0})
+        if not math.isclose(theirs, _attention_factor(yarn)):
+            raise ValueError(
+                f"rope_scaling: mscale={yarn['mscale']} with mscale_all_dim="
+                f"{yarn['mscale_all_dim']}: transformers makes it an attention_factor of "
+                f"{theirs:.6g}, DeepSeek's own code one of {_attention_factor(yarn):.6g}. Say "
+                "which by this key"
+            )
+    if wanted is not None and not math.isclose(wanted, _attention_factor(yarn)):
+        if factor <= 1:
+            raise ValueError(
+                f"rope_scaling: attention_factor={wanted} with factor={factor}: only 1 can be had"
+            )
+        under = 1 + 0.1 * yarn["mscale_all_dim"] * math.log(factor)
+        yarn["mscale"] = (wanted * under - 1) / (0.1 * math.log(factor))
+    return {"rope_type": "yarn", **{field: yarn[key] for key, field in YARN.items()}}
+
+
+def _attention_factor(yarn: Mapping[str, float]) -> float:
+    """What YaRN multiplies the cosines and sines by (DeepSeek's code, and Megatron)."""
+    stretch = 0.1 * math.log(max(yarn["factor"], 1))
+    return (1 + yarn["mscale"] * stretch) / (1 + yarn["mscale_all_dim"] * stretch)
 
 
 # --- experts and layers -----------------------------------------------------------------------
@@ -352,8 +492,9 @@ def _expert_fields(hf: Config) -> dict[str, JSON]:
 
 def _dense_layers(pattern: list[int]) -> tuple[int, int]:
     """(`first_k_dense_replace`, `moe_layer_freq`) of a pattern with 1 for each CoE layer."""
-    for first in range(len(pattern) + 1):
-        for every in range(1, len(pattern) + 1):
+    # Rather dense layers in front than every n-th: transformers' own class knows those alone.
+    for every in range(1, len(pattern) + 1):
+        for first in range(len(pattern) + 1):
             if pattern == [int(i >= first and i % every == 0) for i in range(len(pattern))]:
                 return first, every
     raise ValueError(
@@ -426,7 +567,7 @@ def _group_keys(config: CoEConfig) -> Config:
 
 
 def _group_fields(hf: Config) -> dict[str, JSON]:
-    if hf["topk_method"] == "greedy":
+    if hf["topk_method"] in ("greedy", "gready"):  # the latter is DeepSeek-V2's own default
         return {}
     if hf["topk_method"] != "group_limited_greedy":
         raise ValueError(

@@ -7,6 +7,7 @@ What Megatron has no field for (tokenizer, special ids, keys of `config.json`) i
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_coe.checkpoints.errors import BadCheckpointError
 from megatron_coe.checkpoints.folder import CONFIG_FILE, FORMAT_FILE, LATEST_FILE, find_checkpoints
 from megatron_coe.checkpoints.manifest import sign
 from megatron_coe.checkpoints.verify import check_checkpoint
-from megatron_coe.conversion.config import to_model_fields
+from megatron_coe.conversion.config import import_notices, to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import HF_CONFIG, check_absent, new_folder, read_json
 from megatron_coe.conversion.shards import ShardReader
@@ -67,11 +68,14 @@ def open_folder(folder: Path) -> StoredModel:
         OSError: a file cannot be read.
     """
     path = folder / HF_CONFIG
-    settings = Settings(model=to_model_fields(read_json(path), path))
+    config = read_json(path)
+    settings = Settings(model=to_model_fields(config, path))
     try:
         provider = build_provider(settings, torch.device("cpu"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    for notice in import_notices(config):
+        print(f"{path}: {notice}", file=sys.stderr, flush=True)
     reader, table = ShardReader(folder), weights(provider)
     match_shards(reader, table)
     return StoredModel(

@@ -20,6 +20,11 @@ KEY_MODES = ("inner", "outer", "addinit", "none")
 """The modes that the key `residual` can express."""
 
 ROPE_TYPES = ("default", "yarn")
+ROPE_KEYS = {
+    *("rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("original_max_position_embeddings", "attention_factor", "truncate"),
+}
+"""DeepSeek-V2's, and the two that transformers' own YaRN has besides."""
 
 OWN_KEYS = {
     "attention_type": "mla",
@@ -183,7 +188,8 @@ class CoeConfig(PretrainedConfig):
         self.qk_nope_head_dim = qk_nope_head_dim
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
-        self.topk_method = topk_method
+        # `gready` is how DeepSeek-V2's own configuration spells its default.
+        self.topk_method = "greedy" if topk_method == "gready" else topk_method
         self.n_group = n_group
         self.topk_group = topk_group
         self.norm_topk_prob = norm_topk_prob
@@ -356,11 +362,14 @@ def _rope_parameters(
 ) -> dict:
     """One dictionary with `rope_type` and `rope_theta`, whatever the spelling it came in."""
     rope = {**(rope_scaling or {}), **(rope_parameters or {})}
+    rope = {key: value for key, value in rope.items() if value is not None}
     old_type = rope.pop("type", "default")
     rope.setdefault("rope_type", old_type)
     if rope_theta is not None:
         rope["rope_theta"] = rope_theta
     rope.setdefault("rope_theta", 10000.0)
+    if unknown := rope.keys() - ROPE_KEYS:
+        raise ValueError(f"rope_scaling={rope}: unknown keys: {', '.join(sorted(unknown))}.")
     _one_of("rope_scaling type", rope["rope_type"], ROPE_TYPES)
     if rope["rope_type"] == "yarn" and not rope.get("factor"):
         raise ValueError(f"rope_scaling={rope}: yarn needs a factor.")

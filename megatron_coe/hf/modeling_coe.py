@@ -257,13 +257,15 @@ class CoeRotaryEmbedding(nn.Module):
         if rope["rope_type"] == "default":
             return plain, 1.0
         low, high = (self._pair_that_turns(rope.get(*key)) for key in YARN_TURNS)
-        low, high = max(math.floor(low), 0), min(math.ceil(high), self.size - 1)
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.size - 1)
         ramp = (pair / 2 - low) / max(high - low, 0.001)
         stretched = ramp.clamp(0, 1)  # 0: turns often, kept; 1: turns rarely, interpolated
         frequencies = plain * (1 - stretched) + plain / rope["factor"] * stretched
         mscales = (rope.get("mscale", 1.0), rope.get("mscale_all_dim", 0.0))
         over, under = (yarn_mscale(rope["factor"], mscale) for mscale in mscales)
-        return frequencies, over / under
+        return frequencies, rope.get("attention_factor", over / under)
 
     def _pair_that_turns(self, turns: float) -> float:
         """The (fractional) pair that makes so many turns over the original context."""

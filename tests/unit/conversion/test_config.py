@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from megatron_coe.conversion.config import OWN, read_residual, to_hf_config, to_model_fields
+import pytest
+from transformers import DeepseekV2Config
+
+from megatron_coe.conversion.config import (
+    OWN,
+    import_notices,
+    read_residual,
+    to_deepseek_v2_config,
+    to_hf_config,
+    to_model_fields,
+)
 from megatron_coe.hf import CoeConfig
 from megatron_coe.hf.configuration_coe import OWN_KEYS
 from tests.builders import tiny_config, tiny_provider
@@ -100,13 +110,34 @@ def test_what_the_format_cannot_express_is_refused(changes, told):
         to_hf_config(tiny_config(**changes))
 
 
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
         ({"scoring_func": "relu"}, "scoring_func"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"num_experts": 6}, "num_experts=6"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+        ({"sliding_window": 16}, "sliding_window=16 is not known"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings=64"),
+        ({"rope_theta": 5000, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta disagree"),
+        ({"rope_scaling": {"rope_theta": 5000}}, "rope_theta disagree"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_parameters disagr",
+        ),
+        ({"rope_scaling": {**YARN, "truncate": False}}, r"rope_scaling\.truncate=False"),
+        ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, r"scaling\.partial_rotary"),
+        ({"rope_scaling": {**YARN, "low_freq_factor": 1}}, r"rope_scaling\.low_freq_factor=1"),
+        ({"rope_scaling": {**YARN, "rope_type": "linear"}}, "linear"),
+        ({"rope_scaling": [1]}, "rope_scaling"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
         ({"latent_norm_eps": 1e-3}, "latent_norm_eps"),
     ],
@@ -115,10 +146,101 @@ def test_what_megatron_cannot_do_is_refused(changes, told):
     hf = to_hf_config(tiny_config()) | changes
     with pytest.raises(ValueError, match=rf"^config\.json: .*{told}"):
         to_model_fields(hf, "config.json")
-    del hf["hidden_size"]
-    if "model_type" not in changes:
-        with pytest.raises(ValueError, match="lacks key 'hidden_size'"):
-            to_model_fields(hf, "config.json")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "n_routed_experts", "kv_lora_rank", "rms_norm_eps"])
+def test_a_key_that_is_missing_or_null_is_named(key):
+    hf = to_hf_config(tiny_config())
+    with pytest.raises(ValueError, match=rf"^config\.json: lacks key '{key}'"):
+        to_model_fields(hf | {key: None}, "config.json")
+    del hf[key]
+    with pytest.raises(ValueError, match=rf"^config\.json: lacks key '{key}'"):
+        to_model_fields(hf, "config.json")
+
+
+NATIVE = {"coe_iterations": 1, "coe_residual": "outer"}
+# What DeepSeek's own code knows, with its defaults (configuration_deepseek.py of DeepSeek-V2).
+OF_DEEPSEEK = {
+    **{"ep_size": 1, "pretraining_tp": 1, "topk_method": "gready", "scoring_func": "softmax"},
+    **{"n_group": None, "topk_group": None, "moe_layer_freq": 1, "norm_topk_prob": False},
+    **{"seq_aux": True, "aux_loss_alpha": 0.001, "attention_bias": False, "use_cache": True},
+    **{"attention_dropout": 0.0, "pad_token_id": None, "bos_token_id": 100000},
+    **{"eos_token_id": 100001, "auto_map": {}, "_name_or_path": "deepseek-ai/DeepSeek-V2"},
+}
+
+
+def native(**changes):
+    return to_deepseek_v2_config(tiny_config(**NATIVE)) | changes
+
+
+def test_every_key_of_a_plain_mixture_has_a_decision():
+    """Of transformers, whichever version, as it writes and as it holds them; and of DeepSeek."""
+    written = native()
+    expected = to_model_fields(written, "config.json")
+    config = DeepseekV2Config(**{key: written[key] for key in written if key != "model_type"})
+    assert to_model_fields(config.to_dict(), "config.json") == expected
+    assert to_model_fields(config.to_diff_dict(), "config.json") == expected
+    assert to_model_fields(written | OF_DEEPSEEK, "config.json") == expected
+    assert to_model_fields(written | {"sliding_window": None}, "config.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+        ({"inner_iter": 2}, "inner_iter=2"),
+        ({"residual": "inner"}, "residual='inner'"),
+        ({"attention_type": "mha"}, "attention_type='mha'"),
+        ({"latent_norm_eps": 1e-5, "rms_norm_eps": 1e-5}, "latent_norm_eps=1e-05"),
+        ({"use_expert_bias": True}, "use_expert_bias=True"),
+    ],
+)
+def test_what_a_plain_mixture_does_not_read_is_refused(changes, told):
+    with pytest.raises(ValueError, match=rf"^config\.json: .*{told}"):
+        to_model_fields(native(**changes), "config.json")
+
+
+@pytest.mark.parametrize(
+    "yarn", [{"mscale": 0.707, "mscale_all_dim": 0}, {"mscale_all_dim": 0.707}, {"mscale": 0.0}]
+)
+def test_a_yarn_that_two_programs_read_differently_is_refused(yarn):
+    hf = native(rope_scaling={**YARN, **yarn})
+    with pytest.raises(ValueError, match=r"mscale=.*attention_factor"):
+        to_model_fields(hf, "config.json")
+    hf["rope_scaling"]["attention_factor"] = 1.3
+    fields = to_model_fields(hf, "config.json")
+    again = to_deepseek_v2_config(tiny_config(**NATIVE, **of_rope(fields)))["rope_scaling"]
+    stated = again.get("attention_factor") or yarn_scale(again["mscale"], again["mscale_all_dim"])
+    assert stated == pytest.approx(1.3, rel=1e-12)
+    assert of_rope(to_model_fields(native(rope_scaling=again), "config.json")) == of_rope(fields)
+
+
+def of_rope(fields):
+    names = ("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim")
+    return {name: fields[name] for name in names}
+
+
+def yarn_scale(over, under, factor=40):
+    """DeepSeek's code: get_mscale(factor, mscale) / get_mscale(factor, mscale_all_dim)."""
+    return (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
+
+
+def test_programs_that_differ_about_normalized_weights_are_told():
+    assert import_notices(native()) == []
+    (notice,) = import_notices(native(norm_topk_prob=True))
+    assert "norm_topk_prob" in notice
+    assert "transformers" in notice
+    assert import_notices({"model_type": "coe_deepseekv2", "norm_topk_prob": True}) == []
+
+
+@pytest.mark.parametrize("front", range(5))
+def test_dense_layers_in_front_are_said_as_such(front):
+    """Transformers' own class knows no every n-th layer."""
+    written = native(num_hidden_layers=4, first_k_dense_replace=front)
+    fields = to_model_fields(written, "config.json")
+    config = tiny_config(**NATIVE, num_layers=4, moe_layer_freq=fields["moe_layer_freq"])
+    again = to_deepseek_v2_config(config)
+    assert (again["first_k_dense_replace"], again["moe_layer_freq"]) == (front, 1)
 
 
 def test_rope_in_the_spelling_of_transformers_5():
