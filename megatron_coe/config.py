@@ -238,10 +238,32 @@ class CoEConfig(MLATransformerConfig):
     def _check_layout(self) -> None:
         layout = Layout(**{f.name: getattr(self, f.name) for f in fields(Layout)})
         check_layout(layout, extents_of(vars(self)))
+        self._check_uneven_stages()
         if self.tensor_model_parallel_size == 1 and self.sequence_parallel:
             raise ValueError(
                 "sequence_parallel=True with tensor_model_parallel_size=1: there is nothing to "
                 "divide the sequence over. Set it to false."
+            )
+
+    def _check_uneven_stages(self) -> None:
+        """What Megatron, which checks the rest of these fields, finds out when a stage is built."""
+        first = self.num_layers_in_first_pipeline_stage or 0
+        last = self.num_layers_in_last_pipeline_stage or 0
+        if first + last > self.num_layers:
+            raise ValueError(
+                f"num_layers_in_first_pipeline_stage={first or None}, "
+                f"num_layers_in_last_pipeline_stage={last or None}: more than num_layers="
+                f"{self.num_layers} together. Lower them."
+            )
+        chunks = self.pipeline_model_parallel_size * (
+            self.virtual_pipeline_model_parallel_size or 1
+        )
+        entries = self.num_layers + self.account_for_embedding_in_pipeline_split + 1  # the loss
+        if self.mtp_num_layers and self.account_for_loss_in_pipeline_split and entries == chunks:
+            raise ValueError(
+                f"account_for_loss_in_pipeline_split=True with num_layers={self.num_layers} over "
+                f"{chunks} stages and mtp_num_layers={self.mtp_num_layers}: the last stage has no "
+                "decoder layer for the predicted tokens. Set it to false, or use fewer stages."
             )
 
     def _check_groups(self) -> None:

@@ -65,6 +65,11 @@ class Extents:
     num_layers: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
+    qkv_width: int | None = None
+    """Rows of plain attention's one projection to queries, keys and values."""
+    kv_latent_width: int | None = None
+    """Rows of latent attention's down-projection: kv_lora_rank + qk_pos_emb_head_dim."""
+    q_lora_rank: int | None = None
     num_moe_experts: int | None = None
     moe_ffn_hidden_size: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
@@ -74,15 +79,38 @@ class Extents:
 
 
 def extents_of(model: Mapping[str, object], world_size: int | None = None) -> Extents:
-    """What is known of a model, by the names of its configuration's fields."""
-    known = {f.name: model.get(f.name) for f in fields(Extents)}
-    sizes = {name: value for name, value in known.items() if type(value) is int and value > 0}
+    """What is known of a model, by the names of its configuration's fields.
+
+    Sizes that are left out are derived as Megatron derives them, from those that are given.
+    """
+    given = {name: value for name, value in model.items() if type(value) is int and value > 0}
+    if "hidden_size" in given:
+        given.setdefault("ffn_hidden_size", 4 * given["hidden_size"])
+    if "ffn_hidden_size" in given:
+        given.setdefault("moe_ffn_hidden_size", given["ffn_hidden_size"])
+    sizes = {f.name: given.get(f.name) for f in fields(Extents)}
     if any(model.get(name) for name in UNEVEN_STAGES):
-        sizes.pop("num_layers", None)
+        sizes["num_layers"] = None
     frequency = model.get("moe_layer_freq", 1)
     if frequency == 1 or (isinstance(frequency, list) and all(frequency)):
-        sizes.pop("ffn_hidden_size", None)  # there is no dense layer
+        sizes["ffn_hidden_size"] = None  # there is no dense layer
+    if not model.get("multi_latent_attention", True):
+        return Extents(**sizes | {"q_lora_rank": None, "world_size": world_size, **_plain(given)})
+    if model.get("backend") == "te":
+        sizes["q_lora_rank"] = None  # Transformer Engine keeps down-projections whole on each rank
+    elif {"kv_lora_rank", "qk_pos_emb_head_dim"} <= given.keys():
+        sizes["kv_latent_width"] = given["kv_lora_rank"] + given["qk_pos_emb_head_dim"]
     return Extents(**sizes | {"world_size": world_size})
+
+
+def _plain(given: Mapping[str, int]) -> dict[str, int]:
+    """The width of plain attention's projection, if it is known."""
+    heads, groups = given.get("num_attention_heads"), given.get("num_query_groups")
+    width = given.get("kv_channels")
+    if heads and width is None and "hidden_size" in given:
+        width = given["hidden_size"] // heads
+    known = heads and groups and width
+    return {"qkv_width": (heads + 2 * groups) * width} if known else {}
 
 
 # Megatron's ways to give pipeline stages different numbers of layers; it checks them itself.
@@ -102,10 +130,14 @@ class Rule:
     extent: str
     sizes: tuple[str, ...]
     multiple: Callable[[Layout], int]
+    or_divisor: bool = False
+    """Whether a divisor will do, too: several ranks then compute the same part."""
 
     def broken_by(self, layout: Layout, extents: Extents) -> bool:
-        extent = getattr(extents, self.extent)
-        return extent is not None and extent % self.multiple(layout) != 0
+        extent, multiple = getattr(extents, self.extent), self.multiple(layout)
+        if extent is None or extent % multiple == 0:
+            return False
+        return not (self.or_divisor and multiple % extent == 0)
 
     def complaint(self, layout: Layout, extents: Extents) -> str:
         extent, multiple = getattr(extents, self.extent), self.multiple(layout)
@@ -123,13 +155,22 @@ class Rule:
                 f"seq_length={extent} with {named} is not a multiple of {multiple}: "
                 f"{_around(extent, multiple)} are"
             )
+        label = _LABELS.get(self.extent, self.extent)
         if len(self.sizes) > 1:
-            return f"{self.extent}={extent} is not divisible by {named} = {multiple}"
+            return f"{label}={extent} is not divisible by {named} = {multiple}"
         (name,) = self.sizes
+        if self.or_divisor:
+            return f"{label}={extent} is neither a multiple nor a divisor of {name}={multiple}"
         return (
-            f"{self.extent}={extent} is not divisible by {name}={multiple}: legal sizes are "
-            f"{_listed(divisors(extent))} (and {self.extent}={_around(extent, multiple)} would do)"
+            f"{label}={extent} is not divisible by {name}={multiple}: legal sizes are "
+            f"{_listed(divisors(extent))} (and {label}={_around(extent, multiple)} would do)"
         )
+
+
+_LABELS = {
+    "qkv_width": "(num_attention_heads + 2 x num_query_groups) x kv_channels",
+    "kv_latent_width": "kv_lora_rank + qk_pos_emb_head_dim",
+}
 
 
 _TP, _PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
@@ -138,7 +179,10 @@ _EP, _ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 RULES = (
     Rule("num_attention_heads", (_TP,), lambda layout: layout.tensor_model_parallel_size),
-    Rule("num_query_groups", (_TP,), lambda layout: layout.tensor_model_parallel_size),
+    Rule("num_query_groups", (_TP,), lambda layout: layout.tensor_model_parallel_size, True),
+    Rule("qkv_width", (_TP,), lambda layout: layout.tensor_model_parallel_size),
+    Rule("kv_latent_width", (_TP,), lambda layout: layout.tensor_model_parallel_size),
+    Rule("q_lora_rank", (_TP,), lambda layout: layout.tensor_model_parallel_size),
     Rule("ffn_hidden_size", (_TP,), lambda layout: layout.tensor_model_parallel_size),
     Rule(
         "moe_shared_expert_intermediate_size",
@@ -215,7 +259,7 @@ def _candidates(name: str, layout: Layout, extents: Extents) -> list[int | None]
     bounds = [
         getattr(extents, rule.extent)
         for rule in RULES
-        if name in rule.sizes and getattr(extents, rule.extent) is not None
+        if name in rule.sizes and not rule.or_divisor and getattr(extents, rule.extent) is not None
     ]
     sizes: list[int | None] = list(divisors(math.gcd(*bounds))) if bounds else [1]
     if name in (_VPP, _ETP):

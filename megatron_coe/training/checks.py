@@ -103,6 +103,12 @@ def check_layout(settings: Settings, world_size: int) -> None:
     _check_batch(settings, world_size)
     pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     count = num_microbatches(settings, world_size)
+    group = settings.model.get("microbatch_group_size_per_vp_stage")
+    if type(group) is int and vpp is not None and group % pp:
+        raise ValueError(
+            f"model.microbatch_group_size_per_vp_stage={group}: must be a multiple of "
+            f"parallel.pipeline_model_parallel_size={pp}, or left out"
+        )
     if vpp is not None and count % pp:
         raise ValueError(
             f"parallel.virtual_pipeline_model_parallel_size={vpp}: the interleaved schedule needs "

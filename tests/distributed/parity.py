@@ -73,6 +73,12 @@ VARIANTS = {
         "num_query_groups": 2,
         "moe_layer_freq": [0, 1, 1, 1],
     },
+    "one query group": {
+        "coe_iterations": 2,
+        "multi_latent_attention": False,
+        "q_lora_rank": None,
+        "num_query_groups": 1,
+    },
     "tied": {"coe_iterations": 2, "share_embeddings_and_output_weights": True},
     "upcycled": {"coe_iterations": 3, "coe_residual": "outer", "coe_upcycled": True},
     "allgather": {"coe_iterations": 2, "moe_token_dispatcher_type": "allgather"},

@@ -27,6 +27,7 @@ CORE = {
         "DP2·DO·OVERLAP, C=2",
         "TP2·ETP1, C=2",
         "TP2·ETP1·DO·MB4, plain attention",
+        "TP2·ETP1·MB4, one query group",
         "TP2·ETP2·MB4, bias",
         "TP2·EP2·ETP1·DO·MB4, C=3",
         "PP2·MB4, plain attention",

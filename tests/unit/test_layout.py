@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
+import torch
 
+from megatron_coe import config as coe_config
 from megatron_coe.layout import Extents, Layout, check_layout, complaint, extents_of, nearest_legal
+from megatron_coe.planning.build import build_rank
+from megatron_coe.planning.plan import Plan
+from tests.builders import TINY, tiny_provider
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VPP, CP = "virtual_pipeline_model_parallel_size", "context_parallel_size"
@@ -24,7 +30,9 @@ REFUSED = [
     ({EP: 8}, {"num_moe_experts": 63, "world_size": 8}, ["=63", f"{EP}=8", f"has {EP}=1."]),
     ({EP: 8}, {"num_moe_experts": 63}, ["1, 3, 7, 9, 21, 63", "56 or 64", f"has {EP}=9."]),
     ({TP: 3}, {}, ["num_attention_heads=16", f"{TP}=3", "1, 2, 4, 8, 16", f"has {TP}=4."]),
-    ({TP: 8}, {"num_query_groups": 4}, ["num_query_groups=4", f"{TP}=8", f"has {TP}=4."]),
+    ({TP: 8}, {"num_query_groups": 3}, ["num_query_groups=3", f"{TP}=8", f"has {TP}=1."]),
+    ({TP: 4}, {"kv_latent_width": 18}, ["qk_pos_emb_head_dim=18", f"{TP}=4", f"has {TP}=2."]),
+    ({TP: 4}, {"q_lora_rank": 6}, ["q_lora_rank=6", f"{TP}=4", f"has {TP}=2."]),
     ({ETP: 3}, {}, ["moe_ffn_hidden_size=1408", f"{ETP}=3", f"has {ETP}=4."]),
     ({PP: 2}, {}, ["num_layers=27", f"{PP}=2", "1, 3, 9, 27", f"has {PP}=3."]),
     ({PP: 3, VPP: 2}, {}, ["num_layers=27", f"{VPP} (2) = 6", f"has {VPP}=3."]),
@@ -102,3 +110,94 @@ def test_what_is_not_divided_evenly_on_purpose_is_left_to_megatron():
     assert extents_of(model).ffn_hidden_size is None, "no layer is dense"
     assert extents_of({**model, "moe_layer_freq": [0, 1]}).ffn_hidden_size == 5
     assert extents_of({"num_layers": "${x}"}) == Extents()
+
+
+LATENT = {"kv_lora_rank": 16, "qk_pos_emb_head_dim": 4, "num_attention_heads": 6}
+PLAIN = {"multi_latent_attention": False, "num_attention_heads": 12, "hidden_size": 24}
+FOUND_BY_HAND: list[dict[str, Any]] = [
+    {TP: 3, **LATENT},
+    {TP: 2, **LATENT, "q_lora_rank": 9},
+    {TP: 2, **LATENT, "q_lora_rank": 10},
+    {TP: 4, **PLAIN, "num_query_groups": 2},
+    {TP: 4, **PLAIN, "num_query_groups": 6},
+    {TP: 12, **PLAIN, "num_query_groups": 4, "kv_channels": 1},
+    {TP: 3, ETP: 1, **PLAIN, "hidden_size": 28, "ffn_hidden_size": None, "moe_layer_freq": [0, 1]},
+    {PP: 2, "num_layers_in_first_pipeline_stage": 3},
+    {PP: 3, "account_for_loss_in_pipeline_split": True, "mtp_num_layers": 1},
+]
+
+
+def random_model(rng: random.Random) -> dict[str, Any]:
+    """A model in a layout, each of which the others may not allow."""
+    model: dict[str, Any] = {
+        TP: rng.choice([1, 2, 3, 4]),
+        PP: rng.choice([1, 1, 2, 3]),
+        EP: rng.choice([1, 1, 2, 3]),
+        ETP: rng.choice([None, 1, 2, 3]),
+        "num_layers": rng.choice([2, 4, 6]),
+        "num_attention_heads": rng.choice([4, 12]),
+        "hidden_size": rng.choice([24, 36]),
+        "num_moe_experts": rng.choice([6, 7]),
+        "ffn_hidden_size": rng.choice([None, 20, 24]),
+        "moe_ffn_hidden_size": rng.choice([8, 9, 12]),
+        "moe_shared_expert_intermediate_size": rng.choice([None, 8, 12]),
+        "moe_grouped_gemm": rng.random() < 0.7,
+        "share_embeddings_and_output_weights": rng.random() < 0.2,
+        "multi_latent_attention": rng.random() < 0.6,
+    }
+    if model["multi_latent_attention"]:
+        names = {"kv_lora_rank": [16, 20], "qk_pos_emb_head_dim": [4, 8]}
+        model["q_lora_rank"] = rng.choice([None, 8, 12])
+    else:
+        names = {"num_query_groups": [None, 1, 2, 3, 4], "kv_channels": [None, 2, 8]}
+    model |= {name: rng.choice(values) for name, values in names.items()}
+    model["moe_layer_freq"] = [rng.choice([0, 1, 1]) for _ in range(model["num_layers"])]
+    if model[PP] > 1:
+        model[VPP] = rng.choice([None, None, 2])
+        uneven = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        model |= {name: rng.choice([1, 4]) for name in uneven if rng.random() < 0.1}
+    return model
+
+
+def build(model: dict[str, Any]) -> None:
+    """Build ranks of up to three stages by Megatron's modules, after Megatron's own checks."""
+    model = {**model, "sequence_parallel": model.get(TP, 1) > 1, "pipeline_dtype": torch.float32}
+    model["seq_length"] = 48  # by which nothing is built
+    if model.get(VPP):
+        model |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    provider = tiny_provider(**model)
+    layout = Layout(**{f.name: getattr(provider, f.name) for f in fields(Layout)})
+    world_size = layout.world_multiple
+    for rank in {0, world_size // 2, world_size - 1}:
+        build_rank(Plan(provider, world_size), rank)
+
+
+def refusal(model: dict[str, Any]) -> Exception | None:
+    try:
+        build(model)
+    except (ValueError, AssertionError, StopIteration, IndexError) as error:
+        return error
+    return None
+
+
+def test_what_is_refused_is_what_modules_refuse(device: torch.device, monkeypatch) -> None:
+    """Layouts that pass are built; those that do not cannot be, once nothing of ours refuses."""
+    rng = random.Random(1)
+    models = [*FOUND_BY_HAND, *(random_model(rng) for _ in range(40))]
+    refused = 0
+    for model in models:
+        ours = refusal(model)
+        assert ours is None or isinstance(ours, ValueError), (ours, model)
+        if ours is not None:
+            refused += 1
+            with monkeypatch.context() as patch:
+                patch.setattr(coe_config.CoEConfig, "_check_layout", lambda self: None)
+                assert refusal(model) is not None, (ours, model)
+    assert 10 < refused < len(models) - 10
+
+
+def test_whole_latents_are_not_asked_to_divide() -> None:
+    """Transformer Engine keeps the down-projections whole on each rank."""
+    model = {**TINY, **LATENT, "q_lora_rank": 5}
+    assert complaint(Layout(3), extents_of(model)).startswith("kv_lora_rank + qk_pos_emb_head_dim=")
+    assert complaint(Layout(3), extents_of({**model, "backend": "te"})) is None
