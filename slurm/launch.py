@@ -17,6 +17,9 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
 from megatron_coe.training.signals import STOP_SIGNALS
 

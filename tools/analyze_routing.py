@@ -20,6 +20,8 @@ import sys
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
 from megatron_coe.data.command_line import add_key_arguments, fields_of, run
 from megatron_coe.data.files import check_writable
 
@@ -28,17 +30,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")
-    try:
-        from transformers.utils import logging
+    from transformers.utils import logging
 
-        from megatron_coe import generation  # imports torch and transformers: seconds
-        from megatron_coe.analysis.analyze import analyze, as_table
-        from megatron_coe.analysis.figures import new_figure
-        from megatron_coe.analysis.findings import PermutationTest
-        from megatron_coe.analysis.heldout import Source
-        from megatron_coe.analysis.results import SUMMARY
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: `pip install megatron-coe[hf]`") from error
+    from megatron_coe import generation  # imports torch and transformers: seconds
+    from megatron_coe.analysis.analyze import analyze, as_table
+    from megatron_coe.analysis.figures import new_figure
+    from megatron_coe.analysis.findings import PermutationTest
+    from megatron_coe.analysis.heldout import Source
+    from megatron_coe.analysis.results import SUMMARY
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # Is there a matplotlib, and a folder to write to? Not to be asked after an hour.

@@ -16,6 +16,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
 from megatron_coe.data.command_line import run
 from megatron_coe.data.files import check_writable
 

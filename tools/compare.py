@@ -11,8 +11,12 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_coe.data.command_line import run
-from megatron_coe.experiments.comparison import as_table, compare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron_coe.data.command_line import required, run
+
+with required():
+    from megatron_coe.experiments.comparison import as_table, compare
 
 
 def main() -> None:

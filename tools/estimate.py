@@ -11,9 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_coe.data.command_line import run
-from megatron_coe.training.checks import check_layout, check_values, smallest_world_size
-from megatron_coe.training.settings import load_settings
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron_coe.data.command_line import required, run
+
+with required():
+    from megatron_coe.training.checks import check_layout, check_values, smallest_world_size
+    from megatron_coe.training.settings import load_settings
 
 
 def main() -> None:

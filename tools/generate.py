@@ -19,6 +19,8 @@ import warnings
 from itertools import islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
 from megatron_coe.data.command_line import add_text_arguments, fields_of, run
 from megatron_coe.data.records import check_inputs, question_prompt, read_values
 
@@ -30,13 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     examples = read_examples(options)
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")
-    try:
-        from transformers import set_seed
-        from transformers.utils import logging
+    from transformers import set_seed
+    from transformers.utils import logging
 
-        from megatron_coe import generation  # imports torch and transformers: seconds
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: `pip install megatron-coe[hf]`") from error
+    from megatron_coe import generation  # imports torch and transformers: seconds
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     sampling = generation.Sampling(

@@ -13,10 +13,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_coe.data.command_line import run
-from megatron_coe.planning.hardware import GPUS, Cluster
-from megatron_coe.training.checks import check_layout, check_values
-from megatron_coe.training.settings import Settings, load_settings
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron_coe.data.command_line import required, run
+
+with required():
+    from megatron_coe.planning.hardware import GPUS, Cluster
+    from megatron_coe.training.checks import check_layout, check_values
+    from megatron_coe.training.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from megatron_coe.planning.build import Built

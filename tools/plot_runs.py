@@ -14,10 +14,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_coe.analysis.curves import LOSSES, Group, describe_end, plot_losses
-from megatron_coe.analysis.figures import save
-from megatron_coe.analysis.runs import AXES, Run
-from megatron_coe.data.command_line import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron_coe.data.command_line import required, run
+
+with required():
+    from megatron_coe.analysis.curves import LOSSES, Group, describe_end, plot_losses
+    from megatron_coe.analysis.figures import save
+    from megatron_coe.analysis.runs import AXES, Run
 
 
 def main() -> None:

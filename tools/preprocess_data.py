@@ -10,8 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_coe.data.command_line import add_text_arguments, fields_of, run
-from megatron_coe.data.preprocess import preprocess
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron_coe.data.command_line import add_text_arguments, fields_of, required, run
+
+with required():
+    from megatron_coe.data.preprocess import preprocess
 
 
 def main() -> None:

@@ -17,9 +17,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from megatron_coe.analysis.runs import Run
-from megatron_coe.data.command_line import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron_coe.data.command_line import missing_package, required, run
 from megatron_coe.data.files import check_writable
+
+with required():
+    from megatron_coe.analysis.runs import Run
 
 ANALYSIS = "analysis"
 
@@ -32,11 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     if output.suffix.lower() not in (".html", ".htm"):
         output = output.with_name(f"{output.name}.html")
     check_writable(output)
-    try:
-        from megatron_coe.analysis.report import write_report  # imports torch: seconds
-        from megatron_coe.analysis.results import SUMMARY, Analysis
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: `pip install megatron-coe[plot,hf]`") from error
+    from megatron_coe.analysis.report import write_report  # imports torch: seconds
+    from megatron_coe.analysis.results import SUMMARY, Analysis
+
     found = None
     if (folder / ANALYSIS / SUMMARY).is_file():
         found = Analysis.read(folder / ANALYSIS)
@@ -66,9 +68,9 @@ def analyse(the_run: Run, output: Path):
         from megatron_coe.analysis.findings import PermutationTest
         from megatron_coe.analysis.heldout import Source
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error.name} is missing: `pip install megatron-coe[hf]`, or give --no-analysis"
-        ) from error
+        if (told := missing_package(error)) is None:
+            raise
+        raise ValueError(f"{told}; or give --no-analysis") from error
     from megatron_coe.data.records import Fields
 
     logging.set_verbosity_error()

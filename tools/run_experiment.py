@@ -18,10 +18,14 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_coe.data.command_line import run
-from megatron_coe.experiments.data import Data, Source, make_data
-from megatron_coe.experiments.plans import EXPERIMENTS
-from megatron_coe.experiments.scales import SCALES
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron_coe.data.command_line import required, run
+
+with required():
+    from megatron_coe.experiments.data import Data, Source, make_data
+    from megatron_coe.experiments.plans import EXPERIMENTS
+    from megatron_coe.experiments.scales import SCALES
 
 
 def parse() -> argparse.Namespace:

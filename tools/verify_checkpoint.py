@@ -16,6 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
 from megatron_coe.data.command_line import run
 
 

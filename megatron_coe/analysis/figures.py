@@ -38,8 +38,8 @@ def new_figure(width: float, height: float) -> Figure:
     """
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plots need matplotlib; pip install 'megatron-coe[plot]'") from error
+    except ModuleNotFoundError as error:
+        raise ValueError("plots need the package matplotlib: `pip install matplotlib`") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

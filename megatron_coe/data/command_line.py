@@ -6,7 +6,8 @@ import argparse
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +16,9 @@ from megatron_coe.megatron_compat.transformer_engine import broken_by
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+_INSTALLED_AS = {"google": "protobuf", "megatron": "megatron-core", "yaml": "pyyaml"}
+"""Modules whose package has another name."""
 
 
 def add_text_arguments(
@@ -76,12 +80,41 @@ def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was w
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        told = broken_by(error) or error
+        told = broken_by(error) or missing_package(error) or error
         if not isinstance(told, ValueError | OSError):
             raise
         print(f"error: {told}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+@contextmanager
+def required() -> Iterator[None]:
+    """Around imports without which a command cannot even read its options."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (told := missing_package(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from error
+
+
+def missing_package(error: BaseException) -> ValueError | None:
+    """What to say of an import that lacks a package; None of any other error."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    module = (error.name or "").partition(".")[0]
+    if module == "megatron_coe":  # a mistake of ours
+        return None
+    if not module:  # a library's own words
+        return ValueError(" ".join(str(error).split()))
+    package = _INSTALLED_AS.get(module, module.replace("_", "-"))
+    return ValueError(
+        f"the package {package} is not installed for {sys.executable}: `pip install {package}`, or "
+        "in the repository `pip install -e '.[data,hf,plot]'` for all that commands need "
+        "(docs/installation.md)"
+    )
 
 
 def quiet_imports() -> None:

@@ -98,7 +98,7 @@ def _generate(task: str, size: int, seed: int) -> Iterator[Example]:
         import reasoning_gym
     except ModuleNotFoundError as error:
         raise ValueError(
-            "making the corpus needs reasoning-gym: `pip install megatron-coe[data]`"
+            "making the corpus needs the package reasoning-gym: `pip install reasoning-gym`"
         ) from error
     for entry in reasoning_gym.create_dataset(task, size=max(size, 1), seed=seed):
         response = entry["metadata"].get("answer_cot") or entry["answer"]

@@ -312,7 +312,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{path}: {path.suffix[1:]} needs `pip install megatron-coe[data]`"
+            f"{path}: {path.suffix[1:]} needs the package pyarrow: `pip install pyarrow`"
         ) from error
     return pyarrow
 

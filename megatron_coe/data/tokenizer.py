@@ -105,7 +105,8 @@ class HuggingFaceTokenizer(Tokenizer):
             from transformers import AutoTokenizer
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"tokenizer {path} is a Hugging Face folder: `pip install megatron-coe[hf]`"
+                f"tokenizer {path} is a Hugging Face folder, and the package {error.name} is not "
+                "installed: `pip install transformers`"
             ) from error
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
