@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,13 +26,15 @@ PACKAGES = (
     "transformers",
 )
 REPOSITORY = Path(__file__).resolve().parents[1]
+DEVICES = Path("/dev")
 
 
-def write_machine(folder: Path, device: torch.device, ranks: int) -> None:
-    """Leave in a run's folder what it runs on. Raises: OSError."""
+def write_machine(folder: Path, device: torch.device, ranks: int) -> dict[str, object]:
+    """Leave in a run's folder what it runs on, and return it. Raises: OSError."""
     found = {**machine(device), "ranks": ranks, "commit": commit(), **versions()}
     with atomic_path(folder / MACHINE_FILE) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def read_machine(folder: Path) -> dict[str, object]:
@@ -61,6 +64,51 @@ def machine(device: torch.device) -> dict[str, object]:
         found |= {"gpu": properties.name, "gpus": torch.cuda.device_count()}
         found |= {"gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return found
+
+
+def refuse_unused_gpus(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Compare the GPUs that this process could have with those that PyTorch sees, if it sees none.
+
+    An empty CUDA_VISIBLE_DEVICES asks for the CPU.
+
+    Returns: a warning about GPUs that the driver shows; None if there is nothing to say.
+
+    Raises: ValueError: Slurm has allocated GPUs, which the job would pay for and leave idle.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):  # Slurm's word for none
+        return None
+    way_out = "to train on the CPU, set CUDA_VISIBLE_DEVICES to nothing"
+    for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        count = environment.get(name)
+        if count and (name, count) != ("SLURM_GPUS_ON_NODE", "0"):
+            raise ValueError(
+                f"{name}={count}: Slurm has allocated GPUs, and PyTorch sees none: "
+                f"{_why_no_gpu()}; {way_out}"
+            )
+    if gpus := sorted(DEVICES.glob("nvidia[0-9]*")):
+        return f"{', '.join(map(str, gpus))} is not used: {_why_no_gpu()}; {way_out}"
+    return None
+
+
+def _why_no_gpu() -> str:
+    """Why PyTorch sees no GPU, for whoever installed it."""
+    if torch.version.cuda is None:
+        return (
+            f"PyTorch {torch.__version__} is a build without CUDA: install the one that "
+            "https://pytorch.org/get-started names for this driver"
+        )
+    if not list(DEVICES.glob("nvidia*")):
+        return (
+            f"no NVIDIA driver is visible here, in {DEVICES}: in a container pass it on "
+            "(apptainer exec --nv, docker run --gpus all)"
+        )
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+        return f"PyTorch {torch.__version__} says: {said}"
+    return f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')} names none of them"
 
 
 def versions() -> dict[str, str]:

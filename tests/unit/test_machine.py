@@ -7,7 +7,14 @@ import subprocess
 import pytest
 import torch
 
-from megatron_coe.machine import MACHINE_FILE, commit, read_machine, write_machine
+from megatron_coe import machine
+from megatron_coe.machine import (
+    MACHINE_FILE,
+    commit,
+    read_machine,
+    refuse_unused_gpus,
+    write_machine,
+)
 
 
 def test_it_is_read_as_it_was_written(tmp_path) -> None:
@@ -45,3 +52,37 @@ def test_the_commit_is_this_checkouts(tmp_path) -> None:
     assert commit(tmp_path / "inner") == "unknown", "a folder within another's checkout"
     (tmp_path / "inner" / "file").write_text("b")
     assert commit(tmp_path) == name + "+"
+
+
+SEES_NONE = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU")
+SLURM = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+@SEES_NONE
+@pytest.mark.parametrize(
+    "allocated", [{"SLURM_JOB_GPUS": "0"}, {"SLURM_STEP_GPUS": "3"}, {"SLURM_GPUS_ON_NODE": "8"}]
+)
+def test_gpus_of_slurms_that_pytorch_does_not_see_are_refused(allocated) -> None:
+    (name, value), *_ = allocated.items()
+    with pytest.raises(ValueError, match=f"^{name}={value}: Slurm has allocated GPUs"):
+        refuse_unused_gpus(SLURM | allocated)
+
+
+@SEES_NONE
+@pytest.mark.parametrize("wish", ["", "-1", "NoDevFiles"])
+def test_who_asks_for_the_cpu_gets_it(wish: str) -> None:
+    allocated = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": wish}
+    assert refuse_unused_gpus(allocated) is None
+
+
+@SEES_NONE
+def test_a_gpu_of_the_drivers_that_is_not_used_is_warned_of(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert refuse_unused_gpus({"SLURM_GPUS_ON_NODE": "0"}) is None
+    (tmp_path / "nvidia0").touch()
+    warning = refuse_unused_gpus({})
+    assert warning.startswith(f"{tmp_path / 'nvidia0'} is not used: ")
+    build = "is a build without CUDA" if torch.version.cuda is None else "says: "
+    assert build in warning and "set CUDA_VISIBLE_DEVICES to nothing" in warning
+    assert refuse_unused_gpus({"CUDA_VISIBLE_DEVICES": ""}) is None
