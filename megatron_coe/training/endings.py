@@ -27,6 +27,10 @@ class NotFiniteError(RunEndedError):
         self.weights_are_finite = weights_are_finite
 
 
+class DeviceMemoryError(Exception):
+    """A device has no memory left, on one rank. The message is all there is to say."""
+
+
 class StoppedError(RunEndedError):
     """A signal came before there was a trainer; nothing has changed."""
 

@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from megatron_coe.data.errors import DataError
 from megatron_coe.training.activity import DATA, DONE, LOADING, MODEL, SAVING, START, Activity
+from megatron_coe.training.endings import DeviceMemoryError
 from megatron_coe.training.exit_status import MISTAKE, NOT_WRITTEN, RANK_LOST
 
 STARTING = (START, DATA, MODEL, LOADING)
@@ -141,6 +142,8 @@ class Watchdog:
         if starts or isinstance(error, DataError):
             text = f"rank {self._rank} ({own.host}): {error}"
             return self._pronounce(text, MISTAKE, culprit=self._rank)
+        if isinstance(error, DeviceMemoryError):
+            return self._pronounce(f"{own.name}: {error}", RANK_LOST, culprit=self._rank)
         status = NOT_WRITTEN if isinstance(error, OSError) else RANK_LOST
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         text = f"{own.name} failed in {own.doing}: {what}"
@@ -339,7 +342,8 @@ def _fail(watchdog: Watchdog, rank: int, error: Exception) -> None:
     if verdict.culprit == rank:
         if verdict.status != RANK_LOST:
             return
-        _say("".join(traceback.format_exception(error)).rstrip())
+        if not isinstance(error, DeviceMemoryError):
+            _say("".join(traceback.format_exception(error)).rstrip())
     _say_verdict(verdict, rank)
     # Not the ordinary way out: taking down the process groups can wait for those that are gone.
     end_process(verdict.status)

@@ -11,6 +11,10 @@ import torch
 from megatron_coe.moe.expert_activation import SwiGLU
 from megatron_coe.moe.expert_mlp import Chain, expert_mlp
 from megatron_coe.moe.grouped_linear import grouping
+from megatron_coe.training.activity import STEP, Activity
+from megatron_coe.training.endings import DeviceMemoryError
+from megatron_coe.training.memory_error import explained
+from megatron_coe.training.settings import Settings, TrainSettings
 from tests.builders import build_layer, randomise, reference_of, tiny_config, weigh_balance_losses
 
 pytestmark = [
@@ -115,3 +119,14 @@ def test_a_layer_never_waits_for_the_device(single_rank, changes: dict, padding:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert x.grad.isfinite().all()
+
+
+def test_a_full_device_is_explained(device: torch.device) -> None:
+    activity = Activity()
+    activity.enter(STEP, 3)
+    settings = Settings(train=TrainSettings(micro_batch_size=8))
+    with (
+        pytest.raises(DeviceMemoryError, match=r"^out of memory in step 3: CUDA out of memory"),
+        explained(settings, activity),
+    ):
+        torch.empty(1 << 50, device=device)
