@@ -26,10 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_coe.checkpoints.errors import CheckpointWriteError
-from megatron_coe.data.command_line import quiet_imports
+from megatron_coe.data.command_line import missing_package, quiet_imports
 from megatron_coe.data.errors import DataError
 from megatron_coe.megatron_compat.transformer_engine import broken_by
-from megatron_coe.training.endings import NotFiniteError, StoppedError, stopped
+from megatron_coe.training.endings import (
+    DeviceMemoryError,
+    NotFiniteError,
+    StoppedError,
+    stopped,
+)
 from megatron_coe.training.exit_status import DONE, MISTAKE, NOT_WRITTEN, RANK_LOST
 from megatron_coe.training.signals import StopRequest, unblock
 
@@ -53,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             except CheckpointWriteError:
                 raise
             except Exception as error:
-                told = broken_by(error) or error
+                told = broken_by(error) or missing_package(error) or error
                 if not isinstance(told, ValueError | OSError):
                     raise
                 return complain(told, MISTAKE)
@@ -73,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(end, flush=True)
         return end.status
+    except DeviceMemoryError as error:
+        return complain(error, RANK_LOST)
     except NotFiniteError as end:
         return complain(end, end.status)
     except DataError as error:

@@ -14,8 +14,8 @@ from megatron_coe.megatron_compat.transformer_engine import have_te
 from megatron_coe.model.field_rules import NEEDS_TE
 
 if TYPE_CHECKING:
-    from megatron.core.models.backends import BackendSpecProvider
-
+    from megatron_coe.backends.te import TESpecProvider
+    from megatron_coe.backends.torch import TorchSpecProvider
     from megatron_coe.provider import CoEModelProvider
 
 __all__ = [
@@ -81,7 +81,8 @@ def refuse_unusable(config: CoEModelProvider) -> None:
     To be called before process groups are made. (A configuration for other machines can be made and
     planned with anywhere.)
     """
-    te = resolve_backend(config.backend).fuse_layernorm_and_linear()
+    backend = resolve_backend(config.backend)
+    te = backend.fuse_layernorm_and_linear()
     for name, reason in _NEED_TE.items():
         value = getattr(config, name, None)
         if not te and value not in (None, False, "none"):
@@ -89,9 +90,10 @@ def refuse_unusable(config: CoEModelProvider) -> None:
                 f"{name}={value!r} needs Transformer Engine ({reason}), and this run has "
                 f"backend={config.backend!r} without it: unset it"
             )
+    backend.refuse_unsupported(config)
 
 
-def resolve_backend(name: str) -> BackendSpecProvider:
+def resolve_backend(name: str) -> TorchSpecProvider | TESpecProvider:
     """The provider of modules for a ``backend`` setting.
 
     Args:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from megatron.core.extensions import transformer_engine_spec_provider as megatron_te
 
+from megatron_coe.config import CoEConfig
 from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS, ExpertModules
 
 
 class TESpecProvider(megatron_te.TESpecProvider):
     """Modules for Megatron's layer specs, from Transformer Engine."""
+
+    def refuse_unsupported(self, config: CoEConfig) -> None:
+        """Raise ValueError for a field that this backend's modules would refuse when built."""
+        self.grouped_mlp_modules(config.moe_grouped_gemm)
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False

@@ -38,12 +38,20 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_coe.backends.latent import LatentAttention
+from megatron_coe.config import CoEConfig
 from megatron_coe.megatron_compat.versions import ExpertModules, expert_modules
-from megatron_coe.moe.experts import GroupedExperts
+from megatron_coe.moe import experts
 
 
 class TorchSpecProvider(BackendSpecProvider):
     """Modules for Megatron's layer specs (megatron/core/models/backends.py)."""
+
+    def refuse_unsupported(self, config: CoEConfig) -> None:
+        """Raise ValueError for a field that this backend's modules would refuse when built."""
+        for layer_number in range(1, config.num_layers + 1):
+            _refuse_unsupported(config, layer_number)
+        if config.moe_grouped_gemm:
+            experts.refuse_unsupported(config, config.expert_tensor_parallel_size)
 
     def column_parallel_linear(self) -> type:
         return ColumnParallelLinear
@@ -73,7 +81,7 @@ class TorchSpecProvider(BackendSpecProvider):
     ) -> ExpertModules:
         """Grouped experts, or Megatron's loop over expert modules if no grouped GEMM is wanted."""
         if moe_use_grouped_gemm:
-            return expert_modules(GroupedExperts)
+            return expert_modules(experts.GroupedExperts)
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         return expert_modules(SequentialMLP, linears)
 

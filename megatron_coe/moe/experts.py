@@ -211,7 +211,7 @@ class GroupedExperts(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(
             ["ep", "expt_tp", "expt_dp"]
         )
-        _refuse_unsupported(config, groups.expt_tp.size())
+        refuse_unsupported(config, groups.expt_tp.size())
         self.num_local_experts = num_local_experts
         self.ep_group = groups.ep
         width = config.moe_latent_size or config.hidden_size
@@ -356,7 +356,7 @@ def _forget_extra_states(module: torch.nn.Module, incompatible_keys: object) -> 
     unexpected[:] = [key for key in unexpected if "_extra_state" not in key]
 
 
-def _refuse_unsupported(config: TransformerConfig, expert_tp: int) -> None:
+def refuse_unsupported(config: TransformerConfig, expert_tp: int) -> None:
     """
     Raises:
         ValueError: for the first field found that grouped experts cannot honour.

@@ -1,19 +1,58 @@
-"""What a run will read and write, looked at before its process groups are made.
+"""Model, machine and files of a run, checked before its process groups are made.
 
 Each process looks for itself, so that a mistake is one message and not a rank that others wait for.
+A dry run makes the same checks by the same function.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_coe import backends
 from megatron_coe.data.datasets import check_datasets
 from megatron_coe.data.indexed import IndexedFile
-from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_coe.machine import refuse_unused_gpus
+from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.metrics import METRICS_FILE
+from megatron_coe.training.model import build_provider
 from megatron_coe.training.settings import DataSettings, Settings
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks of a run have found to be in order."""
+
+    device: torch.device
+    tokenizer: Tokenizer
+    provider: CoEModelProvider
+    files: list[IndexedFile]
+    """What training reads."""
+    warning: str | None
+    """About GPUs that are not used."""
+
+
+def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Preflight:
+    """Check everything about a run that one process can see.
+
+    Args:
+        saves: whether the run writes checkpoints.
+        dry: nothing is left behind.
+
+    Raises: ValueError, OSError naming the setting or the file.
+    """
+    warning = refuse_unused_gpus()
+    device = backends.prepare()
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    provider = build_provider(settings, device, tokenizer.vocab_size)
+    backends.refuse_unusable(provider)
+    files = check_files(settings, tokenizer, provider.seq_length, saves, dry)
+    return Preflight(device, tokenizer, provider, files, warning)
 
 
 def training_sets(data: DataSettings) -> list[str]:
@@ -40,12 +79,17 @@ def data_arguments(settings: Settings, tokenizer: Tokenizer, seq_length: int) ->
 
 
 def check_files(
-    settings: Settings, tokenizer: Tokenizer, seq_length: int, saves: bool = True
+    settings: Settings,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    saves: bool = True,
+    dry: bool = False,
 ) -> list[IndexedFile]:
     """Data sets whole and of this tokenizer; folders of the run's own there, or to be made.
 
     Args:
         saves: whether the run writes checkpoints.
+        dry: folders that are made go again.
 
     Returns: what training reads.
 
@@ -53,26 +97,29 @@ def check_files(
     """
     files, _, _ = check_datasets(**data_arguments(settings, tokenizer, seq_length))
     if os.environ.get("RANK", "0") == "0":  # the first one alone writes what all share
-        _check_folders(settings, saves)
+        _check_folders(settings, saves, dry)
     return files
 
 
-def _check_folders(settings: Settings, saves: bool) -> None:
+def _check_folders(settings: Settings, saves: bool, dry: bool) -> None:
     if saves and settings.checkpoint.save:
-        _check_folder("checkpoint.save", settings.checkpoint.save)
-    _check_folder("log.dir", settings.log.dir)
+        _check_folder("checkpoint.save", settings.checkpoint.save, dry)
+    _check_folder("log.dir", settings.log.dir, dry)
     metrics = Path(settings.log.dir, METRICS_FILE)
     if metrics.exists() and not metrics.is_file():
         raise ValueError(f"{metrics} is no file: the run writes its metrics there; move it away")
 
 
-def _check_folder(key: str, folder: str) -> None:
-    """Make a folder and a file in it, which goes again."""
+def _check_folder(key: str, folder: str, dry: bool) -> None:
+    """Make a folder and a file in it, which goes again; after a dry run the folder, too."""
     probe = Path(folder, f".writable-{os.getpid()}")
+    made = [parent for parent in probe.parents if not parent.exists()]
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        for parent in made if dry else ():
+            parent.rmdir()
     except OSError as error:
         reason = error.strerror or error
         raise OSError(

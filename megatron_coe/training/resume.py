@@ -27,13 +27,16 @@ from megatron_coe.training.resume_policy import DATA, changes, data_change, toke
 from megatron_coe.training.settings import CheckpointSettings, Settings, load_settings
 
 
-def choose_checkpoint(options: CheckpointSettings, must_resume: bool = False) -> Path | None:
+def choose_checkpoint(
+    options: CheckpointSettings, must_resume: bool = False, mend: bool = True
+) -> Path | None:
     """The newest good checkpoint of a run's folder; None where none was ever written.
 
     A collective of all ranks, which share the reading. Each that is not good is named on stderr.
 
     Args:
         must_resume: there has to be one.
+        mend: put back what a run that was killed while it replaced a checkpoint left aside.
 
     Raises:
         ValueError: none of those that are there is good; the run does not start over by itself.
@@ -43,7 +46,7 @@ def choose_checkpoint(options: CheckpointSettings, must_resume: bool = False) ->
             raise ValueError("checkpoint.save=null: there is no checkpoint to start from")
         return None
     folder = Path(options.save)
-    found, doubts = _look(folder, mend=not must_resume)
+    found, doubts = _look(folder, mend=mend and not must_resume)
     if doubts:
         _say(doubts)
     for path in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,23 +12,23 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from megatron_coe import backends
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import CONFIG_FILE
-from megatron_coe.data.datasets import build_datasets, check_datasets
+from megatron_coe.data.datasets import build_datasets
 from megatron_coe.data.indexed import IndexedFile, data_summary, identify
-from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.machine import write_machine
 from megatron_coe.training import setup
 from megatron_coe.training.activity import DATA, LOADING, MODEL, Activity
+from megatron_coe.training.banner import banner
 from megatron_coe.training.batches import BatchSource
 from megatron_coe.training.checkpoint import Progress, load_checkpoint
 from megatron_coe.training.endings import RunEndedError
 from megatron_coe.training.estimate import describe_sizes, plan_of
 from megatron_coe.training.loop import Trainer, Validation
+from megatron_coe.training.memory_error import explained
 from megatron_coe.training.metrics import Reporter
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.preflight import check_files, data_arguments, training_sets
+from megatron_coe.training.preflight import check_run, data_arguments, training_sets
 from megatron_coe.training.resume import check_changes, choose_checkpoint
 from megatron_coe.training.resume_policy import identity_of
 from megatron_coe.training.saving import Saver
@@ -38,12 +39,18 @@ from megatron_coe.training.watchdog import group_timeout, watched
 
 def describe(settings: Settings, world_size: int) -> str:
     """Settings, sizes and data of a run. Raises as `trainer` does, without building anything."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    provider = build_provider(settings, device, tokenizer.vocab_size)
-    check_datasets(**data_arguments(settings, tokenizer, provider.seq_length))
-    sizes = describe_sizes(plan_of(settings, provider, world_size, device.type == "cuda"))
-    return "\n".join([settings.to_yaml(), sizes, "", *_describe_data(settings, tokenizer)])
+    found = check_run(settings, dry=True)
+    plan = plan_of(settings, found.provider, world_size, found.device.type == "cuda")
+    lines = [settings.to_yaml(), describe_sizes(plan), ""]
+    lines += _describe_data(settings, found.tokenizer)
+    with setup.lone_process():
+        if checkpoint := choose_checkpoint(settings.checkpoint, mend=False):
+            data = [identify(file) for file in found.files]
+            changed = check_changes(checkpoint, settings, found.tokenizer, data)
+            lines += [f"resumes from {checkpoint}", *(f"changed since then: {c}" for c in changed)]
+    if found.warning:
+        lines.append(f"warning: {found.warning}")
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -61,19 +68,17 @@ def trainer(
         StoppedError: `stop` has received a signal, on any rank.
     """
     stop, activity = stop or StopRequest(), Activity()
-    device = backends.prepare()
+    found = check_run(settings, saves=not must_resume)
+    device, tokenizer, provider = found.device, found.tokenizer, found.provider
     if settings.train.deterministic and device.type == "cuda":
         setup.use_deterministic_kernels()
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    provider = build_provider(settings, device, tokenizer.vocab_size)
-    backends.refuse_unusable(provider)
-    files = check_files(settings, tokenizer, provider.seq_length, saves=not must_resume)
-    data = [identify(file) for file in files]
+    data = [identify(file) for file in found.files]
     saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(tokenizer), data)
     timeout_s = settings.train.hang_timeout_s
     store, saves = setup.rendezvous(), settings.checkpoint.save is not None
     with (
         watched(store, timeout_s, activity, agreed=(RunEndedError, CheckpointWriteError)),
+        explained(settings, activity),
         setup.process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
     ):
         stop.heed(device, "the data were looked at", saves)
@@ -97,14 +102,19 @@ def trainer(
                 saver.check(trainee)
             else:
                 saver.tidy()
-        per_epoch = _samples_per_epoch(files, settings.data.mode, provider.seq_length)
+        per_epoch = _samples_per_epoch(found.files, settings.data.mode, provider.seq_length)
         train = _source(train_set, settings, device, per_epoch)
         validation = None
         if valid_set is not None:
             validation = Validation(_source(valid_set, settings, device), len(valid_set))
-        reporter = _open_reports(settings, progress, device) if dist.get_rank() == 0 else None
-        if reporter and checkpoint:
-            reporter.say(f"resumed from {checkpoint}")
+        reporter = None
+        if dist.get_rank() == 0:
+            reporter, machine = _open_reports(settings, progress, device)
+            plan = plan_of(settings, provider, dist.get_world_size(), device.type == "cuda")
+            reads = _summarize_data(settings, found.files, per_epoch, validation)
+            reporter.say(banner(settings, plan, machine, reads, _start_of(settings, checkpoint)))
+            if found.warning:
+                reporter.say(f"warning: {found.warning}")
             for change in changed:
                 reporter.say(f"changed since then: {change}")
         try:
@@ -122,6 +132,27 @@ def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
         yield f"validation data\n{data_summary(data.valid)}"
     sequences = settings.train.steps * settings.train.global_batch_size
     yield f"{sequences:,} sequences in {settings.train.steps:,} steps, mode {data.mode}"
+
+
+def _summarize_data(
+    settings: Settings,
+    files: Sequence[IndexedFile],
+    per_epoch: float,
+    validation: Validation | None,
+) -> str:
+    train = settings.train
+    documents, tokens = sum(f.documents for f in files), sum(f.tokens for f in files)
+    epochs = train.steps * train.global_batch_size / per_epoch
+    held_out = f"{validation.samples:,} sequences held out" if validation else "no held-out set"
+    return (
+        f"{len(files)} set(s), {documents:,} documents, {tokens:,} tokens, {settings.data.mode}; "
+        f"{epochs:.2f} epochs in {train.steps:,} steps; {held_out}"
+    )
+
+
+def _start_of(settings: Settings, checkpoint: Path | None) -> str:
+    start = f"resumed from {checkpoint}" if checkpoint else "from step 0"
+    return f"{settings.log.dir}, {start}, to step {settings.train.steps:,}"
 
 
 def _build_data(
@@ -154,9 +185,11 @@ def _source(
     )
 
 
-def _open_reports(settings: Settings, progress: Progress, device: torch.device) -> Reporter:
+def _open_reports(
+    settings: Settings, progress: Progress, device: torch.device
+) -> tuple[Reporter, dict[str, object]]:
+    """Where figures go, and what the run's machine is."""
     config = OmegaConf.to_container(OmegaConf.structured(settings))
     reporter = Reporter(settings.log, settings.train.steps, progress.step, config)
     (reporter.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-    write_machine(reporter.directory, device, dist.get_world_size())
-    return reporter
+    return reporter, write_machine(reporter.directory, device, dist.get_world_size())

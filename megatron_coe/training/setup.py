@@ -59,6 +59,16 @@ def rendezvous() -> dist.Store:
 
 
 @contextmanager
+def lone_process() -> Iterator[None]:
+    """Torch's process group of this process alone, whoever else there is."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def process_groups(
     parallel: ParallelSettings,
     device: torch.device,

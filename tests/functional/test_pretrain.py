@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 import pretrain_coe
 from megatron_coe.data.corpus import make_corpus
@@ -25,7 +26,8 @@ from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.machine import read_machine
-from megatron_coe.training.exit_status import STOPPED
+from megatron_coe.moe.layer import CoELayer
+from megatron_coe.training.exit_status import RANK_LOST, STOPPED
 from megatron_coe.training.metrics import read_records
 
 REPO = Path(__file__).parents[2]
@@ -116,7 +118,15 @@ def test_train_stop_resume_and_evaluate(config, tmp_path, capsys):
     status, out, err = finish(start("--config", config))
     assert status == 0, err
     unbroken = tmp_path / "run"
-    assert len(out.splitlines()) == 6, "one line per step, and nothing else"
+    banner, steps = out.splitlines()[:-6], out.splitlines()[-6:]
+    assert all(line.startswith("step ") for line in steps), "one line per step after the banner"
+    assert banner[0].startswith("megatron_coe ") and len(banner) == 7
+    said = "\n".join(banner)
+    for part in ("CPU (", "fp32", "1 rank(s): DP 1", "2 of 4 experts and a shared one"):
+        assert part in said
+    for part in ("4 sequences of 32 tokens: 1 replica(s) x 4 micro-batch(es) of 1", "80 documents"):
+        assert part in said
+    assert banner[-1].endswith(f"{tmp_path / 'run'}, from step 0, to step 6")
     assert out.splitlines()[-1].startswith("step 6/6 | loss ")
     assert "unigram entropy" in out.splitlines()[-1]
     assert sorted(losses(unbroken)) == [1, 2, 3, 4, 5, 6]
@@ -251,15 +261,70 @@ def test_a_mistake_in_the_settings_is_one_line_before_megatron_is_loaded(
         ("data.tokenizer=nowhere.model", "tokenizer nowhere.model does not exist"),
         ("data.valid=[nowhere]", "nowhere.idx does not exist"),
         ("data.train=[]", "train"),
+        ("model.cpu_offloading=true", "cpu_offloading=True needs Transformer Engine"),
+        ("model.window_size=[4, 0]", "window_size=[4, 0]: backend='torch' has no sliding window"),
+        ("model.qk_clip=true", "qk_clip=True"),
+        ("log.dir={config}", "log.dir={config}: cannot be written"),
     ],
 )
-def test_a_mistake_in_model_or_data_is_one_line(config, tmp_path, capsys, override, expected):
-    assert pretrain_coe.main(["--config", str(config), override]) == 2
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_mistake_in_model_or_data_is_one_line(config, tmp_path, capsys, override, expected, mode):
+    override, expected = override.format(config=config), expected.format(config=config)
+    assert pretrain_coe.main(["--config", str(config), override, *mode]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert expected in captured.err
     assert not (tmp_path / "run").exists()
+
+
+def test_latent_attention_that_cannot_be_divided_is_refused_by_a_dry_run(config, capsys):
+    """Megatron's module asserts it, once process groups are made."""
+    model = ("model.num_attention_heads=6", "model.qk_pos_emb_head_dim=4", "model.seq_length=48")
+    model += ("model.moe_shared_expert_intermediate_size=48", "model.moe_ffn_hidden_size=48")
+    layout = "parallel.tensor_model_parallel_size=3"
+    assert pretrain_coe.main(["--config", str(config), *model, layout, "--dry-run"]) == 2
+    assert "kv_lora_rank + qk_pos_emb_head_dim=20 is not divisible" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch sees a GPU")
+def test_gpus_that_slurm_has_allocated_are_not_left_idle(config, monkeypatch, capsys):
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for mode in ([], ["--dry-run"]):
+        assert pretrain_coe.main(["--config", str(config), *mode]) == 2
+        said = capsys.readouterr().err
+        assert "SLURM_GPUS_ON_NODE=2: Slurm has allocated GPUs, and PyTorch sees none" in said
+        assert ("a build without CUDA" in said) == (torch.version.cuda is None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert pretrain_coe.main(["--config", str(config), "--dry-run"]) == 0
+
+
+def test_a_full_device_is_said_in_one_line_with_what_helps(config, monkeypatch, capsys):
+    """CUDA's allocator cannot be made to fail without a GPU: its words are raised in its place."""
+    calls = []
+
+    def forward(self, hidden, *arguments, **keywords):
+        calls.append(self)
+        if len(calls) > 2 * 4:  # layers x micro-batches: in the second step
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                "79.11 GiB of which 1.00 GiB is free. If reserved but unallocated memory is large"
+            )
+        return original(self, hidden, *arguments, **keywords)
+
+    original = CoELayer.forward
+    monkeypatch.setattr(CoELayer, "forward", forward)
+    arguments = ["--config", str(config), "train.micro_batch_size=2", "train.global_batch_size=8"]
+    assert pretrain_coe.main(arguments) == RANK_LOST
+    (line,) = capsys.readouterr().err.splitlines()
+    for part in ("step 2, micro-batch 1, layer 1", "Tried to allocate 2.00 GiB", "is free. What"):
+        assert part in line
+    for remedy in ("train.micro_batch_size=1", "model.recompute_granularity=selective"):
+        assert remedy in line
+    assert "use_distributed_optimizer" not in line, "there is one rank"
+    assert "reserved but unallocated" not in line
 
 
 def test_evaluating_without_a_checkpoint_is_refused(config, capsys):

@@ -1,0 +1,89 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_coe import __version__
+from megatron_coe.planning.memory import GIB, rank_memory
+from megatron_coe.planning.plan import Plan
+from megatron_coe.training.checks import layout_of, num_microbatches
+from megatron_coe.training.settings import Settings
+
+_PACKAGES = ("megatron-core", "torch", "transformer-engine", "python")
+
+
+def banner(
+    settings: Settings,
+    plan: Plan,
+    machine: Mapping[str, object],
+    data: str,
+    start: str,
+) -> str:
+    """Describe a run in a few lines.
+
+    Args:
+        plan: model, layout and batch.
+        machine: what `megatron_coe.machine.write_machine` has found.
+        data: what is read, in words.
+        start: where the run begins, in words.
+    """
+    versions = ", ".join(f"{name} {machine[name]}" for name in _PACKAGES if name in machine)
+    rows = {
+        "device": _device(plan, machine),
+        "layout": _layout(settings, plan),
+        "model": _model(plan),
+        "batch": _batch(settings, plan),
+        "data": data,
+        "run": start,
+    }
+    title = f"megatron_coe {__version__} (commit {machine['commit']}), {versions}"
+    return "\n".join([title, *(f"  {name:<8}{text}" for name, text in rows.items())])
+
+
+def _device(plan: Plan, machine: Mapping[str, object]) -> str:
+    precision = "bf16" if plan.model.bf16 else "fp32"
+    needed = f"about {rank_memory(plan).total / GIB:.2f} GiB per rank"
+    if "gpu" in machine:
+        name = f"{machine['gpu']}, CUDA {machine['cuda']}"
+        needed += f" of {machine['gpu_bytes'] / GIB:.1f}"
+    else:
+        name = f"CPU ({machine['processor']}, {machine['cores']} cores)"
+    return f"{name}; {precision}, {plan.model.backend} modules; {needed}"
+
+
+def _layout(settings: Settings, plan: Plan) -> str:
+    layout, parallel = layout_of(settings.parallel), settings.parallel
+    sizes = {
+        "TP": layout.tensor_model_parallel_size,
+        "CP": layout.context_parallel_size,
+        "PP": layout.pipeline_model_parallel_size,
+        "VPP": layout.virtual_pipeline_model_parallel_size,
+        "EP": layout.expert_model_parallel_size,
+        "ETP": layout.expert_tp,
+    }
+    named = [f"DP {plan.data_parallel}"]
+    named += [f"{name} {size}" for name, size in sizes.items() if size and size > 1]
+    options = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+    named += [option for option in options if getattr(parallel, option)]
+    return f"{plan.world_size} rank(s): {', '.join(named)}"
+
+
+def _model(plan: Plan) -> str:
+    model = plan.model
+    shared = " and a shared one" if model.moe_shared_expert_intermediate_size else ""
+    return (
+        f"{model.num_layers} layers, {model.coe_iterations} iteration(s) of "
+        f"{model.moe_router_topk} of {model.num_moe_experts} experts{shared}; "
+        f"{model.num_params():,} parameters, at most {model.num_active_params():,} active per token"
+    )
+
+
+def _batch(settings: Settings, plan: Plan) -> str:
+    train, length = settings.train, plan.model.seq_length
+    count = num_microbatches(settings, plan.world_size)
+    return (
+        f"{train.global_batch_size} sequences of {length:,} tokens: {plan.data_parallel} "
+        f"replica(s) x {count} micro-batch(es) of {train.micro_batch_size}; "
+        f"{train.global_batch_size * length:,} tokens per step"
+    )
