@@ -18,13 +18,29 @@ prepare_job() {
     fi
     read -ra PREFIX <<< "${COMMAND_PREFIX:-}"  # such as: apptainer exec --nv image.sif
     read -ra SRUN_ARGS <<< "${SRUN_OPTIONS:-}" # such as: --container-image=… of pyxis
-    PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo "$PWD/.venv/bin/python" || echo python3)}
+    # A container has packages of its own, which those of the host's environment must not replace.
+    if in_container; then
+        PYTHON=${PYTHON:-python3}
+    else
+        PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo "$PWD/.venv/bin/python" || echo python3)}
+    fi
+    # Pyxis starts in the image's own folder, where relative paths of settings lead nowhere.
+    if [[ ${SRUN_ARGS[*]} == *--container-image* && ${SRUN_ARGS[*]} != *--container-workdir* ]]; then
+        SRUN_ARGS+=("--container-workdir=$PWD")
+    fi
     export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
     # Inside a container of srun's the batch script cannot look; the job's log will tell.
     if ((${#SRUN_ARGS[@]} == 0)); then
         "${PREFIX[@]}" "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' ||
             die "PYTHON=$PYTHON does not run here or has no torch: set it in slurm/site.env"
     fi
+}
+
+# Whether commands run in a container, by the options or the prefix that site.env has.
+in_container() {
+    local program=${PREFIX[0]:-}
+    [[ ${SRUN_ARGS[*]} == *--container* ]] ||
+        [[ ${program##*/} =~ ^(apptainer|singularity|docker|podman|enroot|shifter|sarus|ch-run)$ ]]
 }
 
 # The value of --config among the arguments, whichever way it is written.
@@ -71,11 +87,11 @@ train() {
     # launcher is one task, but its ranks use every core that the job has on the node.
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=60 --cpu-bind=none \
         "${SRUN_ARGS[@]}" \
-        "${PREFIX[@]}" "$PYTHON" slurm/launch.py \
+        "${PREFIX[@]}" "$PYTHON" "$PWD/slurm/launch.py" \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" \
         --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$start" \
         --redirects=3 --tee=0:3 \
-        pretrain_coe.py "$@" || status=$?
+        "$PWD/pretrain_coe.py" "$@" || status=$?
     if ((status == 75)); then
         requeue
     fi
@@ -91,9 +107,10 @@ requeue() {
         echo "$JOB_KIND: stopped and saved; not requeued, because the job is $state"
     elif ((restarts >= most)); then
         echo "$JOB_KIND: stopped and saved; not requeued, after $restarts times (MAX_REQUEUES)" >&2
-    else
+    elif scontrol requeue "$SLURM_JOB_ID"; then
         echo "$JOB_KIND: stopped and saved; requeued"
-        scontrol requeue "$SLURM_JOB_ID"
         sleep 60 # Slurm ends this script; an exit status of its own would be taken for the job's
+    else
+        echo "$JOB_KIND: stopped and saved; not requeued, because Slurm refuses: sbatch the same again" >&2
     fi
 }

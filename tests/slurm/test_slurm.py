@@ -175,6 +175,17 @@ def test_requeues_are_limited(cluster, submit, config, tmp_path):
     assert latest(tmp_path / "run") == max(losses(tmp_path / "run"))
 
 
+def test_a_job_that_may_not_be_requeued_is_not_said_to_be(cluster, submit, config, tmp_path):
+    script = REPO / "slurm/pretrain.sbatch"
+    job = submit("--no-requeue", script, "--config", config, f"train.steps={ENDLESS}")
+    cluster.wait(job, lambda: output(tmp_path).count("step ") > 3)
+    cluster.command("scancel", "--signal=TERM", job)
+    ended = cluster.finish(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0")
+    assert "not requeued, because Slurm refuses" in output(tmp_path)
+    assert "saved; requeued" not in output(tmp_path)
+
+
 def test_a_mistake_ends_a_job_failed_and_it_is_not_requeued(cluster, submit, config, tmp_path):
     script = REPO / "slurm/pretrain.sbatch"
     mistakes = {
