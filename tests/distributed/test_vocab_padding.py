@@ -21,7 +21,7 @@ from tests.distributed import parity
 from tests.distributed.launch import launch
 from tests.unit.training.runs import make_settings, make_trainer
 
-VOCAB, SEQ, MULTIPLE, STEPS, STOP = 40, 12, 64, 4, 2
+VOCAB, SEQ, MULTIPLE, STEPS, STOP = 40, 12, 64, 4, 1
 TOLERANCE = 1e-5  # fp32; the padding would add about ln(64 / 40) to a loss of 4
 # All widths divide by 3 and by 4.
 MODEL = {
@@ -97,7 +97,7 @@ def unpadded(single_rank) -> dict[str, list[list[float]]]:
 
 @pytest.fixture(scope="module")
 def folder(single_rank, tmp_path_factory) -> Path:
-    """What a process with padding has saved after `STOP` steps, in `one process`."""
+    """What a process with padding has saved after step `STOP`, in `one process`."""
     folder = tmp_path_factory.mktemp("checkpoints")
     trainer = trainer_of(saving(settings("untied"), folder / "one process"))
     steps_of(trainer, STOP)
@@ -135,13 +135,9 @@ def load(described: Settings, folder: Path) -> Trainer:
 @pytest.fixture(scope="module")
 def on_ranks(folder) -> dict[object, list[list[float]]]:
     """Steps in each (layout, variant), and of the run that goes on, by its optimizer."""
-    three, four = (
-        launch(f"tests.distributed.test_vocab_padding:{function}", ranks, *arguments)[0]
-        for function, ranks, *arguments in (
-            ("on_three_ranks", 3, str(folder)),
-            ("in_layouts", 4, ON_FOUR_RANKS),
-        )
-    )
+    here = "tests.distributed.test_vocab_padding"
+    three = launch(f"{here}:on_three_ranks", 3, str(folder))[0]
+    four = launch(f"{here}:in_layouts", 4, ON_FOUR_RANKS)[0]
     cases = [*OPTIMIZERS, *ON_THREE_RANKS, *ON_FOUR_RANKS]
     return dict(zip(cases, three + four, strict=True))
 
