@@ -87,7 +87,7 @@ def _initial(piece: ShardedTensor, config: TransformerConfig, seed: int) -> Tens
         draw = partial(_draw_uniform, bound=1 / math.sqrt(piece.global_shape[1]))
     else:
         draw = partial(_draw_normal, std=_std(piece.key, config))
-    return torch.from_numpy(_draw_part(piece, seed, draw))
+    return torch.from_numpy(_draw_part(piece, seed, draw)).to(piece.data)
 
 
 def _draw_part(piece: ShardedTensor, seed: int, draw: partial) -> np.ndarray:
