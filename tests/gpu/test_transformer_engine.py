@@ -98,6 +98,17 @@ def test_auto_takes_transformer_engine(single_rank) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_backends_start_from_the_same_weights(single_rank, tmp_path, kind: str) -> None:
+    torch_, te = (
+        tensors(saved(single_rank, backend, tmp_path / backend, steps=0, **KINDS[kind]))
+        for backend in ("torch", "te")
+    )
+    assert torch_.keys() == te.keys() and len(te) > 20
+    for key, tensor in torch_.items():
+        assert torch.equal(tensor, te[key]), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_backends_agree(single_rank, tmp_path, kind: str) -> None:
     """From the same weights: loss, the gradient norm of every group of weights, and the next
     losses after updates of the same optimizer."""
