@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -209,11 +210,15 @@ def _for_wandb(values: Record) -> dict[str, object]:
     }
 
 
-def _start_wandb(log: LogSettings, config: dict[str, object]):
-    try:
-        import wandb
-    except ImportError as error:
+def check_wandb(log: LogSettings) -> None:
+    """Raise ValueError if Weights & Biases is asked for and not installed."""
+    if log.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            f"log.wandb_project={log.wandb_project!r} needs the package wandb: pip install wandb"
-        ) from error
+            f"log.wandb_project={log.wandb_project!r} needs the package wandb: `pip install wandb`"
+        )
+
+
+def _start_wandb(log: LogSettings, config: dict[str, object]):
+    import wandb
+
     return wandb.init(project=log.wandb_project, name=log.wandb_name, dir=log.dir, config=config)

@@ -19,7 +19,7 @@ from megatron_coe.data.indexed import IndexedFile
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.machine import refuse_unused_gpus
 from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.metrics import METRICS_FILE
+from megatron_coe.training.metrics import METRICS_FILE, check_wandb
 from megatron_coe.training.model import build_provider
 from megatron_coe.training.settings import DataSettings, Settings
 
@@ -47,6 +47,7 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
     Raises: ValueError, OSError naming the setting or the file.
     """
     warning = refuse_unused_gpus()
+    check_wandb(settings.log)
     device = backends.prepare()
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_coe.training.metrics import (
     Reporter,
+    check_wandb,
     console_line,
     drop_records_after,
     read_records,
@@ -121,7 +122,7 @@ def test_the_newest_value_of_a_figure(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_wandb_asked_for_but_missing_is_explained(tmp_path):
-    log = LogSettings(dir=str(tmp_path), wandb_project="p")
+def test_wandb_asked_for_but_missing_is_explained():
+    log = LogSettings(wandb_project="p")
     with pytest.raises(ValueError, match=r"log\.wandb_project='p' needs the package wandb"):
-        Reporter(log, 1, 0, {}, io.StringIO())
+        check_wandb(log)
