@@ -112,8 +112,8 @@ def build_pair(settings: Settings, device: torch.device) -> Pair:
         from transformers import AutoModelForCausalLM, DeepseekV2Config
     except ImportError as error:
         raise ValueError(
-            "the comparison with transformers needs its version 5: pip install "
-            "'megatron_coe[hf]', or leave '--what transformers' out"
+            "the comparison with transformers needs its version 5: `pip install "
+            "'transformers>=5'`, or leave '--what transformers' out"
         ) from error
     setup.seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
