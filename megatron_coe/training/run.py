@@ -151,8 +151,10 @@ def _summarize_data(
 
 
 def _start_of(settings: Settings, checkpoint: Path | None) -> str:
+    train = settings.train
     start = f"resumed from {checkpoint}" if checkpoint else "from step 0"
-    return f"{settings.log.dir}, {start}, to step {settings.train.steps:,}"
+    last = min(train.steps, train.stop_step or train.steps)
+    return f"{settings.log.dir}, {start}, to step {last:,}"
 
 
 def _build_data(
