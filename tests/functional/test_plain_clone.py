@@ -48,9 +48,9 @@ def test_a_package_that_a_command_imports_late_is_named(package, tmp_path):
     done = subprocess.run(
         [*command, "--load", tmp_path, "--prompt", "x"], cwd=REPO, capture_output=True, text=True
     )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert f"the package {package} is not installed" in line
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]  # transformers has its own words about torch
+    assert line.startswith(f"error: the package {package} is not installed")
     assert f"`pip install {package}`" in line and "megatron-coe" not in line
 
 

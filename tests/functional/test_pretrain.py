@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -124,7 +125,10 @@ def test_train_stop_resume_and_evaluate(config, tmp_path, capsys):
     said = "\n".join(banner)
     for part in ("CPU (", "fp32", "1 rank(s): DP 1", "2 of 4 experts and a shared one"):
         assert part in said
-    for part in ("4 sequences of 32 tokens: 1 replica(s) x 4 micro-batch(es) of 1", "80 documents"):
+    for part in (
+        "4 sequences of 32 tokens: 1 replica(s) x 4 micro-batch(es) of 1",
+        "120 documents",
+    ):
         assert part in said
     assert banner[-1].endswith(f"{tmp_path / 'run'}, from step 0, to step 6")
     assert out.splitlines()[-1].startswith("step 6/6 | loss ")
@@ -211,6 +215,21 @@ def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, tmp_
         assert losses(together, name) == pytest.approx(expected, rel=2e-5)
 
 
+@pytest.mark.slow
+def test_launchers_of_two_nodes_meet_without_slurm(config):
+    """As on two machines: each starts the same command, and they know one endpoint."""
+    with socket.create_server(("localhost", 0)) as server:
+        endpoint = f"localhost:{server.getsockname()[1]}"
+    torchrun = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1")
+    rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=my-run")
+    arguments = ("--config", config, "train.steps=2")
+    nodes = [start(*arguments, launcher=(*torchrun, *rendezvous)) for _ in range(2)]
+    ended = [finish(node) for node in nodes]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    said = "".join(out for _, out, _ in ended)
+    assert said.count("2 rank(s): DP 2") == 1 and said.count("step 2/2 | loss ") == 1
+
+
 def test_dry_run_prints_and_builds_nothing(config, tmp_path, capsys):
     layout = "parallel.expert_model_parallel_size=2"
     assert pretrain_coe.main(["--config", str(config), "--dry-run", layout, "train.steps=9"]) == 0
@@ -262,9 +281,10 @@ def test_a_mistake_in_the_settings_is_one_line_before_megatron_is_loaded(
         ("data.valid=[nowhere]", "nowhere.idx does not exist"),
         ("data.train=[]", "train"),
         ("model.cpu_offloading=true", "cpu_offloading=True needs Transformer Engine"),
-        ("model.window_size=[4, 0]", "window_size=[4, 0]: backend='torch' has no sliding window"),
+        ("model.softmax_type=off-by-one", "softmax_type='off-by-one': backend='torch' has only"),
         ("model.qk_clip=true", "qk_clip=True"),
-        ("log.dir={config}", "log.dir={config}: cannot be written"),
+        ("log.wandb_project=p", "log.wandb_project='p' needs the package wandb"),
+        ("log.dir={config}", "{config}/checkpoints: cannot be written (Not a directory)"),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["run", "dry run"])

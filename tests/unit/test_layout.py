@@ -151,7 +151,8 @@ def random_model(rng: random.Random) -> dict[str, Any]:
     else:
         names = {"num_query_groups": [None, 1, 2, 3, 4], "kv_channels": [None, 2, 8]}
     model |= {name: rng.choice(values) for name, values in names.items()}
-    model["moe_layer_freq"] = [rng.choice([0, 1, 1]) for _ in range(model["num_layers"])]
+    dense = [rng.choice([0, 1, 1]) for _ in range(model["num_layers"] - 1)]
+    model["moe_layer_freq"] = [*dense, 1]
     if model[PP] > 1:
         model[VPP] = rng.choice([None, None, 2])
         uneven = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
@@ -198,6 +199,7 @@ def test_what_is_refused_is_what_modules_refuse(device: torch.device, monkeypatc
 
 def test_whole_latents_are_not_asked_to_divide() -> None:
     """Transformer Engine keeps the down-projections whole on each rank."""
-    model = {**TINY, **LATENT, "q_lora_rank": 5}
+    others = dict.fromkeys(("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 48)
+    model = {**TINY, **LATENT, **others, "q_lora_rank": 5}
     assert complaint(Layout(3), extents_of(model)).startswith("kv_lora_rank + qk_pos_emb_head_dim=")
     assert complaint(Layout(3), extents_of({**model, "backend": "te"})) is None
