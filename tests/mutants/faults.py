@@ -483,6 +483,27 @@ FAULTS = [
         ("tests/unit/test_layout.py",),
     ),
     Fault(
+        "latents that do not divide over tensor-parallel ranks",
+        "megatron_coe/layout.py",
+        'Rule("kv_latent_width", (_TP,), lambda layout: layout.tensor_model_parallel_size)',
+        'Rule("kv_latent_width", (_TP,), lambda layout: 1)',
+        ("tests/unit/test_layout.py",),
+    ),
+    Fault(
+        "stages with more layers than the model",
+        CONFIG,
+        "if first + last > self.num_layers:",
+        "if first + last > 2 * self.num_layers:",
+        ("tests/unit/test_layout.py",),
+    ),
+    Fault(
+        "GPU number 0 of Slurm's taken for none",
+        "megatron_coe/machine.py",
+        'if count and (name, count) != ("SLURM_GPUS_ON_NODE", "0"):',
+        'if count and count != "0":',
+        ("tests/unit/test_machine.py",),
+    ),
+    Fault(
         "activations of one iteration only",
         "megatron_coe/planning/activations.py",
         "for t in range(model.coe_iterations)), Kept())",
