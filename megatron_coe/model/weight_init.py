@@ -33,23 +33,26 @@ _METADATA = {"singleton_local_shards": True}
 """Has Megatron name each layer, each expert, and gate and up projection, by themselves."""
 
 _METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
+"""Fields of the configuration by which Megatron's modules draw."""
 
 
 @contextmanager
 def undrawn_weights(config: TransformerConfig) -> Iterator[None]:
     """Have Megatron's modules draw no weights: those built here wait for `initialize_weights`.
 
-    (`perform_initialization=False` would not do. Biases then keep what the memory held, and 0.16
-    does not mark weights that are tensor-parallel: the gradients' norm misses all but one rank's.)
+    `perform_initialization` is on meanwhile, whatever it was set to: without it biases keep what
+    the memory held, and 0.16 does not mark weights that are tensor-parallel, of which the
+    gradients' norm then counts one rank's shard.
     """
-    methods = {name: getattr(config, name) for name in _METHODS}
-    for name in methods:
-        setattr(config, name, _draw_nothing)
+    changes = {**dict.fromkeys(_METHODS, _draw_nothing), "perform_initialization": True}
+    before = {name: getattr(config, name) for name in changes}
+    for name, value in changes.items():
+        setattr(config, name, value)
     try:
         yield
     finally:
-        for name, method in methods.items():
-            setattr(config, name, method)
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def _draw_nothing(weight: Tensor) -> Tensor:

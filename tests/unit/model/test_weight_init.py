@@ -76,6 +76,18 @@ def test_distributions_are_those_of_megatrons_modules(single_rank, model) -> Non
             assert not torch.equal(weight, theirs[name])
 
 
+def test_a_model_is_initialized_that_was_told_not_to_be(single_rank) -> None:
+    """Megatron 0.16 would leave tensor-parallel weights unmarked, of which the gradients' norm then
+    counts one rank's shard, and biases as the memory was."""
+    told = tiny_provider(**PLAIN, perform_initialization=False)
+    weights = build(told).state_dict(keep_vars=True)
+    for name, weight in build(tiny_provider(**PLAIN)).named_parameters():
+        assert torch.equal(weights[name], weight), name
+        marks = [getattr(w, "tensor_model_parallel", None) for w in (weights[name], weight)]
+        assert marks[0] == marks[1], name
+    assert not told.perform_initialization
+
+
 def test_no_two_blocks_of_rows_are_alike(single_rank) -> None:
     """Of whatever layer, iteration, expert or parameter."""
     seen = {}
