@@ -13,7 +13,7 @@ counter of the block. A rank draws the blocks that its rows lie in and keeps its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
@@ -25,6 +25,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+Distribution = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 
 BLOCK_ROWS = 64
 """Rows that one counter stands for; other blocks are other weights."""
@@ -71,29 +73,29 @@ def initialize_weights(model: GPTModel, seed: int) -> None:
         ValueError: an init method of the configuration is not a normal distribution around 0.
     """
 
-    def initial(piece: object) -> object:
-        return _initial(piece, model.config, seed) if isinstance(piece, ShardedTensor) else piece
+    def initialize(piece: object) -> object:
+        if not isinstance(piece, ShardedTensor):
+            return piece
+        if piece.data.ndim > 1:
+            part = _draw_part(piece, seed, _distribution(piece, model.config))
+            piece.data.copy_(torch.from_numpy(part))
+        return piece.data
 
     for value in nested_values(model.sharded_state_dict(metadata=dict(_METADATA))):
         if isinstance(value, ShardedTensorFactory):  # a tensor of several: gate and up, experts
-            value.data.copy_(value.merge_fn(dict_list_map_inplace(initial, value.build())))
-        elif isinstance(value, ShardedTensor):
-            value.data.copy_(initial(value))
+            value.data.copy_(value.merge_fn(dict_list_map_inplace(initialize, value.build())))
+        else:
+            initialize(value)
 
 
-def _initial(piece: ShardedTensor, config: TransformerConfig, seed: int) -> Tensor:
-    """This rank's part of a tensor, as it starts."""
-    if piece.data.ndim < 2:
-        return piece.data
+def _distribution(piece: ShardedTensor, config: TransformerConfig) -> Distribution:
     if ".router." in piece.key:
         # Kaiming-uniform with a = sqrt(5), as `CoERouter.reset_parameters` draws.
-        draw = partial(_draw_uniform, bound=1 / math.sqrt(piece.global_shape[1]))
-    else:
-        draw = partial(_draw_normal, std=_std(piece.key, config))
-    return torch.from_numpy(_draw_part(piece, seed, draw)).to(piece.data)
+        return partial(_draw_uniform, bound=1 / math.sqrt(piece.global_shape[1]))
+    return partial(_draw_normal, std=_std(piece.key, config))
 
 
-def _draw_part(piece: ShardedTensor, seed: int, draw: partial) -> np.ndarray:
+def _draw_part(piece: ShardedTensor, seed: int, draw: Distribution) -> np.ndarray:
     """A part [rows, columns] of the matrix that `seed` and the piece's name stand for."""
     (first_row, first_column), (rows, columns) = piece.global_offset, piece.local_shape
     width, last_row = piece.global_shape[1], first_row + rows

@@ -140,9 +140,9 @@ class GroupedLinear(torch.nn.Module):
         @torch.no_grad()
         def build(key: str, weight: Tensor, replica_id: ReplicaId, _range: slice | None) -> list:
             blocks = weight.chunk(self.blocks, dim=1)
-            return [
-                shard(b, key, t.contiguous(), replica_id, offsets) for b, t in enumerate(blocks)
-            ]
+            if not one_key_per_expert:  # an expert by itself is contiguous
+                blocks = [block.contiguous() for block in blocks]
+            return [shard(b, key, t, replica_id, offsets) for b, t in enumerate(blocks)]
 
         @torch.no_grad()
         def merge(blocks: list) -> Tensor:
