@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_coe import __version__
+from megatron_coe.backends import resolve_backend
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
 from megatron_coe.training.checks import layout_of, num_microbatches
@@ -49,7 +50,9 @@ def _device(plan: Plan, machine: Mapping[str, object]) -> str:
         needed += f" of {machine['gpu_bytes'] / GIB:.1f}"
     else:
         name = f"CPU ({machine['processor']}, {machine['cores']} cores)"
-    return f"{name}; {precision}, {plan.model.backend} modules; {needed}"
+    te = resolve_backend(plan.model.backend).fuse_layernorm_and_linear()
+    modules = "Transformer Engine" if te else "PyTorch"
+    return f"{name}; {precision}, modules of {modules}; {needed}"
 
 
 def _layout(settings: Settings, plan: Plan) -> str:
