@@ -100,6 +100,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device,
     trust_remote_code: bool = False,
+    tokenizer: Path | None = None,
 ) -> tuple[TextGenerator, list[Tensor]]:
     """A model, and the ids [S] of each prompt, which are checked before any weight is read.
 
@@ -108,6 +109,7 @@ def load(
             holds such checkpoints: then the newest.
         dtype: of the weights; None: as they are stored.
         trust_remote_code: run the code that a Hugging Face folder of another family brings along.
+        tokenizer: that of a checkpoint without a copy of its own.
 
     Raises:
         ValueError: the folder is of no such kind, has no tokenizer or is damaged, or a prompt is
@@ -115,9 +117,11 @@ def load(
         OSError: a file cannot be read, or the temporary folder (of TMPDIR) cannot be written.
     """
     if (folder / "config.json").is_file():
-        tokenizer, ids = _encode(folder, folder, prompts, trust_remote_code)
+        if tokenizer:
+            raise ValueError(f"{folder} is a Hugging Face folder: its own tokenizer is used")
+        encoder, ids = _encode(folder, folder, prompts, trust_remote_code)
         model = _load_model(folder, folder, dtype, trust_remote_code)
-        return TextGenerator(model.to(device), tokenizer), ids
+        return TextGenerator(model.to(device), encoder), ids
     if not (folder / "metadata.json").is_file() and not any(folder.glob("step_*/metadata.json")):
         is_there = "is no model" if folder.is_dir() else "does not exist"
         raise ValueError(
@@ -129,11 +133,11 @@ def load(
     with TemporaryDirectory(prefix="megatron_coe-") as temporary:
         described, exported = Path(temporary, "description"), Path(temporary, "model")
         described.mkdir()
-        hf.describe(folder, described)
-        tokenizer, ids = _encode(described, folder, prompts)
-        hf.to_hf(folder, exported)
+        hf.describe(folder, described, tokenizer)
+        encoder, ids = _encode(described, folder, prompts)
+        hf.to_hf(folder, exported, tokenizer=tokenizer)
         model = _load_model(exported, folder, dtype)
-        return TextGenerator(model.to(device), tokenizer), ids
+        return TextGenerator(model.to(device), encoder), ids
 
 
 def choose_device(name: str) -> torch.device:

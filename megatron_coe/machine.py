@@ -13,10 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_coe.checkpoints.folder import MACHINE_FILE
 from megatron_coe.data.files import atomic_path
-
-MACHINE_FILE = "machine.json"
-"""In a run's folder: what it ran on, of its latest start."""
 
 PACKAGES = (
     "megatron-coe",

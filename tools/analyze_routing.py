@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import add_key_arguments, fields_of, run
+from megatron_coe.data.command_line import add_key_arguments, add_tokenizer_argument, fields_of, run
 from megatron_coe.data.files import check_writable
 
 
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         device=generation.choose_device(options.device),
         control=options.random_init,
         batch_size=options.batch_size,
+        tokenizer=options.tokenizer,
     )
     analysis.write(options.output)
     print(f"\n{as_table(analysis)}\n\nTables, pictures and summary.json are in {options.output}")
@@ -64,6 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--load", type=Path, required=True, metavar="FOLDER")
+    add_tokenizer_argument(parser)
     parser.add_argument(
         "--data", type=Path, nargs="+", required=True, metavar="PREFIX|FILE", help="held-out text"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import run
+from megatron_coe.data.command_line import add_tokenizer_argument, run
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -32,7 +32,14 @@ def main(arguments: list[str] | None = None) -> None:
     give_back_what_is_freed()
     if options.direction == "to-hf":
         dtype = hf.DTYPES[options.dtype] if options.dtype else None
-        source = hf.to_hf(options.load, options.save, dtype, options.max_shard_size, options.family)
+        source = hf.to_hf(
+            options.load,
+            options.save,
+            dtype,
+            options.max_shard_size,
+            options.family,
+            options.tokenizer,
+        )
         print(f"{source} -> {options.save}")
     else:
         step = hf.from_hf(options.load, options.save)
@@ -49,6 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for direction in (to_hf, from_hf):
         direction.add_argument("--load", type=Path, required=True, metavar="FOLDER")
         direction.add_argument("--save", type=Path, required=True, metavar="NEW_FOLDER")
+    add_tokenizer_argument(to_hf)
     to_hf.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as in the checkpoint")
     to_hf.add_argument(
         "--max-shard-size",

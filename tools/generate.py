@@ -21,7 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import add_text_arguments, fields_of, run
+from megatron_coe.data.command_line import (
+    add_text_arguments,
+    add_tokenizer_argument,
+    fields_of,
+    run,
+)
 from megatron_coe.data.records import check_inputs, question_prompt, read_values
 
 
@@ -48,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=generation.DTYPES.get(options.dtype),
         device=generation.choose_device(options.device),
         trust_remote_code=options.trust_remote_code,
+        tokenizer=options.tokenizer,
     )
     if options.seed is not None:
         set_seed(options.seed)
@@ -88,6 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--load", type=Path, required=True, metavar="FOLDER")
+    add_tokenizer_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given again")
     add_text_arguments(parser, source)

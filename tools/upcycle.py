@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import run
+from megatron_coe.data.command_line import add_tokenizer_argument, run
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_coe.conversion.upcycle import upcycle  # imports Megatron, which takes seconds
 
     give_back_what_is_freed()
-    step = upcycle(options.load, options.save, options.iterations)
+    step = upcycle(options.load, options.save, options.iterations, options.tokenizer)
     print(f"{options.load} -> {step}; train it with --config {step / 'config.yaml'}")
 
 
@@ -41,6 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="Hugging Face folder, or training checkpoint, of a model with one iteration",
     )
+    add_tokenizer_argument(parser)
     parser.add_argument(
         "--iterations", type=int, default=2, metavar="C", help="of the chain (default: 2)"
     )

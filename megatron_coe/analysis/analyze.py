@@ -33,6 +33,7 @@ def analyze(
     device: torch.device,
     control: bool = False,
     batch_size: int = 8,
+    tokenizer: Path | None = None,
     say: Callable[[str], object] = print,
 ) -> Analysis:
     """Run the text through every model under `load` and measure what its routers choose.
@@ -40,6 +41,7 @@ def analyze(
     Args:
         load: see `find_models`; of several checkpoints all are measured.
         control: measure a model of the last one's shape with initial weights as well.
+        tokenizer: that of checkpoints without a copy of their own.
         say: is told what is being done.
 
     Raises:
@@ -53,7 +55,7 @@ def analyze(
     models = find_models(load)
     for path in models:
         say(f"{path}: running the text through the model")
-        generator, _ = generation.load(path, [], dtype=dtype, device=device)
+        generator, _ = generation.load(path, [], dtype=dtype, device=device, tokenizer=tokenizer)
         model = generator.model
         if text is None:
             sequences = source.read(generator.tokenizer, model.config, trained_mode(path))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megatron_coe.checkpoints.durable import replace_file, sync
@@ -22,6 +22,8 @@ CONFIG_FILE = "config.yaml"
 LATEST_FILE = "latest"
 COMMON_FILE = "common.pt"
 FORMAT_FILE = "metadata.json"
+MACHINE_FILE = "machine.json"
+"""In a run's folder: what it ran on, of its latest start."""
 _STEP = re.compile(r"step_(\d{8,})")
 _PARTIAL, _REMOVED = ".partial_", ".removed_"
 
@@ -42,6 +44,19 @@ def find_checkpoints(folder: Path) -> list[Path]:
         return []
     named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=step_of, reverse=True)
+
+
+def find_step(checkpoint: Path) -> Path:
+    """Return `checkpoint` if it is one, or the newest of those that it holds.
+
+    Raises: ValueError if it is neither.
+    """
+    if (checkpoint / FORMAT_FILE).is_file():
+        return checkpoint
+    found = find_checkpoints(checkpoint)
+    if not found:
+        raise ValueError(f"{checkpoint}: neither a checkpoint nor a folder of checkpoints")
+    return found[0]
 
 
 def partial_folder(folder: Path, step: int) -> Path:
@@ -72,27 +87,35 @@ def point_at(checkpoint: Path) -> None:
 
 
 def retain(
-    folder: Path, step: int, keep: int, keep_every: int, is_loadable: Callable[[Path], bool]
+    folder: Path,
+    step: int,
+    keep: int,
+    keep_every: int,
+    is_loadable: Callable[[Path], bool],
+    needed: Collection[Path] = (),
 ) -> list[OSError]:
     """Delete old checkpoints after that of `step` was published.
 
     Kept are the `keep` newest that this process could load, all that are newer than the oldest of
-    these, and those whose step is a multiple of `keep_every` (0: none). One that it could not load
-    is not counted: in the place of another it would have that deleted. Nor are those past `step`
-    counted or deleted, which were found bad when the run resumed.
+    these, those whose step is a multiple of `keep_every` (0: none), and those with a needed file.
+    One that it could not load is not counted: in the place of another it would have that deleted.
+    Nor are those past `step` counted or deleted, which were found bad when the run resumed.
 
     Args:
         is_loadable: asked for the newest first, and for none that is older than the last to keep.
+        needed: files or folders, wherever they are.
 
     Returns: what stood in the way of a deletion, one error for each that failed; the next call
         tries again.
     """
     wanted, old = keep, []
+    holding = {parent for path in needed for parent in (path.resolve(), *path.resolve().parents)}
     for path in find_checkpoints(folder):
         if step_of(path) > step:
             continue
         if wanted == 0:
-            if keep_every == 0 or step_of(path) % keep_every:
+            is_between = keep_every == 0 or step_of(path) % keep_every
+            if is_between and path.resolve() not in holding:
                 old.append(path)
         elif is_loadable(path):
             wanted -= 1

@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from megatron_coe.checkpoints.carried import KEPT_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
 from megatron_coe.checkpoints.durable import FileFacts, facts_of, sync, write_file
 from megatron_coe.checkpoints.errors import BadCheckpointError
 
 MANIFEST_FILE = "manifest.json"
+_FOLDERS = (TOKENIZER_FOLDER, KEPT_FOLDER)
+"""The only folders in a checkpoint; what they hold is listed as `tokenizer/tokenizer.json`."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ def write_manifest(folder: Path, step: int, files: Mapping[str, FileFacts]) -> N
 
 
 def describe_folder(folder: Path) -> dict[str, FileFacts]:
-    """The facts of every file that is in a folder, its manifest aside."""
+    """The facts of every file of a checkpoint, its manifest aside."""
     return {
-        path.name: facts_of(path)
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST_FILE
+        name: facts_of(folder / name)
+        for name in _names(folder)
+        if (folder / name).is_file() and name != MANIFEST_FILE
     }
 
 
@@ -55,6 +58,9 @@ def sign(folder: Path, step: int) -> None:
     files = describe_folder(folder)
     for name in files:
         sync(folder / name)
+    for inner in _FOLDERS:
+        if (folder / inner).is_dir():
+            sync(folder / inner)
     write_manifest(folder, step, files)
     sync(folder)
 
@@ -76,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error
     plain = all(
-        type(facts.size) is int and isinstance(facts.sha256, str) and Path(name).name == name
+        type(facts.size) is int and isinstance(facts.sha256, str) and _is_plain(name)
         for name, facts in files.items()
     )
     if not plain or type(manifest.step) is not int or manifest.text() != text:
@@ -87,12 +93,32 @@ def read_manifest(folder: Path) -> Manifest:
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
     """Names of what lies in a folder beside a manifest and the files that it lists."""
     known = {MANIFEST_FILE, *manifest.files}
-    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+    return [name for name in _names(folder) if name not in known]
+
+
+def _names(folder: Path) -> list[str]:
+    """Names of what lies in a checkpoint, for its own folders of the files in them."""
+    names = []
+    for path in folder.iterdir():
+        if path.is_dir() and path.name in _FOLDERS:
+            inside = (file for file in path.rglob("*") if file.is_file())
+            names += [file.relative_to(folder).as_posix() for file in inside]
+        else:
+            names.append(path.name)
+    return sorted(names)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name leads to a file of a checkpoint and nowhere else."""
+    path = PurePosixPath(name)
+    is_inside = str(path) == name and ".." not in path.parts and not path.is_absolute()
+    return is_inside and (len(path.parts) == 1 or name.partition("/")[0] in _FOLDERS)
 
 
 def _could_be_read(name: str) -> bool:
-    """Whether a file passes for data of a checkpoint: tensors, what ranks share, an index."""
-    return name.endswith((".distcp", ".pt")) or name.startswith(".metadata")
+    """Whether a file passes for a part of a checkpoint: its data, or what it carries."""
+    is_carried = name == TOKENIZER_MODEL or name.partition("/")[0] in _FOLDERS
+    return is_carried or name.endswith((".distcp", ".pt")) or name.startswith(".metadata")
 
 
 def verify_files(

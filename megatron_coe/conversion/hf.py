@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_coe.checkpoints.folder import CONFIG_FILE
+from megatron_coe.checkpoints.carried import kept_folder
+from megatron_coe.checkpoints.folder import find_step
 from megatron_coe.conversion import config as hf_config
 from megatron_coe.conversion.card import model_card
 from megatron_coe.conversion.distcp import CheckpointReader
@@ -25,20 +26,18 @@ from megatron_coe.conversion.folders import (
     write_json,
 )
 from megatron_coe.conversion.model import (
-    KEPT_FOLDER,
-    TOKENIZER_FOLDER,
-    find_step,
     open_folder,
     provider_of,
+    settings_of,
     verify_step,
     write_model,
 )
 from megatron_coe.conversion.shards import ShardWriter
-from megatron_coe.conversion.tokenizer import copy_tokenizer, write_tokenizer
+from megatron_coe.conversion.tokenizer import write_tokenizer
 from megatron_coe.conversion.transfer import export, match_checkpoint
 from megatron_coe.hf.names import weights
 from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.settings import Settings, load_settings
+from megatron_coe.training.settings import Settings
 
 GENERATION_CONFIG = "generation_config.json"
 MODEL_CODE = ("configuration_coe.py", "modeling_coe.py")
@@ -53,6 +52,7 @@ def to_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
     family: str = hf_config.MODEL_TYPE,
+    tokenizer: Path | None = None,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -62,6 +62,7 @@ def to_hf(
         max_shard_size: bytes of weights per file; a larger weight has a file of its own.
         family: `coe_deepseekv2`, or `deepseek_v2` for transformers' own class, which is a chain of
             one iteration with the residual mode `outer`.
+        tokenizer: that of a checkpoint without a copy; see `find_tokenizer`.
 
     Returns: the checkpoint that was converted.
 
@@ -73,14 +74,14 @@ def to_hf(
     check_absent(folder)
     step = find_step(checkpoint)
     verify_step(step)
-    settings = load_settings(step / CONFIG_FILE)
+    settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
     native = family == hf_config.DEEPSEEK_V2
     describe = hf_config.to_deepseek_v2_config if native else hf_config.to_hf_config
     config = describe(provider)
     reader = CheckpointReader(step)
     found = match_checkpoint(reader, weights(provider))
-    kept = step.parent / KEPT_FOLDER
+    kept = kept_folder(step)
     with new_folder(folder) as partial:
         config["torch_dtype"] = _DTYPE_NAMES[dtype or reader.dtype(next(iter(found.values())))]
         config = _write_description(config, settings, kept, provider, partial)
@@ -99,17 +100,17 @@ def to_hf(
     return step
 
 
-def describe(checkpoint: Path, folder: Path) -> None:
+def describe(checkpoint: Path, folder: Path, tokenizer: Path | None = None) -> None:
     """Write the configuration and tokenizer that `to_hf` would write, into a folder that exists:
     at once, to check against before the weights are converted.
 
     Raises: ValueError, OSError: as `to_hf`.
     """
     step = find_step(checkpoint)
-    settings = load_settings(step / CONFIG_FILE)
+    settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
     config = hf_config.to_hf_config(provider)
-    _write_description(config, settings, step.parent / KEPT_FOLDER, provider, folder)
+    _write_description(config, settings, kept_folder(step), provider, folder)
 
 
 def from_hf(folder: Path, checkpoint: Path) -> Path:
@@ -139,8 +140,10 @@ def _write_description(
     folder: Path,
 ) -> hf_config.Config:
     """Write `config.json` and the tokenizer; returns all that is in `config.json`."""
-    config = _with_kept_keys(config, kept, provider)
-    config |= _write_tokenizer_files(settings, kept, folder)
+    ids: dict[str, int] = {}
+    if settings.data.tokenizer:
+        ids = write_tokenizer(Path(settings.data.tokenizer), folder)
+    config = ids | _with_kept_keys(config, kept, provider)
     write_json(folder / HF_CONFIG, config)
     return config
 
@@ -157,17 +160,3 @@ def _with_kept_keys(
     described = {*config, *hf_config.IDENTITY, *hf_config.OWN, *hf_config.OTHER_SPELLINGS}
     described -= {"max_position_embeddings"}
     return config | {key: value for key, value in original.items() if key not in described}
-
-
-def _write_tokenizer_files(settings: Settings, kept: Path, folder: Path) -> dict[str, int]:
-    """Returns the special ids of a tokenizer that the imported configuration does not know."""
-    path, imported = Path(settings.data.tokenizer), kept / TOKENIZER_FOLDER
-    named = bool(settings.data.tokenizer)
-    if named and path.exists() and path.resolve() != imported.resolve():
-        return write_tokenizer(path, folder)
-    if copy_tokenizer(imported, folder) or not named:
-        return {}
-    raise ValueError(
-        f"data.tokenizer={path} of the checkpoint does not exist here: run in the folder that the "
-        "model was trained in"
-    )

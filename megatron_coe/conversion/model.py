@@ -1,12 +1,11 @@
 """A model that lies in files, whichever they are, and how it becomes a checkpoint to train from.
 
-What Megatron has no field for (tokenizer, special ids, keys of `config.json`) is kept in the folder
-`hf` beside the checkpoints of an imported model, from where an export takes it again.
+What Megatron has no field for (special ids and other keys of `config.json`) is kept in the folder
+`hf` of the checkpoint and of those that are trained from it, from where an export takes it again.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,15 +14,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_coe.checkpoints.carried import (
+    KEPT_FOLDER,
+    kept_folder,
+    own_tokenizer,
+    tokenizer_content,
+    write_content,
+)
 from megatron_coe.checkpoints.errors import BadCheckpointError
-from megatron_coe.checkpoints.folder import CONFIG_FILE, FORMAT_FILE, LATEST_FILE, find_checkpoints
+from megatron_coe.checkpoints.folder import CONFIG_FILE, LATEST_FILE, find_step
 from megatron_coe.checkpoints.manifest import sign
+from megatron_coe.checkpoints.tokenizer import find_tokenizer
 from megatron_coe.checkpoints.verify import check_checkpoint
-from megatron_coe.conversion.config import import_notices, to_model_fields
+from megatron_coe.conversion.config import Config, import_notices, to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import HF_CONFIG, check_absent, new_folder, read_json
 from megatron_coe.conversion.shards import ShardReader
-from megatron_coe.conversion.tokenizer import copy_tokenizer
 from megatron_coe.conversion.transfer import (
     assemble,
     match_checkpoint,
@@ -31,15 +37,24 @@ from megatron_coe.conversion.transfer import (
     read_stored,
     write_checkpoint,
 )
-from megatron_coe.data.tokenizer import load_tokenizer
+from megatron_coe.data.tokenizer import load_tokenizer, tokenizer_files
 from megatron_coe.hf.names import Weight, weights
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import ParallelSettings, Settings, load_settings
+from megatron_coe.training.places import run_folder
+from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings, load_settings
 
-KEPT_FOLDER = "hf"
-TOKENIZER_FOLDER = "tokenizer"
 STEP_0 = "step_00000000"
+LONGEST = 4096
+"""Tokens of a sequence where the model has more positions: more of them need a layout that fits."""
+FINE_TUNING = TrainSettings(
+    global_batch_size=64,
+    lr=2e-5,
+    min_lr=2e-6,
+    lr_decay_style="cosine",
+    lr_warmup_fraction=0.03,
+)
+"""What a run that starts from a model of others begins with; its `config.yaml` shows it."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,8 @@ class StoredModel:
     """A weight of the table, whole, with its vocabulary padded as the provider says."""
     description: Path
     """`config.json`, if there is one."""
-    tokenizer: Path
-    """Folder of the Hugging Face tokenizer, if there is one."""
+    tokenizer: Path | None
+    """SentencePiece model or Hugging Face folder, for `load_tokenizer`; None if there is none."""
 
 
 def open_folder(folder: Path) -> StoredModel:
@@ -69,7 +84,8 @@ def open_folder(folder: Path) -> StoredModel:
     """
     path = folder / HF_CONFIG
     config = read_json(path)
-    settings = Settings(model=to_model_fields(config, path))
+    model = to_model_fields(config, path) | {"seq_length": _trained_length(config)}
+    settings = Settings(model=model, train=replace(FINE_TUNING))
     try:
         provider = build_provider(settings, torch.device("cpu"))
     except ValueError as error:
@@ -78,19 +94,23 @@ def open_folder(folder: Path) -> StoredModel:
         print(f"{path}: {notice}", file=sys.stderr, flush=True)
     reader, table = ShardReader(folder), weights(provider)
     match_shards(reader, table)
+    tokenizer = folder if tokenizer_files(folder) else None
     return StoredModel(
-        path, settings, provider, table, lambda weight: assemble(reader, weight), path, folder
+        path, settings, provider, table, lambda weight: assemble(reader, weight), path, tokenizer
     )
 
 
-def open_checkpoint(checkpoint: Path) -> StoredModel:
+def open_checkpoint(checkpoint: Path, tokenizer: Path | None = None) -> StoredModel:
     """The model of a training checkpoint, saved in whatever layout; see `find_step`.
+
+    Args:
+        tokenizer: that of a checkpoint without a copy; see `find_tokenizer`.
 
     Raises: ValueError, OSError: as `open_folder`.
     """
     step = find_step(checkpoint)
     verify_step(step)
-    settings = load_settings(step / CONFIG_FILE)
+    settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
     reader, table = CheckpointReader(step), weights(provider)
     found = match_checkpoint(reader, table)
@@ -100,11 +120,9 @@ def open_checkpoint(checkpoint: Path) -> StoredModel:
         # The layout that it was saved in may have padded it further.
         return weight.join(weight.split(whole)) if weight.padded else whole
 
-    kept = step.parent / KEPT_FOLDER
-    tokenizer = kept / TOKENIZER_FOLDER
-    if settings.data.tokenizer and Path(settings.data.tokenizer).resolve() == tokenizer.resolve():
-        settings.data.tokenizer = ""  # it moves with the model
-    return StoredModel(step, settings, provider, table, read, kept / HF_CONFIG, tokenizer)
+    tokenizer = Path(settings.data.tokenizer) if settings.data.tokenizer else None
+    description = kept_folder(step) / HF_CONFIG
+    return StoredModel(step, settings, provider, table, read, description, tokenizer)
 
 
 def write_model(model: StoredModel, checkpoint: Path) -> Path:
@@ -115,40 +133,29 @@ def write_model(model: StoredModel, checkpoint: Path) -> Path:
     Raises: ValueError for an expert that is all zero; OSError: a file cannot be written.
     """
     check_absent(checkpoint)
+    step = checkpoint / STEP_0
     settings = replace(
         model.settings,
-        # Transformer Engine's modules would look for the norms under other names.
-        model={**model.settings.model, "backend": "torch"},
-        data=replace(model.settings.data),
-        checkpoint=replace(model.settings.checkpoint, save=str(checkpoint)),
-        log=replace(model.settings.log, dir=f"runs/{checkpoint.name}"),
+        data=replace(model.settings.data, tokenizer=""),
+        checkpoint=replace(model.settings.checkpoint, save=str(checkpoint), load=str(step)),
+        log=replace(model.settings.log, dir=str(run_folder(checkpoint))),
     )
+    content: dict[str, bytes] = {}
+    if model.tokenizer is not None:
+        content |= tokenizer_content(model.tokenizer)
+    if model.description.is_file():
+        content[f"{KEPT_FOLDER}/{HF_CONFIG}"] = model.description.read_bytes()
     with new_folder(checkpoint) as partial:
-        kept, step = partial / KEPT_FOLDER, partial / STEP_0
-        (kept / TOKENIZER_FOLDER).mkdir(parents=True)
-        step.mkdir()
-        if model.description.is_file():
-            shutil.copyfile(model.description, kept / HF_CONFIG)
-        if copy_tokenizer(model.tokenizer, kept / TOKENIZER_FOLDER) and not settings.data.tokenizer:
-            settings.data.tokenizer = str(checkpoint / KEPT_FOLDER / TOKENIZER_FOLDER)
-        write_checkpoint(step, model.table, model.read, model.provider)
-        (step / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-        sign(step, 0)
+        partial_step = partial / STEP_0
+        partial_step.mkdir()
+        write_checkpoint(partial_step, model.table, model.read, model.provider)
+        write_content(partial_step, content)
+        if copy := own_tokenizer(partial_step):
+            settings.data.tokenizer = str(step / copy.name)
+        (partial_step / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+        sign(partial_step, 0)
         (partial / LATEST_FILE).write_text(STEP_0 + "\n", encoding="utf-8")
-    return checkpoint / STEP_0
-
-
-def find_step(checkpoint: Path) -> Path:
-    """`checkpoint` if it is a folder `step_…`, or the newest of those that it holds.
-
-    Raises: ValueError if it is neither.
-    """
-    if (checkpoint / FORMAT_FILE).is_file():
-        return checkpoint
-    found = find_checkpoints(checkpoint)
-    if not found:
-        raise ValueError(f"{checkpoint}: neither a checkpoint nor a folder of checkpoints")
-    return found[0]
+    return step
 
 
 def verify_step(step: Path) -> None:
@@ -160,6 +167,28 @@ def verify_step(step: Path) -> None:
         check_checkpoint(step)
     except BadCheckpointError as error:
         raise BadCheckpointError(f"checkpoint {step} is {error.verdict}: {error}") from error
+
+
+def _trained_length(config: Config) -> int:
+    """Positions that a model was trained on before they were scaled, up to `LONGEST`."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    lengths = (
+        config.get("max_position_embeddings"),
+        scaling.get("original_max_position_embeddings") if isinstance(scaling, dict) else None,
+    )
+    return min([LONGEST, *(n for n in lengths if type(n) is int and n > 1)])
+
+
+def settings_of(step: Path, tokenizer: Path | None = None) -> Settings:
+    """The settings of a checkpoint, `data.tokenizer` being where its tokenizer is now.
+
+    Args:
+        tokenizer: named on the command line; see `find_tokenizer`, which may raise ValueError.
+    """
+    settings = load_settings(step / CONFIG_FILE)
+    found = find_tokenizer(step, settings.data.tokenizer, tokenizer)
+    settings.data.tokenizer = str(found or "")
+    return settings
 
 
 def provider_of(settings: Settings) -> CoEModelProvider:

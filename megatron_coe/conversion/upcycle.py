@@ -27,13 +27,16 @@ MIXTURE = {"coe_iterations": 1, "coe_residual": "outer"}
 """What a plain mixture of experts is among the chains."""
 
 
-def upcycle(source: Path, checkpoint: Path, iterations: int = 2) -> Path:
+def upcycle(
+    source: Path, checkpoint: Path, iterations: int = 2, tokenizer: Path | None = None
+) -> Path:
     """Write a mixture of experts as a checkpoint of a chain, which training starts from.
 
     Args:
         source: a Hugging Face folder, or a training checkpoint as `to_hf` takes it.
         checkpoint: a new folder.
         iterations: C of the chain.
+        tokenizer: that of a training checkpoint without a copy; see `find_tokenizer`.
 
     Returns: the folder `step_00000000`, whose `config.yaml` describes the run that starts there.
 
@@ -46,7 +49,9 @@ def upcycle(source: Path, checkpoint: Path, iterations: int = 2) -> Path:
         raise ValueError(f"iterations={iterations}: give 2 or more, one is the mixture itself")
     check_absent(checkpoint)
     is_folder = (source / HF_CONFIG).is_file()
-    mixture = open_folder(source) if is_folder else open_checkpoint(source)
+    if is_folder and tokenizer:
+        raise ValueError(f"{source} is a Hugging Face folder: its own tokenizer goes with it")
+    mixture = open_folder(source) if is_folder else open_checkpoint(source, tokenizer)
     return write_model(chain_of(mixture, iterations), checkpoint)
 
 

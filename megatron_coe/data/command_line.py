@@ -59,6 +59,16 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    """Option that names the tokenizer of a checkpoint without one (`checkpoints.tokenizer`)."""
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="tokenizer of a checkpoint that has no copy of its own, as earlier versions wrote it",
+    )
+
+
 def fields_of(options: argparse.Namespace) -> Fields:
     """Raises: ValueError for keys that cannot be."""
     if options.qa_keys:

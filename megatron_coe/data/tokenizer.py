@@ -60,6 +60,10 @@ class Tokenizer(ABC):
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids; padding and other control tokens give nothing."""
 
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every piece."""
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model` file."""
@@ -90,6 +94,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token) for token in ids])
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(number): number for number in range(self.vocab_size)}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -131,6 +138,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a SentencePiece model file or a Hugging Face folder.
@@ -145,6 +155,32 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist")
     return SentencePieceTokenizer(path)
+
+
+_FILE_PATTERNS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.*", "additional_chat_templates/*.jinja"),
+    *("*vocab*.json", "vocab.txt", "merges*.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer"),
+    *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "tekken.json"),
+    *("word_pronunciation.json", "word_shape.json"),
+)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """All files of the Hugging Face tokenizer in a folder, which may hold a model besides.
+
+    `config.json` is among them where `tokenizer_config.json` does not name the tokenizer's class:
+    transformers then takes that of the model.
+    """
+    found = [path for pattern in _FILE_PATTERNS for path in folder.glob(pattern) if path.is_file()]
+    try:
+        text = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+        names_class = "tokenizer_class" in json.loads(text)
+    except (OSError, ValueError, TypeError, RecursionError):
+        names_class = False
+    if found and not names_class and (folder / "config.json").is_file():
+        found.append(folder / "config.json")
+    return sorted(set(found))
 
 
 def train_tokenizer(

@@ -17,7 +17,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 from megatron_coe.checkpoints import folder as folders
 from megatron_coe.checkpoints.agreement import write_together
+from megatron_coe.checkpoints.carried import kept_content, write_content
 from megatron_coe.checkpoints.durable import facts_of, in_background, write_file
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.manifest import write_manifest
@@ -61,6 +62,8 @@ class Saver:
         config: the run's resolved settings as YAML, kept in each.
         tokenizer: what identifies the tokenizer, kept in each.
         data: what identifies each training set, kept in each.
+        content: of further files, kept in each by their names in it; rank 0 has it and writes it.
+        needed: files that the run reads; a checkpoint that holds one is never deleted.
 
     Every method raises CheckpointWriteError, on all ranks, for a checkpoint that cannot be written.
     """
@@ -71,11 +74,15 @@ class Saver:
         config: str,
         tokenizer: dict[str, Any] | None = None,
         data: list[dict[str, Any]] | None = None,
+        content: Mapping[str, bytes] | None = None,
+        needed: Collection[Path] = (),
     ) -> None:
         self.options = options
         self.config = config
         self.tokenizer = tokenizer
         self.data = data
+        self.content = dict(content or {})
+        self.needed = needed
         self._pending: _Pending | None = None
         self._resumed_from: int | None = None
         self._loadable: dict[Path, bool] = {}
@@ -84,6 +91,11 @@ class Saver:
         """Take note of the checkpoint that the run resumes from: none after it was valid."""
         self._resumed_from = folders.step_of(checkpoint)
         self._loadable[checkpoint] = True
+
+    def keep_content_of(self, checkpoint: Path) -> None:
+        """Hand on what the checkpoint that the run starts from keeps of an imported model."""
+        if dist.get_rank() == 0:
+            self.content = {**kept_content(checkpoint), **self.content}
 
     def check(self, trainee: Trainee) -> None:
         """Clear away what an earlier run left half done; see that a checkpoint could be written.
@@ -94,7 +106,7 @@ class Saver:
         if self.options.save is None:
             return
         folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
-        needed = _sum(state_size(trainee), _device(trainee))
+        needed = _sum(state_size(trainee) + self._content_size(), _device(trainee))
         write_together(what, partial(_on_rank_0, _make_ready, folder, needed))
         write_together(what, partial(_try_to_write, folder / f".probe_{dist.get_rank()}"))
 
@@ -113,7 +125,7 @@ class Saver:
         self._together(progress.step, partial(_on_rank_0, _make_new, target))
         shared, common = save_preprocess(run_state(trainee, progress, self.tokenizer, self.data))
         plan = SharePlan(shared, target)
-        needed = _sum(plan.nbytes, _device(trainee))
+        needed = _sum(plan.nbytes + self._content_size(), _device(trainee))
         self._together(progress.step, partial(_on_rank_0, _require_room, target, needed))
         if self.options.async_save:
             self._together(progress.step, plan.take_copy)
@@ -126,6 +138,7 @@ class Saver:
                 folders.CONFIG_FILE: self.config.encode(),
                 folders.FORMAT_FILE: json.dumps(FORMAT).encode(),
                 VERSIONS_FILE: versions_text().encode(),
+                **self.content,
             },
             _device(trainee),
         )
@@ -156,13 +169,16 @@ class Saver:
         dist.gather_object(share, shares)
         self._together(pending.step, partial(_on_rank_0, self._complete, pending, shares))
 
+    def _content_size(self) -> int:
+        """Bytes of the further files that this rank writes."""
+        return sum(map(len, self.content.values()))
+
     def _complete(self, pending: _Pending, shares: list[Written]) -> None:
         """Write what there is once of a checkpoint, and give it its name."""
         pending.plan.write_index(shares)
         target, step, options = pending.plan.folder, pending.step, self.options
         files = {name: facts for share in shares for name, facts in share.files.items()}
-        for name, content in pending.small_files.items():
-            files[name] = write_file(target / name, content)
+        files |= write_content(target, pending.small_files)
         if options.verify:
             files[INDEX_FILE] = facts_of(target / INDEX_FILE)
             write_manifest(target, step, files)
@@ -181,7 +197,12 @@ class Saver:
             errors.append(error)
         self._loadable[checkpoint] = True
         errors += folders.retain(
-            checkpoint.parent, step, self.options.keep, self.options.keep_every, self._is_loadable
+            checkpoint.parent,
+            step,
+            self.options.keep,
+            self.options.keep_every,
+            self._is_loadable,
+            self.needed,
         )
         for error in errors:
             print(

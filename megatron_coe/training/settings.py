@@ -5,6 +5,7 @@
 A file may name another with `extends: other.yaml` (relative to itself) and then holds only what
 differs. A value may refer to another, `${section.key}`; nothing else is looked up for it (not the
 environment, which would end up in every checkpoint), and no tag of YAML makes an object of Python.
+The `config.yaml` of a checkpoint or of a run's folder names the places where it lies (`places`).
 Section `model` takes the fields of `CoEModelProvider` under Megatron's names; they are
 checked by `megatron_coe.training.model.build_provider`, because knowing them means importing
 Megatron. Everything else is checked here, before that import and before any process group exists.
@@ -22,6 +23,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megatron_coe.training.places import own_places
 
 EXTENDS = "extends"
 
@@ -135,12 +138,22 @@ class TrainSettings:
     rank that hangs; start-up, data and checkpoints have six times as long. 0: it waits for ever."""
 
 
+def warmup_steps(train: TrainSettings) -> int:
+    """Return over how many steps the learning rate rises."""
+    if train.lr_warmup_steps is not None:
+        return train.lr_warmup_steps
+    return int(train.lr_warmup_fraction * train.steps)
+
+
 @dataclass
 class CheckpointSettings:
     """Where the state of the run is kept and how often it is written."""
 
     save: str | None = "${log.dir}/checkpoints"
     """Folder; a run resumes from the newest good checkpoint in it. None: nothing is kept."""
+    load: str | None = None
+    """Checkpoint, or folder of some (then the newest), whose weights a run starts from where `save`
+    holds none; optimizer, schedule and data begin at step 0. None: initial weights."""
     save_interval: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
@@ -223,6 +236,11 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
+def settings_files(path: Path) -> list[Path]:
+    """Return the file and all that it extends. Raises: as `load_settings`."""
+    return [source for source, _ in _read_chain(path)]
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """A hint that follows an unknown name: the nearest known one, or all if they are few."""
     known = sorted(known)
@@ -245,12 +263,25 @@ def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
             named = f"{chain[-1][0]}: 'extends' names {path}" if chain else str(path)
             raise OSError(f"{named}: cannot be read ({error.strerror or error})") from error
         base = content.pop(EXTENDS, None)
-        chain.append((path, content))
+        chain.append((path, _with_own_places(path, content)))
         if base is None:
             return chain[::-1]
         if not isinstance(base, str):
             raise ValueError(f"{path}: 'extends' must be the path of one file, got {base!r}")
         path = path.parent / base
+
+
+def _with_own_places(path: Path, content: DictConfig) -> DictConfig:
+    written = OmegaConf.to_container(content, resolve=False)
+    places = own_places(path, written)
+    return OmegaConf.merge(
+        content, {name: values for name, values in places.items() if _is_section(written, name)}
+    )
+
+
+def _is_section(written: dict[str, Any], name: str) -> bool:
+    """Return whether there can be settings under a name; what else it is `_merge` complains of."""
+    return isinstance(written.get(name) or {}, dict)
 
 
 def _read_yaml(path: Path) -> DictConfig:

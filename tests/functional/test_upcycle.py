@@ -57,7 +57,7 @@ def test_a_mixture_is_upcycled_trained_and_exported(home, single_rank, monkeypat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"resumed from {step}" in done.stdout
-    records = map(json.loads, (home / "runs" / "chain" / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (home / "chain" / "metrics.jsonl").read_text().splitlines())
     losses = [record["train_loss"] for record in records if "train_loss" in record]
     assert len(losses) == STEPS
     assert losses[-1] < 0.8 * losses[0]

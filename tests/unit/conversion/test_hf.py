@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
+from megatron_coe.checkpoints.trust import read_index
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
@@ -205,6 +206,26 @@ def test_a_run_that_takes_its_vocabulary_from_its_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"t\.model does not exist"):
         to_hf(tmp_path / "checkpoints", tmp_path / "second")
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("name", ["two", "dense layer first, sigmoid scores with biases"])
+def test_an_import_has_the_keys_of_a_run(single_rank, tmp_path, name):
+    """So whatever loads a run's checkpoint, Transformer Engine's modules too, loads an import."""
+    write_random_model(tmp_path / "hf", seed=8, **MODELS[name])
+    step = from_hf(tmp_path / "hf", tmp_path / "imported")
+    settings = load_settings(step / CONFIG_FILE)
+    assert settings.model.get("backend", "auto") == "auto"
+    settings.checkpoint.save = str(tmp_path / "run")
+    make_trainer(settings, single_rank).save()
+    imported, trained = (
+        {
+            key
+            for key in read_index(path).state_dict_metadata
+            if not key.startswith(("optimizer.", "rng/"))
+        }
+        for path in (step, tmp_path / "run" / step.name)
+    )
+    assert imported == trained
 
 
 def test_small_files_hold_the_same_weights(single_rank, tmp_path):

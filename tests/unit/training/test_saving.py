@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from megatron_coe.checkpoints import durable, shards
+from megatron_coe.checkpoints.carried import write_content
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import LATEST_FILE, find_checkpoints
-from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
+from megatron_coe.checkpoints.manifest import describe_folder, read_manifest, write_manifest
 from megatron_coe.checkpoints.verify import check_checkpoint
 from megatron_coe.training.checkpoint import load_checkpoint, state_size
 from megatron_coe.training.resume import choose_checkpoint
@@ -269,12 +270,13 @@ def test_every_file_is_synced_before_the_name(single_rank, tmp_path, monkeypatch
         return rename(self, target)
 
     trainer = make_trainer(make_settings(tmp_path, model=SMALL), single_rank)
+    trainer.saver.content = {"tokenizer/tokenizer.json": b"{}"}
     monkeypatch.setattr(os, "fsync", noting)
     monkeypatch.setattr(durable.Path, "rename", renaming)
     trainer.save()
     (path,) = find_checkpoints(tmp_path)
     named = synced.index(f"rename to {path.name}")
-    files = {".metadata.tmp" if f.name == ".metadata" else f.name for f in path.iterdir()}
+    files = {".metadata.tmp" if f.name == ".metadata" else f.name for f in path.rglob("*")}
     assert files <= set(synced[:named])
     assert synced[named - 2 : named] == ["manifest.json", f".partial_{path.name}"]
     assert synced[named + 1] == tmp_path.name
@@ -307,3 +309,40 @@ def test_what_the_run_could_not_load_takes_no_place(single_rank, tmp_path, reaso
         trainer.save()
         kept.append([int(path.name[-1]) for path in find_checkpoints(tmp_path)])
     assert kept == [[3, 2, 1], [4, 3]]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_every_checkpoint_holds_the_runs_other_files(single_rank, tmp_path, asynchronous):
+    """Of one that the run starts from, what it keeps of an imported model as well."""
+    imported = tmp_path / "imported" / "step_00000000"
+    content = {"tokenizer/tokenizer.json": b"old", "hf/config.json": b"{}"}
+    write_content(imported, content)
+    settings = make_settings(tmp_path, checkpoint={"async_save": asynchronous}, model=SMALL)
+    trainer = make_trainer(settings, single_rank)
+    trainer.saver.content = {"tokenizer.model": b"pieces"}
+    trainer.saver.keep_content_of(imported)
+    for step in (1, 2):
+        trainer.progress.step = step
+        trainer.save()
+    trainer.saver.finish()
+    for path in find_checkpoints(tmp_path):
+        check_checkpoint(path)
+        assert (path / "tokenizer.model").read_bytes() == b"pieces"
+        assert (path / "hf" / "config.json").read_bytes() == b"{}"
+        assert not (path / "tokenizer").exists()
+        listed = read_manifest(path).files
+        assert {"tokenizer.model", "hf/config.json"} <= listed.keys()
+
+
+@pytest.mark.parametrize("name", ["", "config.yaml", "tokenizer/tokenizer.json"])
+def test_a_checkpoint_that_the_run_needs_is_never_deleted(single_rank, tmp_path, name):
+    settings = make_settings(tmp_path, checkpoint={"keep": 1}, model=SMALL)
+    trainer = make_trainer(settings, single_rank)
+    (tmp_path / "link").symlink_to(tmp_path / "step_00000001")
+    trainer.saver.needed = [tmp_path / "link" / name]
+    kept = []
+    for step in (1, 2, 3):
+        trainer.progress.step = step
+        trainer.save()
+        kept.append([int(path.name[-1]) for path in find_checkpoints(tmp_path)])
+    assert kept == [[1], [2, 1], [3, 1]]
