@@ -98,11 +98,12 @@ def prepare(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) ->
     """
     # Megatron and torch are imported only after what can be said without them: they take seconds.
     from megatron_coe.training import checks
-    from megatron_coe.training.settings import load_settings
+    from megatron_coe.training.settings import load_settings, settings_files
 
     settings = load_settings(options.config, options.overrides)
     checks.check_values(settings)
     checks.check_files_named(settings, held_out=options.eval_only)
+    checks.check_start(settings.checkpoint)
     world_size = checks.world_size()
     if options.dry_run:  # one process can look at a layout for many
         world_size = max(world_size, checks.smallest_world_size(settings))
@@ -115,7 +116,8 @@ def prepare(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) ->
     if options.dry_run:
         print(run.describe(settings, world_size))
         return None
-    return stack.enter_context(run.trainer(settings, options.eval_only, stop))
+    sources = settings_files(options.config)
+    return stack.enter_context(run.trainer(settings, options.eval_only, stop, sources))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -103,11 +103,14 @@ def state_size(trainee: Trainee) -> int:
     return total
 
 
-def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
+def load_checkpoint(path: Path, trainee: Trainee, weights_only: bool = False) -> Progress:
     """Bring a new trainee to the state of a checkpoint. A collective of all ranks.
 
     Hyperparameters stay those of the present settings: what is restored is what training changed.
     A trainee without an optimizer gets the weights alone.
+
+    Args:
+        weights_only: leave optimizer, schedule, generators and progress as those of a new run.
 
     Raises:
         ValueError: the checkpoint is of another model, or holds what could execute code.
@@ -122,6 +125,8 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     except TypeError as error:
         reason = explain(path, BadCheckpointError(f"it is of another version: {error}"))
         raise BadCheckpointError(f"checkpoint {path}: {reason}") from error
+    if weights_only:
+        progress = Progress()
     state = _model_state(trainee)
     absent = _take_absent_extra_states(path, state)
     optimizer_state = None
@@ -129,7 +134,7 @@ def load_checkpoint(path: Path, trainee: Trainee) -> Progress:
     if trainee.optimizer is not None and progress.step > 0:
         optimizer_state = OptimizerState(trainee.optimizer, state, is_loading=True)
         state["optimizer"] = optimizer_state.tensors
-    same_layout = common["layout"] == _layout()
+    same_layout = common["layout"] == _layout() and not weights_only
     if same_layout:
         state["rng"] = _sharded_rng(None)
     try:

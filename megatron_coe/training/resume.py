@@ -1,12 +1,14 @@
-"""Which checkpoint a run goes on from: the newest that is good, if the settings still fit it."""
+"""Which checkpoint a run starts from: its own newest valid one, or the weights of another."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -17,6 +19,7 @@ from megatron_coe.checkpoints.folder import (
     LATEST_FILE,
     doubts_about_pointer,
     find_checkpoints,
+    find_step,
     restore,
     step_of,
 )
@@ -25,6 +28,49 @@ from megatron_coe.checkpoints.verify import check_checkpoint, strange_files
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.training.resume_policy import DATA, changes, data_change, tokenizer_change
 from megatron_coe.training.settings import CheckpointSettings, Settings, load_settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from."""
+
+    path: Path
+    weights_only: bool
+    """The run begins at step 0 with these weights, instead of resuming."""
+    skipped: Path | None = None
+    """`checkpoint.load` of a run that resumes from one of its own."""
+
+    def __str__(self) -> str:
+        if self.weights_only:
+            return f"from the weights of {self.path} and step 0"
+        return f"resumed from {self.path}"
+
+
+def choose_start(
+    options: CheckpointSettings, must_resume: bool = False, mend: bool = True
+) -> Start | None:
+    """Select what a run starts from; None for initial weights. A collective of all ranks.
+
+    Args:
+        must_resume, mend: as of `choose_checkpoint`.
+
+    Raises: ValueError: as `choose_checkpoint`; or `options.load` is no valid checkpoint.
+    """
+    own = choose_checkpoint(options, must_resume and options.load is None, mend and not must_resume)
+    if options.load is None:
+        return own and Start(own, weights_only=False)
+    load = Path(options.load)
+    if own:
+        is_same = load.resolve() in (own.resolve(), own.parent.resolve())
+        return Start(own, weights_only=False, skipped=None if is_same else load)
+    path = _from_rank_0(f"checkpoint.load={load}", partial(find_step, load))
+    try:
+        _verify(path, options.verify)
+    except BadCheckpointError as error:
+        raise ValueError(f"checkpoint.load={path} is {error.verdict}: {error}") from error
+    return Start(path, weights_only=True)
 
 
 def choose_checkpoint(
@@ -46,15 +92,14 @@ def choose_checkpoint(
             raise ValueError("checkpoint.save=null: there is no checkpoint to start from")
         return None
     folder = Path(options.save)
-    found, doubts = _look(folder, mend=mend and not must_resume)
+    found, doubts = _from_rank_0(
+        f"checkpoint.save={folder}", partial(_look, folder, mend=mend and not must_resume)
+    )
     if doubts:
         _say(doubts)
     for path in found:
         try:
-            part = partial(check_checkpoint, path, options.verify)
-            check_together(partial(part, dist.get_rank(), dist.get_world_size()))
-            if options.verify and (strange := strange_files(path)):
-                _say(strange)
+            _verify(path, options.verify)
             return path
         except BadCheckpointError as error:
             _say(f"checkpoint {path} is {error.verdict} and not used: {error}")
@@ -71,6 +116,14 @@ def choose_checkpoint(
     if must_resume:
         raise ValueError(f"checkpoint.save={folder}: holds no complete checkpoint to start from")
     return None
+
+
+def _verify(path: Path, verify: bool) -> None:
+    """Verify a checkpoint, all ranks together. Raises: BadCheckpointError."""
+    part = partial(check_checkpoint, path, verify)
+    check_together(partial(part, dist.get_rank(), dist.get_world_size()))
+    if verify and (strange := strange_files(path)):
+        _say(strange)
 
 
 def check_changes(
@@ -91,8 +144,9 @@ def check_changes(
     Raises: ValueError naming each change that is refused.
     """
     before = load_settings(path / CONFIG_FILE)
-    model_only = model_only or step_of(path) == 0
-    found = changes(before, settings, model_only)
+    step = step_of(path) or 0
+    model_only = model_only or step == 0
+    found = changes(before, settings, model_only, step)
     recorded = read_common(path).get("data")  # older checkpoints have none
     if data and recorded and not model_only:
         found = [change for change in found if change.key != DATA]
@@ -113,21 +167,31 @@ def check_changes(
 
 
 def _look(folder: Path, mend: bool) -> tuple[list[Path], str | None]:
-    """What rank 0 sees, on every rank: others may see an older state of a network's disk."""
-    seen: list[tuple[list[Path], str | None] | str | None] = [None]
+    if mend:
+        with suppress(OSError):  # of a folder that cannot be changed, but can be read
+            restore(folder)
+    found = find_checkpoints(folder)
+    return found, doubts_about_pointer(folder, found)
+
+
+def _from_rank_0(what: str, look: Callable[[], T]) -> T:
+    """What rank 0 sees, on every rank: others may see an older state of a network's disk.
+
+    Raises: ValueError, on every rank, for an error of rank 0's.
+    """
+    seen: list[tuple[T | None, str | None]] = [(None, None)]
     if dist.get_rank() == 0:
-        if mend:
-            with suppress(OSError):  # of a folder that cannot be changed, but can be read
-                restore(folder)
         try:
-            found = find_checkpoints(folder)
-            seen = [(found, doubts_about_pointer(folder, found))]
+            seen = [(look(), None)]
         except OSError as error:
-            seen = [f"checkpoint.save={folder}: cannot be read ({error.strerror})"]
+            seen = [(None, f"{what}: cannot be read ({error.strerror})")]
+        except ValueError as error:
+            seen = [(None, f"{what}: {error}")]
     dist.broadcast_object_list(seen)
-    if not isinstance(seen[0], tuple):
-        raise ValueError(seen[0])
-    return seen[0]
+    ((found, failure),) = seen
+    if failure:
+        raise ValueError(failure)
+    return found
 
 
 def _say(text: str) -> None:

@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_coe.checkpoints.trust import read_common
+from megatron_coe.checkpoints.tokenizer import describe_identity, tokenizer_difference
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.settings import Settings
+from megatron_coe.training.settings import Settings, TrainSettings, warmup_steps
 
 
 class Policy(Enum):
@@ -40,7 +40,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("train.nonfinite", _SAFE),
     ("train.max_skipped_steps", _SAFE),
     ("train.hang_timeout_s", _SAFE),
-    # Packed data are shuffled for all the steps, and the learning rate's schedule spans them.
+    # The learning rate's schedule spans them: see `_keeps_schedule`.
     ("train.steps", _REFUSED),
     ("train.seed", _REFUSED),
     ("train.global_batch_size", _REFUSED),
@@ -83,11 +83,14 @@ def policy_of(key: str) -> Policy:
     return next(policy for pattern, policy in RULES if fnmatchcase(key, pattern))
 
 
-def changes(before: Settings, now: Settings, model_only: bool = False) -> list[Change]:
+def changes(
+    before: Settings, now: Settings, model_only: bool = False, step: int = 0
+) -> list[Change]:
     """All changes that are worth saying or refused, by key.
 
     Args:
         model_only: leave out what is not the model's (how long its sequences are is not).
+        step: of the checkpoint.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
     found = []
@@ -98,21 +101,24 @@ def changes(before: Settings, now: Settings, model_only: bool = False) -> list[C
             continue
         values = [_value(key, side) for side in (old, new)]
         if _comparable(key, values[0]) != _comparable(key, values[1]):
-            found.append(Change(key, *values, is_refused=policy is _REFUSED))
+            keeps = key == "train.steps" and _keeps_schedule(before.train, now.train, step)
+            found.append(Change(key, *values, is_refused=policy is _REFUSED and not keeps))
     return found
 
 
-def identity_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint keeps of a tokenizer: size and content of its vocabulary, not its path."""
-    return {"vocab_size": tokenizer.vocab_size, **tokenizer.unique_identifiers}
+def _keeps_schedule(before: TrainSettings, now: TrainSettings, step: int) -> bool:
+    """Whether another number of steps leaves the learning rate as it is: constant, warmed up."""
+    return all(
+        train.lr_decay_style == "constant" and step >= warmup_steps(train)
+        for train in (before, now)
+    )
 
 
 def tokenizer_change(checkpoint: Path, tokenizer: Tokenizer) -> Change | None:
-    """A tokenizer whose ids mean something else than those that the checkpoint has learnt."""
-    before, now = read_common(checkpoint).get("tokenizer"), identity_of(tokenizer)
-    if before is None or before == now:
-        return None
-    return Change(_TOKENIZER, _describe(before), _describe(now), is_refused=True)
+    """Compare the tokenizer with the one whose ids a checkpoint has learned."""
+    if difference := tokenizer_difference(checkpoint, tokenizer):
+        return Change(_TOKENIZER, *map(describe_identity, difference), is_refused=True)
+    return None
 
 
 def data_change(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Change | None:
@@ -158,7 +164,3 @@ def _comparable(key: str, value: object) -> object:
     if key == DATA and isinstance(value, list):
         return [os.path.abspath(path) for path in value]
     return value
-
-
-def _describe(identity: dict[str, Any]) -> str:
-    return f"{identity.get('vocab_size')} ids, SHA-256 {str(identity.get('sha256'))[:12]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,11 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
+from megatron_coe.checkpoints.carried import tokenizer_content
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import CONFIG_FILE
+from megatron_coe.checkpoints.tokenizer import identity_of
+from megatron_coe.checkpoints.trust import read_common
 from megatron_coe.data.datasets import build_datasets
 from megatron_coe.data.indexed import IndexedFile, data_summary, identify
 from megatron_coe.data.tokenizer import Tokenizer
@@ -29,8 +33,7 @@ from megatron_coe.training.loop import Trainer, Validation
 from megatron_coe.training.memory_error import explained
 from megatron_coe.training.metrics import Reporter
 from megatron_coe.training.preflight import check_run, data_arguments, training_sets
-from megatron_coe.training.resume import check_changes, choose_checkpoint
-from megatron_coe.training.resume_policy import identity_of
+from megatron_coe.training.resume import Start, check_changes, choose_start
 from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
 from megatron_coe.training.signals import StopRequest
@@ -44,10 +47,10 @@ def describe(settings: Settings, world_size: int) -> str:
     lines = [settings.to_yaml(), describe_sizes(plan), ""]
     lines += _describe_data(settings, found.tokenizer)
     with setup.lone_process():
-        if checkpoint := choose_checkpoint(settings.checkpoint, mend=False):
+        if start := choose_start(settings.checkpoint, mend=False):
             data = [identify(file) for file in found.files]
-            changed = check_changes(checkpoint, settings, found.tokenizer, data)
-            lines += [f"resumes from {checkpoint}", *(f"changed since then: {c}" for c in changed)]
+            changed = check_changes(start.path, settings, found.tokenizer, data, start.weights_only)
+            lines += [str(start), *(f"changed since then: {change}" for change in changed)]
     if found.warning:
         lines.append(f"warning: {found.warning}")
     return "\n".join(lines)
@@ -55,13 +58,17 @@ def describe(settings: Settings, world_size: int) -> str:
 
 @contextmanager
 def trainer(
-    settings: Settings, must_resume: bool = False, stop: StopRequest | None = None
+    settings: Settings,
+    must_resume: bool = False,
+    stop: StopRequest | None = None,
+    sources: Sequence[Path] = (),
 ) -> Iterator[Trainer]:
     """A trainer at the newest checkpoint, or at step 0; its process groups last as long as it.
 
     Args:
         must_resume: there has to be a checkpoint.
         stop: heeded after each part of the work; a hang or an error of a rank ends all of them.
+        sources: files of the settings, which may lie in checkpoints: those are never deleted.
 
     Raises:
         ValueError, OSError: settings, data or checkpoint cannot be used.
@@ -73,7 +80,14 @@ def trainer(
     if settings.train.deterministic and device.type == "cuda":
         setup.use_deterministic_kernels()
     data = [identify(file) for file in found.files]
-    saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(tokenizer), data)
+    saver = Saver(
+        settings.checkpoint,
+        settings.to_yaml(),
+        identity_of(tokenizer),
+        data,
+        tokenizer_content(tokenizer.path) if os.environ.get("RANK", "0") == "0" else None,
+        [*sources, tokenizer.path, *map(Path, filter(None, [settings.checkpoint.load]))],
+    )
     timeout_s = settings.train.hang_timeout_s
     store, saves = setup.rendezvous(), settings.checkpoint.save is not None
     with (
@@ -83,20 +97,27 @@ def trainer(
     ):
         stop.heed(device, "the data were looked at", saves)
         activity.enter(LOADING)
-        checkpoint = choose_checkpoint(settings.checkpoint, must_resume)
+        start = choose_start(settings.checkpoint, must_resume)
         changed = []
-        if checkpoint:
-            changed = check_changes(checkpoint, settings, tokenizer, data, model_only=must_resume)
-            saver.resume_from(checkpoint)
+        if start:
+            model_only = must_resume or start.weights_only
+            changed = check_changes(start.path, settings, tokenizer, data, model_only)
+            saver.keep_content_of(start.path)
+            if not start.weights_only:
+                saver.resume_from(start.path)
         setup.seed_everything(settings.train.seed)
         activity.enter(DATA)
-        train_set, valid_set = _build_data(settings, tokenizer, provider.seq_length)
+        arguments = data_arguments(settings, tokenizer, provider.seq_length)
+        arguments["num_samples"] = (_num_samples(settings, start), settings.train.eval_samples)
+        train_set, valid_set = build_datasets(**arguments, cache_dir=settings.data.cache)
         stop.heed(device, "the model was built", saves)
         activity.enter(MODEL)
         trainee = setup.build_trainee(provider, settings, device, trains=not must_resume)
         stop.heed(device, "the checkpoint was loaded", saves)
         activity.enter(LOADING)
-        progress = load_checkpoint(checkpoint, trainee) if checkpoint else Progress()
+        progress = Progress()
+        if start:
+            progress = load_checkpoint(start.path, trainee, start.weights_only)
         if not must_resume:
             if progress.step < settings.train.steps:
                 saver.check(trainee)
@@ -112,9 +133,11 @@ def trainer(
             reporter, machine = _open_reports(settings, progress, device)
             plan = plan_of(settings, provider, dist.get_world_size(), device.type == "cuda")
             reads = _summarize_data(settings, found.files, per_epoch, validation)
-            reporter.say(banner(settings, plan, machine, reads, _start_of(settings, checkpoint)))
+            reporter.say(banner(settings, plan, machine, reads, _start_of(settings, start)))
             if found.warning:
                 reporter.say(f"warning: {found.warning}")
+            if start and start.skipped:
+                reporter.say(f"checkpoint.load={start.skipped} is not read again")
             for change in changed:
                 reporter.say(f"changed since then: {change}")
         try:
@@ -150,18 +173,21 @@ def _summarize_data(
     )
 
 
-def _start_of(settings: Settings, checkpoint: Path | None) -> str:
+def _start_of(settings: Settings, start: Start | None) -> str:
     train = settings.train
-    start = f"resumed from {checkpoint}" if checkpoint else "from step 0"
     last = min(train.steps, train.stop_step or train.steps)
-    return f"{settings.log.dir}, {start}, to step {last:,}"
+    return f"{settings.log.dir}, {start or 'from step 0'}, to step {last:,}"
 
 
-def _build_data(
-    settings: Settings, tokenizer: Tokenizer, seq_length: int
-) -> tuple[Dataset, Dataset | None]:
-    arguments = data_arguments(settings, tokenizer, seq_length)
-    return build_datasets(**arguments, cache_dir=settings.data.cache)
+def _num_samples(settings: Settings, start: Start | None) -> int:
+    """Training sequences that the run reads in all, steps before it had other batches included."""
+    train = settings.train
+    planned = train.steps * train.global_batch_size
+    if start is None or start.weights_only:
+        return planned
+    progress = read_common(start.path)["progress"]
+    left = (train.steps - progress["step"]) * train.global_batch_size
+    return max(planned, progress.get("samples", 0) + left)
 
 
 def _samples_per_epoch(files: Sequence[IndexedFile], mode: str, seq_length: int) -> float:

@@ -28,7 +28,12 @@ from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.model.weight_init import initialize_weights, undrawn_weights
 from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings
+from megatron_coe.training.settings import (
+    ParallelSettings,
+    Settings,
+    TrainSettings,
+    warmup_steps,
+)
 
 MINUTE = timedelta(minutes=1)
 
@@ -251,15 +256,12 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
 
 def build_schedule(optimizer: MegatronOptimizer, train: TrainSettings) -> OptimizerParamScheduler:
     """Learning rate over steps: linear warm-up from 0, then constant, linear or cosine decay."""
-    warmup = train.lr_warmup_steps
-    if warmup is None:
-        warmup = int(train.lr_warmup_fraction * train.steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=warmup,
+        lr_warmup_steps=warmup_steps(train),
         lr_decay_steps=train.steps,
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,

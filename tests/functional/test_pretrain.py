@@ -199,7 +199,7 @@ def test_training_sets_may_move_but_not_change(config, data, tmp_path, capsys):
     assert pretrain_coe.main([*arguments, "train.stop_step=4"]) == 0
 
 
-def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, tmp_path):
+def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, data, tmp_path):
     """Data parallel with the distributed optimizer; then the checkpoint is loaded on one rank."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert pretrain_coe.main(["--config", str(config), f"log.dir={alone}"]) == 0
@@ -213,6 +213,10 @@ def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, tmp_
     for name in ("train_loss", "valid_loss", "grad_norm"):
         expected = losses(alone, name)
         assert losses(together, name) == pytest.approx(expected, rel=2e-5)
+    tokenizer = (data / "tokenizer.model").read_bytes()
+    for step in (3, 6):  # the first was written by two ranks
+        copy = together / "checkpoints" / f"step_{step:08d}" / "tokenizer.model"
+        assert copy.read_bytes() == tokenizer
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE, LATEST_FILE, find_checkpoints
 from megatron_coe.training import setup
-from megatron_coe.training.checkpoint import load_checkpoint
+from megatron_coe.training.checkpoint import Progress, load_checkpoint
 from megatron_coe.training.settings import load_settings
 from tests.unit.training.runs import make_settings, make_trainer, weights
 
@@ -132,6 +132,7 @@ def test_a_checkpoint_holds_the_settings_it_was_made_with(single_rank, tmp_path)
     settings = make_settings(tmp_path, train={"lr": 0.125}, model={"num_layers": 1})
     make_trainer(settings, single_rank).save()
     (path,) = find_checkpoints(tmp_path)
+    settings.checkpoint.load = str(path)  # where a run with these settings starts
     assert load_settings(path / CONFIG_FILE) == settings
 
 
@@ -173,6 +174,27 @@ def test_the_kind_of_optimizer_may_change(single_rank, tmp_path, distributed_fir
     assert_same(weights(first), weights(second))
     losses = losses_of(first, until=6)
     assert losses_of(second, until=6) == pytest.approx(losses, rel=1e-3 if bf16 else 1e-6)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_alone_begin_a_new_run(single_rank, tmp_path, bf16):
+    """Its first batch is the data's first, and an update by 0 leaves the weights that it loaded."""
+    changes = {"precision": "bf16" if bf16 else "fp32", "lr_decay_style": "cosine"}
+    first = make_trainer(make_settings(tmp_path, train=changes), single_rank)
+    losses_of(first, until=3)
+    first.save()
+    (path,) = find_checkpoints(tmp_path)
+
+    settings = make_settings(train={**changes, "lr": 0.0, "lr_warmup_fraction": 0.0})
+    tuned, new = (make_trainer(settings, single_rank) for _ in range(2))
+    tuned.progress = load_checkpoint(path, tuned.trainee, weights_only=True)
+    assert tuned.progress == Progress()
+    assert tuned.trainee.schedule.num_steps == 0
+    assert_same(optimizer_state(tuned), optimizer_state(new))
+    first.progress = Progress()
+    assert losses_of(tuned, until=1) == losses_of(first, until=1)
+    assert load_checkpoint(path, first.trainee).step == 3
+    assert_same(weights(tuned), weights(first))
 
 
 def test_a_checkpoint_of_another_model_is_refused(single_rank, tmp_path):

@@ -25,7 +25,7 @@ from megatron_coe.checkpoints.manifest import (
 from megatron_coe.checkpoints.trust import read_index
 from megatron_coe.checkpoints.versions import VERSIONS_FILE
 from megatron_coe.training.checkpoint import load_checkpoint
-from megatron_coe.training.resume import choose_checkpoint
+from megatron_coe.training.resume import Start, choose_checkpoint, choose_start
 from megatron_coe.training.settings import CheckpointSettings
 from tests.unit.training.runs import make_settings, make_trainer
 
@@ -147,6 +147,45 @@ def test_a_manifest_has_to_list_everything_that_is_read(folder, capfd):
         assert f"does not list {name}" in capfd.readouterr().err
     write_manifest(newest, 1, manifest.files)
     assert choose(folder) == older
+
+
+def test_weights_are_loaded_where_there_is_no_checkpoint_of_the_runs_own(folder, tmp_path):
+    newest, older = find_checkpoints(folder)
+    empty = str(tmp_path / "empty")
+
+    def start(save, load, **options):
+        load = None if load is None else str(load)
+        return choose_start(CheckpointSettings(save=save, load=load, **options))
+
+    assert start(empty, older) == start(None, older) == Start(older, weights_only=True)
+    assert start(empty, folder) == Start(newest, weights_only=True)
+    assert start(empty, None) is None
+    own = shutil.copytree(older, tmp_path / "own" / older.name)
+    resumed = start(str(own.parent), newest)
+    assert resumed == Start(own, weights_only=False, skipped=newest)
+    for load in (None, own, own.parent):
+        assert start(str(own.parent), load) == Start(own, weights_only=False)
+
+
+def test_weights_that_are_not_there_or_bad_are_no_fresh_start(folder, tmp_path):
+    newest, older = find_checkpoints(folder)
+    empty = str(tmp_path / "empty")
+    flip(newest / "__0_0.distcp")
+    told = {
+        tmp_path / "nowhere": "neither a checkpoint nor a folder of checkpoints",
+        newest: "is bad: the SHA-256 of __0_0.distcp is not",
+        folder: "is bad: the SHA-256 of __0_0.distcp is not",
+    }
+    for load, reason in told.items():
+        with pytest.raises(ValueError, match=f"checkpoint.load={load}.*{reason}"):
+            choose_start(CheckpointSettings(save=empty, load=str(load)))
+        with pytest.raises(ValueError, match=f"checkpoint.load={load}.*{reason}"):
+            choose_start(CheckpointSettings(save=None, load=str(load)), must_resume=True)
+    (folder / "only").mkdir()
+    for path in (newest, older):
+        path.rename(folder / "only" / path.name)
+    with pytest.raises(ValueError, match="its checkpoints are gone"):
+        choose_start(CheckpointSettings(save=str(folder), load=str(folder / "only" / older.name)))
 
 
 @pytest.mark.parametrize(

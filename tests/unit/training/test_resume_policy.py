@@ -8,10 +8,11 @@ from dataclasses import asdict, fields
 import pytest
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE, find_checkpoints
+from megatron_coe.checkpoints.tokenizer import identity_of
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.resume import check_changes
-from megatron_coe.training.resume_policy import Policy, changes, data_change, identity_of, policy_of
+from megatron_coe.training.resume_policy import Policy, changes, data_change, policy_of
 from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
 from tests.unit.training.runs import make_settings, make_trainer
@@ -28,6 +29,9 @@ class Words(Tokenizer):
 
     def detokenize(self, ids):
         return ""
+
+    def vocabulary(self):
+        return {}
 
 
 def changed(key: str, value: object) -> Settings:
@@ -84,6 +88,26 @@ def test_what_becomes_of_a_change(key, value, policy):
         assert (change.key, change.now) == (key, value)
         assert change.is_refused == (policy is Policy.REFUSED)
         assert repr(change.before) in str(change)
+
+
+@pytest.mark.parametrize(
+    ("style", "warmup", "step", "steps", "is_refused"),
+    [
+        ("constant", 0.0, 0, 30, False),
+        ("constant", 0.1, 20, 200, False),
+        ("constant", 0.1, 19, 200, True),
+        ("constant", 0.1, 2, 10, False),
+        ("constant", 0.1, 1, 10, True),
+        ("cosine", 0.0, 20, 30, True),
+        ("linear", 0.0, 20, 30, True),
+    ],
+)
+def test_more_steps_need_no_permission_where_the_rate_stays(style, warmup, step, steps, is_refused):
+    """20 steps become others; until 10% of them the learning rate would rise again."""
+    train = {"lr_decay_style": style, "lr_warmup_fraction": warmup}
+    before, now = make_settings(train=train), make_settings(train={**train, "steps": steps})
+    (change,) = changes(before, now, step=step)
+    assert (str(change), change.is_refused) == (f"train.steps was 20 and is {steps}", is_refused)
 
 
 def test_a_default_that_is_spelled_out_is_no_change():
