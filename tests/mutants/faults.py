@@ -57,6 +57,7 @@ OF_SAVING = ("tests/unit/training/test_saving.py",)
 OF_RESUMING = ("tests/unit/training/test_resume.py",)
 OF_BENCHMARK = tuple(f"tests/unit/benchmark/test_{n}.py" for n in ("timing", "layers", "phases"))
 OF_FOLDERS = ("tests/unit/checkpoints/test_folder.py",)
+OF_CARRIED = ("tests/unit/checkpoints/test_tokenizer.py",)
 OF_VERSIONS = ("tests/unit/checkpoints/test_versions.py",)
 OF_PRETRAINING = ("tests/functional/test_pretrain.py",)
 
@@ -597,7 +598,7 @@ FAULTS = [
     Fault(
         "a run does not know which checkpoint it resumed from",
         "megatron_coe/training/run.py",
-        "saver.resume_from(checkpoint)",
+        "saver.resume_from(start.path)",
         "pass",
         OF_PRETRAINING,
     ),
@@ -881,5 +882,47 @@ FAULTS = [
         'if "global_aux_loss" in kinds and not self.coe_independent_gate',
         'if "global_aux_loss" in kinds and False',
         ("tests/unit/test_config.py",),
+    ),
+    Fault(
+        "settings in a checkpoint that was moved do not name it",
+        "megatron_coe/training/places.py",
+        'places: Sections = {"checkpoint": {"load": str(step)}}',
+        'places: Sections = {"checkpoint": {}}',
+        ("tests/unit/training/test_places.py",),
+    ),
+    Fault(
+        "a checkpoint is deleted whose settings the command names",
+        CHECKPOINTS + "folder.py",
+        "if is_between and path.resolve() not in holding:",
+        "if is_between:",
+        OF_SAVING,
+    ),
+    Fault(
+        "fine-tuning goes on from the step of the checkpoint",
+        "megatron_coe/training/checkpoint.py",
+        "    if weights_only:\n        progress = Progress()\n",
+        "",
+        ("tests/unit/training/test_checkpoint.py",),
+    ),
+    Fault(
+        "a tokenizer of other ids is taken",
+        CHECKPOINTS + "tokenizer.py",
+        "if path != own and (difference",
+        "if False and (difference",
+        OF_CARRIED,
+    ),
+    Fault(
+        "a file is added to a checkpoint's tokenizer unseen",
+        CHECKPOINTS + "manifest.py",
+        "return is_carried or name",
+        "return name",
+        OF_CARRIED,
+    ),
+    Fault(
+        "a smaller batch finds the training data at their end",
+        "megatron_coe/training/run.py",
+        'return max(planned, progress.get("samples", 0) + left)',
+        "return planned",
+        ("tests/functional/test_fine_tune.py",),
     ),
 ]

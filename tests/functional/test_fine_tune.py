@@ -1,0 +1,267 @@
+"""Training from weights on the command line: imported ones, moved ones, one's own, and none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import pretrain_coe
+from megatron_coe.conversion.hf import from_hf
+from megatron_coe.conversion.tokenizer import write_tokenizer
+from megatron_coe.conversion.upcycle import upcycle
+from megatron_coe.data.preprocess import preprocess
+from megatron_coe.data.records import Fields
+from megatron_coe.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_coe.training.exit_status import MISTAKE
+from megatron_coe.training.metrics import read_records
+from megatron_coe.training.settings import load_settings
+from tests import zygote
+from tests.functional.test_convert import convert
+from tests.unit.conversion.models import write_random_model
+
+SMALL = ("train.precision=fp32", "train.global_batch_size=4", "model.seq_length=8")
+TEXT = "one two three\nfour five six\nseven eight nine ten\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A model of others, a mixture, their tokenizer, two data sets, and a run of six steps."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "texts.txt").write_text(TEXT * 20)
+    lines = (json.dumps({"text": line}) + "\n" for line in TEXT.splitlines() * 20)
+    (home / "my.jsonl").write_text("".join(lines))
+    train_tokenizer([home / "texts.txt"], home / "t.model", fields=Fields(), vocab_size=285)
+    mixture = {"coe_iterations": 1, "coe_residual": "outer"}
+    for name, seed, changes in (("my-model", 1, {}), ("mixture", 2, mixture)):
+        write_random_model(home / name, seed=seed, vocab_size=300, **changes)
+        write_tokenizer(home / "t.model", home / name)
+    for name in ("train", "other"):
+        preprocess([home / "texts.txt"], home / name, home / "t.model", fields=Fields(), quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        own_run()
+    return home
+
+
+def own_run() -> None:
+    settings = load_settings(from_hf(Path("my-model"), Path("base")) / "config.yaml")
+    settings.checkpoint.load, settings.log.dir = None, "runs/mine"
+    settings.checkpoint.save = "runs/mine/checkpoints"
+    settings.data.tokenizer, settings.data.mode = "t.model", "examples"
+    settings.train.lr, settings.train.lr_decay_style = 0.01, "constant"
+    settings.train.steps = 6
+    Path("my-run.yaml").write_text(settings.to_yaml())
+    train("my-run.yaml")
+
+
+@pytest.fixture
+def home(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it, in which the command lines run."""
+    shutil.copytree(made, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def train(config: Path | str, *overrides: str) -> None:
+    arguments = [*SMALL, "data.train=[train_text_document]", "log.interval=1", *overrides]
+    assert pretrain_coe.main(["--config", str(config), *arguments]) == 0
+
+
+def losses(run: Path | str) -> list[float]:
+    records = read_records(Path(run, "metrics.jsonl"))
+    return [record["train_loss"] for record in records if "train_loss" in record]
+
+
+def test_the_whole_way_from_a_folder_of_others(home):
+    """Every command as the page has it, in processes of their own."""
+    done = convert(home, "from-hf", "--load", "my-model", "--save", "runs/tuned/checkpoints")
+    assert done.returncode == 0, done.stderr
+    step = Path("runs/tuned/checkpoints/step_00000000")
+    prepared = ("--tokenizer", step / "tokenizer", "--output-prefix", "my", "--append-eod")
+    done = zygote.run("tools/preprocess_data.py", "--input", "my.jsonl", *prepared, cwd=home)
+    assert done.returncode == 0, done.stderr
+    done = zygote.run(
+        "pretrain_coe.py", "--config", step / "config.yaml", "data.train=[my_text_document]",
+        *("train.steps=3", "train.precision=fp32", "train.global_batch_size=4"), cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {step}" in done.stdout
+    done = convert(home, "to-hf", "--load", "runs/tuned/checkpoints", "--save", "my-tuned-model")
+    assert done.returncode == 0, done.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        files = (Path(folder, name).read_bytes() for folder in ("my-model", "my-tuned-model"))
+        assert len({*files}) == 1
+    assert (home / "runs/tuned/metrics.jsonl").is_file()
+
+
+def test_what_an_import_begins_with(home):
+    """Positions of the model before YaRN, a batch and a rate for a trained model, any backend."""
+    scaled = json.loads(Path("my-model/config.json").read_text())
+    scaled["rope_scaling"]["original_max_position_embeddings"] = 16
+    scaled["max_position_embeddings"] = 640
+    Path("my-model/config.json").write_text(json.dumps(scaled))
+    for path, folder in (
+        (from_hf(Path("my-model"), Path("runs/one/checkpoints")), "runs/one"),
+        (upcycle(Path("mixture"), Path("runs/two/checkpoints")), "runs/two"),
+        (from_hf(Path("my-model"), Path("three")), "three"),
+    ):
+        assert pretrain_coe.main(["--config", str(path / "config.yaml"), "--dry-run",
+                                  "data.train=[train_text_document]"]) == 0  # fmt: skip
+        settings = load_settings(path / "config.yaml")
+        assert settings.log.dir == folder
+        assert settings.train.global_batch_size == 64
+        assert (settings.train.lr, settings.train.lr_decay_style) == (2e-5, "cosine")
+        assert settings.model.get("backend", "auto") == "auto"
+        assert settings.model["seq_length"] == (20 if folder == "runs/two" else 16)
+
+
+def test_imports_have_a_folder_each_for_their_logs(home):
+    for name, steps in (("one", 3), ("two", 2)):
+        step = from_hf(Path("my-model"), Path("runs", name, "checkpoints"))
+        train(step / "config.yaml", f"train.steps={steps}")
+    assert len(losses("runs/one")) == 3
+    assert len(losses("runs/two")) == 2
+
+
+def test_a_moved_import_trains_from_its_weights(home, monkeypatch):
+    """Moved; by a relative path from another folder; extended; renamed: the same first loss."""
+    step = from_hf(Path("my-model"), Path("imp/checkpoints"))
+    data = f"data.train=[{home}/train_text_document]"
+    unmoved = Path("kept/checkpoints", step.name)
+    shutil.copytree("imp", "kept")
+    train(step / "config.yaml", "train.steps=1")
+    (expected,) = losses("imp")
+
+    shutil.rmtree("imp")
+    Path("mine.yaml").write_text(f"extends: {unmoved}/config.yaml\nlog: {{dir: extended}}")
+    Path("there").mkdir()
+    monkeypatch.chdir("there")
+    train(f"../{unmoved}/config.yaml", "train.steps=1", data)
+    assert losses("../kept") == [expected]
+    monkeypatch.chdir(home)
+    train("mine.yaml", "train.steps=1", "checkpoint.save=extended/checkpoints")
+    assert losses("extended") == [expected]
+    unmoved.rename("best")
+    train("best/config.yaml", "train.steps=1")
+    assert losses("runs/best") == [expected]
+
+
+@pytest.mark.parametrize("gone", ["checkpoint", "weights"])
+def test_without_the_weights_that_were_named_nothing_starts(home, capsys, gone, monkeypatch):
+    """Before any process group, and in a dry run: a copy of an import's settings and no more."""
+    step = from_hf(Path("my-model"), Path("imp/checkpoints"))
+    config = Path("copy.yaml")
+    shutil.copy(step / "config.yaml", config)
+    if gone == "weights":  # only its settings were copied, into a folder of the same name
+        config = Path("elsewhere", step.name, "config.yaml")
+        config.parent.mkdir(parents=True)
+        shutil.copy(step / "config.yaml", config)
+    shutil.rmtree("imp")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a process group was made")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", refuse)
+    for more in ((), ("--dry-run",)):
+        arguments = ["--config", str(config), "data.train=[train_text_document]"]
+        arguments.append("data.tokenizer=t.model")
+        assert pretrain_coe.main([*arguments, *more]) == MISTAKE
+        assert "checkpoint.load=" in capsys.readouterr().err
+    assert not any(Path(".").glob("**/step_*/metadata.json"))
+
+
+def test_a_folder_of_others_is_no_checkpoint_to_load(home, capsys):
+    step = from_hf(Path("my-model"), Path("imp/checkpoints"))
+    named = ("checkpoint.load=my-model", "checkpoint.save=new", "data.train=[train_text_document]")
+    assert pretrain_coe.main(["--config", str(step / "config.yaml"), *named]) == MISTAKE
+    assert "convert_checkpoint.py from-hf" in capsys.readouterr().err
+
+
+def test_the_command_can_be_repeated_that_names_a_checkpoints_settings(home, capsys):
+    step = from_hf(Path("my-model"), Path("imp/checkpoints"))
+    often = ("train.steps=8", "checkpoint.save_interval=1", "checkpoint.keep=1")
+    train(step / "config.yaml", *often, "train.stop_step=4")
+    kept = sorted(path.name for path in Path("imp/checkpoints").glob("step_*"))
+    assert kept == ["step_00000000", "step_00000004"]
+    capsys.readouterr()
+    train(step / "config.yaml", *often)
+    assert "resumed from imp/checkpoints/step_00000004" in capsys.readouterr().out
+    assert len(losses("imp")) == 8
+
+
+def test_another_tokenizer_in_its_place_is_not_taken(home, capsys):
+    """The path in the settings leads to a tokenizer of the same size; the copy is what counts."""
+    step = from_hf(Path("my-model"), Path("imp/checkpoints"))
+    train(step / "config.yaml", "train.steps=1", "data.tokenizer=t.model")
+    trained = load_tokenizer("t.model").tokenize(TEXT)
+    Path("texts.txt").write_text("eins zwei drei\nvier fünf sechs\n" * 20)
+    train_tokenizer([Path("texts.txt")], Path("t.model"), fields=Fields(), vocab_size=285)
+    assert load_tokenizer("t.model").tokenize(TEXT) != trained
+
+    done = convert(home, "to-hf", "--load", "imp/checkpoints", "--save", "exported")
+    assert done.returncode == 0, done.stderr
+    exported = PreTrainedTokenizerFast.from_pretrained("exported")
+    assert exported.encode(TEXT, add_special_tokens=False) == trained
+    other = ("--load", "imp/checkpoints", "--tokenizer", "t.model")
+    for program, *arguments in (
+        ("tools/convert_checkpoint.py", "to-hf", *other, "--save", "out"),
+        ("tools/generate.py", *other, "--prompt", "one"),
+        ("tools/analyze_routing.py", *other, "--data", "texts.txt", "--output", "analysis"),
+    ):
+        done = zygote.run(program, *arguments, cwd=home)
+        assert done.returncode == 2
+        assert "is not the one that checkpoint imp/checkpoints/step_0000000" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    config = "imp/checkpoints/step_00000001/config.yaml"
+    arguments = ["data.train=[train_text_document]", "train.steps=9", "data.tokenizer=t.model"]
+    assert pretrain_coe.main(["--config", config, *SMALL, *arguments]) == MISTAKE
+    assert "data.tokenizer was '285 ids" in capsys.readouterr().err
+
+
+def test_own_weights_are_tuned_and_the_same_command_resumes(home, capsys):
+    step = Path("runs/mine/checkpoints/step_00000006")
+    tuned = (
+        *("log.dir=runs/second", "checkpoint.save=runs/second/checkpoints"),
+        *("data.train=[other_text_document]", "train.lr=1e-3", "train.seed=7", "train.steps=4"),
+        "data.mode=packed",
+    )
+    capsys.readouterr()
+    train(step / "config.yaml", *tuned, "train.stop_step=2")
+    told = capsys.readouterr().out
+    assert f"started from the weights of {home / step}, with a new optimizer" in told
+    assert losses("runs/second")[0] < 0.8 * losses("runs/mine")[0], "not initial weights"
+    train(step / "config.yaml", *tuned)
+    told = capsys.readouterr().out
+    assert "resumed from runs/second/checkpoints/step_00000002" in told
+    assert f"checkpoint.load={home / step} is not read again" in told
+    assert len(losses("runs/second")) == 4
+    done = convert(home, "to-hf", "--load", "runs/second/checkpoints", "--save", "again")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "accepted", "sequences"),
+    [
+        (("train.steps=12",), None, 48),
+        (("train.steps=12", "train.lr_decay_style=cosine"), "train.steps", 48),
+        (("train.steps=12", "train.global_batch_size=2"), "train.global_batch_size", 36),
+        (("train.steps=8", "train.global_batch_size=6"), "train.global_batch_size", 36),
+    ],
+    ids=["more steps", "more steps of a schedule", "smaller batch", "larger batch"],
+)
+def test_more_steps_and_another_batch(home, capsys, changes, accepted, sequences):
+    if accepted:
+        refused = ["--config", "my-run.yaml", *SMALL, "data.train=[train_text_document]", *changes]
+        assert pretrain_coe.main(refused) == MISTAKE
+        assert f"checkpoint.accept_changes='[{accepted}]'" in capsys.readouterr().err
+        train("my-run.yaml", *changes, f"checkpoint.accept_changes=[{accepted}]")
+    else:
+        train("my-run.yaml", *changes)
+    assert "changed since then: train." in capsys.readouterr().out
+    records = read_records(Path("runs/mine/metrics.jsonl"))
+    assert records[-1]["tokens"] == sequences * 8
+    train("my-run.yaml", *changes)  # the accepted change is the checkpoint's now
