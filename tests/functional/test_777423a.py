@@ -192,6 +192,15 @@ def test_the_checkpoint_is_exported_bit_for_bit(folder):
     assert_same_tensors(*weights)
 
 
+def test_its_tokenizer_is_named_where_it_has_moved(folder):
+    (folder / "tokenizer.model").rename(folder / "moved.model")
+    with pytest.raises(ValueError, match=r"holds no copy of its tokenizer.*name it with --tok"):
+        to_hf(folder / "run" / "checkpoints", folder / "again")
+    to_hf(folder / "run" / "checkpoints", folder / "again", tokenizer=folder / "moved.model")
+    read = [json.loads((folder / f / "tokenizer.json").read_text()) for f in ("again", "export")]
+    assert read[0] == read[1]
+
+
 def test_the_export_becomes_a_checkpoint_and_comes_back(folder):
     from_hf(folder / "export", folder / "imported")
     to_hf(folder / "imported", folder / "again")
