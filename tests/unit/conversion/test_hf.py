@@ -440,12 +440,18 @@ NATIVE = {
         "rope_type": "rope",
         "rotary_scaling_factor": 1.0,
     },
+    "yarn's mscale alone, two dense layers of three": {
+        "mscale": 0.707,
+        "mscale_all_dim": 0.0,
+        "num_layers": 3,
+        "moe_layer_freq": [0, 0, 1],
+    },
 }
 
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_one_iteration_is_a_model_of_transformers(single_rank, tmp_path, name):
-    if not NATIVE_HAS_MSCALE and "no yarn" not in name:
+    if not NATIVE_HAS_MSCALE and "no yarn" not in name and "mscale alone" not in name:
         pytest.skip("this transformers' deepseek_v2 leaves yarn's mscale out of attention")
     changes = {"coe_iterations": 1, "coe_residual": "outer", **NATIVE[name]}
     weights = write_random_model(tmp_path / "hf", seed=9, **changes)
@@ -490,6 +496,20 @@ def test_an_imported_model_has_the_loss_that_transformers_says(single_rank, tmp_
 
     loss = megatron_loss(from_hf(tmp_path / "hf", tmp_path / "checkpoints"), ids, single_rank)
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_transformers_ignores_is_said_at_import(tmp_path, capfd):
+    write_random_model(tmp_path / "hf", seed=9, coe_iterations=1, coe_residual="outer")
+    from_hf(tmp_path / "hf", tmp_path / "checkpoints")
+    to_hf(tmp_path / "checkpoints", tmp_path / "native", family="deepseek_v2")
+    from_hf(tmp_path / "native", tmp_path / "plain")
+    assert not capfd.readouterr().err
+    path = tmp_path / "native" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_topk_prob": True}))
+    step = from_hf(tmp_path / "native", tmp_path / "imported")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: norm_topk_prob=True")
+    assert load_settings(step / CONFIG_FILE).model["moe_router_pre_softmax"] is False
 
 
 @pytest.mark.skipif(

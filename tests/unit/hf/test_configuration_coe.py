@@ -73,6 +73,10 @@ def test_rope_is_read_in_both_spellings_and_written_as_the_authors_do(scaling):
         assert CoeConfig.from_dict(keys).rope_parameters == parameters
 
 
+def test_the_default_of_deepseek_v2_is_read_as_it_is_spelled():
+    assert small_config(topk_method="gready").topk_method == "greedy"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_comes_back_and_says_only_what_it_must(kind, tmp_path):
     config = small_config(**KINDS[kind])
@@ -105,6 +109,7 @@ def test_every_kind_comes_back_and_says_only_what_it_must(kind, tmp_path):
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),
         ({"rope_scaling": {"type": "yarn"}}, "factor"),
+        ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
 def test_illegal_values_are_named(changes, message):

@@ -29,6 +29,7 @@ from tests.golden import CASES, GOLDEN
 from tests.unit.hf.small import (
     KINDS,
     NATIVE_HAS_MSCALE,
+    YARN,
     randomise,
     small_config,
     small_model,
@@ -353,6 +354,17 @@ NATIVE = {
         "rope_scaling": None,
         "attention_bias": True,
     },
+    "yarn by its attention factor": {
+        "rope_scaling": {**YARN, "mscale_all_dim": 0, "attention_factor": 1.3}
+    },
+    "yarn by its attention factor, not truncated": {
+        "qk_rope_head_dim": 16,
+        "rope_scaling": {
+            **YARN,
+            **{"mscale_all_dim": 0, "attention_factor": 0.9, "truncate": False},
+            **{"original_max_position_embeddings": 64, "factor": 4},
+        },
+    },
     "groups": {
         "n_routed_experts": 16,
         "num_experts_per_tok": 6,
@@ -367,7 +379,7 @@ NATIVE = {
 
 @pytest.mark.parametrize("kind", NATIVE)
 def test_one_iteration_outside_is_transformers_deepseek_v2(kind, tmp_path):
-    if not NATIVE_HAS_MSCALE and "plain rope" not in kind:
+    if not NATIVE_HAS_MSCALE and "plain rope" not in kind and "by its" not in kind:
         pytest.skip("this transformers' deepseek_v2 leaves mscale out of attention")
     model = small_model(inner_iter=1, residual="outer", use_igate=False, **NATIVE[kind])
     model.save_pretrained(tmp_path)
