@@ -129,6 +129,7 @@ class CoEConfig(MLATransformerConfig):
             self.qk_layernorm = self.multi_latent_attention
         if self.rope_type is None:
             self.rope_type = "yarn" if self.multi_latent_attention else "rope"
+        self._check_plain_attention()
         self._check_rope()
         if self.output_layer_init_method is None:
             # The authors draw every linear with one std; Megatron would scale the output ones down.
@@ -288,6 +289,24 @@ class CoEConfig(MLATransformerConfig):
             raise ValueError(
                 "moe_router_fusion=True with moe_router_group_score='max': the fused kernel ranks "
                 "groups by a sum. Set moe_router_fusion=false."
+            )
+
+    def _check_plain_attention(self) -> None:
+        """What Megatron's module finds out in the first step."""
+        if self.multi_latent_attention:
+            return
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if groups and heads % groups:
+            raise ValueError(
+                f"num_query_groups={groups} does not divide num_attention_heads={heads}: each "
+                "group serves the same number of heads."
+            )
+        width = self.kv_channels or self.hidden_size // heads
+        turned = int(width * self.rotary_percent)
+        if turned + turned % 2 > width:
+            raise ValueError(
+                f"kv_channels={width} (hidden_size / num_attention_heads, if it is not set): must "
+                "be even, rotary embeddings turn pairs."
             )
 
     def _check_rope(self) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_coe.config import RESIDUAL_MODES, CoEConfig
 from megatron_coe.megatron_compat.transformer_engine import is_installed
-from tests.builders import tiny_config
+from tests.builders import tiny_config, tiny_provider
 
 GROUPS = {
     "num_moe_experts": 8,
@@ -139,3 +139,24 @@ def test_output_layers_start_with_the_std_of_all_others() -> None:
     weight = torch.empty(400, 400)
     config.output_layer_init_method(weight)
     assert weight.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_query_groups": 4, "num_attention_heads": 6}, "num_query_groups=4 does not divide"),
+        ({"kv_channels": 7}, "kv_channels=7"),
+        ({"hidden_size": 36, "num_attention_heads": 12}, "kv_channels=3"),
+    ],
+    ids=str,
+)
+def test_plain_attention_that_dies_in_its_first_step_is_refused(
+    single_rank, monkeypatch, fields, says
+):
+    fields = {"multi_latent_attention": False, **fields}
+    with pytest.raises(ValueError, match=says):
+        tiny_provider(**fields)
+    monkeypatch.setattr(CoEConfig, "_check_plain_attention", lambda self: None)
+    model = tiny_provider(**fields).provide()
+    with pytest.raises(RuntimeError):
+        model(torch.randint(96, (2, 8)), torch.arange(8).expand(2, 8), None)
