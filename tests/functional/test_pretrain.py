@@ -152,6 +152,12 @@ def test_train_stop_resume_and_evaluate(config, tmp_path, capsys):
     assert clock == sorted(clock), "of both parts together"
     assert read_machine(folder)["ranks"] == 1
 
+    # A dry run sees the checkpoint, and refuses what the run would.
+    assert pretrain_coe.main([*arguments, "--dry-run"]) == 0
+    assert f"resumes from {folder}/checkpoints/step_00000006" in capsys.readouterr().out
+    assert pretrain_coe.main([*arguments, "--dry-run", "model.coe_residual=outer"]) == 2
+    assert "was made with other settings: model.coe_residual" in capsys.readouterr().err
+
     # The settings that are kept with the run repeat it.
     assert pretrain_coe.main(["--config", str(folder / "config.yaml"), "--eval-only"]) == 0
     last = losses(folder, "valid_loss")[6]
