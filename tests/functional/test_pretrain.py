@@ -154,7 +154,7 @@ def test_train_stop_resume_and_evaluate(config, tmp_path, capsys):
 
     # A dry run sees the checkpoint, and refuses what the run would.
     assert pretrain_coe.main([*arguments, "--dry-run"]) == 0
-    assert f"resumes from {folder}/checkpoints/step_00000006" in capsys.readouterr().out
+    assert f"resumed from {folder}/checkpoints/step_00000006" in capsys.readouterr().out
     assert pretrain_coe.main([*arguments, "--dry-run", "model.coe_residual=outer"]) == 2
     assert "was made with other settings: model.coe_residual" in capsys.readouterr().err
 
