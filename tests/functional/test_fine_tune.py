@@ -232,7 +232,7 @@ def test_own_weights_are_tuned_and_the_same_command_resumes(home, capsys):
     capsys.readouterr()
     train(step / "config.yaml", *tuned, "train.stop_step=2")
     told = capsys.readouterr().out
-    assert f"runs/second, from the weights of {home / step} and step 0, to step 4" in told
+    assert f"runs/second, from the weights of {home / step} and step 0, to step 2" in told
     assert losses("runs/second")[0] < 0.8 * losses("runs/mine")[0], "not initial weights"
     train(step / "config.yaml", *tuned)
     told = capsys.readouterr().out
