@@ -40,6 +40,9 @@ def main() -> None:
         "--append-eod", action="store_true", help="end each document with the tokenizer's token"
     )
     parser.add_argument(
+        "--prepend-bos", action="store_true", help="begin each document with the tokenizer's token"
+    )
+    parser.add_argument(
         "--split-sentences", action="store_true", help="each sentence a sequence of its own (NLTK)"
     )
     parser.add_argument(
@@ -53,6 +56,7 @@ def main() -> None:
         fields=fields_of(options),
         workers=options.workers,
         append_eod=options.append_eod,
+        prepend_bos=options.prepend_bos,
         split_sentences=options.split_sentences,
         skip_bad_lines=options.skip_bad_lines,
     )

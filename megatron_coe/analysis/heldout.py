@@ -88,12 +88,14 @@ class Source:
     def _tokenized_documents(
         self, path: Path, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[Ints]:
-        """Texts, closed by the end-of-document token as `preprocess_data.py --append-eod` does."""
+        """Texts, begun as in training, and closed as by `preprocess_data.py --append-eod`."""
+        first = tokenizer.encode("a")[:1]
+        begin = first if first == [tokenizer.bos_token_id] else []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for text in read_texts([path], self.fields):
             ids = tokenizer.encode(text, add_special_tokens=False)
             if ids:
-                yield np.array(ids + end)
+                yield np.array(begin + ids + end)
 
 
 def _cut(documents: Iterable[Ints], S: int, mode: str) -> Iterator[Ints]:

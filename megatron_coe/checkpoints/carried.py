@@ -2,7 +2,9 @@
 
     <step>/tokenizer.model   the SentencePiece model that its data were made with, or
     <step>/tokenizer/…       the files of the Hugging Face tokenizer
-    <step>/hf/…              what Megatron has no field for in an imported model: `config.json`
+    <step>/documents.json    how the documents begin that it was trained on: `{"prepend_bos": true}`
+    <step>/hf/…              what Megatron has no field for in an imported model: `config.json`,
+                             `generation_config.json`
 
 Every checkpoint has copies of its own: hard links would be cheaper, but one damaged file would then
 damage all checkpoints. A checkpoint of an earlier version has neither; `hf` may lie beside it.
@@ -10,14 +12,17 @@ damage all checkpoints. A checkpoint of an earlier version has neither; `hf` may
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_coe.checkpoints.durable import FileFacts, sync, write_file
+from megatron_coe.checkpoints.folder import step_of
 from megatron_coe.data.tokenizer import tokenizer_files
 
 TOKENIZER_MODEL = "tokenizer.model"
 TOKENIZER_FOLDER = "tokenizer"
+DOCUMENTS_FILE = "documents.json"
 KEPT_FOLDER = "hf"
 
 
@@ -43,6 +48,25 @@ def tokenizer_content(path: Path) -> dict[str, bytes]:
         f"{TOKENIZER_FOLDER}/{file.relative_to(path).as_posix()}": file.read_bytes()
         for file in tokenizer_files(path)
     }
+
+
+def documents_content(prepend_bos: bool) -> dict[str, bytes]:
+    """Return what says whether documents begin with the tokenizer's token: content by its name."""
+    return {DOCUMENTS_FILE: json.dumps({"prepend_bos": prepend_bos}).encode()}
+
+
+def prepends_bos(step: Path) -> bool | None:
+    """Return whether a checkpoint was trained on documents that begin with the tokenizer's token.
+
+    One of an earlier version does not say: `preprocess_data.py` had no such option. None: it was
+    not trained here.
+    """
+    try:
+        return bool(json.loads((step / DOCUMENTS_FILE).read_bytes())["prepend_bos"])
+    except FileNotFoundError:
+        return False if step_of(step) else None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{step / DOCUMENTS_FILE}: does not say prepend_bos ({error})") from error
 
 
 def kept_content(step: Path) -> dict[str, bytes]:

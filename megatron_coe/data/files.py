@@ -42,6 +42,16 @@ def check_writable(path: Path) -> None:
         raise PermissionError(f"cannot write {path}: {parent} cannot be written")
 
 
+def give_default_mode(path: Path) -> None:
+    """Give a file the mode of a new one; some libraries write through private temporary files."""
+    probe = path.with_name(f".{path.name}.mode-{os.getpid()}")
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path`, renamed to it on success and removed on any failure.

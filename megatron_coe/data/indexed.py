@@ -35,6 +35,7 @@ _BYTES_PER_SEQUENCE = 4 + 8  # length (int32) and offset (int64)
 # stays quick.
 CHECKED_TOKENS = 1 << 24
 CHECKED_ENTRIES = 1 << 24
+LOOKED_AT_DOCUMENTS = 1000
 _PIECES = 16
 _FINGERPRINTED_BYTES = 1 << 20
 DIGESTED_BYTES = 1 << 22
@@ -157,6 +158,18 @@ def check_token_ids(file: IndexedFile, tokenizer: Tokenizer) -> None:
             raise ValueError(
                 _wrong_id(file.prefix, _document_of(file, place), int(ids[place]), tokenizer)
             )
+
+
+def documents_begin_with(prefixes: Iterable[str], token: int) -> bool:
+    """Return whether all documents begin with a token, by those that are looked at."""
+    return token >= 0 and all(_begin_with(prefix, token) for prefix in prefixes)
+
+
+def _begin_with(prefix: str, token: int) -> bool:
+    data = IndexedDataset(prefix)
+    first = data.document_indices[:-1][:LOOKED_AT_DOCUMENTS]
+    first = first[data.sequence_lengths[first] > 0]
+    return len(first) > 0 and all(data.get(number, length=1)[0] == token for number in first)
 
 
 class CheckedDataset(IndexedDataset):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.files import naming_errors, partial_path
 from megatron_coe.data.progress import Progress
 from megatron_coe.data.records import (
@@ -76,9 +77,11 @@ class _Encoder:
         fields: Fields,
         append_eod: bool,
         splitter: SentenceSplitter | None,
+        prepend_bos: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._fields = fields
+        self._head = [tokenizer.bos] if prepend_bos else []
         self._tail = [tokenizer.eod] if append_eod else []
         self._splitter = splitter
 
@@ -114,6 +117,7 @@ class _Encoder:
         for sentence in self._splitter.tokenize(text) if self._splitter else [text]:
             tokens = self._tokenizer.tokenize(sentence)
             if tokens:
+                tokens = tokens if lengths else self._head + tokens
                 ids += tokens
                 lengths.append(len(tokens))
         if lengths and self._tail:
@@ -179,6 +183,7 @@ def preprocess(
     fields: Fields,
     workers: int = 1,
     append_eod: bool = False,
+    prepend_bos: bool = False,
     split_sentences: bool = False,
     skip_bad_lines: bool = False,
     quiet: bool = False,
@@ -191,6 +196,8 @@ def preprocess(
     Args:
         workers: processes that tokenise; 1 does it in this process.
         append_eod: end each document with the tokenizer's end-of-document token.
+        prepend_bos: begin each document with the tokenizer's token for that. Training records that
+            its documents do, and generating begins a prompt likewise.
         split_sentences: store each sentence as a sequence of its own within its document.
         skip_bad_lines: report and count broken records instead of stopping at the first.
 
@@ -205,10 +212,12 @@ def preprocess(
     tokenizer = load_tokenizer(tokenizer_path)
     if append_eod and tokenizer.eod < 0:
         raise ValueError(f"append_eod: tokenizer {tokenizer_path} has no end-of-document token")
+    if prepend_bos and tokenizer.bos < 0:
+        raise ValueError(f"prepend_bos: tokenizer {tokenizer_path} has no token to begin with")
     splitter, origin = None, None
     if split_sentences:
         splitter, origin = load_splitter(_sound_texts(inputs, fields))
-    encoder = _Encoder(tokenizer, fields, append_eod, splitter)
+    encoder = _Encoder(tokenizer, fields, append_eod, splitter, prepend_bos)
     names = output_prefixes(prefix, fields, split_sentences)
     summary = Summary(dict.fromkeys(names, 0), dict.fromkeys(names, 0), splitter=origin)
     chunks = _encode(read_chunks(inputs, fields), encoder, workers)
@@ -217,6 +226,8 @@ def preprocess(
         _writers(names, encoder.dtype) as writers,
         closing(chunks),
     ):
+        if warning := export_warning(tokenizer):
+            progress.note(warning)
         for encoded in chunks:
             if encoded.bad_lines and not skip_bad_lines:
                 raise ValueError(f"{encoded.bad_lines[0]} (--skip-bad-lines leaves such lines out)")

@@ -15,11 +15,15 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sentencepiece
 
 from megatron_coe.data.files import atomic_path
 from megatron_coe.data.records import Fields, check_inputs, read_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_TOKEN = -1  # what SentencePiece and Megatron's datasets use for "there is none"
 
@@ -74,8 +78,8 @@ class SentencePieceTokenizer(Tokenizer):
         if not model:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model (it is empty)")
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            vocab_size = self._processor.get_piece_size()
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            vocab_size = self.processor.get_piece_size()
         except RuntimeError as error:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model") from error
         if vocab_size == 0:
@@ -83,41 +87,44 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(
             path,
             vocab_size=vocab_size,
-            eod=self._processor.eos_id(),
-            bos=self._processor.bos_id(),
-            pad=self._processor.pad_id(),
+            eod=self.processor.eos_id(),
+            bos=self.processor.bos_id(),
+            pad=self.processor.pad_id(),
             digest=hashlib.sha256(model).hexdigest(),
         )
 
     def tokenize(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return self.processor.encode(text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(token) for token in ids])
+        return self.processor.decode([int(token) for token in ids])
 
     def vocabulary(self) -> dict[str, int]:
-        return {self._processor.id_to_piece(number): number for number in range(self.vocab_size)}
+        return {self.processor.id_to_piece(number): number for number in range(self.vocab_size)}
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A folder saved by `transformers` (extra `hf`): read locally, without running its code."""
 
-    FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
     def __init__(self, path: Path) -> None:
         """Raises: ValueError when the folder holds no tokenizer, or transformers is missing."""
-        if not any((path / name).is_file() for name in self.FILES):
-            raise ValueError(f"tokenizer {path}: the folder holds none of {', '.join(self.FILES)}")
+        if not tokenizer_files(path):
+            raise ValueError(
+                f"tokenizer {path}: the folder holds none of tokenizer.json, tokenizer.model, "
+                "vocab.json, vocab.txt or their like"
+            )
         try:
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer, PretrainedConfig
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"tokenizer {path} is a Hugging Face folder, and the package {error.name} is not "
                 "installed: `pip install transformers`"
             ) from error
         try:
+            # The configuration of a model of this package needs code to be read, and says nothing.
+            config = {"config": PretrainedConfig()} if _is_own_model(path) else {}
             self._tokenizer = AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=False
+                str(path), local_files_only=True, trust_remote_code=False, **config
             )
         except Exception as error:  # it raises whatever the files make its parsers raise
             reason = str(error).strip().split("\n")[0]
@@ -140,6 +147,27 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def doubt(self) -> str | None:
+        """Say why other versions of transformers may read the folder otherwise, if they may."""
+        if not self._tokenizer.is_fast:
+            return "it has no fast form: exports get its files as they are, no tokenizer.json"
+        models = [] if (self.path / "tokenizer.json").is_file() else self.path.glob("*.model")
+        for path in models:
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            for text in ("The sum of 12 and 3 is 15.", "naïve café, Привет", "a  b\n"):
+                pieces = processor.encode(text, out_type=str)
+                read = self._tokenizer.convert_ids_to_tokens(self.tokenize(text))
+                if read != pieces:
+                    return (
+                        f"this version of transformers reads {path.name} as SentencePiece does not "
+                        f"({text!r} as {read}, not {pieces}): give the file itself"
+                    )
+        return None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -232,3 +260,11 @@ def train_tokenizer(
 
 def _id_or_none(token: int | None) -> int:
     return NO_TOKEN if token is None else token
+
+
+def _is_own_model(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config.get("model_type") == "coe_deepseekv2"
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

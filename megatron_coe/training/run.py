@@ -13,13 +13,14 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from megatron_coe.checkpoints.carried import tokenizer_content
+from megatron_coe.checkpoints.carried import documents_content, tokenizer_content
 from megatron_coe.checkpoints.errors import CheckpointWriteError
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.checkpoints.tokenizer import identity_of
 from megatron_coe.checkpoints.trust import read_common
 from megatron_coe.data.datasets import build_datasets
-from megatron_coe.data.indexed import IndexedFile, data_summary, identify
+from megatron_coe.data.fast_tokenizer import export_warning
+from megatron_coe.data.indexed import IndexedFile, data_summary, documents_begin_with, identify
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.machine import write_machine
 from megatron_coe.training import setup
@@ -85,7 +86,7 @@ def trainer(
         settings.to_yaml(),
         identity_of(tokenizer),
         data,
-        tokenizer_content(tokenizer.path) if os.environ.get("RANK", "0") == "0" else None,
+        _carried(settings, tokenizer) if os.environ.get("RANK", "0") == "0" else None,
         [*sources, tokenizer.path, *map(Path, filter(None, [settings.checkpoint.load]))],
     )
     timeout_s = settings.train.hang_timeout_s
@@ -138,6 +139,8 @@ def trainer(
                 reporter.say(f"warning: {found.warning}")
             if start and start.skipped:
                 reporter.say(f"checkpoint.load={start.skipped} is not read again")
+            if warning := export_warning(tokenizer):
+                reporter.say(f"warning: {warning}")
             for change in changed:
                 reporter.say(f"changed since then: {change}")
         try:
@@ -147,9 +150,17 @@ def trainer(
                 reporter.close()
 
 
+def _carried(settings: Settings, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What each checkpoint holds besides its state."""
+    begins = documents_begin_with(settings.data.train, tokenizer.bos)
+    return tokenizer_content(tokenizer.path) | documents_content(begins)
+
+
 def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
     data = settings.data
     yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
+    if warning := export_warning(tokenizer):
+        yield warning
     yield f"training data\n{data_summary(training_sets(data))}"
     if data.valid:
         yield f"validation data\n{data_summary(data.valid)}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
 from collections.abc import Callable
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_coe.data import preprocess as module
+from megatron_coe.data.indexed import documents_begin_with
 from megatron_coe.data.preprocess import output_prefixes, preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.sentences import load_splitter
@@ -228,3 +231,32 @@ def test_gsm8k_parquet(tmp_path: Path, make_data: Callable[..., str]) -> None:
     for (ids,), row in zip(read, rows, strict=True):
         text = f"query : {row['question']} response : {row['answer']}"
         assert tokenizer.detokenize(ids) == text
+
+
+def test_documents_begin_with_the_token_for_that(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer
+) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in random_texts(20, 9)])
+    for name, prepend in (("plain", False), ("begun", True)):
+        options = {"fields": Fields(), "append_eod": True, "prepend_bos": prepend, "quiet": True}
+        preprocess([path], tmp_path / name, tokenizer.path, **options)
+    plain, begun = (str(tmp_path / f"{name}_text_document") for name in ("plain", "begun"))
+    assert documents(begun) == [
+        [[tokenizer.bos, *first], *rest] for first, *rest in documents(plain)
+    ]
+    assert documents_begin_with([begun], tokenizer.bos)
+    assert not documents_begin_with([begun, plain], tokenizer.bos)
+    assert not documents_begin_with([begun], -1)
+
+
+def test_a_tokenizer_that_cannot_be_exported_is_said_before(tmp_path: Path, capsys) -> None:
+    content = io.BytesIO()
+    texts = random_texts(100, 4)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=content, model_type="word", vocab_size=40,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "words.model").write_bytes(content.getvalue())
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in texts])
+    preprocess([path], tmp_path / "out", tmp_path / "words.model", fields=Fields(), quiet=True)
+    assert "words.model: it has no exact Hugging Face form" in capsys.readouterr().err
