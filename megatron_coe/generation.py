@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import megatron_coe.hf.auto  # noqa: F401 - makes the model known to the Auto classes
-from megatron_coe.data.tokenizer import HuggingFaceTokenizer
+from megatron_coe.data.tokenizer import tokenizer_files
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -196,9 +196,8 @@ def _encode(
     folder: Path, named: Path, prompts: Sequence[str], trust_remote_code: bool = False
 ) -> tuple[PreTrainedTokenizerBase, list[Tensor]]:
     """A folder's tokenizer and the prompts' ids; errors call the folder `named`."""
-    files = HuggingFaceTokenizer.FILES
-    if not any((folder / name).is_file() for name in files):
-        raise ValueError(f"{named} has no tokenizer (none of {', '.join(files)})")
+    if not tokenizer_files(folder):
+        raise ValueError(f"{named} has no tokenizer (such as tokenizer.json)")
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(str(folder), **options)

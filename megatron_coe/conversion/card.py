@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_coe.checkpoints.folder import step_of
+from megatron_coe.checkpoints.trust import read_common
+from megatron_coe.checkpoints.versions import VERSIONS_FILE
+from megatron_coe.conversion.tokenizer import Usage, describe_tokenizer
 from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training.metrics import METRICS_FILE, read_records
+from megatron_coe.training.settings import Settings
 
 _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
+license: unknown  # whoever publishes the model says which
 tags:
 - chain-of-experts
 - mixture-of-experts
@@ -21,41 +33,104 @@ by another choice of them.
 
 | | |
 |---|---|
-| parameters | {params:,} |
-| active per token, at most | {active:,} |
-| layers, hidden size | {layers}, {hidden} |
-| routed experts, chosen per iteration | {experts}, {topk} |
-| iterations, residual mode | {C}, `{residual}` |
-| vocabulary | {vocab:,} |
+{rows}
+
+## How to use it
 
 ```python
+{example}```
+
+Its code was run with transformers 4.57 to 5.24. It continues text; it was not taught to follow
+instructions unless its data did.
+"""
+
+_GENERATE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=20)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+_LOAD = """\
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-```
 """
 
 
-def model_card(provider: CoEModelProvider, name: str, remote_code: bool = True) -> str:
-    """A README.md that says what the model is and how it is loaded.
+def model_card(
+    provider: CoEModelProvider,
+    settings: Settings,
+    step: Path,
+    name: str,
+    usage: Usage,
+    remote_code: bool = True,
+) -> str:
+    """Write a README.md that says what the model is, what it learned from, and how it is used.
 
     Args:
+        settings: of the run, with the tokenizer where it is now.
+        step: the checkpoint.
         name: of the model, usually of its folder.
         remote_code: whether the model's code lies beside it, or transformers has it.
     """
     C = provider.coe_iterations
+    rows = [*_model_rows(provider, usage), *_training_rows(settings, step)]
+    if settings.data.tokenizer:
+        rows.append(("tokenizer", describe_tokenizer(Path(settings.data.tokenizer), usage)))
+    rows.append(("software", _software(step)))
+    example = _GENERATE if settings.data.tokenizer else _LOAD
     return _CARD.format(
         name=name,
         code_tag="- custom_code\n" if remote_code else "",
-        trust=", trust_remote_code=True" if remote_code else "",
         iterations="once" if C == 1 else f"{C} times",
-        params=provider.num_params(),
-        active=provider.num_active_params(),
-        layers=provider.num_layers,
-        hidden=provider.hidden_size,
-        experts=provider.num_moe_experts,
-        topk=provider.moe_router_topk,
-        C=C,
-        residual=provider.coe_residual,
-        vocab=provider.vocab_size,
+        rows="\n".join(f"| {what} | {value} |" for what, value in rows),
+        example=example.format(name=name, trust=", trust_remote_code=True" if remote_code else ""),
     )
+
+
+def _model_rows(provider: CoEModelProvider, usage: Usage) -> Iterator[tuple[str, str]]:
+    yield "parameters", f"{provider.num_params():,}"
+    yield "active per token, at most", f"{provider.num_active_params():,}"
+    yield "layers, hidden size", f"{provider.num_layers}, {provider.hidden_size}"
+    chosen = f"{provider.num_moe_experts}, {provider.moe_router_topk}"
+    yield "routed experts, chosen per iteration", chosen
+    residual = f"{provider.coe_iterations}, `{provider.coe_residual}`"
+    yield "iterations, residual mode", residual
+    yield "vocabulary", f"{provider.vocab_size:,}"
+    yield "context length", f"{usage.max_length:,} tokens"
+
+
+def _training_rows(settings: Settings, step: Path) -> Iterator[tuple[str, str]]:
+    """What a run did; nothing of a model that was imported and not trained since."""
+    data, train = settings.data, settings.train
+    if not step_of(step):
+        return
+    yield "run", Path(settings.log.dir).name
+    names = ", ".join(f"`{Path(prefix).name}`" for prefix in data.train)
+    yield "training data", f"{names} (mode `{data.mode}`)"
+    sequences = read_common(step)["progress"]["samples"]
+    yield "steps, sequences", f"{step_of(step):,} of {train.steps:,}, {sequences:,}"
+    path = Path(settings.log.dir, METRICS_FILE)
+    records = read_records(path) if path.is_file() else []
+    for key, what in (("train_loss", "training"), ("valid_loss", "validation")):
+        known = [r for r in records if key in r and r["step"] <= step_of(step)]
+        if known:
+            value = f"{known[-1][key]:.4f} (step {known[-1]['step']:,})"
+            yield f"{what} loss, nats per token", value
+
+
+def _software(step: Path) -> str:
+    """What trained it and what exported it."""
+    path = step / VERSIONS_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    trained = ", ".join(f"{name} {found[name]}" for name in found if found[name])
+    exported = []
+    for package in ("transformers", "tokenizers", "safetensors"):
+        try:
+            exported.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return "; exported with ".join(filter(None, [trained, ", ".join(exported)]))

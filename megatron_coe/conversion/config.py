@@ -26,6 +26,7 @@ IDENTITY: Config = {
         "AutoConfig": "configuration_coe.CoeConfig",
         "AutoModel": "modeling_coe.CoeModel",
         "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_coe.CoeForSequenceClassification",
     },
 }
 
@@ -64,6 +65,9 @@ PLAIN = {
     "qkv_bias": "add_qkv_bias",
     "use_qk_norm": "qk_layernorm",
 }
+OWN_YARN = "deepseek_yarn"
+"""`rope_type` of DeepSeek's YaRN in `config.json`, beside the `type` that code for it reads:
+without our code transformers 5 would take `yarn` for its own, fail, and load no tokenizer."""
 YARN = {
     "factor": "rotary_scaling_factor",
     "beta_fast": "beta_fast",
@@ -248,7 +252,10 @@ def to_deepseek_v2_config(config: CoEConfig) -> Config:
     if not keys["n_shared_experts"]:
         raise ValueError(f"n_shared_experts=0 cannot be had as {DEEPSEEK_V2}: it needs one or more")
     keys = {key: value for key, value in keys.items() if key not in (*_CHAIN_KEYS, "auto_map")}
-    if (yarn := keys["rope_scaling"]) and not (yarn["mscale"] and yarn["mscale_all_dim"]):
+    if yarn := keys["rope_scaling"]:  # transformers 4 computes the factor from the quotient
+        length = int(yarn["factor"] * yarn["original_max_position_embeddings"])
+        keys |= {"max_position_embeddings": length}
+    if yarn and not (yarn["mscale"] and yarn["mscale_all_dim"]):
         # Where one is 0, transformers reads neither.
         keys["rope_scaling"] = yarn | {"attention_factor": _attention_factor(yarn)}
     return keys | {"model_type": DEEPSEEK_V2, "architectures": ["DeepseekV2ForCausalLM"]}
@@ -264,6 +271,9 @@ def to_model_fields(hf: Mapping[str, JSON], source: object) -> dict[str, JSON]:
         Megatron.
     """
     hf = {key: value for key, value in hf.items() if value is not None}
+    rope = hf.get("rope_scaling")
+    if isinstance(rope, Mapping) and rope.get("rope_type") == OWN_YARN:
+        hf = {**hf, "rope_scaling": {**rope, "rope_type": "yarn"}}
     try:
         return _to_model_fields({**DEFAULTS, **hf})
     except KeyError as error:
@@ -372,8 +382,7 @@ def _attention_keys(config: CoEConfig) -> Config:
     keys |= {"latent_norm_eps": config.layernorm_epsilon}
     yarn = {key: getattr(config, field) for key, field in YARN.items()}
     if config.rope_type == "yarn":
-        length = int(yarn["factor"] * yarn["original_max_position_embeddings"])
-        return keys | {"rope_scaling": {"type": "yarn", **yarn}, "max_position_embeddings": length}
+        return keys | {"rope_scaling": {"type": "yarn", **yarn}}
     if yarn["factor"] > 1 and yarn["mscale_all_dim"]:
         # Megatron's latent attention scales its scores by these whatever the rope_type.
         raise ValueError(

@@ -12,6 +12,7 @@ from megatron_coe.conversion.config import Config
 from megatron_coe.data.files import naming_errors, partial_path
 
 HF_CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 def check_absent(folder: Path) -> None:
@@ -46,4 +47,5 @@ def read_json(path: Path) -> Config:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_coe.checkpoints.carried import kept_folder
-from megatron_coe.checkpoints.folder import find_step
+from megatron_coe.checkpoints.carried import kept_folder, prepends_bos
+from megatron_coe.checkpoints.folder import find_step, step_of
 from megatron_coe.conversion import config as hf_config
 from megatron_coe.conversion.card import model_card
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import (
+    GENERATION_CONFIG,
     HF_CONFIG,
     check_absent,
     new_folder,
@@ -33,13 +34,12 @@ from megatron_coe.conversion.model import (
     write_model,
 )
 from megatron_coe.conversion.shards import ShardWriter
-from megatron_coe.conversion.tokenizer import write_tokenizer
+from megatron_coe.conversion.tokenizer import Usage, check_tokenizer, write_tokenizer
 from megatron_coe.conversion.transfer import export, match_checkpoint
 from megatron_coe.hf.names import weights
 from megatron_coe.provider import CoEModelProvider
 from megatron_coe.training.settings import Settings
 
-GENERATION_CONFIG = "generation_config.json"
 MODEL_CODE = ("configuration_coe.py", "modeling_coe.py")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
@@ -81,15 +81,14 @@ def to_hf(
     config = describe(provider)
     reader = CheckpointReader(step)
     found = match_checkpoint(reader, weights(provider))
-    kept = kept_folder(step)
     with new_folder(folder) as partial:
         config["torch_dtype"] = _DTYPE_NAMES[dtype or reader.dtype(next(iter(found.values())))]
-        config = _write_description(config, settings, kept, provider, partial)
-        ids = {key: config[key] for key in _SPECIAL_IDS if config.get(key) is not None}
-        write_json(partial / GENERATION_CONFIG, ids)
+        config, usage = _write_description(config, step, settings, provider, partial)
+        if settings.data.tokenizer:
+            check_tokenizer(Path(settings.data.tokenizer), partial, usage)
         for name in () if native else MODEL_CODE:
             shutil.copyfile(Path(__file__).parents[1] / "hf" / name, partial / name)
-        card = model_card(provider, folder.name, remote_code=not native)
+        card = model_card(provider, settings, step, folder.name, usage, remote_code=not native)
         (partial / "README.md").write_text(card, encoding="utf-8")
         writer = ShardWriter(partial, max_shard_size)
         for weight, key in found.items():
@@ -110,7 +109,7 @@ def describe(checkpoint: Path, folder: Path, tokenizer: Path | None = None) -> N
     settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
     config = hf_config.to_hf_config(provider)
-    _write_description(config, settings, kept_folder(step), provider, folder)
+    _write_description(config, step, settings, provider, folder)
 
 
 def from_hf(folder: Path, checkpoint: Path) -> Path:
@@ -134,29 +133,41 @@ def _with_one_gate(parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ..
 
 def _write_description(
     config: hf_config.Config,
+    step: Path,
     settings: Settings,
-    kept: Path,
     provider: CoEModelProvider,
     folder: Path,
-) -> hf_config.Config:
-    """Write `config.json` and the tokenizer; returns all that is in `config.json`."""
-    ids: dict[str, int] = {}
+) -> tuple[hf_config.Config, Usage]:
+    """Write configurations and tokenizer.
+
+    Returns: all that is in `config.json`, and what training did with the tokenizer.
+    """
+    kept, ids = kept_folder(step), {}
+    original = _read_kept(kept / HF_CONFIG)
+    length = _trained_length(original, provider, is_trained=step_of(step) > 0)
+    usage = Usage(length, prepends_bos(step))
     if settings.data.tokenizer:
-        ids = write_tokenizer(Path(settings.data.tokenizer), folder)
-    config = ids | _with_kept_keys(config, kept, provider)
-    write_json(folder / HF_CONFIG, config)
-    return config
-
-
-def _with_kept_keys(
-    config: hf_config.Config, kept: Path, provider: CoEModelProvider
-) -> hf_config.Config:
-    """The model's keys over those that the imported configuration had besides."""
-    config = {"max_position_embeddings": provider.seq_length, **config}
-    path = kept / HF_CONFIG
-    if not path.is_file():
-        return config
-    original = read_json(path)
+        ids = write_tokenizer(Path(settings.data.tokenizer), folder, usage)
+    config = {"max_position_embeddings": length, **config}
     described = {*config, *hf_config.IDENTITY, *hf_config.OWN, *hf_config.OTHER_SPELLINGS}
-    described -= {"max_position_embeddings"}
-    return config | {key: value for key, value in original.items() if key not in described}
+    config |= {key: value for key, value in original.items() if key not in described}
+    config = ids | config
+    if config["model_type"] == hf_config.MODEL_TYPE and config["rope_scaling"]:
+        config["rope_scaling"] |= {"rope_type": hf_config.OWN_YARN}
+    write_json(folder / HF_CONFIG, config)
+    ids = {key: config[key] for key in _SPECIAL_IDS if config.get(key) is not None}
+    write_json(folder / GENERATION_CONFIG, ids | _read_kept(kept / GENERATION_CONFIG))
+    return config, usage
+
+
+def _read_kept(path: Path) -> hf_config.Config:
+    """What an imported folder said, if the model comes from one."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _trained_length(
+    original: hf_config.Config, provider: CoEModelProvider, is_trained: bool
+) -> int:
+    """How many positions the model has seen in training, here or before it was imported."""
+    before = original.get("max_position_embeddings") or provider.seq_length
+    return max(before, provider.seq_length) if is_trained else before

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from megatron_coe.checkpoints.carried import (
     KEPT_FOLDER,
+    documents_content,
     kept_folder,
     own_tokenizer,
+    prepends_bos,
     tokenizer_content,
     write_content,
 )
@@ -28,7 +30,13 @@ from megatron_coe.checkpoints.tokenizer import find_tokenizer
 from megatron_coe.checkpoints.verify import check_checkpoint
 from megatron_coe.conversion.config import Config, import_notices, to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
-from megatron_coe.conversion.folders import HF_CONFIG, check_absent, new_folder, read_json
+from megatron_coe.conversion.folders import (
+    GENERATION_CONFIG,
+    HF_CONFIG,
+    check_absent,
+    new_folder,
+    read_json,
+)
 from megatron_coe.conversion.shards import ShardReader
 from megatron_coe.conversion.transfer import (
     assemble,
@@ -72,6 +80,8 @@ class StoredModel:
     """`config.json`, if there is one."""
     tokenizer: Path | None
     """SentencePiece model or Hugging Face folder, for `load_tokenizer`; None if there is none."""
+    prepends_bos: bool | None = None
+    """Whether it was trained on documents that begin with the token for that; None: unknown."""
 
 
 def open_folder(folder: Path) -> StoredModel:
@@ -122,7 +132,9 @@ def open_checkpoint(checkpoint: Path, tokenizer: Path | None = None) -> StoredMo
 
     tokenizer = Path(settings.data.tokenizer) if settings.data.tokenizer else None
     description = kept_folder(step) / HF_CONFIG
-    return StoredModel(step, settings, provider, table, read, description, tokenizer)
+    return StoredModel(
+        step, settings, provider, table, read, description, tokenizer, prepends_bos(step)
+    )
 
 
 def write_model(model: StoredModel, checkpoint: Path) -> Path:
@@ -143,8 +155,11 @@ def write_model(model: StoredModel, checkpoint: Path) -> Path:
     content: dict[str, bytes] = {}
     if model.tokenizer is not None:
         content |= tokenizer_content(model.tokenizer)
-    if model.description.is_file():
-        content[f"{KEPT_FOLDER}/{HF_CONFIG}"] = model.description.read_bytes()
+    for path in (model.description, model.description.with_name(GENERATION_CONFIG)):
+        if path.is_file():
+            content[f"{KEPT_FOLDER}/{path.name}"] = path.read_bytes()
+    if model.prepends_bos is not None:
+        content |= documents_content(model.prepends_bos)
     with new_folder(checkpoint) as partial:
         partial_step = partial / STEP_0
         partial_step.mkdir()

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_coe.data.files import give_default_mode
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -141,6 +143,7 @@ class ShardWriter:
             save_file(self._pending, path, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, for one
             raise OSError(f"cannot write {path}: {error}") from error
+        give_default_mode(path)
         self._names.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

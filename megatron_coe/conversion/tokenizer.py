@@ -1,169 +1,201 @@
-"""A SentencePiece model as a Hugging Face tokenizer with the same ids."""
+"""The tokenizer of an exported folder: training's ids, in all versions of transformers.
+
+A SentencePiece model is rebuilt as `tokenizer.json`. A Hugging Face folder's files are copied; the
+copy gets a `tokenizer.json` made of the tokenizer that training used where transformers would put
+other tokens around a text than training did, or would have to build the tokenizer from its
+vocabulary, which its versions do differently.
+"""
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import sentencepiece
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-
-from megatron_coe.data.tokenizer import load_tokenizer
-
-SPACE = "▁"  # SentencePiece's mark of a space
-UNIGRAM, BPE = 1, 2  # numbers of its model types
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+from megatron_coe.conversion.folders import read_json, write_json
+from megatron_coe.data.fast_tokenizer import (
+    SentencePieceModel,
+    fast_tokenizer,
+    probe_texts,
+    probes,
 )
-_PROBES = (
-    "a",
-    " a  b   c ",
-    "line\nline\r\n\ttab",
-    "1234567 + 89 = 3.14159",
-    "naïve café, Straße, Ελλάδα, Привет, 你好世界, こんにちは, مرحبا",
-    "🙂👩‍👩‍👧 x² ≤ ½ ﬁ Å",
+from megatron_coe.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_files,
 )
-# Text that only looks like special tokens. A unigram model of `tokenizers` takes it for them.
-_SPELLED = "<s> </s> <unk> <pad> <0x41>"
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+INPUTS = ["input_ids", "attention_mask"]  # what the model takes; some would add token_type_ids
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_OF_ONE_CLASS = ("tokenizer_class", "auto_map", "add_bos_token", "add_eos_token", "processor_class")
+"""What says how a tokenizer is built; `tokenizer.json` has it already."""
 
 
-def write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
+@dataclass(frozen=True)
+class Usage:
+    """What a model's training did with its tokenizer."""
+
+    max_length: int | None = None
+    """Tokens per sequence; None: unknown."""
+    prepend_bos: bool | None = None
+    """Whether documents begin with the token for that; None: unknown, the model is not ours."""
+
+
+UNKNOWN = Usage()
+
+
+def write_tokenizer(source: Path, folder: Path, usage: Usage = UNKNOWN) -> dict[str, int]:
     """Put the tokenizer at `source` (SentencePiece file or Hugging Face folder) into a folder.
 
     Returns: its special ids, by configuration key (`bos_token_id` and so on).
 
     Raises: ValueError when no Hugging Face tokenizer gives a SentencePiece model's ids.
     """
-    if source.is_dir():
-        copy_tokenizer(source, folder)
-        tokenizer = load_tokenizer(source)
-        ids = {"bos": tokenizer.bos, "eos": tokenizer.eod, "pad": tokenizer.pad}
-        return {f"{name}_token_id": number for name, number in ids.items() if number >= 0}
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(source))
-    tokenizer = _convert(source, processor)
-    _verify(source, processor, tokenizer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = _special_ids(processor)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        # What the model takes; transformers 4 would add token_type_ids.
-        "model_input_names": ["input_ids", "attention_mask"],
-        # Text that happens to spell a special token is text, as in SentencePiece.
-        "split_special_tokens": True,
-        **{f"{name}_token": processor.id_to_piece(number) for name, number in special.items()},
-    }
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    return {f"{name}_token_id": number for name, number in special.items() if name != "unk"}
-
-
-def copy_tokenizer(source: Path, folder: Path) -> bool:
-    """Copy a Hugging Face folder's tokenizer files; whether there were any."""
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    return bool(found)
-
-
-def _special_ids(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-    ids = {name: getattr(processor, f"{name}_id")() for name in ("unk", "bos", "eos", "pad")}
-    return {name: number for name, number in ids.items() if number >= 0}
-
-
-def _convert(source: Path, processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
-    proto = ModelProto.FromString(processor.serialized_model_proto())
-    kind, fallback = proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    unknown = pieces[processor.unk_id()][0]
-    if kind == UNIGRAM:
-        model = models.Unigram(pieces, processor.unk_id(), fallback)
-    elif kind == BPE:
-        vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
-        merges = _merges(processor, vocabulary)
-        model = models.BPE(
-            vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=fallback
-        )
+    tokenizer = load_tokenizer(source)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        _write_sentencepiece(tokenizer, folder, usage)
     else:
-        raise ValueError(f"tokenizer {source}: only BPE and unigram models can be converted")
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = _normalizer(proto)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            *([decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []),
-        ]
-    )
-    special = [pieces[number][0] for number in _special_ids(processor).values()]
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in special])
-    return tokenizer
+        _write_hugging_face(tokenizer, folder, usage)
+    ids = {"bos": tokenizer.bos, "eos": tokenizer.eod, "pad": tokenizer.pad}
+    return {f"{name}_token_id": number for name, number in ids.items() if number >= 0}
 
 
-def _merges(
-    processor: sentencepiece.SentencePieceProcessor, vocabulary: dict[str, int]
-) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the one SentencePiece merges first before others."""
-    pairs = []
-    for piece, number in vocabulary.items():
-        if (
-            processor.is_control(number)
-            or processor.is_byte(number)
-            or processor.is_unknown(number)
-        ):
-            continue
-        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        known = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
-        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        pairs += [(-processor.get_score(number), number, pair) for pair in known]
-    pairs.sort(key=lambda entry: entry[:2])
-    return [pair for _, _, pair in pairs]
+def describe_tokenizer(source: Path, usage: Usage) -> str:
+    """Say in a few words what a tokenizer is."""
+    tokenizer = load_tokenizer(source)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        specification = SentencePieceModel(tokenizer.processor).proto.trainer_spec
+        kind = f"SentencePiece, {specification.ModelType.Name(specification.model_type).lower()}"
+    else:
+        kind = f"Hugging Face, {type(tokenizer.tokenizer).__name__}"
+    around = ", documents begin with the token for that" if usage.prepend_bos else ""
+    return f"{kind}, {tokenizer.vocab_size:,} ids{around}"
 
 
-def _normalizer(proto: ModelProto) -> normalizers.Normalizer:
-    spec, steps = proto.normalizer_spec, []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+def check_tokenizer(source: Path, folder: Path, usage: Usage) -> None:
+    """Compare an exported folder's tokenizer, as transformers reads it, with that of training.
 
-
-def _verify(
-    source: Path, processor: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer
-) -> None:
-    """Both must cut every probe alike: texts with all sorts of characters, and random pieces."""
-    tokenizer.encode_special_tokens = True
-    probes = [*_PROBES, *_random_texts(processor)]
-    if isinstance(tokenizer.model, models.BPE):
-        probes.append(_SPELLED)
-    for text in probes:
-        ours = tokenizer.encode(text, add_special_tokens=False).ids
-        if ours != processor.encode(text):
+    Raises: ValueError naming a text with other ids.
+    """
+    trained, exported = load_tokenizer(source), load_tokenizer(folder)
+    options: dict[str, bool] = {}
+    if isinstance(trained, SentencePieceTokenizer):
+        model = SentencePieceModel(trained.processor)
+        special = {piece: number for number, piece in enumerate(model.pieces)}
+        special = {piece: special[piece] for piece in model.control}
+        known, texts = fast_tokenizer(model), list(probes(model))
+        known.tokenizer.encode_special_tokens = True
+        encodings = known.tokenizer.encode_batch(texts, add_special_tokens=False)
+        expected = [encoding.ids for encoding in encodings]
+        options["split_special_tokens"] = True  # SentencePiece takes their names for text
+    else:
+        special = _special_of(trained)
+        texts = list(_texts_of(trained))
+        expected = [trained.tokenize(text) for text in texts]
+    encoded = exported.tokenizer(texts, add_special_tokens=False, verbose=False, **options)
+    found = list(zip(texts, expected, encoded["input_ids"], strict=True))
+    found += [(piece, [number], exported.tokenize(piece)) for piece, number in special.items()]
+    if usage.prepend_bos is not None and exported.tokenizer.is_fast:
+        text, ids = texts[1], expected[1]
+        ids = [trained.bos] * usage.prepend_bos + ids
+        found.append((text, ids, exported.tokenizer.encode(text)))
+    for text, wanted, ids in found:
+        if ids != wanted:
             raise ValueError(
-                f"tokenizer {source} has no exact Hugging Face form: {text!r} has ids "
-                f"{processor.encode(text)} in it and {ours} after conversion"
+                f"tokenizer {source}: {text!r} has the ids {wanted} in training, and {ids} as "
+                "transformers would read the exported folder"
             )
-    tokenizer.encode_special_tokens = False
 
 
-def _random_texts(processor: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    generator = random.Random(0)
-    numbers = range(processor.get_piece_size())
-    for _ in range(500):
-        yield processor.decode(generator.choices(numbers, k=generator.randint(1, 40)))
+def _write_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path, usage: Usage) -> None:
+    model = SentencePieceModel(tokenizer.processor)
+    try:
+        backend = fast_tokenizer(model).tokenizer
+    except ValueError as error:
+        raise ValueError(f"tokenizer {tokenizer.path}: {error}") from error
+    config = {f"{name}_token": model.pieces[number] for name, number in model.special.items()}
+    # A decoder continues on the right; a mask hides padding on either side.
+    config |= {"clean_up_tokenization_spaces": False, "padding_side": "left"}
+    _write_fast(backend, config, tokenizer, folder, usage)
+
+
+def _write_hugging_face(tokenizer: HuggingFaceTokenizer, folder: Path, usage: Usage) -> None:
+    loaded = tokenizer.tokenizer
+    for path in tokenizer_files(tokenizer.path):
+        target = folder / path.relative_to(tokenizer.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    path = folder / TOKENIZER_CONFIG
+    config = read_json(path) if path.is_file() else {}
+    around = [tokenizer.bos] if usage.prepend_bos else []
+    is_as_trained = usage.prepend_bos is None or loaded.encode("a") == around + tokenizer.tokenize(
+        "a"
+    )
+    is_complete = (folder / TOKENIZER).is_file() and "tokenizer_class" in config
+    if loaded.is_fast and not (is_as_trained and is_complete):
+        special = {f"{name}_token": getattr(loaded, f"{name}_token", None) for name in _SPECIAL}
+        config = {
+            **{name: token for name, token in special.items() if token is not None},
+            "clean_up_tokenization_spaces": loaded.clean_up_tokenization_spaces,
+            "padding_side": loaded.padding_side,
+            **{key: value for key, value in config.items() if key not in _OF_ONE_CLASS},
+        }
+        backend = type(loaded.backend_tokenizer).from_str(loaded.backend_tokenizer.to_str())
+        _write_fast(backend, config, tokenizer, folder, usage)
+    elif usage.prepend_bos is not None:
+        write_json(path, _with_usage(config, usage))
+
+
+def _write_fast(
+    backend: tokenizers.Tokenizer,
+    config: dict[str, Any],
+    tokenizer: Tokenizer,
+    folder: Path,
+    usage: Usage,
+) -> None:
+    """Write a tokenizer that needs nothing but the library, and puts around a text what training
+    did."""
+    from tokenizers.processors import TemplateProcessing
+
+    begin = backend.id_to_token(tokenizer.bos) if usage.prepend_bos else None
+    backend.post_processor = TemplateProcessing(
+        single=f"{begin} $A" if begin else "$A",
+        pair=f"{begin} $A {begin} $B:1" if begin else "$A $B:1",
+        special_tokens=[(begin, tokenizer.bos)] if begin else [],
+    )
+    backend.no_truncation()
+    backend.no_padding()
+    backend.save(str(folder / TOKENIZER))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if begin:
+        config |= {"add_bos_token": True}
+    write_json(folder / TOKENIZER_CONFIG, _with_usage(config, usage))
+
+
+def _with_usage(config: dict[str, Any], usage: Usage) -> dict[str, Any]:
+    length = {"model_max_length": usage.max_length} if usage.max_length else {}
+    return {"model_input_names": INPUTS, **config, **length}
+
+
+def _special_of(tokenizer: HuggingFaceTokenizer) -> dict[str, int]:
+    """Ids of the special tokens that text can spell in training too."""
+    loaded = tokenizer.tokenizer
+    ids = dict(zip(loaded.all_special_tokens, loaded.all_special_ids, strict=True))
+    return {piece: number for piece, number in ids.items() if tokenizer.tokenize(piece) == [number]}
+
+
+def _texts_of(tokenizer: HuggingFaceTokenizer) -> Iterator[str]:
+    loaded, size = tokenizer.tokenizer, tokenizer.vocab_size
+    odd = {*loaded.all_special_tokens, *loaded.get_added_vocab()}
+    step = max(1, size // 2000)
+    plain = [tokenizer.detokenize([number]) for number in range(0, size, step)]
+    return probe_texts(sorted(odd), plain, tokenizer.detokenize, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,9 +95,12 @@ def test_there_and_back_and_loaded_with_remote_code(imported):
     for name, file in index["weight_map"].items():
         assert torch.equal(files[file][name], original[name].bfloat16()), name
 
-    loaded = run(imported, "-c", LOAD, "again")
+    card = (imported / "again" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    loaded = run(imported, "-c", LOAD + example, "again")
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.split()[:2] == ["CoeForCausalLM", "2"]
+    assert "Once upon a time" in loaded.stdout.splitlines()[1], "the card's example"
 
 
 def test_an_older_export_runs_by_the_package_and_is_refreshed_by_two_files(imported):
