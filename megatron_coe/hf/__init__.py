@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .auto import CoeConfig, CoeForCausalLM, CoeModel
+    from .auto import CoeConfig, CoeForCausalLM, CoeForSequenceClassification, CoeModel
 
-__all__ = ["CoeConfig", "CoeForCausalLM", "CoeModel"]
+__all__ = ["CoeConfig", "CoeForCausalLM", "CoeForSequenceClassification", "CoeModel"]
 
 
 def __getattr__(name: str) -> type:

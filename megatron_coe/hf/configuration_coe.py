@@ -25,6 +25,9 @@ ROPE_KEYS = {
     *("original_max_position_embeddings", "attention_factor", "truncate"),
 }
 """DeepSeek-V2's, and the two that transformers' own YaRN has besides."""
+OWN_YARN = "deepseek_yarn"
+"""`rope_type` of DeepSeek's YaRN in `config.json`, beside the `type` that code for it reads:
+without this file transformers 5 would take `yarn` for its own, fail, and load no tokenizer."""
 
 OWN_KEYS = {
     "attention_type": "mla",
@@ -44,6 +47,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_coe.CoeConfig",
     "AutoModel": "modeling_coe.CoeModel",
     "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_coe.CoeForSequenceClassification",
 }
 """Where transformers and vLLM find the code in an exported folder."""
 
@@ -293,6 +297,8 @@ class CoeConfig(PretrainedConfig):
         result = super().to_dict()
         result.pop("rope_parameters", None)
         result |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
+        if result["rope_scaling"]:
+            result["rope_scaling"]["rope_type"] = OWN_YARN
         if "dtype" in result:
             result["torch_dtype"] = result.pop("dtype")
         left_out = {
@@ -365,6 +371,8 @@ def _rope_parameters(
     rope = {key: value for key, value in rope.items() if value is not None}
     old_type = rope.pop("type", "default")
     rope.setdefault("rope_type", old_type)
+    if rope["rope_type"] == OWN_YARN:
+        rope["rope_type"] = "yarn"
     if rope_theta is not None:
         rope["rope_theta"] = rope_theta
     rope.setdefault("rope_theta", 10000.0)

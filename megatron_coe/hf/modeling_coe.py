@@ -22,7 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
@@ -39,7 +42,7 @@ except ImportError:  # transformers 4
     from transformers.utils.generic import OutputRecorder
     from transformers.utils.generic import check_model_inputs as record_outputs
 
-__all__ = ["CoeForCausalLM", "CoeModel", "CoePreTrainedModel"]
+__all__ = ["CoeForCausalLM", "CoeForSequenceClassification", "CoeModel", "CoePreTrainedModel"]
 
 CACHE = "cache" if hasattr(MoeModelOutputWithPast, "cache") else "past_key_values"
 """The cache's name in outputs; transformers 5.24 renamed it."""
@@ -825,3 +828,18 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+
+class CoeForSequenceClassification(GenericForSequenceClassification, CoePreTrainedModel):
+    """A classifier or regressor: `config.num_labels` scores of each sequence's last token.
+
+    The last token is the last one that is not `pad_token_id`, on whichever side the padding is.
+    The balance loss is not part of its gradient.
+    """
+
+    def __init__(self, config: CoeConfig) -> None:
+        CoePreTrainedModel.__init__(self, config)  # transformers' own asks the Auto classes
+        self.num_labels = config.num_labels
+        self.model = CoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

@@ -13,10 +13,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, DeepseekV2ForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DeepseekV2ForCausalLM,
+)
 from transformers.cache_utils import Cache, DynamicCache
 
-from megatron_coe.hf import CoeConfig, CoeForCausalLM
+from megatron_coe.hf import CoeConfig, CoeForCausalLM, CoeForSequenceClassification
 from megatron_coe.hf.modeling_coe import (
     CACHE,
     CoeMoE,
@@ -661,6 +666,28 @@ from megatron_coe.hf import CoeConfig
 assert not any(m.split(".")[0] == "megatron" for m in sys.modules)
 assert AutoConfig.for_model("coe_deepseekv2").inner_iter == 2
 """
+
+
+def test_a_classifier_reads_the_last_token_whatever_the_padding(tmp_path):
+    """An exported language model as transformers' sequence classifier: logits by hand, a step."""
+    small_model(pad_token_id=0).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    assert type(model) is CoeForSequenceClassification
+    ids = tokens(2, 6).clamp(min=1)
+    ids[0, 4:] = 0
+    right = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    left = {name: torch.stack([value[0].roll(2), value[1]]) for name, value in right.items()}
+    with torch.no_grad():
+        for inputs in (right, left):
+            logits = model(**inputs).logits
+            for row, length in enumerate((4, 6)):
+                alone = model.model(ids[row : row + 1, :length]).last_hidden_state[:, -1]
+                close(logits[row : row + 1], model.score(alone))
+    model.train()
+    loss = model(**right, labels=torch.tensor([0, 2])).loss
+    close(loss, F.cross_entropy(model(**right).logits, torch.tensor([0, 2])))
+    loss.backward()
+    assert all(p.grad is not None for p in model.model.layers[0].self_attn.parameters())
 
 
 def test_saved_folder_is_enough_and_nothing_imports_megatron(tmp_path):
