@@ -15,10 +15,12 @@ import torch
 
 from megatron_coe import backends
 from megatron_coe.data.datasets import check_datasets
+from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.indexed import IndexedFile
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.machine import refuse_unused_gpus
 from megatron_coe.provider import CoEModelProvider
+from megatron_coe.training.checks import num_microbatches, smallest_world_size, world_size
 from megatron_coe.training.metrics import METRICS_FILE, check_wandb
 from megatron_coe.training.model import build_provider
 from megatron_coe.training.settings import DataSettings, Settings
@@ -33,8 +35,8 @@ class Preflight:
     provider: CoEModelProvider
     files: list[IndexedFile]
     """What training reads."""
-    warning: str | None
-    """About GPUs that are not used."""
+    warnings: list[str]
+    """What a user may not know of and had better; empty but in the first process."""
 
 
 def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Preflight:
@@ -46,14 +48,36 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
 
     Raises: ValueError, OSError naming the setting or the file.
     """
-    warning = refuse_unused_gpus()
+    idle_gpus = refuse_unused_gpus()
     check_wandb(settings.log)
     device = backends.prepare()
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
     backends.refuse_unusable(provider)
     files = check_files(settings, tokenizer, provider.seq_length, saves, dry)
-    return Preflight(device, tokenizer, provider, files, warning)
+    warnings = [idle_gpus] if idle_gpus else []
+    if _is_first():
+        warnings += _warnings(settings, tokenizer, provider)
+    return Preflight(device, tokenizer, provider, files, warnings)
+
+
+def _warnings(settings: Settings, tokenizer: Tokenizer, provider: CoEModelProvider) -> list[str]:
+    warnings = [export_warning(tokenizer)]
+    kinds = provider.moe_router_load_balancing_type
+    # A dry run may be of more processes than there are.
+    count = num_microbatches(settings, max(world_size(), smallest_world_size(settings)))
+    if "global_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds) and count > 1:
+        warnings.append(
+            f"model.moe_router_load_balancing_type={kinds}: with {count} micro-batches per step "
+            "global_aux_loss counts those of a step so far, as Megatron defines it, and not the "
+            "global batch; a larger train.micro_batch_size comes nearer to that"
+        )
+    return [warning for warning in warnings if warning]
+
+
+def _is_first() -> bool:
+    """Whether this process alone writes and says what all share."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def training_sets(data: DataSettings) -> list[str]:
@@ -97,7 +121,7 @@ def check_files(
     Raises: ValueError naming the file; OSError naming the setting of a folder.
     """
     files, _, _ = check_datasets(**data_arguments(settings, tokenizer, seq_length))
-    if os.environ.get("RANK", "0") == "0":  # the first one alone writes what all share
+    if _is_first():
         _check_folders(settings, saves, dry)
     return files
 

@@ -19,7 +19,6 @@ from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.checkpoints.tokenizer import identity_of
 from megatron_coe.checkpoints.trust import read_common
 from megatron_coe.data.datasets import build_datasets
-from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.indexed import IndexedFile, data_summary, documents_begin_with, identify
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.machine import write_machine
@@ -52,8 +51,7 @@ def describe(settings: Settings, world_size: int) -> str:
             data = [identify(file) for file in found.files]
             changed = check_changes(start.path, settings, found.tokenizer, data, start.weights_only)
             lines += [str(start), *(f"changed since then: {change}" for change in changed)]
-    if found.warning:
-        lines.append(f"warning: {found.warning}")
+    lines += [f"warning: {warning}" for warning in found.warnings]
     return "\n".join(lines)
 
 
@@ -135,12 +133,10 @@ def trainer(
             plan = plan_of(settings, provider, dist.get_world_size(), device.type == "cuda")
             reads = _summarize_data(settings, found.files, per_epoch, validation)
             reporter.say(banner(settings, plan, machine, reads, _start_of(settings, start)))
-            if found.warning:
-                reporter.say(f"warning: {found.warning}")
+            for warning in found.warnings:
+                reporter.say(f"warning: {warning}")
             if start and start.skipped:
                 reporter.say(f"checkpoint.load={start.skipped} is not read again")
-            if warning := export_warning(tokenizer):
-                reporter.say(f"warning: {warning}")
             for change in changed:
                 reporter.say(f"changed since then: {change}")
         try:
@@ -159,8 +155,6 @@ def _carried(settings: Settings, tokenizer: Tokenizer) -> dict[str, bytes]:
 def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
     data = settings.data
     yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
-    if warning := export_warning(tokenizer):
-        yield warning
     yield f"training data\n{data_summary(training_sets(data))}"
     if data.valid:
         yield f"validation data\n{data_summary(data.valid)}"
