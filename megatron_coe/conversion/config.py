@@ -261,6 +261,30 @@ def to_deepseek_v2_config(config: CoEConfig) -> Config:
     return keys | {"model_type": DEEPSEEK_V2, "architectures": ["DeepseekV2ForCausalLM"]}
 
 
+def deepseek_v2_notes(config: CoEConfig, itemsize: int) -> str:
+    """What a model card says of transformers' versions, if they differ about this model.
+
+    Args:
+        itemsize: bytes of a number of the weights.
+    """
+    notes = []
+    if config.rope_type == "yarn" and config.rotary_scaling_factor > 1 and config.mscale_all_dim:
+        notes.append(
+            "Needs transformers 5.15 or later: the `deepseek_v2` of earlier versions leaves YaRN's "
+            "`mscale_all_dim` out of attention and computes other numbers."
+        )
+    if config.moe_router_group_topk:
+        notes.append(
+            "The `deepseek_v2` of transformers 5.0 to 5.12 ends in an error with groups of experts."
+        )
+    if any(size * itemsize % 16 for size in (config.hidden_size, config.moe_ffn_hidden_size)):
+        notes.append(
+            'Load it with `experts_implementation="eager"` in transformers 5: by default its '
+            "experts are computed by `grouped_mm`, which wants rows of a multiple of 16 bytes."
+        )
+    return "".join(f"\n{note}\n" for note in notes)
+
+
 def to_model_fields(hf: Mapping[str, JSON], source: object) -> dict[str, JSON]:
     """Section `model` of a run's settings for a Hugging Face configuration.
 

@@ -81,14 +81,17 @@ def to_hf(
     config = describe(provider)
     reader = CheckpointReader(step)
     found = match_checkpoint(reader, weights(provider))
+    stored = dtype or reader.dtype(next(iter(found.values())))
     with new_folder(folder) as partial:
-        config["torch_dtype"] = _DTYPE_NAMES[dtype or reader.dtype(next(iter(found.values())))]
+        config["torch_dtype"] = _DTYPE_NAMES[stored]
         config, usage = _write_description(config, step, settings, provider, partial)
         if settings.data.tokenizer:
             check_tokenizer(Path(settings.data.tokenizer), partial, usage)
         for name in () if native else MODEL_CODE:
             shutil.copyfile(Path(__file__).parents[1] / "hf" / name, partial / name)
         card = model_card(provider, settings, step, folder.name, usage, remote_code=not native)
+        if native:
+            card += hf_config.deepseek_v2_notes(provider, stored.itemsize)
         (partial / "README.md").write_text(card, encoding="utf-8")
         writer = ShardWriter(partial, max_shard_size)
         for weight, key in found.items():

@@ -9,6 +9,7 @@ from transformers import DeepseekV2Config
 
 from megatron_coe.conversion.config import (
     OWN,
+    deepseek_v2_notes,
     import_notices,
     read_residual,
     to_deepseek_v2_config,
@@ -76,7 +77,8 @@ FIELDS = [
 def test_fields_survive_the_way_there_and_back(changes):
     config = tiny_config(**changes)
     hf = to_hf_config(config)
-    CoeConfig(**{key: value for key, value in hf.items() if key != "model_type"})
+    written = CoeConfig(**{key: value for key, value in hf.items() if key != "model_type"})
+    assert to_model_fields(written.to_dict(), "config.json") == to_model_fields(hf, "config.json")
     again = tiny_provider(**to_model_fields(hf, "config.json"))
     for field in (*changes, "coe_residual", "ffn_hidden_size", "moe_ffn_hidden_size", "num_layers"):
         if field != "moe_layer_freq":
@@ -231,6 +233,35 @@ def test_programs_that_differ_about_normalized_weights_are_told():
     assert "norm_topk_prob" in notice
     assert "transformers" in notice
     assert import_notices({"model_type": "coe_deepseekv2", "norm_topk_prob": True}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "itemsize", "told"),
+    [
+        ({}, 4, ["transformers 5.15"]),
+        ({"mscale_all_dim": 0.0}, 4, []),
+        ({"rotary_scaling_factor": 1.0}, 4, []),
+        ({"rope_type": "rope", "rotary_scaling_factor": 1.0, "moe_ffn_hidden_size": 12}, 4, []),
+        (
+            {"mscale_all_dim": 0.0, "moe_ffn_hidden_size": 12},
+            2,
+            ['experts_implementation="eager"'],
+        ),
+        (
+            {
+                **{"num_moe_experts": 8, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
+                **{"moe_router_group_score": "max", "mscale_all_dim": 0.0},
+            },
+            2,
+            ["5.0 to 5.12"],
+        ),
+    ],
+)
+def test_a_card_says_which_versions_differ_about_the_model(changes, itemsize, told):
+    notes = deepseek_v2_notes(tiny_config(**NATIVE, **changes), itemsize).split("\n\n")
+    assert len(list(filter(None, notes))) == len(told)
+    for note, part in zip(notes, told, strict=False):
+        assert part in note
 
 
 @pytest.mark.parametrize("front", range(5))
