@@ -878,9 +878,9 @@ FAULTS = [
     ),
     Fault(
         "one router for all iterations counts them together in the global loss",
-        "megatron_coe/config.py",
-        'if "global_aux_loss" in kinds and not self.coe_independent_gate',
-        'if "global_aux_loss" in kinds and False',
+        "megatron_coe/model/field_rules.py",
+        'if "global_aux_loss" in kinds and shared:',
+        'if "global_aux_loss" in kinds and False:',
         ("tests/unit/test_config.py",),
     ),
     Fault(
