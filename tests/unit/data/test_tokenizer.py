@@ -80,8 +80,9 @@ def test_errors(tmp_path: Path) -> None:
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(ValueError, match=r"bad.model is not a SentencePiece model"):
             load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"the folder holds none of tokenizer.json"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path / "empty")
 
 
 def test_training_errors(tmp_path: Path) -> None:
