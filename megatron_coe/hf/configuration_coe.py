@@ -26,8 +26,8 @@ ROPE_KEYS = {
 }
 """DeepSeek-V2's, and the two that transformers' own YaRN has besides."""
 OWN_YARN = "deepseek_yarn"
-"""`rope_type` of DeepSeek's YaRN in `config.json`, beside the `type` that code for it reads:
-without this file transformers 5 would take `yarn` for its own, fail, and load no tokenizer."""
+"""`rope_type` of DeepSeek's YaRN in an export's `config.json`, beside the `type` that code for it
+reads: without this file transformers 5 would take `yarn` for its own, and load no tokenizer."""
 
 OWN_KEYS = {
     "attention_type": "mla",
@@ -297,8 +297,6 @@ class CoeConfig(PretrainedConfig):
         result = super().to_dict()
         result.pop("rope_parameters", None)
         result |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
-        if result["rope_scaling"]:
-            result["rope_scaling"]["rope_type"] = OWN_YARN
         if "dtype" in result:
             result["torch_dtype"] = result.pop("dtype")
         left_out = {
