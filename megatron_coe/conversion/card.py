@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -126,11 +127,10 @@ def _software(step: Path) -> str:
     """What trained it and what exported it."""
     path = step / VERSIONS_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    trained = ", ".join(f"{name} {found[name]}" for name in found if found[name])
+    trained = [f"{name} {found[name]}" for name in found if found[name]]
     exported = []
     for package in ("transformers", "tokenizers", "safetensors"):
-        try:
+        with suppress(PackageNotFoundError):
             exported.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return "; exported with ".join(filter(None, [trained, ", ".join(exported)]))
+    parts = {"trained with": trained, "exported with": exported}
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in parts.items() if names)

@@ -42,8 +42,7 @@ def test_the_card_says_what_was_trained(exported):
     records = [json.loads(line) for line in (MADE / "run" / "metrics.jsonl").open()]
     loss = [record["train_loss"] for record in records if "train_loss" in record][-1]
     assert f"{loss:.4f}" in rows["training loss, nats per token"]
-    assert "megatron-core 0.16.1" in rows["software"]
-    assert "transformers" in rows["software"]
+    assert rows["software"].startswith("exported with transformers "), "777423a named no versions"
     assert "\nlicense: " in card
     assert 'AutoTokenizer.from_pretrained("my-model"' in card
     assert str(MADE) not in card
