@@ -162,6 +162,8 @@ def test_without_the_weights_that_were_named_nothing_starts(home, capsys, gone, 
         shutil.copy(step / "config.yaml", config)
     shutil.rmtree("imp")
 
+    before = sorted(Path(".").glob("**/step_*"))
+
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a process group was made")
 
@@ -171,7 +173,7 @@ def test_without_the_weights_that_were_named_nothing_starts(home, capsys, gone, 
         arguments.append("data.tokenizer=t.model")
         assert pretrain_coe.main([*arguments, *more]) == MISTAKE
         assert "checkpoint.load=" in capsys.readouterr().err
-    assert not any(Path(".").glob("**/step_*/metadata.json"))
+    assert sorted(Path(".").glob("**/step_*")) == before
 
 
 def test_a_folder_of_others_is_no_checkpoint_to_load(home, capsys):
