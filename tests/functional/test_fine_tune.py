@@ -92,9 +92,13 @@ def test_the_whole_way_from_a_folder_of_others(home):
     assert f"resumed from {step}" in done.stdout
     done = convert(home, "to-hf", "--load", "runs/tuned/checkpoints", "--save", "my-tuned-model")
     assert done.returncode == 0, done.stderr
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        files = (Path(folder, name).read_bytes() for folder in ("my-model", "my-tuned-model"))
-        assert len({*files}) == 1
+    before, after = (Path(folder) for folder in ("my-model", "my-tuned-model"))
+    assert (after / "tokenizer.json").read_bytes() == (before / "tokenizer.json").read_bytes()
+    kept, written = (
+        json.loads((folder / "tokenizer_config.json").read_text()) for folder in (before, after)
+    )
+    assert written.items() >= kept.items()
+    assert written["model_max_length"] == load_settings(step / "config.yaml").model["seq_length"]
     assert (home / "runs/tuned/metrics.jsonl").is_file()
 
 

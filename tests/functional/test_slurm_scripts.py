@@ -16,7 +16,8 @@ SCRIPTS = sorted((REPO / "slurm").glob("*.sbatch"))
 
 
 def bash(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    # `make PYTHON=…` hands its own on to what it starts.
+    outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PYTHON"))}
     return subprocess.run(
         ["bash", *map(str, arguments)],
         cwd=REPO,
