@@ -294,12 +294,24 @@ def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterato
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the body is done. A worker started in it inherits this, for
     good: such signals often reach a whole group of processes, and the parent alone ends the work.
+
+    Blocked for the workers' sake; for this process's they are caught besides, because a signal that
+    one thread blocks is delivered by another, and Python handles it in the main one all the same.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    caught: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {n: signal.signal(n, lambda number, _: caught.append(number)) for n in numbers}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in caught[:1]:
+            signal.raise_signal(number)
 
 
 _worker_encoder: _Encoder

@@ -4,6 +4,10 @@ import gzip
 import io
 import itertools
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,3 +264,20 @@ def test_a_tokenizer_that_cannot_be_exported_is_said_before(tmp_path: Path, caps
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in texts])
     preprocess([path], tmp_path / "out", tmp_path / "words.model", fields=Fields(), quiet=True)
     assert "words.model: it has no exact Hugging Face form" in capsys.readouterr().err
+
+
+def test_an_interrupt_waits_until_a_worker_is_started() -> None:
+    """Also where another thread, which does not block the signal, is the one that gets it."""
+    release, done = threading.Event(), False
+    other = threading.Thread(target=release.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), module._interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)  # the handler runs between two instructions of this thread
+            done = True
+    finally:
+        release.set()
+        other.join()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
