@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 import pretrain_coe
+from megatron_coe import generation
 from megatron_coe.conversion.hf import from_hf
 from megatron_coe.conversion.tokenizer import write_tokenizer
 from megatron_coe.conversion.upcycle import upcycle
@@ -271,3 +273,25 @@ def test_more_steps_and_another_batch(home, capsys, changes, accepted, sequences
     records = read_records(Path("runs/mine/metrics.jsonl"))
     assert records[-1]["tokens"] == sequences * 8
     train("my-run.yaml", *changes)  # the accepted change is the checkpoint's now
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_prompt_begins_as_the_documents_of_training_did(home, begins):
+    """From preprocessing over training and export to generation."""
+    step = from_hf(Path("my-model"), Path("imp/checkpoints"))
+    tokenizer = load_tokenizer(step / "tokenizer")
+    prepared = ("--tokenizer", step / "tokenizer", "--output-prefix", "mine", "--append-eod")
+    option = ["--prepend-bos"] * begins
+    done = zygote.run(
+        "tools/preprocess_data.py", "--input", "my.jsonl", *prepared, *option, cwd=home
+    )
+    assert done.returncode == 0, done.stderr
+    train(step / "config.yaml", "train.steps=1", "data.train=[mine_text_document]")
+    done = convert(home, "to-hf", "--load", "imp/checkpoints", "--save", "exported")
+    assert done.returncode == 0, done.stderr
+
+    expected = [tokenizer.bos] * begins + tokenizer.tokenize("one two")
+    assert PreTrainedTokenizerFast.from_pretrained("exported").encode("one two") == expected
+    for model in (Path("imp/checkpoints"), Path("exported")):
+        _, (prompt,) = generation.load(model, ["one two"], device=torch.device("cpu"))
+        assert prompt.tolist() == expected

@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megatron_coe.checkpoints.folder import CONFIG_FILE
 from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
@@ -183,6 +183,15 @@ def test_a_trained_checkpoint_without_its_layout(single_rank, tmp_path):
     from_hf(tmp_path / "hf", tmp_path / "back")
     to_hf(tmp_path / "back", tmp_path / "again")
     assert_same_bits(weights_of(tmp_path / "again"), exported)
+
+
+def test_what_a_folder_says_of_generation_survives(tmp_path):
+    write_random_model(tmp_path / "hf", seed=7)
+    said = {"do_sample": True, "temperature": 0.6, "max_new_tokens": 17, "eos_token_id": [2, 5]}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(said))
+    to_hf(from_hf(tmp_path / "hf", tmp_path / "checkpoints"), tmp_path / "out")
+    kept = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert {name: getattr(kept, name) for name in said} == said
 
 
 def test_a_run_that_takes_its_vocabulary_from_its_tokenizer(tmp_path):
