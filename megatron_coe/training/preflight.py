@@ -56,7 +56,7 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
     backends.refuse_unusable(provider)
     files = check_files(settings, tokenizer, provider.seq_length, saves, dry)
     warnings = [idle_gpus] if idle_gpus else []
-    if _is_first():
+    if is_first_process():
         warnings += _warnings(settings, tokenizer, provider)
     return Preflight(device, tokenizer, provider, files, warnings)
 
@@ -75,7 +75,7 @@ def _warnings(settings: Settings, tokenizer: Tokenizer, provider: CoEModelProvid
     return [warning for warning in warnings if warning]
 
 
-def _is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this process alone writes and says what all share."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -121,7 +121,7 @@ def check_files(
     Raises: ValueError naming the file; OSError naming the setting of a folder.
     """
     files, _, _ = check_datasets(**data_arguments(settings, tokenizer, seq_length))
-    if _is_first():
+    if is_first_process():
         _check_folders(settings, saves, dry)
     return files
 

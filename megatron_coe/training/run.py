@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,12 @@ from megatron_coe.training.estimate import describe_sizes, plan_of
 from megatron_coe.training.loop import Trainer, Validation
 from megatron_coe.training.memory_error import explained
 from megatron_coe.training.metrics import Reporter
-from megatron_coe.training.preflight import check_run, data_arguments, training_sets
+from megatron_coe.training.preflight import (
+    check_run,
+    data_arguments,
+    is_first_process,
+    training_sets,
+)
 from megatron_coe.training.resume import Start, check_changes, choose_start
 from megatron_coe.training.saving import Saver
 from megatron_coe.training.settings import Settings
@@ -84,7 +88,7 @@ def trainer(
         settings.to_yaml(),
         identity_of(tokenizer),
         data,
-        _carried(settings, tokenizer) if os.environ.get("RANK", "0") == "0" else None,
+        _carried(settings, tokenizer) if is_first_process() else None,
         [*sources, tokenizer.path, *map(Path, filter(None, [settings.checkpoint.load]))],
     )
     timeout_s = settings.train.hang_timeout_s
