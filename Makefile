@@ -113,7 +113,7 @@ test test-all test-line test-mutants test-faults test-transformers test-eval tes
 SHARED_OUT := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Without Megatron: what they test is the same under every line of it.
-ENGINE_FREE := $(addprefix tests/unit/,analysis data experiments test_machine.py)
+ENGINE_FREE := $(addprefix tests/unit/,analysis data experiments utils)
 
 FAST := -m "not slow and not gpu and not slurm and not bridge" $(SHARED_OUT)
 

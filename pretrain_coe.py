@@ -25,21 +25,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_coe.checkpoints.errors import CheckpointWriteError
-from megatron_coe.data.command_line import missing_package, quiet_imports
-from megatron_coe.data.errors import DataError
-from megatron_coe.megatron_compat.transformer_engine import broken_by
-from megatron_coe.training.endings import (
+from megatron_coe.checkpoint.errors import CheckpointWriteError
+from megatron_coe.cli.command_line import missing_package, quiet_imports
+from megatron_coe.fault_tolerance.exceptions import (
     DeviceMemoryError,
     NotFiniteError,
     StoppedError,
     stopped,
 )
-from megatron_coe.training.exit_status import DONE, MISTAKE, NOT_WRITTEN, RANK_LOST
-from megatron_coe.training.signals import StopRequest, unblock
+from megatron_coe.fault_tolerance.exit_codes import DONE, MISTAKE, NOT_WRITTEN, RANK_LOST
+from megatron_coe.fault_tolerance.signals import StopRequest, unblock
+from megatron_coe.megatron_compat.transformer_engine import broken_by
+from megatron_coe.utils.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_coe.training.loop import Trainer
+    from megatron_coe.training.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,27 +97,27 @@ def prepare(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) ->
     Raises ValueError or OSError for whatever the user can mend.
     """
     # Megatron and torch are imported only after what can be said without them: they take seconds.
-    from megatron_coe.training import checks
-    from megatron_coe.training.settings import load_settings, settings_files
+    from megatron_coe.config import validation
+    from megatron_coe.config.run_config import load_settings, settings_files
 
     settings = load_settings(options.config, options.overrides)
-    checks.check_values(settings)
-    checks.check_files_named(settings, held_out=options.eval_only)
-    checks.check_start(settings.checkpoint)
-    world_size = checks.world_size()
+    validation.check_values(settings)
+    validation.check_files_named(settings, held_out=options.eval_only)
+    validation.check_start(settings.checkpoint)
+    world_size = validation.world_size()
     if options.dry_run:  # one process can look at a layout for many
-        world_size = max(world_size, checks.smallest_world_size(settings))
-    checks.check_layout(settings, world_size)
+        world_size = max(world_size, validation.smallest_world_size(settings))
+    validation.check_layout(settings, world_size)
     # Megatron says so in every module; the setting `model.backend` says what stands in.
     quiet_imports()
     warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")
-    from megatron_coe.training import run
+    from megatron_coe.training import build
 
     if options.dry_run:
-        print(run.describe(settings, world_size))
+        print(build.describe(settings, world_size))
         return None
     sources = settings_files(options.config)
-    return stack.enter_context(run.trainer(settings, options.eval_only, stop, sources))
+    return stack.enter_context(build.trainer(settings, options.eval_only, stop, sources))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.training.signals import STOP_SIGNALS
+from megatron_coe.fault_tolerance.signals import STOP_SIGNALS
 
 LOG_DIR = "PET_LOG_DIR"  # torchrun's --log-dir
 

@@ -12,8 +12,6 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_coe.backends import resolve_backend
-from megatron_coe.config import CoEConfig
 from megatron_coe.megatron_compat.versions import (
     Part,
     build_part,
@@ -21,12 +19,14 @@ from megatron_coe.megatron_compat.versions import (
     part_submodules,
     with_module,
 )
-from megatron_coe.moe.experts import GroupedExperts
-from megatron_coe.moe.layer import CoELayer
-from megatron_coe.moe.router import CoERouter, IterationRouters
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.reference import ReferenceCoE
-from megatron_coe.specs import get_coe_decoder_block_spec
+from megatron_coe.model.backends import resolve_backend
+from megatron_coe.model.config import CoEConfig
+from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
+from megatron_coe.model.moe.experts import GroupedExperts
+from megatron_coe.model.moe.layer import CoELayer
+from megatron_coe.model.moe.router import CoERouter, IterationRouters
+from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.model.reference import ReferenceCoE
 
 TINY = {
     "num_layers": 2,
@@ -59,7 +59,7 @@ def tiny_provider(**changes) -> CoEModelProvider:
 
 
 def build_layer(config: CoEConfig, layer_class: type = CoELayer) -> CoELayer:
-    """One layer as the specs build it (tests/unit/test_specs.py holds them to the same parts)."""
+    """Build one layer of the same parts as the specs (tests/unit/model/test_layer_specs.py)."""
     return build_part(moe_part(config, layer_class), config=config, layer_number=1)
 
 

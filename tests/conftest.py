@@ -42,7 +42,7 @@ class Outcomes:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Megatron-Core made ready for this machine, once; the device to test on."""
-    from megatron_coe.backends import prepare
+    from megatron_coe.model.backends import prepare
 
     return prepare()
 

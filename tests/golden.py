@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_coe.provider import CoEModelProvider
+from megatron_coe.model.provider import CoEModelProvider
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))

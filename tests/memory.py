@@ -16,14 +16,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_coe import backends
+from megatron_coe.distributed.setup import parallel_groups
+from megatron_coe.model import backends
 from megatron_coe.planning.communication import collectives
 from megatron_coe.planning.hardware import GPUS, Cluster
 from megatron_coe.planning.memory import Memory, stage_memory
 from megatron_coe.planning.plan import Plan
-from megatron_coe.training.estimate import plan_of
-from megatron_coe.training.loop import Trainer
-from megatron_coe.training.setup import parallel_groups
+from megatron_coe.planning.run_summary import plan_of
+from megatron_coe.training.trainer import Trainer
 from tests.distributed.launch import launch
 from tests.unit.training.runs import make_settings, make_trainer
 

@@ -48,13 +48,13 @@ def main() -> None:
     options = parser.parse_args()
     import torch  # only now: takes seconds
 
-    from megatron_coe import backends
     from megatron_coe.benchmark.scale import SCALES, preset_settings
     from megatron_coe.benchmark.steps import build_step
-    from megatron_coe.moe.router import CoERouter
-    from megatron_coe.training import setup
-    from megatron_coe.training.metrics import Reporter
-    from megatron_coe.training.settings import LogSettings
+    from megatron_coe.config.run_config import LogSettings
+    from megatron_coe.distributed import setup
+    from megatron_coe.model import backends
+    from megatron_coe.model.moe.router import CoERouter
+    from megatron_coe.training.metrics_logger import Reporter
 
     torch.set_num_threads(1)
     device = backends.prepare()

@@ -24,11 +24,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from safetensors.torch import load_file
 
+from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.checkpoint.state import load_checkpoint, run_state
+from megatron_coe.config.run_config import CheckpointSettings, Settings
 from megatron_coe.conversion.hf import to_hf
-from megatron_coe.training.checkpoint import load_checkpoint, run_state
-from megatron_coe.training.loop import Trainer
-from megatron_coe.training.resume import choose_checkpoint
-from megatron_coe.training.settings import CheckpointSettings, Settings
+from megatron_coe.training.trainer import Trainer
 from tests.unit.training.runs import make_settings, make_trainer
 
 DATA = Path(__file__).parent / "data"
@@ -135,7 +135,7 @@ def main() -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_coe.backends import prepare
+    from megatron_coe.model.backends import prepare
 
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=("save", "load"))

@@ -42,11 +42,11 @@ REPO = Path(__file__).resolve().parents[1]
 
 # All that a run imports, also late: what is missing here only takes longer.
 IMPORTS = (
-    "megatron_coe.training.run",
+    "megatron_coe.training.build",
     "megatron_coe.conversion.hf",
     "megatron_coe.generation",
     "matplotlib.pyplot",
-    "megatron_coe.training.checks",
+    "megatron_coe.config.validation",
     "megatron_coe.data.tokenizer",
     "torch.utils.tensorboard",
     "sentencepiece",

@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import add_key_arguments, add_tokenizer_argument, fields_of, run
-from megatron_coe.data.files import check_writable
+from megatron_coe.cli.command_line import add_key_arguments, add_tokenizer_argument, fields_of, run
+from megatron_coe.utils.files import check_writable
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from megatron_coe import generation  # imports torch and transformers: seconds
     from megatron_coe.analysis.analyze import analyze, as_table
-    from megatron_coe.analysis.figures import new_figure
-    from megatron_coe.analysis.findings import PermutationTest
     from megatron_coe.analysis.heldout import Source
+    from megatron_coe.analysis.plotting import new_figure
     from megatron_coe.analysis.results import SUMMARY
+    from megatron_coe.analysis.routing_tables import PermutationTest
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

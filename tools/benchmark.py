@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import run
-from megatron_coe.data.files import check_writable
+from megatron_coe.cli.command_line import run
+from megatron_coe.utils.files import check_writable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SUBJECTS = (
@@ -36,13 +36,13 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_coe import backends
     from megatron_coe.benchmark import report
     from megatron_coe.benchmark.subjects import ALL
     from megatron_coe.benchmark.subjects import SUBJECTS as MEASURE
-    from megatron_coe.machine import commit, versions
-    from megatron_coe.training import setup
-    from megatron_coe.training.settings import ParallelSettings
+    from megatron_coe.config.run_config import ParallelSettings
+    from megatron_coe.distributed import setup
+    from megatron_coe.model import backends
+    from megatron_coe.utils.environment import commit, versions
 
     if options.threads:
         torch.set_num_threads(options.threads)

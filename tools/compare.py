@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import required, run
+from megatron_coe.cli.command_line import required, run
 
 with required():
     from megatron_coe.experiments.comparison import as_table, compare

@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import required, run
+from megatron_coe.cli.command_line import required, run
 
 with required():
-    from megatron_coe.training.checks import check_layout, check_values, smallest_world_size
-    from megatron_coe.training.settings import load_settings
+    from megatron_coe.config.run_config import load_settings
+    from megatron_coe.config.validation import check_layout, check_values, smallest_world_size
 
 
 def main() -> None:
@@ -44,8 +44,8 @@ def main() -> None:
     # Only now, because they take seconds.
     import torch
 
-    from megatron_coe.training.estimate import describe_sizes, plan_of, tokenizer_vocab_size
-    from megatron_coe.training.model import build_provider
+    from megatron_coe.config.model_section import build_provider
+    from megatron_coe.planning.run_summary import describe_sizes, plan_of, tokenizer_vocab_size
 
     device = torch.device(options.device)
     provider = build_provider(settings, device, tokenizer_vocab_size(settings))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import (
+from megatron_coe.cli.command_line import (
     add_text_arguments,
     add_tokenizer_argument,
     fields_of,

@@ -47,7 +47,7 @@ describe() {
     git log -1 --format='commit %H' 2> /dev/null || echo "commit ${COMMIT:-unknown}"
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null
     "$PYTHON" -W ignore -c "
-import torch; from megatron_coe.machine import machine, versions
+import torch; from megatron_coe.utils.environment import machine, versions
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 for name, value in {**machine(device), **versions()}.items(): print(name, value)"
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import run
+from megatron_coe.cli.command_line import run
 from megatron_coe.data.corpus import make_corpus
 
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import required, run
+from megatron_coe.cli.command_line import required, run
 
 with required():
+    from megatron_coe.config.run_config import Settings, load_settings
+    from megatron_coe.config.validation import check_layout, check_values
     from megatron_coe.planning.hardware import GPUS, Cluster
-    from megatron_coe.training.checks import check_layout, check_values
-    from megatron_coe.training.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from megatron_coe.planning.build import Built
@@ -38,18 +38,18 @@ def main() -> None:
     # Only now, because they take seconds.
     import torch
 
-    from megatron_coe.backends import prepare
-    from megatron_coe.planning import report, search
-    from megatron_coe.training.estimate import plan_of, tokenizer_vocab_size
-    from megatron_coe.training.model import build_provider
+    from megatron_coe.config.model_section import build_provider
+    from megatron_coe.model.backends import prepare
+    from megatron_coe.planning import layout_search, report
+    from megatron_coe.planning.run_summary import plan_of, tokenizer_vocab_size
 
     prepare()
     model = build_provider(settings, torch.device("cuda"), tokenizer_vocab_size(settings))
     if options.keep_layout:
         plan = plan_of(settings, model, options.gpus, on_gpu=True)
-        ranking = search.Ranking([search.estimate(plan, cluster)], legal=1)
+        ranking = layout_search.Ranking([layout_search.estimate(plan, cluster)], legal=1)
     else:
-        ranking = search.rank_layouts(
+        ranking = layout_search.rank_layouts(
             model, options.gpus, settings.train.global_batch_size, cluster
         )
         if not ranking.fitting:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import required, run
+from megatron_coe.cli.command_line import required, run
 
 with required():
-    from megatron_coe.analysis.curves import LOSSES, Group, describe_end, plot_losses
-    from megatron_coe.analysis.figures import save
+    from megatron_coe.analysis.loss_curves import LOSSES, Group, describe_end, plot_losses
+    from megatron_coe.analysis.plotting import save
     from megatron_coe.analysis.runs import AXES, Run
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import missing_package, required, run
-from megatron_coe.data.files import check_writable
+from megatron_coe.cli.command_line import missing_package, required, run
+from megatron_coe.utils.files import check_writable
 
 with required():
     from megatron_coe.analysis.runs import Run
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def can_be_analysed(the_run: Run) -> bool:
     """Whether there are checkpoints beside the metrics, and held-out data where it was."""
-    from megatron_coe.checkpoints.folder import find_checkpoints
+    from megatron_coe.checkpoint.directory import find_checkpoints
 
     data = the_run.settings.data.valid
     there = bool(data) and all(Path(f"{prefix}.idx").is_file() for prefix in data)
@@ -65,8 +65,8 @@ def analyse(the_run: Run, output: Path):
 
         from megatron_coe import generation
         from megatron_coe.analysis.analyze import analyze
-        from megatron_coe.analysis.findings import PermutationTest
         from megatron_coe.analysis.heldout import Source
+        from megatron_coe.analysis.routing_tables import PermutationTest
     except ModuleNotFoundError as error:
         if (told := missing_package(error)) is None:
             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import add_text_arguments, fields_of, required, run
+from megatron_coe.cli.command_line import add_text_arguments, fields_of, required, run
 
 with required():
     from megatron_coe.data.tokenizer import train_tokenizer

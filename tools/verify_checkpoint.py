@@ -18,17 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from megatron_coe.data.command_line import run
+from megatron_coe.cli.command_line import run
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     warnings.filterwarnings("ignore", module="megatron.*")
     # These import Megatron, which takes seconds.
-    from megatron_coe.checkpoints.errors import BadCheckpointError
-    from megatron_coe.checkpoints.folder import FORMAT_FILE, find_checkpoints
-    from megatron_coe.checkpoints.manifest import sign
-    from megatron_coe.checkpoints.verify import check_checkpoint, strange_files
+    from megatron_coe.checkpoint.directory import FORMAT_FILE, find_checkpoints
+    from megatron_coe.checkpoint.errors import BadCheckpointError
+    from megatron_coe.checkpoint.manifest import sign
+    from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
 
     folder: Path = options.load
     found = [folder] if (folder / FORMAT_FILE).is_file() else find_checkpoints(folder)

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 
 
 def main() -> int:
-    from megatron_coe.backends import prepare
     from megatron_coe.integrations.megatron_lm import add_coe_args, coe_builder
     from megatron_coe.megatron_compat import megatron_training
+    from megatron_coe.model.backends import prepare
 
     try:
         prepare()

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from megatron_coe import generation
-from megatron_coe.analysis import findings
+from megatron_coe.analysis import routing_tables
 from megatron_coe.analysis.collect import (
     Routing,
     collect,
@@ -19,10 +19,10 @@ from megatron_coe.analysis.collect import (
     run_name,
     trained_mode,
 )
-from megatron_coe.analysis.findings import PermutationTest, Text
 from megatron_coe.analysis.heldout import Source, sequence_numbers, token_classes
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.routing import Ints
+from megatron_coe.analysis.routing_tables import PermutationTest, Text
 
 
 def analyze(
@@ -65,16 +65,16 @@ def analyze(
         routings.append(collect(model, sequences, path.name, batch_size))
     assert text is not None
     analysis = Analysis({"run": run_name(models[-1]), **_about(routings, source, sequences, test)})
-    analysis.training = list(findings.training_rows(routings))
+    analysis.training = list(routing_tables.training_rows(routings))
     if control:
         routings.append(_control(model, sequences, test.seed, batch_size))
     for routing in routings:
         say(f"{routing.name}: measuring {text.ids.size:,} tokens, {test.permutations} shuffles")
-        analysis.routers += findings.router_rows(routing, text, test)
-        analysis.transitions += findings.transition_rows(routing, text, test)
-        analysis.usage += findings.usage_rows(routing, text)
+        analysis.routers += routing_tables.router_rows(routing, text, test)
+        analysis.transitions += routing_tables.transition_rows(routing, text, test)
+        analysis.usage += routing_tables.usage_rows(routing, text)
     for routing in routings[len(models) - 1 :]:
-        for place, _, _, matrix in findings.coactivations(routing):
+        for place, _, _, matrix in routing_tables.coactivations(routing):
             key = (routing.name, int(place["layer"]))
             analysis.matrices.setdefault(key, []).append(matrix)
     return analysis

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from megatron_coe.analysis.course import course_pictures
-from megatron_coe.analysis.curves import Group, describe_end, plot_losses
-from megatron_coe.analysis.figures import inline_svg
+from megatron_coe.analysis.loss_curves import Group, describe_end, plot_losses
+from megatron_coe.analysis.plotting import inline_svg
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.runs import Run
-from megatron_coe.data.files import atomic_path
-from megatron_coe.machine import read_machine
+from megatron_coe.analysis.training_curves import course_pictures
+from megatron_coe.utils.environment import read_machine
+from megatron_coe.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_coe.analysis import maps
-from megatron_coe.analysis.figures import save
-from megatron_coe.analysis.findings import Row
+from megatron_coe.analysis import heatmaps
+from megatron_coe.analysis.plotting import save
 from megatron_coe.analysis.routing import Ints
-from megatron_coe.data.files import atomic_path
+from megatron_coe.analysis.routing_tables import Row
+from megatron_coe.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,10 +90,10 @@ class Analysis:
     def pictures(self) -> Iterator[tuple[str, Figure]]:
         """Each picture and its name."""
         if self.matrices:
-            scale = maps.CoactivationScale.of(chain.from_iterable(self.matrices.values()))
+            scale = heatmaps.CoactivationScale.of(chain.from_iterable(self.matrices.values()))
         for (model, layer), matrices in self.matrices.items():
             name = f"coactivation_{model}_layer-{layer}"
-            yield name, maps.coactivation_map(self.title(model), layer, matrices, scale)
+            yield name, heatmaps.coactivation_map(self.title(model), layer, matrices, scale)
         for model in dict.fromkeys(str(row["model"]) for row in self.shown(self.routers)):
             rows, usage = (
                 [row for row in table if row["model"] == model]
@@ -101,14 +101,14 @@ class Analysis:
             )
             yield (
                 f"usage_{model}",
-                maps.usage_map(self.title(model), usage, int(self.about["experts"])),
+                heatmaps.usage_map(self.title(model), usage, int(self.about["experts"])),
             )
-            yield f"consistency_{model}", maps.consistency_plot(self.title(model), rows)
+            yield f"consistency_{model}", heatmaps.consistency_plot(self.title(model), rows)
         if self.transitions:
-            yield "information", maps.information_plot(self.shown(self.transitions))
+            yield "information", heatmaps.information_plot(self.shown(self.transitions))
         if len(self.about["models"]) > 1:
             tables = (self.routers, self.transitions, self.training)
-            yield "training", maps.training_plot(*(_without_control(rows) for rows in tables))
+            yield "training", heatmaps.training_plot(*(_without_control(rows) for rows in tables))
 
     def title(self, model: str) -> str:
         """Return what a picture calls a model of the tables: of which run at which step."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_coe.checkpoints.folder import CONFIG_FILE
-from megatron_coe.training.metrics import METRICS_FILE, read_records
-from megatron_coe.training.settings import Settings, load_settings
+from megatron_coe.checkpoint.directory import CONFIG_FILE
+from megatron_coe.config.run_config import Settings, load_settings
+from megatron_coe.training.metrics_logger import METRICS_FILE, read_records
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 from megatron_coe.benchmark.layers import BACKWARD, FORWARD
 from megatron_coe.benchmark.steps import RandomTokens
 from megatron_coe.benchmark.timing import Arm, Lap
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion.config import to_deepseek_v2_config
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training import setup
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import Settings
+from megatron_coe.distributed import setup
+from megatron_coe.model.provider import CoEModelProvider
 
 if TYPE_CHECKING:
     from transformers import DeepseekV2ForCausalLM

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_coe.benchmark.layers import BACKWARD, FORWARD
 from megatron_coe.benchmark.timing import Arm, Lap
+from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.vocab_padding import fill_padding
-from megatron_coe.provider import CoEModelProvider
 
 MEGATRON, FUSED, PRODUCTS = "linear, then Megatron's loss", "linear_cross_entropy", "products alone"
 

@@ -22,15 +22,15 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megatron_coe.backends import resolve_backend
 from megatron_coe.benchmark.timing import Arm, Lap
-from megatron_coe.config import CoEConfig
 from megatron_coe.megatron_compat.versions import build_part
-from megatron_coe.moe.experts import GroupedExperts
-from megatron_coe.moe.layer import CoELayer
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.sizes import ffn_params, moe_work
-from megatron_coe.specs import get_coe_decoder_block_spec
+from megatron_coe.model.backends import resolve_backend
+from megatron_coe.model.config import CoEConfig
+from megatron_coe.model.flops import ffn_params, moe_work
+from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
+from megatron_coe.model.moe.experts import GroupedExperts
+from megatron_coe.model.moe.layer import CoELayer
+from megatron_coe.model.provider import CoEModelProvider
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -131,7 +131,7 @@ class PassArm:
 
 
 def under_training(module: torch.nn.Module, provider: CoEModelProvider) -> DistributedDataParallel:
-    """Wrapped as `megatron_coe.training.setup.build_model` wraps a model."""
+    """Wrapped as `megatron_coe.distributed.setup.build_model` wraps a model."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=provider.bf16)
     return DistributedDataParallel(config=provider, ddp_config=config, module=module)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_coe.benchmark.timing import Lap
-from megatron_coe.training.setup import Trainee
+from megatron_coe.distributed.setup import Trainee
 
 
 @dataclass(frozen=True)

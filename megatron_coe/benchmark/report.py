@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_coe.benchmark.timing import Samples, Spread
-from megatron_coe.machine import machine as machine_of
+from megatron_coe.utils.environment import machine as machine_of
 
 
 @dataclass

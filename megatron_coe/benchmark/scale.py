@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_coe.training.checks import check_values
-from megatron_coe.training.settings import Settings, load_settings
+from megatron_coe.config.run_config import Settings, load_settings
+from megatron_coe.config.validation import check_values
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 
 from megatron_coe.benchmark.phases import GRADIENT_BUFFERS, Target, targets
 from megatron_coe.benchmark.timing import Arm, Lap
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training import setup
-from megatron_coe.training.batches import BatchSource
-from megatron_coe.training.checkpoint import Progress
-from megatron_coe.training.loop import Trainer
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import Settings
+from megatron_coe.checkpoint.state import Progress
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import Settings
+from megatron_coe.distributed import setup
+from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.training.batch_source import BatchSource
+from megatron_coe.training.trainer import Trainer
 
 PARTS = GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 """The two parts of a step: forward and backward; and the update with its clipping."""

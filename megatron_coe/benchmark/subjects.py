@@ -19,10 +19,10 @@ from megatron_coe.benchmark.scale import Scale, preset_settings
 from megatron_coe.benchmark.steps import GRADIENTS, PARTS, StepArm
 from megatron_coe.benchmark.synchronisations import count_synchronisations
 from megatron_coe.benchmark.timing import TOTAL, Arm, Samples, Spread, interleave, rate, ratio
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training import setup
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import Settings
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import Settings
+from megatron_coe.distributed import setup
+from megatron_coe.model.provider import CoEModelProvider
 
 COE, MOE = "coe-2_4-64", "moe_8-64"
 MATCHED_COE, MATCHED_MOE = "coe-2_3-64", "moe_7-64"

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import torch.nn.functional as F
 
-from megatron_coe.config import CoEConfig
+from megatron_coe.model.config import CoEConfig
 
 JSON: TypeAlias = "str | int | float | bool | list[JSON] | dict[str, JSON] | None"
 Config: TypeAlias = "dict[str, JSON]"

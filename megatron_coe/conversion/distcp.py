@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_coe.checkpoints.durable import HashedFile
-from megatron_coe.checkpoints.errors import BadCheckpointError
-from megatron_coe.checkpoints.trust import INDEX_FILE, read_index
-from megatron_coe.hf.names import LAYERS
+from megatron_coe.checkpoint.errors import BadCheckpointError
+from megatron_coe.checkpoint.safe_unpickle import INDEX_FILE, read_index
+from megatron_coe.hf.weight_names import LAYERS
+from megatron_coe.utils.fsynced import HashedFile
 
 DATA_FILE = "__0_0.distcp"
 # Beside weights: states of optimizers and generators, and modules' extra states (FP8 scales).

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_coe.conversion.config import Config
-from megatron_coe.data.files import naming_errors, partial_path
+from megatron_coe.utils.files import naming_errors, partial_path
 
 HF_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_coe.checkpoints.carried import kept_folder, prepends_bos
-from megatron_coe.checkpoints.folder import find_step, step_of
+from megatron_coe.checkpoint.assets import kept_folder, prepends_bos
+from megatron_coe.checkpoint.directory import find_step, step_of
+from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion import config as hf_config
 from megatron_coe.conversion.card import model_card
 from megatron_coe.conversion.distcp import CheckpointReader
@@ -36,9 +37,8 @@ from megatron_coe.conversion.model import (
 from megatron_coe.conversion.shards import ShardWriter
 from megatron_coe.conversion.tokenizer import Usage, check_tokenizer, write_tokenizer
 from megatron_coe.conversion.transfer import export, match_checkpoint
-from megatron_coe.hf.names import weights
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.settings import Settings
+from megatron_coe.hf.weight_names import weights
+from megatron_coe.model.provider import CoEModelProvider
 
 MODEL_CODE = ("configuration_coe.py", "modeling_coe.py")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_coe.checkpoints.carried import (
+from megatron_coe.checkpoint.assets import (
     KEPT_FOLDER,
     documents_content,
     kept_folder,
@@ -23,11 +23,14 @@ from megatron_coe.checkpoints.carried import (
     tokenizer_content,
     write_content,
 )
-from megatron_coe.checkpoints.errors import BadCheckpointError
-from megatron_coe.checkpoints.folder import CONFIG_FILE, LATEST_FILE, find_step
-from megatron_coe.checkpoints.manifest import sign
-from megatron_coe.checkpoints.tokenizer import find_tokenizer
-from megatron_coe.checkpoints.verify import check_checkpoint
+from megatron_coe.checkpoint.directory import CONFIG_FILE, LATEST_FILE, find_step
+from megatron_coe.checkpoint.errors import BadCheckpointError
+from megatron_coe.checkpoint.manifest import sign
+from megatron_coe.checkpoint.tokenizer import find_tokenizer
+from megatron_coe.checkpoint.verify import check_checkpoint
+from megatron_coe.config.locations import run_folder
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import ParallelSettings, Settings, TrainSettings, load_settings
 from megatron_coe.conversion.config import Config, import_notices, to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import (
@@ -46,11 +49,8 @@ from megatron_coe.conversion.transfer import (
     write_checkpoint,
 )
 from megatron_coe.data.tokenizer import load_tokenizer, tokenizer_files
-from megatron_coe.hf.names import Weight, weights
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.places import run_folder
-from megatron_coe.training.settings import ParallelSettings, Settings, TrainSettings, load_settings
+from megatron_coe.hf.weight_names import Weight, weights
+from megatron_coe.model.provider import CoEModelProvider
 
 STEP_0 = "step_00000000"
 LONGEST = 4096

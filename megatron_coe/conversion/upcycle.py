@@ -21,7 +21,7 @@ from megatron_coe.conversion.model import (
     provider_of,
     write_model,
 )
-from megatron_coe.hf.names import Weight, weights
+from megatron_coe.hf.weight_names import Weight, weights
 
 MIXTURE = {"coe_iterations": 1, "coe_residual": "outer"}
 """What a plain mixture of experts is among the chains."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_coe.data.files import atomic_path
+from megatron_coe.utils.files import atomic_path
 
 # Share of the corpus per task. The word problems carry their solution step by step; the exercises
 # (arithmetic and algebra) only the answer.

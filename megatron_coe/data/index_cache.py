@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megatron_coe.data.files import naming_errors, partial_path
+from megatron_coe.utils.files import naming_errors, partial_path
 
 SEAL = "sha256.json"
 _CHUNK_BYTES = 1 << 22

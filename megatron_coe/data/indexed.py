@@ -23,8 +23,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from torch.utils.data import Dataset
 
-from megatron_coe.data.errors import DataError
 from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.utils.errors import DataError
 
 # magic, version, code of the dtype, number of sequences, number of document boundaries
 _HEADER = struct.Struct("<9sQBQQ")

@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_coe.data.fast_tokenizer import export_warning
-from megatron_coe.data.files import naming_errors, partial_path
-from megatron_coe.data.progress import Progress
 from megatron_coe.data.records import (
     Chunk,
     Fields,
@@ -33,6 +31,8 @@ from megatron_coe.data.records import (
 )
 from megatron_coe.data.sentences import SentenceSplitter, load_splitter
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_coe.utils.files import naming_errors, partial_path
+from megatron_coe.utils.progress import Progress
 
 CHUNKS_PER_WORKER = 4  # in flight, which bounds the memory
 BAD_LINES_SHOWN = 10

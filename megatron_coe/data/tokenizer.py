@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from megatron_coe.data.files import atomic_path
 from megatron_coe.data.records import Fields, check_inputs, read_texts
+from megatron_coe.utils.files import atomic_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_coe.data.corpus import make_corpus
-from megatron_coe.data.files import atomic_path
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
+from megatron_coe.utils.files import atomic_path
 
 _SOURCE_FILE = "source.json"
 

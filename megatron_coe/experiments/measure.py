@@ -7,8 +7,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+from megatron_coe.config.run_config import Settings
 from megatron_coe.experiments.running import server
-from megatron_coe.training.settings import Settings
 
 _EFFICIENCY = 1 / 3
 """Of training, as a share of what a large matrix product reaches: for estimates of time alone."""
@@ -63,10 +63,10 @@ def sizes_of(settings: dict[str, Settings], vocab_size: int) -> tuple[dict[str, 
 def _sizes_of(settings: Settings, vocab_size: int) -> Sizes:
     import torch
 
+    from megatron_coe.config.model_section import build_provider
+    from megatron_coe.config.validation import check_layout
     from megatron_coe.planning.memory import rank_memory
-    from megatron_coe.training.checks import check_layout
-    from megatron_coe.training.estimate import plan_of
-    from megatron_coe.training.model import build_provider
+    from megatron_coe.planning.run_summary import plan_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_layout(settings, world_size=1)

@@ -20,12 +20,12 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from megatron_coe.checkpoints.folder import CONFIG_FILE
-from megatron_coe.data.files import atomic_path, check_writable
+from megatron_coe.checkpoint.directory import CONFIG_FILE
+from megatron_coe.config.run_config import Settings
+from megatron_coe.fault_tolerance.exit_codes import DONE
 from megatron_coe.megatron_compat import transformer_engine
-from megatron_coe.training.exit_status import DONE
-from megatron_coe.training.metrics import METRICS_FILE, read_records
-from megatron_coe.training.settings import Settings
+from megatron_coe.training.metrics_logger import METRICS_FILE, read_records
+from megatron_coe.utils.files import atomic_path, check_writable
 
 ENTRY_POINT = Path(__file__).resolve().parents[2] / "pretrain_coe.py"
 
@@ -34,7 +34,7 @@ CONSOLE_FILE = "console.log"
 _LOCK_FILE = ".lock"
 
 _UNHEARD = ("ignore:Apex is not installed", "ignore:Transformer Engine and Apex are not installed")
-_IMPORTED_ONCE = ("megatron_coe.training.run", "torch.utils.tensorboard")
+_IMPORTED_ONCE = ("megatron_coe.training.build", "torch.utils.tensorboard")
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_coe.config.run_config import Settings, load_settings
+from megatron_coe.config.validation import check_files_named, check_values
 from megatron_coe.experiments.comparison import run_name
 from megatron_coe.experiments.data import Data
 from megatron_coe.experiments.plans import Arm
-from megatron_coe.training.checks import check_files_named, check_values
-from megatron_coe.training.settings import Settings, load_settings
 
 PRESETS = Path(__file__).resolve().parents[2] / "examples" / "paper"
 

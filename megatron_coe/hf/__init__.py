@@ -7,7 +7,8 @@ code is needed:
     model = CoeForCausalLM.from_pretrained(folder)
 
 A folder that `save_pretrained` writes has the two files of model code beside the weights. The
-table, `megatron_coe.hf.names`, needs torch only: transformers is loaded with the first class.
+table, `megatron_coe.hf.weight_names`, needs torch only: transformers is loaded with the first
+class.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from transformers import PretrainedConfig
 
 import megatron_coe.hf.auto  # noqa: F401 - lets AutoConfig read a folder without its remote code
 from megatron_coe.conversion import config as hf_config
-from megatron_coe.hf.names import LAYERS, Weight, weights
-from megatron_coe.provider import CoEModelProvider
+from megatron_coe.hf.weight_names import LAYERS, Weight, weights
+from megatron_coe.model.provider import CoEModelProvider
 
 # A checkpoint's run_config.yaml names its provider, which Bridge makes of allowed modules only.
 register_allowed_target_prefix(f"{__name__}.")

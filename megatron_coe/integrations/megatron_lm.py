@@ -16,10 +16,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_coe.backends import refuse_unusable
-from megatron_coe.config import GROUP_SCORES, RESIDUAL_MODES
 from megatron_coe.megatron_compat.recompute import prepare_recompute
-from megatron_coe.provider import CoEModelProvider
+from megatron_coe.model.backends import refuse_unusable
+from megatron_coe.model.config import GROUP_SCORES, RESIDUAL_MODES
+from megatron_coe.model.provider import CoEModelProvider
 
 BACKENDS = {"transformer_engine": "te", "local": "torch"}
 """Our `backend` for Megatron-LM's `--transformer-impl`."""

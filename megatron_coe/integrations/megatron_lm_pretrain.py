@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from megatron_coe.integrations.megatron_lm import coe_builder
 from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
-from megatron_coe.training.batches import FIELDS
+from megatron_coe.training.batch_source import FIELDS
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 

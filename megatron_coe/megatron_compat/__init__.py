@@ -8,6 +8,6 @@
     cpu                 what Megatron-Core needs to run without CUDA
     megatron_training   what Megatron's own training loop needs besides
 
-Nothing is patched at import: `megatron_coe.backends.prepare` applies what this machine needs, and
-`megatron_training.install` what a program needs that calls Megatron's own `pretrain`.
+Nothing is patched at import: `megatron_coe.model.backends.prepare` applies what this machine needs,
+and `megatron_training.install` what a program needs that calls Megatron's own `pretrain`.
 """

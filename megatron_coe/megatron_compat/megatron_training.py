@@ -24,7 +24,7 @@ from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
 def install() -> None:
     """Apply every patch of `EVERYWHERE` and, without CUDA, of `ON_CPU`. Idempotent.
 
-    Call it after `megatron_coe.backends.prepare` and before Megatron's arguments are parsed.
+    Call it after `megatron_coe.model.backends.prepare` and before Megatron's arguments are parsed.
 
     Raises:
         ModuleNotFoundError: there is no `megatron.training`.

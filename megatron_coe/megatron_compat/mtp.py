@@ -3,7 +3,7 @@
 With `calculate_per_token_loss`, 0.19 multiplies each MTP loss by (sum of the loss mask before
 rolling) / max(sum after rolling, 1). Both sums are of one rank and one micro-batch, so that the
 gradient depends on the layout and on how a batch is split; a mask that carries a scale is caught by
-the 1. 0.16 has no such factor, nor has the objective of `megatron_coe.training.objective`.
+the 1. 0.16 has no such factor, nor has the objective of `megatron_coe.training.loss`.
 """
 
 from __future__ import annotations

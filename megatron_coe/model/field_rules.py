@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_coe.megatron_compat import transformer_engine
 
 if TYPE_CHECKING:
-    from megatron_coe.config import CoEConfig
+    from megatron_coe.model.config import CoEConfig
 
 _WEIGHT_LAYOUT = "it lays weights out in another way, which conversion and checkpoints do not know"
 _SHARDED_WEIGHTS = "weights sharded over further ranks are tested with no CoE layer"

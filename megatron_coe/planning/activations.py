@@ -1,8 +1,8 @@
 """What a forward pass keeps for the backward pass, tensor by tensor, per rank.
 
-Counted for the modules of `megatron_coe.backends.torch`: what autograd saves, each tensor once
-however often it is saved (tests hold it against real passes). Transformer Engine's modules keep
-much the same.
+Counted for the modules of `megatron_coe.model.backends.torch`: what autograd saves, each tensor
+once however often it is saved (tests hold it against real passes). Transformer Engine's modules
+keep much the same.
 
 Axis letters: S sequence, B micro-batch, T = S * B / CP tokens, of which t = T / TP are a rank's own
 under sequence parallelism, H hidden, K experts chosen, N experts, C iterations, F feed-forward

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_coe import sizes
+from megatron_coe.model import flops
 from megatron_coe.planning.activations import stage_activations
 from megatron_coe.planning.plan import Plan
 
@@ -35,15 +35,15 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
     tensor-parallel rank.
     """
     model = plan.model
-    work = sizes.layers_work(model, [layer for chunk in plan.chunks[stage] for layer in chunk])
-    table = sizes.MatrixWork(model.padded_vocab_size * model.hidden_size)
+    work = flops.layers_work(model, [layer for chunk in plan.chunks[stage] for layer in chunk])
+    table = flops.MatrixWork(model.padded_vocab_size * model.hidden_size)
     first, last = stage == 0, stage == model.pipeline_model_parallel_size - 1
     if first:
         work += table
     if last:
-        work += sizes.mtp_work(model)
-        norm = sizes.norm_params(model, model.hidden_size)
-        work += sizes.MatrixWork(norm, whole=norm)
+        work += flops.mtp_work(model)
+        norm = flops.norm_params(model, model.hidden_size)
+        work += flops.MatrixWork(norm, whole=norm)
         if not first and model.mtp_num_layers:
             work += table  # the embedding again, for the tokens that MTP looks ahead at
         if not model.share_embeddings_and_output_weights:

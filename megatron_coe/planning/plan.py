@@ -8,7 +8,7 @@ from functools import cached_property
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from megatron_coe.provider import CoEModelProvider
+from megatron_coe.model.provider import CoEModelProvider
 
 Chunk = list[bool]
 """Decoder layers of one model chunk: whether each is a CoE layer (True) or dense."""

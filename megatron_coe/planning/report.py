@@ -12,9 +12,15 @@ from megatron_coe.planning.activations import iteration_kept
 from megatron_coe.planning.build import Built
 from megatron_coe.planning.communication import Collective, collectives
 from megatron_coe.planning.hardware import Cluster
+from megatron_coe.planning.layout_search import (
+    CONFIGURED,
+    RECOMPUTE,
+    Estimate,
+    Ranking,
+    usable_memory,
+)
 from megatron_coe.planning.memory import GIB, fullest_stage
 from megatron_coe.planning.plan import Plan
-from megatron_coe.planning.search import CONFIGURED, RECOMPUTE, Estimate, Ranking, usable_memory
 
 _SIZES = {
     "TP": "tensor_model_parallel_size",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_coe import __version__
-from megatron_coe.backends import resolve_backend
+from megatron_coe.config.run_config import Settings
+from megatron_coe.config.validation import layout_of, num_microbatches
+from megatron_coe.model.backends import resolve_backend
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
-from megatron_coe.training.checks import layout_of, num_microbatches
-from megatron_coe.training.settings import Settings
 
 _PACKAGES = ("megatron-core", "torch", "transformer-engine", "python")
 
@@ -25,7 +25,7 @@ def banner(
 
     Args:
         plan: model, layout and batch.
-        machine: what `megatron_coe.machine.write_machine` has found.
+        machine: what `megatron_coe.utils.environment.write_machine` has found.
         data: what is read, in words.
         start: where the run begins, in words.
     """

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from megatron_coe import backends
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import DataSettings, Settings
+from megatron_coe.config.validation import num_microbatches, smallest_world_size, world_size
 from megatron_coe.data.datasets import check_datasets
 from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.indexed import IndexedFile
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_coe.machine import refuse_unused_gpus
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training.checks import num_microbatches, smallest_world_size, world_size
-from megatron_coe.training.metrics import METRICS_FILE, check_wandb
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import DataSettings, Settings
+from megatron_coe.model import backends
+from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.training.metrics_logger import METRICS_FILE, check_wandb
+from megatron_coe.utils.environment import refuse_unused_gpus
 
 
 @dataclass(frozen=True)

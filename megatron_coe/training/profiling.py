@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_coe.training.settings import LogSettings
+from megatron_coe.config.run_config import LogSettings
 
 
 class StepProfiler:

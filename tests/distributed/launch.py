@@ -22,9 +22,9 @@ class RankError(AssertionError):
 def launch(fn_path: str, world_size: int, *args: object, timeout_s: float = 240.0) -> list[object]:
     """Call ``fn_path`` on ``world_size`` ranks and return what each returned, by rank.
 
-    Every rank has run ``megatron_coe.backends.prepare()`` and has a gloo default group (rendezvous
-    through a file: no port). ``parallel_state`` is left to the function, so one launch can loop
-    over layouts. No process outlives the call.
+    Every rank has run ``megatron_coe.model.backends.prepare()`` and has a gloo default group
+    (rendezvous through a file: no port). ``parallel_state`` is left to the function, so one launch
+    can loop over layouts. No process outlives the call.
 
     Args:
         fn_path: ``"tests.distributed.test_x:function"``; must be importable from the repository.
@@ -94,7 +94,7 @@ def _run_rank(work: Path, fn_path: str, timeout_s: float) -> None:
     try:
         import torch
 
-        from megatron_coe.backends import prepare
+        from megatron_coe.model.backends import prepare
 
         prepare()
         torch.distributed.init_process_group(

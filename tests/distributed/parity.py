@@ -31,14 +31,16 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.utils import unwrap_model
 from torch.nn import Parameter
 
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import Settings
+from megatron_coe.config.validation import check_layout, num_microbatches
+from megatron_coe.distributed import setup
 from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
-from megatron_coe.moe.router import CoERouter
-from megatron_coe.training import loop, passes, setup
-from megatron_coe.training.batches import BatchSource
-from megatron_coe.training.checks import check_layout, num_microbatches
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.objective import count_valid_tokens, loss_scale, make_loss_function
-from megatron_coe.training.settings import Settings
+from megatron_coe.model.moe.router import CoERouter
+from megatron_coe.training.batch_source import BatchSource
+from megatron_coe.training.loss import count_valid_tokens, loss_scale, make_loss_function
+from megatron_coe.training.step import forward_step as train_forward_step
+from megatron_coe.training.trainer import Trainer
 from tests.distributed.layouts import BATCH
 from tests.threads import release_groups
 from tests.unit.training.runs import make_settings, make_trainer
@@ -175,7 +177,7 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    forward = passes.forward_step if provider.mtp_num_layers else forward_step
+    forward = train_forward_step if provider.mtp_num_layers else forward_step
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward, scale=loss_scale(tokens, BATCH * SEQ)),
         data_iterator=[iter(batches) for _ in chunks],
@@ -358,7 +360,7 @@ def counted_near_ties() -> Iterator[list[int]]:
         CoERouter.best = best
 
 
-def make_parity_trainer(layout: str, variant: str, **train: object) -> loop.Trainer:
+def make_parity_trainer(layout: str, variant: str, **train: object) -> Trainer:
     """A trainer in fp32 on `Sequences`, at the weights of the seed."""
     settings = layout_settings(layout, variant, lr=1e-3, lr_warmup_fraction=0.0, **train)
     trainer = make_trainer(settings, torch.device("cpu"), Sequences())

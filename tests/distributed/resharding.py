@@ -82,8 +82,8 @@ def save_in(layout: str, folder: Path) -> float:
 
 def load_in(layout: str, folders: dict[str, str], losses: dict[str, float]) -> dict[str, list]:
     """{layout that saved: [whether the state is the same bits, error of the next step's loss]}."""
-    from megatron_coe.checkpoints.folder import find_checkpoints
-    from megatron_coe.training.checkpoint import load_checkpoint
+    from megatron_coe.checkpoint.directory import find_checkpoints
+    from megatron_coe.checkpoint.state import load_checkpoint
     from tests.distributed import parity
 
     results = {}

@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_coe.checkpoints.errors import CheckpointWriteError
-from megatron_coe.checkpoints.folder import find_checkpoints
-from megatron_coe.checkpoints.verify import check_checkpoint
-from megatron_coe.training.checkpoint import load_checkpoint
-from megatron_coe.training.loop import Trainer
-from megatron_coe.training.resume import choose_checkpoint
-from megatron_coe.training.rng import rng_state
-from megatron_coe.training.settings import Settings
+from megatron_coe.checkpoint.directory import find_checkpoints
+from megatron_coe.checkpoint.errors import CheckpointWriteError
+from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.checkpoint.state import load_checkpoint
+from megatron_coe.checkpoint.verify import check_checkpoint
+from megatron_coe.config.run_config import Settings
+from megatron_coe.distributed.rng import rng_state
+from megatron_coe.training.trainer import Trainer
 from tests.distributed import parity
+from tests.unit.checkpoint.test_checkpointer import largest_file
+from tests.unit.checkpoint.test_state import DROPOUT, optimizer_state
 from tests.unit.training.runs import make_trainer, weights
-from tests.unit.training.test_checkpoint import DROPOUT, optimizer_state
-from tests.unit.training.test_saving import largest_file
 
 STOPS, STEPS = (1, 2, 3), 4
 

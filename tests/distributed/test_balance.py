@@ -63,8 +63,8 @@ def _router_gradient(sizes: dict, loss: str, per_token: bool) -> dict:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_coe.moe.balance import collect_balance
-    from megatron_coe.moe.router import CoERouter
+    from megatron_coe.model.moe.aux_loss import collect_balance
+    from megatron_coe.model.moe.router import CoERouter
     from tests.builders import randomise, tiny_config, weigh_balance_losses
 
     kind = {"moe_router_load_balancing_type": loss, "moe_aux_loss_coeff": COEFF}
@@ -103,7 +103,7 @@ def _router_gradient(sizes: dict, loss: str, per_token: bool) -> dict:
 
 def _objective(router, x: torch.Tensor, loss: str, dp_size: int) -> torch.Tensor:
     """The loss of all ranks' sequences, in one process."""
-    from megatron_coe.reference import ReferenceCoE
+    from megatron_coe.model.reference import ReferenceCoE
 
     nothing = torch.empty(0)
     oracle = ReferenceCoE([router.weight], nothing, nothing, None, topk=router.topk)
@@ -121,7 +121,7 @@ def _one_silent_stage() -> list[float]:
     from megatron.core import parallel_state
 
     from megatron_coe.megatron_compat.versions import record_balance_loss
-    from megatron_coe.moe.balance import collect_balance, iteration_key
+    from megatron_coe.model.moe.aux_loss import collect_balance, iteration_key
     from tests.builders import tiny_config
 
     group = parallel_state.get_tensor_and_context_parallel_group()

@@ -111,7 +111,7 @@ def _pass(layer) -> dict[str, torch.Tensor]:
 def _errors(sizes: dict, C: int, feature: str) -> dict[str, float]:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from megatron_coe.moe.dispatcher import AsyncDispatcher
+    from megatron_coe.model.moe.dispatcher import AsyncDispatcher
 
     ours = _layer(sizes, C, **FEATURES[feature])
     theirs = _layer(sizes, C, coe_own_dispatchers=False, **FEATURES[feature])
@@ -127,10 +127,10 @@ def _errors(sizes: dict, C: int, feature: str) -> dict[str, float]:
 
 def _events(sizes: dict) -> list[str]:
     """What two iterations do, in order, and then their backward passes."""
-    from megatron_coe.moe import exchange
+    from megatron_coe.model.moe import async_all_to_all
 
     layer, events = _layer(sizes, 2), []
-    send, wait = exchange.Exchange._send, exchange.Exchange._wait
+    send, wait = async_all_to_all.Exchange._send, async_all_to_all.Exchange._wait
 
     def noted(name: str, function):
         def call(*args):
@@ -143,10 +143,13 @@ def _events(sizes: dict) -> list[str]:
         events.append("shared")
         output.register_hook(lambda _: events.append("shared"))
 
-    exchange.Exchange._send, exchange.Exchange._wait = noted("send", send), noted("wait", wait)
+    async_all_to_all.Exchange._send, async_all_to_all.Exchange._wait = (
+        noted("send", send),
+        noted("wait", wait),
+    )
     layer.shared_experts.register_forward_hook(shared)
     try:
         _pass(layer)
     finally:
-        exchange.Exchange._send, exchange.Exchange._wait = send, wait
+        async_all_to_all.Exchange._send, async_all_to_all.Exchange._wait = send, wait
     return events

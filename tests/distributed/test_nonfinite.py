@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_coe.training.endings import NotFiniteError
-from megatron_coe.training.setup import parallel_groups
+from megatron_coe.distributed.setup import parallel_groups
+from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from tests.distributed.launch import launch
 from tests.unit.training.planted import NanBackward, chains, everything, nan_at, planted, same
 from tests.unit.training.runs import make_settings, make_trainer

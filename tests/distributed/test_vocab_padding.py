@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_coe.checkpoints.folder import find_checkpoints
-from megatron_coe.training.checkpoint import load_checkpoint
-from megatron_coe.training.loop import Trainer
-from megatron_coe.training.settings import Settings
+from megatron_coe.checkpoint.directory import find_checkpoints
+from megatron_coe.checkpoint.state import load_checkpoint
+from megatron_coe.config.run_config import Settings
+from megatron_coe.training.trainer import Trainer
 from tests.distributed import parity
 from tests.distributed.launch import launch
 from tests.unit.training.runs import make_settings, make_trainer

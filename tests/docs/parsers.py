@@ -104,15 +104,15 @@ def check_settings(root: Path, options: argparse.Namespace, ranks: int) -> None:
         return
     import torch
 
-    from megatron_coe.training import checks
-    from megatron_coe.training.model import build_provider
-    from megatron_coe.training.settings import load_settings
+    from megatron_coe.config import validation
+    from megatron_coe.config.model_section import build_provider
+    from megatron_coe.config.run_config import load_settings
 
     for file in files or [root / ANY_FILE]:
         settings = load_settings(file, overrides)
-        checks.check_values(settings)
+        validation.check_values(settings)
         if files and not placeholders and not hasattr(options, "gpus"):
-            checks.check_layout(settings, max(ranks, checks.smallest_world_size(settings)))
+            validation.check_layout(settings, max(ranks, validation.smallest_world_size(settings)))
         build_provider(settings, torch.device("cpu"), None)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_coe.training.exit_status import NOT_FINITE, RANK_LOST
+from megatron_coe.fault_tolerance.exit_codes import NOT_FINITE, RANK_LOST
 from tests.faults.runs import Bench, Launch, differences, last_step
 from tests.faults.table import Outcome
 

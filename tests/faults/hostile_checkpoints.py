@@ -101,7 +101,7 @@ def _sealed(spoil: Make) -> Make:
     """Spoil a checkpoint and write the manifest that fits, as an attacker would."""
 
     def make(folder: Path) -> None:
-        from megatron_coe.checkpoints.manifest import describe_folder, write_manifest
+        from megatron_coe.checkpoint.manifest import describe_folder, write_manifest
 
         spoil(folder)
         step = folder / STEP

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_coe.training.exit_status import MISTAKE
+from megatron_coe.fault_tolerance.exit_codes import MISTAKE
 from tests.faults.runs import (
     Bench,
     checkpoints,

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from megatron_coe.moe.layer import CoELayer
+from megatron_coe.model.moe.layer import CoELayer
 
 PHASES = {
-    "start-up": "megatron_coe.backends:prepare",
-    "data set": "megatron_coe.training.run:build_datasets",
-    "loading": "megatron_coe.training.run:load_checkpoint",
-    "step": "megatron_coe.training.loop:Trainer.step",
-    "evaluation": "megatron_coe.training.loop:Trainer.evaluate",
-    "save": "megatron_coe.training.loop:Trainer.save",
+    "start-up": "megatron_coe.model.backends:prepare",
+    "data set": "megatron_coe.training.build:build_datasets",
+    "loading": "megatron_coe.training.build:load_checkpoint",
+    "step": "megatron_coe.training.trainer:Trainer.step",
+    "evaluation": "megatron_coe.training.trainer:Trainer.evaluate",
+    "save": "megatron_coe.training.trainer:Trainer.save",
 }
 """Where the phases of a run begin and end."""
 

@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_coe import backends
-from megatron_coe.training import setup
-from megatron_coe.training.checkpoint import state_size
+from megatron_coe.checkpoint.state import state_size
+from megatron_coe.distributed import setup
+from megatron_coe.model import backends
 from tests.unit.training.runs import make_settings, make_trainer
 
 MODEL = {"num_layers": 4, "hidden_size": 512, "num_moe_experts": 16, "moe_ffn_hidden_size": 768}

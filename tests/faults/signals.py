@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_coe.training.exit_status import STOPPED
+from megatron_coe.fault_tolerance.exit_codes import STOPPED
 from tests.faults.kills import ASYNC
 from tests.faults.plants import PHASES
 from tests.faults.runs import LAYOUTS, Bench, Launch, differences, last_step, resumed_step

@@ -55,7 +55,7 @@ class Recorder:
 
 
 def main() -> None:
-    from megatron_coe.backends import prepare
+    from megatron_coe.model.backends import prepare
 
     record, *sys.argv = sys.argv[1:]
     prepare()  # as the script does, before Megatron's training modules are imported

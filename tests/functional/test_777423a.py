@@ -22,15 +22,15 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import pretrain_coe
-from megatron_coe.checkpoints.folder import find_checkpoints
+from megatron_coe.checkpoint.directory import find_checkpoints
+from megatron_coe.checkpoint.state import load_checkpoint
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import load_settings
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.data.tokenizer import load_tokenizer
+from megatron_coe.distributed.setup import process_groups
 from megatron_coe.hf import CoeForCausalLM
-from megatron_coe.machine import machine, versions
-from megatron_coe.training.checkpoint import load_checkpoint
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import load_settings
-from megatron_coe.training.setup import process_groups
+from megatron_coe.utils.environment import machine, versions
 from tests.data.make_777423a import NEW_TOKENS, PROMPTS, RESUMED, STOPPED, statistics
 from tests.unit.training.runs import make_trainer
 

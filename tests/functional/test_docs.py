@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_coe.training import exit_status
-from megatron_coe.training.settings import Settings
+from megatron_coe.config.run_config import Settings
+from megatron_coe.fault_tolerance import exit_codes
 from tests.docs.commands import faults_of, faults_of_mark
 from tests.docs.pages import (
     Block,
@@ -117,7 +117,7 @@ def test_settings_in_passing_exist():
 
 def test_exit_statuses_are_told():
     told = {int(n) for n in re.findall(r"^\| (\d+) \|", TRAINING, flags=re.MULTILINE)}
-    assert told == {v for name, v in vars(exit_status).items() if name.isupper()}
+    assert told == {v for name, v in vars(exit_codes).items() if name.isupper()}
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 import pretrain_coe
 from megatron_coe import generation
+from megatron_coe.config.run_config import load_settings
 from megatron_coe.conversion.hf import from_hf
 from megatron_coe.conversion.tokenizer import write_tokenizer
 from megatron_coe.conversion.upcycle import upcycle
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_coe.training.exit_status import MISTAKE
-from megatron_coe.training.metrics import read_records
-from megatron_coe.training.settings import load_settings
+from megatron_coe.fault_tolerance.exit_codes import MISTAKE
+from megatron_coe.training.metrics_logger import read_records
 from tests import zygote
 from tests.functional.test_convert import convert
 from tests.unit.conversion.models import write_random_model

@@ -18,7 +18,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from megatron_coe.provider import CoEModelProvider
+from megatron_coe.model.provider import CoEModelProvider
 from tests.functional.megatron_lm import CLIP, DECAY, FIELDS, LR, MODEL, STEPS, TRAINING
 from tests.zygote import REPO
 

@@ -23,11 +23,11 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from megatron_coe.config.run_config import Settings
 from megatron_coe.data.corpus import make_corpus
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
-from megatron_coe.training.settings import Settings
 from tests.distributed.launch import launch
 from tests.functional.megatron_lm import (
     CLIP,
@@ -42,7 +42,7 @@ from tests.functional.megatron_lm import (
 from tests.zygote import REPO
 
 if TYPE_CHECKING:
-    from megatron_coe.training.loop import Trainer
+    from megatron_coe.training.trainer import Trainer
 
 BATCH = shlex.split("--global-batch-size 8 --micro-batch-size 1 --num-workers 0")
 
@@ -164,7 +164,7 @@ def logged(output: str, name: str) -> list[float]:
 
 def test_the_script_trains_as_pretrain_coe_does(data, tmp_path) -> None:
     """From the same files and Megatron's initial weights: order of the data and losses agree."""
-    from megatron_coe.training import run
+    from megatron_coe.training import build
 
     arguments = [*MODEL, *TRAINING, *BATCH, "--lr-warmup-fraction", "0"]
     arguments += ["--tokenizer-type", "SentencePieceTokenizer"]
@@ -186,7 +186,7 @@ def test_the_script_trains_as_pretrain_coe_does(data, tmp_path) -> None:
         },
         log={"dir": str(tmp_path / "log")},
     )
-    with run.trainer(described) as trainer:
+    with build.trainer(described) as trainer:
         _start_as_megatron(trainer)
         steps = [trainer.step() for _ in range(STEPS)]
     # Megatron prints seven digits of a loss and three decimals of a norm; in its second line, the
@@ -203,8 +203,8 @@ def _start_as_megatron(trainer: Trainer) -> None:
     """Give one rank the weights that Megatron draws, from its generators, for the same seed."""
     from megatron.core.utils import unwrap_model
 
-    from megatron_coe.training import setup
-    from megatron_coe.training.model import build_provider
+    from megatron_coe.config.model_section import build_provider
+    from megatron_coe.distributed import setup
 
     setup.seed_everything(SEED)
     vocab_size = trainer.trainee.provider.vocab_size
@@ -379,7 +379,7 @@ def _train_ours(layout: Layout, record: _Record) -> list[tuple[float, float]]:
     """Loss and gradient norm of our trainer's steps, from the weights and sequences of `record`."""
     from megatron.core.utils import unwrap_model
 
-    from megatron_coe.training import setup
+    from megatron_coe.distributed import setup
     from tests.unit.training.runs import make_trainer
 
     _forget_models()

@@ -26,10 +26,10 @@ from megatron_coe.data.corpus import make_corpus
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
-from megatron_coe.machine import read_machine
-from megatron_coe.moe.layer import CoELayer
-from megatron_coe.training.exit_status import RANK_LOST, STOPPED
-from megatron_coe.training.metrics import read_records
+from megatron_coe.fault_tolerance.exit_codes import RANK_LOST, STOPPED
+from megatron_coe.model.moe.layer import CoELayer
+from megatron_coe.training.metrics_logger import read_records
+from megatron_coe.utils.environment import read_machine
 
 REPO = Path(__file__).parents[2]
 

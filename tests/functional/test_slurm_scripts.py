@@ -154,7 +154,7 @@ def test_the_launcher_ends_as_its_rank_did(tmp_path, ending, status):
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import os, sys\n"
-        "from megatron_coe.training.signals import StopRequest\n"
+        "from megatron_coe.fault_tolerance.signals import StopRequest\n"
         "stop = StopRequest()\n"
         "os.kill(os.getppid(), 15)\n"
         "with stop.listening():\n"

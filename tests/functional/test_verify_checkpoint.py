@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coe.checkpoints.folder import find_checkpoints
-from megatron_coe.training.resume import choose_checkpoint
+from megatron_coe.checkpoint.directory import find_checkpoints
+from megatron_coe.checkpoint.resume import choose_checkpoint
 from tests.unit.training.runs import make_settings, make_trainer
 from tools.verify_checkpoint import main
 

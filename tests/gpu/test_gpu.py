@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_coe.moe.expert_activation import SwiGLU
-from megatron_coe.moe.expert_mlp import Chain, expert_mlp
-from megatron_coe.moe.grouped_linear import grouping
-from megatron_coe.training.activity import STEP, Activity
-from megatron_coe.training.endings import DeviceMemoryError
-from megatron_coe.training.memory_error import explained
-from megatron_coe.training.settings import Settings, TrainSettings
+from megatron_coe.config.run_config import Settings, TrainSettings
+from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
+from megatron_coe.fault_tolerance.heartbeat import STEP, Activity
+from megatron_coe.model.moe.expert_activation import SwiGLU
+from megatron_coe.model.moe.grouped_linear import grouping
+from megatron_coe.model.moe.grouped_mlp import Chain, expert_mlp
+from megatron_coe.training.out_of_memory import explained
 from tests.builders import build_layer, randomise, reference_of, tiny_config, weigh_balance_losses
 
 pytestmark = [

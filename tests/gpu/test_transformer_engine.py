@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_coe.checkpoints.folder import find_checkpoints
+from megatron_coe.checkpoint.directory import find_checkpoints
+from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.megatron_compat.transformer_engine import have_te, import_error
-from megatron_coe.training.checkpoint import load_checkpoint
-from megatron_coe.training.loop import Trainer
+from megatron_coe.training.trainer import Trainer
 from tests.unit.training.runs import make_settings, make_trainer
 
 
@@ -91,8 +91,8 @@ KINDS = {
 
 
 def test_auto_takes_transformer_engine(single_rank) -> None:
-    from megatron_coe.backends import resolve_backend
-    from megatron_coe.backends.te import TESpecProvider
+    from megatron_coe.model.backends import resolve_backend
+    from megatron_coe.model.backends.te import TESpecProvider
 
     assert isinstance(resolve_backend("auto"), TESpecProvider)
 

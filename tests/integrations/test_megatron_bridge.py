@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_coe.conversion.config import MODEL_TYPE
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.conversion.model import STEP_0
-from megatron_coe.hf.names import weights
+from megatron_coe.hf.weight_names import weights
 from tests import golden
 from tests.builders import tiny_provider
 from tests.distributed.launch import launch
@@ -119,9 +119,9 @@ def convert(root: str, layouts: list[str]) -> list[str]:
 
     Returns: what is not as in the converter's checkpoint, loaded in the same layout.
     """
+    from megatron_coe.config.run_config import ParallelSettings
+    from megatron_coe.distributed.setup import parallel_groups
     from megatron_coe.integrations.megatron_bridge import register_deepseek_v2
-    from megatron_coe.training.settings import ParallelSettings
-    from megatron_coe.training.setup import parallel_groups
 
     register_deepseek_v2()
     wrong = []
@@ -164,9 +164,9 @@ def _converters_model(step: Path, changes: dict, fields: dict) -> torch.nn.Modul
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_coe.checkpoints.folder import CONFIG_FILE
-    from megatron_coe.training.model import build_provider
-    from megatron_coe.training.settings import ParallelSettings, load_settings
+    from megatron_coe.checkpoint.directory import CONFIG_FILE
+    from megatron_coe.config.model_section import build_provider
+    from megatron_coe.config.run_config import ParallelSettings, load_settings
 
     settings = load_settings(step / CONFIG_FILE)
     settings.parallel = ParallelSettings(**changes)

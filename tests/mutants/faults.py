@@ -4,45 +4,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LAYER = "megatron_coe/moe/layer.py"
-ROUTER = "megatron_coe/moe/router.py"
-EXPERTS = "megatron_coe/moe/experts.py"
-EXPERT_MLP = "megatron_coe/moe/expert_mlp.py"
-EXPERT_ACTIVATION = "megatron_coe/moe/expert_activation.py"
-SPECS = "megatron_coe/specs.py"
-CONFIG = "megatron_coe/config.py"
+LAYER = "megatron_coe/model/moe/layer.py"
+ROUTER = "megatron_coe/model/moe/router.py"
+EXPERTS = "megatron_coe/model/moe/experts.py"
+EXPERT_MLP = "megatron_coe/model/moe/grouped_mlp.py"
+EXPERT_ACTIVATION = "megatron_coe/model/moe/expert_activation.py"
+SPECS = "megatron_coe/model/layer_specs.py"
+CONFIG = "megatron_coe/model/config.py"
 UPCYCLE = "megatron_coe/conversion/upcycle.py"
 HF_MODEL = "megatron_coe/hf/modeling_coe.py"
 DATASETS = "megatron_coe/data/datasets.py"
 INDEXED = "megatron_coe/data/indexed.py"
 INDEX_CACHE = "megatron_coe/data/index_cache.py"
-OBJECTIVE = "megatron_coe/training/objective.py"
-SETUP = "megatron_coe/training/setup.py"
+OBJECTIVE = "megatron_coe/training/loss.py"
+SETUP = "megatron_coe/distributed/setup.py"
 PATCHES = "megatron_coe/megatron_compat/patches.py"
 BENCHMARK = "megatron_coe/benchmark/"
-LOOP = "megatron_coe/training/loop.py"
-SIGNALS = "megatron_coe/training/signals.py"
-TORCH = "megatron_coe/backends/torch.py"
-MODEL = "megatron_coe/training/model.py"
+LOOP = "megatron_coe/training/trainer.py"
+SIGNALS = "megatron_coe/fault_tolerance/signals.py"
+TORCH = "megatron_coe/model/backends/torch.py"
+MODEL = "megatron_coe/config/model_section.py"
 WEIGHT_INIT = "megatron_coe/model/weight_init.py"
 ROUTING = "megatron_coe/analysis/routing.py"
-DEPENDENCE = "megatron_coe/analysis/dependence.py"
+DEPENDENCE = "megatron_coe/analysis/mutual_information.py"
 COLLECT = "megatron_coe/analysis/collect.py"
 EXPERIMENTS = "megatron_coe/experiments/"
-CHECKPOINTS = "megatron_coe/checkpoints/"
+CHECKPOINTS = "megatron_coe/checkpoint/"
 
 OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
-OF_LAYER = ("tests/unit/moe/test_layer.py",)
+OF_LAYER = ("tests/unit/model/moe/test_layer.py",)
 OF_METRICS = ("tests/distributed/test_metrics.py",)
-OF_TALLY = ("tests/unit/moe/test_tally.py",)
-OF_ROUTER = ("tests/unit/moe/test_router.py",)
-OF_MODEL = ("tests/unit/test_specs.py", "tests/unit/test_provider.py", "tests/unit/test_config.py")
-OF_EXPERTS = ("tests/unit/moe/test_experts.py",)
-OF_EXPERT_MLP = ("tests/unit/moe/test_expert_mlp.py",)
-OF_OBJECTIVE = ("tests/unit/training/test_objective.py",)
-OF_SETUP = ("tests/unit/training/test_setup.py",)
+OF_TALLY = ("tests/unit/model/moe/test_routing_stats.py",)
+OF_ROUTER = ("tests/unit/model/moe/test_router.py",)
+OF_MODEL = (
+    "tests/unit/model/test_layer_specs.py",
+    "tests/unit/model/test_provider.py",
+    "tests/unit/model/test_config.py",
+)
+OF_EXPERTS = ("tests/unit/model/moe/test_experts.py",)
+OF_EXPERT_MLP = ("tests/unit/model/moe/test_grouped_mlp.py",)
+OF_OBJECTIVE = ("tests/unit/training/test_loss.py",)
+OF_SETUP = ("tests/unit/distributed/test_setup.py",)
 OF_PATCHES = ("tests/unit/megatron_compat/test_patches.py",)
-OF_SIGNALS = ("tests/unit/training/test_signals.py",)
+OF_SIGNALS = ("tests/unit/fault_tolerance/test_signals.py",)
 OF_INITIAL_WEIGHTS = (
     "tests/unit/model/test_weight_init.py",
     "tests/distributed/test_initial_weights.py",
@@ -53,12 +57,12 @@ OF_HF = ("tests/unit/hf/test_modeling_coe.py",)
 OF_PLANS = ("tests/unit/planning/test_memory.py",)
 OF_DATA = ("tests/unit/data/test_datasets.py",)
 OF_INDICES = ("tests/unit/data/test_indexed.py", "tests/unit/data/test_index_cache.py")
-OF_SAVING = ("tests/unit/training/test_saving.py",)
-OF_RESUMING = ("tests/unit/training/test_resume.py",)
+OF_SAVING = ("tests/unit/checkpoint/test_checkpointer.py",)
+OF_RESUMING = ("tests/unit/checkpoint/test_resume.py",)
 OF_BENCHMARK = tuple(f"tests/unit/benchmark/test_{n}.py" for n in ("timing", "layers", "phases"))
-OF_FOLDERS = ("tests/unit/checkpoints/test_folder.py",)
-OF_CARRIED = ("tests/unit/checkpoints/test_tokenizer.py",)
-OF_VERSIONS = ("tests/unit/checkpoints/test_versions.py",)
+OF_FOLDERS = ("tests/unit/checkpoint/test_directory.py",)
+OF_CARRIED = ("tests/unit/checkpoint/test_tokenizer.py",)
+OF_VERSIONS = ("tests/unit/checkpoint/test_versions.py",)
 OF_PRETRAINING = ("tests/functional/test_pretrain.py",)
 
 
@@ -415,7 +419,7 @@ FAULTS = [
     ),
     Fault(
         "experts' weights read before they are gathered",
-        "megatron_coe/moe/experts.py",
+        "megatron_coe/model/moe/experts.py",
         "Chain(self.linear_fc1(), self.linear_fc2(), calls, merged)",
         "Chain(self.linear_fc1.weight, self.linear_fc2.weight, calls, merged)",
         ("tests/distributed/test_training.py",),
@@ -457,7 +461,7 @@ FAULTS = [
     ),
     Fault(
         "later tokens weighed by the micro-batch's mask alone",
-        "megatron_coe/training/passes.py",
+        "megatron_coe/training/step.py",
         'loss_mask=batch["loss_mask"] * scale,',
         'loss_mask=batch["loss_mask"],',
         ("tests/unit/training/test_mtp.py",),
@@ -471,38 +475,38 @@ FAULTS = [
     ),
     Fault(
         "a resumed optimizer counts its steps from 0",
-        "megatron_coe/training/optimizer_state.py",
+        "megatron_coe/checkpoint/optimizer_state.py",
         "set_step(self.optimizer, step)",
         "set_step(self.optimizer, 0)",
-        ("tests/unit/training/test_checkpoint.py",),
+        ("tests/unit/checkpoint/test_state.py",),
     ),
     Fault(
         "64 experts may be divided by anything",
-        "megatron_coe/layout.py",
+        "megatron_coe/model/parallelism.py",
         'Rule("num_moe_experts", (_EP,), lambda layout: layout.expert_model_parallel_size)',
         'Rule("num_moe_experts", (_EP,), lambda layout: 1)',
-        ("tests/unit/test_layout.py",),
+        ("tests/unit/model/test_parallelism.py",),
     ),
     Fault(
         "latents that do not divide over tensor-parallel ranks",
-        "megatron_coe/layout.py",
+        "megatron_coe/model/parallelism.py",
         'Rule("kv_latent_width", (_TP,), lambda layout: layout.tensor_model_parallel_size)',
         'Rule("kv_latent_width", (_TP,), lambda layout: 1)',
-        ("tests/unit/test_layout.py",),
+        ("tests/unit/model/test_parallelism.py",),
     ),
     Fault(
         "stages with more layers than the model",
         CONFIG,
         "if first + last > self.num_layers:",
         "if first + last > 2 * self.num_layers:",
-        ("tests/unit/test_layout.py",),
+        ("tests/unit/model/test_parallelism.py",),
     ),
     Fault(
         "GPU number 0 of Slurm's taken for none",
-        "megatron_coe/machine.py",
+        "megatron_coe/utils/environment.py",
         'if count and (name, count) != ("SLURM_GPUS_ON_NODE", "0"):',
         'if count and count != "0":',
-        ("tests/unit/test_machine.py",),
+        ("tests/unit/utils/test_environment.py",),
     ),
     Fault(
         "activations of one iteration only",
@@ -520,17 +524,17 @@ FAULTS = [
     ),
     Fault(
         "routers divided by tensor-parallel ranks",
-        "megatron_coe/sizes.py",
+        "megatron_coe/model/flops.py",
         "C * N * config.hidden_size, whole=routers)",
         "C * N * config.hidden_size)",
         ("tests/unit/planning/test_build.py",),
     ),
     Fault(
         "what is recomputed does not have to fit",
-        "megatron_coe/planning/search.py",
+        "megatron_coe/planning/layout_search.py",
         "return candidate.memory.total <= usable_memory(cluster)",
         "return candidate.memory.weights <= usable_memory(cluster)",
-        ("tests/unit/planning/test_search.py",),
+        ("tests/unit/planning/test_layout_search.py",),
     ),
     Fault(
         "tokens exchanged once, whatever the iterations",
@@ -541,7 +545,7 @@ FAULTS = [
     ),
     Fault(
         "a save in the background writes the live weights",
-        "megatron_coe/training/saving.py",
+        "megatron_coe/checkpoint/checkpointer.py",
         "self._together(progress.step, plan.take_copy)",
         "pass",
         OF_SAVING,
@@ -590,14 +594,14 @@ FAULTS = [
     ),
     Fault(
         "what was found bad on resuming is taken for good when it is passed",
-        "megatron_coe/training/saving.py",
+        "megatron_coe/checkpoint/checkpointer.py",
         "not was_refused and is_loadable(checkpoint)",
         "is_loadable(checkpoint)",
         OF_SAVING,
     ),
     Fault(
         "a run does not know which checkpoint it resumed from",
-        "megatron_coe/training/run.py",
+        "megatron_coe/training/build.py",
         "saver.resume_from(start.path)",
         "pass",
         OF_PRETRAINING,
@@ -656,7 +660,7 @@ FAULTS = [
         CHECKPOINTS + "durable.py",
         "return np.frombuffer(view, np.uint8).ctypes.data == steady.ctypes.data",
         "return True",
-        ("tests/unit/checkpoints/test_durable.py",),
+        ("tests/unit/utils/test_fsynced.py",),
     ),
     Fault(
         "empty documents stay among the examples",
@@ -681,31 +685,31 @@ FAULTS = [
     ),
     Fault(
         "a training set that was renamed counts as another",
-        "megatron_coe/training/resume_policy.py",
+        "megatron_coe/checkpoint/resume_policy.py",
         "if _without_name(pair[0]) != _without_name(pair[1])",
         "if pair[0] != pair[1]",
-        ("tests/unit/training/test_resume_policy.py",),
+        ("tests/unit/checkpoint/test_resume_policy.py",),
     ),
     Fault(
         "the last tokens stay where position decides",
-        "megatron_coe/moe/capacity.py",
+        "megatron_coe/model/moe/capacity.py",
         "routing_map_TN * tokens - place_T1",
         "routing_map_TN * tokens + place_T1",
         OF_ROUTER,
     ),
     Fault(
         "each layer's map has a scale of its own",
-        "megatron_coe/analysis/maps.py",
+        "megatron_coe/analysis/heatmaps.py",
         '"vmax": scale.most,',
         '"vmax": matrices[0].max(),',
-        ("tests/unit/analysis/test_figures.py",),
+        ("tests/unit/analysis/test_plotting.py",),
     ),
     Fault(
         "another seed on resume is only said",
-        "megatron_coe/training/resume_policy.py",
+        "megatron_coe/checkpoint/resume_policy.py",
         '("train.seed", _REFUSED)',
         '("train.seed", _SAID)',
-        ("tests/unit/training/test_resume_policy.py",),
+        ("tests/unit/checkpoint/test_resume_policy.py",),
     ),
     Fault(
         "a pickle in an index cache is left to Megatron",
@@ -754,14 +758,14 @@ FAULTS = [
         DEPENDENCE,
         "p=float((1 + (shuffled >= information).sum()) / (1 + permutations)),",
         "p=float((shuffled >= information).sum() / permutations),",
-        ("tests/unit/analysis/test_dependence.py",),
+        ("tests/unit/analysis/test_mutual_information.py",),
     ),
     Fault(
         "shuffles within a label leave all in place",
         DEPENDENCE,
         "result[order] = order[np.lexsort((generator.random(len(order)), sorted_T))]",
         "result[order] = order",
-        ("tests/unit/analysis/test_dependence.py",),
+        ("tests/unit/analysis/test_mutual_information.py",),
     ),
     Fault(
         "padding is taken for text",
@@ -801,21 +805,21 @@ FAULTS = [
     ),
     Fault(
         "copies of a tensor-parallel gradient all count",
-        "megatron_coe/training/gradients.py",
+        "megatron_coe/training/grad_norms.py",
         "if param_is_not_shared(weight) and param_is_not_tensor_parallel_duplicate(",
         "if param_is_not_shared(weight) or param_is_not_tensor_parallel_duplicate(",
         OF_METRICS,
     ),
     Fault(
         "replicas of a gradient all count",
-        "megatron_coe/training/gradients.py",
+        "megatron_coe/training/grad_norms.py",
         "squares[group] += get_total_norm(gradients).double().square() / holders",
         "squares[group] += get_total_norm(gradients).double().square()",
         OF_METRICS,
     ),
     Fault(
         "only this rank's routing is reported",
-        "megatron_coe/moe/tally.py",
+        "megatron_coe/model/moe/routing_stats.py",
         "        torch.distributed.all_reduce(table)\n",
         "",
         OF_METRICS,
@@ -881,14 +885,14 @@ FAULTS = [
         "megatron_coe/model/field_rules.py",
         'if "global_aux_loss" in kinds and shared:',
         'if "global_aux_loss" in kinds and False:',
-        ("tests/unit/test_config.py",),
+        ("tests/unit/model/test_config.py",),
     ),
     Fault(
         "settings in a checkpoint that was moved do not name it",
-        "megatron_coe/training/places.py",
+        "megatron_coe/config/locations.py",
         'places: Sections = {"checkpoint": {"load": str(step)}}',
         'places: Sections = {"checkpoint": {}}',
-        ("tests/unit/training/test_places.py",),
+        ("tests/unit/config/test_locations.py",),
     ),
     Fault(
         "a checkpoint is deleted whose settings the command names",
@@ -899,10 +903,10 @@ FAULTS = [
     ),
     Fault(
         "fine-tuning goes on from the step of the checkpoint",
-        "megatron_coe/training/checkpoint.py",
+        "megatron_coe/checkpoint/state.py",
         "    if weights_only:\n        progress = Progress()\n",
         "",
-        ("tests/unit/training/test_checkpoint.py",),
+        ("tests/unit/checkpoint/test_state.py",),
     ),
     Fault(
         "a tokenizer of other ids is taken",
@@ -920,7 +924,7 @@ FAULTS = [
     ),
     Fault(
         "a smaller batch finds the training data at their end",
-        "megatron_coe/training/run.py",
+        "megatron_coe/training/build.py",
         'return max(planned, progress.get("samples", 0) + left)',
         "return planned",
         ("tests/functional/test_fine_tune.py",),

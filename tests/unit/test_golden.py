@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_coe.moe.layer import CoELayer
-from megatron_coe.reference import ReferenceCoE
+from megatron_coe.model.moe.layer import CoELayer
+from megatron_coe.model.reference import ReferenceCoE
 from tests.builders import expert_matrices, weigh_balance_losses
 from tests.golden import CASES, GOLDEN, as_megatron, provider_of
 

@@ -19,7 +19,7 @@ from megatron_coe.analysis.routing import (
     overlap,
     transition,
 )
-from megatron_coe.moe.usage import usage
+from megatron_coe.model.moe.expert_usage import usage
 
 N, K, T = 7, 3, 60
 

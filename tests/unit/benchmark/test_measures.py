@@ -15,7 +15,7 @@ from megatron_coe.benchmark.agreement import check_agreement
 from megatron_coe.benchmark.memory import footprint, storage_bytes
 from megatron_coe.benchmark.synchronisations import count_synchronisations
 from megatron_coe.benchmark.timing import Spread
-from megatron_coe.machine import versions
+from megatron_coe.utils.environment import versions
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -13,10 +13,10 @@ import pytest
 
 from megatron_coe.data import index_cache
 from megatron_coe.data.datasets import build_datasets
-from megatron_coe.data.errors import DataError
 from megatron_coe.data.indexed import inspect
 from megatron_coe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
+from megatron_coe.utils.errors import DataError
 from tests.faults.payloads import PAYLOADS, Call
 from tests.unit.data.texts import random_texts
 

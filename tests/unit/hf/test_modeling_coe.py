@@ -29,7 +29,7 @@ from megatron_coe.hf.modeling_coe import (
     CoeRotaryEmbedding,
     causal_mask,
 )
-from megatron_coe.reference import ReferenceCoE, swiglu
+from megatron_coe.model.reference import ReferenceCoE, swiglu
 from tests.golden import CASES, GOLDEN
 from tests.unit.hf.small import (
     KINDS,

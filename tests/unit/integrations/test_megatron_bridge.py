@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megatron_coe.provider import CoEModelProvider
+from megatron_coe.model.provider import CoEModelProvider
 from tests.builders import TINY, tiny_provider
 
 

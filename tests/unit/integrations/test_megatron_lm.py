@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_coe.integrations.megatron_lm import add_coe_args, coe_builder
-from megatron_coe.provider import CoEModelProvider
+from megatron_coe.model.provider import CoEModelProvider
 from tests.builders import tiny_provider
 
 ARGS = {"transformer_impl": "local", "position_embedding_type": "rope"}

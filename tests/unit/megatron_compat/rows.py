@@ -207,7 +207,7 @@ def have_te() -> None:
         add_bias_linear=False,
     )
     spec = get_gpt_layer_local_spec(multi_latent_attention=True).submodules.self_attention
-    from megatron_coe.backends.torch import SDPACoreAttention
+    from megatron_coe.model.backends.torch import SDPACoreAttention
 
     spec.submodules.core_attention = SDPACoreAttention
     build_module(spec, config=mla, layer_number=1)

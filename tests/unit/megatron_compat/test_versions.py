@@ -15,7 +15,7 @@ from megatron_coe.megatron_compat.versions import (
     part_submodules,
     with_module,
 )
-from megatron_coe.specs import _substitute
+from megatron_coe.model.layer_specs import _substitute
 
 
 class Old(torch.nn.Module):

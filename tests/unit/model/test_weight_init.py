@@ -10,10 +10,10 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
+from megatron_coe.config.run_config import ParallelSettings
+from megatron_coe.distributed import setup
+from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.weight_init import BLOCK_ROWS, initialize_weights
-from megatron_coe.provider import CoEModelProvider
-from megatron_coe.training import setup
-from megatron_coe.training.settings import ParallelSettings
 from tests.builders import tiny_provider
 
 LATENT = {"q_lora_rank": 16, "mtp_num_layers": 1, "coe_iterations": 2}

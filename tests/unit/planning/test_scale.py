@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.validation import check_layout, check_values
 from megatron_coe.planning.build import build_rank
 from megatron_coe.planning.hardware import GPUS, Cluster
+from megatron_coe.planning.layout_search import usable_memory
 from megatron_coe.planning.memory import fullest_stage, rank_memory
 from megatron_coe.planning.plan import Plan
-from megatron_coe.planning.search import usable_memory
-from megatron_coe.training.checks import check_layout, check_values
-from megatron_coe.training.estimate import plan_of
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import load_settings
+from megatron_coe.planning.run_summary import plan_of
 
 SCALE = Path(__file__).parents[3] / "examples" / "scale"
 LAID_OUT = sorted(SCALE.glob("*-gpus.yaml"))

@@ -9,12 +9,12 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import Subset
 
-from megatron_coe.training import setup
-from megatron_coe.training.batches import BatchSource
-from megatron_coe.training.checkpoint import Progress
-from megatron_coe.training.loop import Trainer, Validation
-from megatron_coe.training.model import build_provider
-from megatron_coe.training.settings import Settings
+from megatron_coe.checkpoint.state import Progress
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import Settings
+from megatron_coe.distributed import setup
+from megatron_coe.training.batch_source import BatchSource
+from megatron_coe.training.trainer import Trainer, Validation
 from tests.builders import BALANCE_COEFF, TINY
 
 SEQ_LENGTH = 12

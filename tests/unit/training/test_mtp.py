@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from megatron_coe.megatron_compat.versions import forget_balance_losses
-from megatron_coe.moe.layer import CoELayer
+from megatron_coe.model.moe.layer import CoELayer
 from tests.unit.training.runs import Sequences, make_settings, make_trainer
 
 GLOBAL_BATCH, DEPTH, FACTOR = 4, 2, 0.3

@@ -1,0 +1,182 @@
+"""All measures of a model's routing on a text, as flat rows: one per router, one per pair of
+iterations, one per checkpoint and the next.
+
+Every key of a row is a column of a CSV file; docs/analysis.md defines each. Axis letters as in
+`collect`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from megatron_coe.analysis import routing as measure
+from megatron_coe.analysis.collect import Routing
+from megatron_coe.analysis.heldout import CLASSES
+from megatron_coe.analysis.mutual_information import (
+    Dependence,
+    Shuffle,
+    any_token,
+    dependence,
+    same_label,
+    shifted,
+)
+from megatron_coe.analysis.routing import Ints
+from megatron_coe.model.moe.expert_usage import usage
+
+Row = dict[str, str | int | float]
+
+DISTANCES = (1, 2, 4, 8, 16)
+"""How far apart the tokens are whose experts are compared."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens in order: ids, number of the sequence and class of each, all [T]."""
+
+    ids: Ints
+    sequences: Ints
+    classes: Ints
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """How dependence is tested: shuffles per null hypothesis, and the seed that they come from."""
+
+    permutations: int = 199
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.permutations < 1:
+            raise ValueError(f"permutations={self.permutations}: at least 1 is needed")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: give 0 or more")
+
+    def run(self, first: Ints, second: Ints, sizes: tuple[int, int], shuffle: Shuffle) -> Row:
+        """Dependence of labels [T, A] and [T, B] under one null hypothesis."""
+        generator = np.random.default_rng(self.seed)
+        found = dependence(first, second, sizes, shuffle, self.permutations, generator)
+        return _as_row(found)
+
+
+def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
+    """One row per layer and iteration: use, weight, neighbours, what the token's id tells."""
+    known, ids = np.unique(text.ids, return_inverse=True)
+    N, shuffle = routing.experts, any_token(len(ids))
+    for place, choices, weights in _routers(routing):
+        counts = measure.expert_counts(choices, N)
+        near = {
+            f"consistency_{distance}": measure.local_consistency(choices, text.sequences, distance)
+            for distance in DISTANCES
+        }
+        of_id = test.run(ids[:, None], choices, (len(known), N), shuffle)
+        of_class = test.run(text.classes[:, None], choices, (len(CLASSES), N), shuffle)
+        yield {
+            **place,
+            **asdict(usage(counts)),
+            "weight": float(weights.sum(axis=-1).mean()),
+            **near,
+            "consistency_by_chance": measure.chance_overlap(counts, counts, choices.shape[1]),
+            **_prefixed("token", of_id),
+            **_prefixed("class", of_class),
+        }
+
+
+def transition_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
+    """One row per layer and iteration but the last: how choices at t and t + 1 hang together."""
+    shuffles = {
+        "any_token": any_token(len(text.ids)),
+        "shifted": shifted(len(text.ids), least=_longest(text.sequences)),
+        "same_token": same_label(text.ids),
+    }
+    N, K = routing.experts, routing.choices.shape[-1]
+    for place, first, second, matrix in coactivations(routing):
+        found = {name: test.run(first, second, (N, N), each) for name, each in shuffles.items()}
+        counts = (measure.expert_counts(choices, N) for choices in (first, second))
+        yield {
+            **place,
+            **asdict(measure.transition(matrix)),
+            "overlap": measure.overlap(first, second),
+            "overlap_by_chance": measure.chance_overlap(*counts, K),
+            "information": found["any_token"]["information"],
+            **{
+                f"{name}_{key}": value
+                for name, row in found.items()
+                for key, value in row.items()
+                if key != "information"
+            },
+        }
+
+
+def coactivations(routing: Routing) -> Iterator[tuple[Row, Ints, Ints, Ints]]:
+    """Place, choices [T, K] at t and at t + 1, and co-activation matrix [N, N] of each pair."""
+    for layer, choices in zip(routing.layers, routing.choices, strict=True):
+        for t, (first, second) in enumerate(itertools.pairwise(choices), start=1):
+            place = {"model": routing.name, "layer": layer, "iteration": t}
+            yield place, first, second, measure.coactivation(first, second, routing.experts)
+
+
+def training_rows(routings: Sequence[Routing]) -> Iterator[Row]:
+    """One row per checkpoint, layer and iteration: what has changed since the one before, and how
+    much of the last one's routing is there already.
+
+    Raises: ValueError where the checkpoints are not of one shape.
+    """
+    for before, after in itertools.pairwise(routings):
+        if before.choices.shape != after.choices.shape or before.experts != after.experts:
+            raise ValueError(f"{before.name} and {after.name} are not of one model: routers differ")
+    for number, current in enumerate(routings):
+        earlier, last = routings[max(0, number - 1)], routings[-1]
+        places = zip(_routers(earlier), _routers(current), _routers(last), strict=True)
+        for (_, before, _), (place, now, _), (_, final, _) in places:
+            N, K = current.experts, now.shape[1]
+            counts, of_before, of_final = (
+                measure.expert_counts(choices, N) for choices in (now, before, final)
+            )
+            yield {
+                **place,
+                "divergence": measure.divergence(of_before, counts),
+                "agreement": measure.overlap(before, now),
+                "agreement_by_chance": measure.chance_overlap(of_before, counts, K),
+                "saturation": measure.overlap(now, final),
+                "saturation_by_chance": measure.chance_overlap(counts, of_final, K),
+            }
+
+
+def usage_rows(routing: Routing, text: Text) -> Iterator[Row]:
+    """One row per layer, iteration and expert: tokens it receives, in all and of each class."""
+    N = routing.experts
+    for place, choices, _ in _routers(routing):
+        table = measure.contingency(choices, text.classes[:, None], (N, len(CLASSES)))
+        shares = table.sum(axis=1) / table.sum()
+        for expert, row in enumerate(table.tolist()):
+            yield {
+                **place,
+                "expert": expert,
+                "tokens": sum(row),
+                "share": float(shares[expert]),
+                **dict(zip(CLASSES, row, strict=True)),
+            }
+
+
+def _routers(routing: Routing) -> Iterator[tuple[Row, Ints, measure.Floats]]:
+    """Place, choices [T, K] and weights [T, K] of each router."""
+    layers = zip(routing.layers, routing.choices, routing.weights, strict=True)
+    for layer, choices_CTK, weights_CTK in layers:
+        for t, (choices, weights) in enumerate(zip(choices_CTK, weights_CTK, strict=True), 1):
+            yield {"model": routing.name, "layer": layer, "iteration": t}, choices, weights
+
+
+def _as_row(found: Dependence) -> Row:
+    return {**asdict(found), "excess": found.excess}
+
+
+def _prefixed(prefix: str, row: Row) -> Row:
+    return {f"{prefix}_{key}": value for key, value in row.items()}
+
+
+def _longest(sequences: Ints) -> int:
+    return int(np.bincount(sequences).max())

@@ -1,0 +1,133 @@
+"""Pictures of what a run recorded on its way besides its losses (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_coe.analysis.plotting import colours, new_figure
+from megatron_coe.analysis.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IN_A_ROW = 3
+LAYERS_SHOWN = 6
+"""Of a deep model so many, evenly spread, have their loads drawn."""
+
+_SPEED = (
+    ("lr", "learning rate"),
+    ("grad_norm", "gradient norm"),
+    ("tokens_per_second", "tokens per second"),
+    ("mfu", "model FLOP utilisation"),
+)
+_ROUTING = (
+    ("load_entropy", "entropy of loads / log N"),
+    ("load_max_over_mean", "load of the busiest expert / mean"),
+    ("dead_experts", "experts without a token"),
+    ("router_confidence", "router confidence"),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Some figures of a run over its steps, by label."""
+
+    title: str
+    names: dict[str, str]
+    is_logarithmic: bool = False
+
+
+def course_pictures(run: Run) -> Iterator[tuple[str, Figure, str]]:
+    """Name, picture and caption of everything there is to show.
+
+    Raises: ValueError: matplotlib is missing.
+    """
+    there = list(dict.fromkeys(name for record in run.records for name in record))
+    speed = [Panel(title, {title: name}) for name, title in _SPEED if name in there]
+    if speed:
+        titles = ", ".join(panel.title for panel in speed)
+        yield "figures", draw(run, speed), f"Over steps: {titles}."
+    groups = {name.split("/")[1]: name for name in there if name.startswith("grad_norm/")}
+    if groups:
+        title = "gradient norm by group"
+        yield "gradients", draw(run, [Panel(title, groups, True)]), "Gradient norm of each group."
+    if routing := list(_routing_panels(there)):
+        caption = "Routing of the training data by iteration, mean over layers."
+        yield "course_of_routing", draw(run, routing), caption
+    if loads := [name for name in there if name.startswith("load/")]:
+        caption = "Load of each expert over the mean, in the course of training."
+        yield "loads", load_maps(run, loads), caption
+
+
+def draw(run: Run, panels: Sequence[Panel]) -> Figure:
+    """Curves over steps, some panels in a row."""
+    columns = min(len(panels), IN_A_ROW)
+    rows = -(-len(panels) // IN_A_ROW)
+    figure = new_figure(max(3.4 * columns, 6.0), 2.8 * rows)
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        shades = colours(len(panel.names))
+        for (label, name), colour in zip(panel.names.items(), shades, strict=True):
+            places, values = zip(*run.values(name), strict=True)
+            axes.plot(places, values, color=colour, label=label, linewidth=1)
+        if panel.is_logarithmic:
+            axes.set_yscale("log")
+        axes.set(xlabel="step")
+        axes.set_title(panel.title, fontsize="medium")
+        axes.grid(alpha=0.3)
+        if len(panel.names) > 1:
+            axes.legend(fontsize="x-small")
+    return figure
+
+
+def load_maps(run: Run, names: Sequence[str]) -> Figure:
+    """N times the load of every expert (rows) at every report (columns): a panel per layer and
+    iteration. 1 is the mean; white.
+
+    Args:
+        names: `load/iteration_T/layer_L` of all of them.
+    """
+    places = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
+    layers = sorted({layer for _, layer in places})
+    chosen = np.linspace(0, len(layers) - 1, min(len(layers), LAYERS_SHOWN)).round()
+    layers = [layers[int(index)] for index in chosen]
+    iterations = sorted({t for t, _ in places})
+    figure = new_figure(1.2 + 3.2 * len(iterations), 0.6 + 1.5 * len(layers))
+    style = {"vmin": 0, "vmax": 2, "cmap": "RdBu_r", "rasterized": True}
+    panels = figure.subplots(len(layers), len(iterations), squeeze=False, sharex=True, sharey=True)
+    for layer, row in zip(layers, panels, strict=True):
+        for t, axes in zip(iterations, row, strict=True):
+            steps, loads = zip(*run.values(f"load/iteration_{t}/layer_{layer}"), strict=True)
+            loads_NS = np.array(loads).T
+            experts = np.arange(len(loads_NS) + 1) - 0.5
+            image = axes.pcolormesh(_edges(steps), experts, loads_NS * len(loads_NS), **style)
+            axes.set_title(f"layer {layer}, iteration {t}", fontsize="small")
+        row[0].set(ylabel="expert")
+    for axes in panels[-1]:
+        axes.set(xlabel="step")
+    bar = figure.colorbar(image, ax=list(panels.flat), label="load / mean (2: or more)")
+    bar.solids.set_rasterized(True)
+    return figure
+
+
+def _routing_panels(there: Sequence[str]) -> Iterator[Panel]:
+    """What is recorded of each iteration as a mean over layers."""
+    figures = [*_ROUTING]
+    losses = dict.fromkeys(name.split("/")[1] for name in there if name.startswith("balance/"))
+    figures += [(f"balance/{loss}", loss.replace("_", " ")) for loss in losses]
+    for figure, title in figures:
+        parts = ((name, re.fullmatch(rf"{figure}/iteration_(\d+)", name)) for name in there)
+        names = {f"iteration {part[1]}": name for name, part in parts if part}
+        if names:
+            yield Panel(title, names)
+
+
+def _edges(steps: Sequence[float]) -> list[float]:
+    """Of the columns of a map whose reports stand at `steps`: each begins where the last ended."""
+    first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
+    return [first, *steps]

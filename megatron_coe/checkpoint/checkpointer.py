@@ -1,0 +1,279 @@
+"""Writing the checkpoints of a run, at once or in the background, each whole or not at all.
+
+A checkpoint is written under another name, every file fsynced, hashed and listed in a manifest, and
+only then renamed (`megatron_coe.checkpoint`). Whatever goes wrong on any rank, all ranks raise the
+same `CheckpointWriteError`, nothing partial is left and the checkpoints before it are untouched.
+
+In the background (`checkpoint.async_save`) a thread writes copies of the state of the moment, while
+training goes on; whatever ranks do together (the index, the rename) waits for the next step's end.
+A thread, because a process forked from a rank keeps its connections alive when it is killed, and
+writes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+from megatron_coe.checkpoint import directory as folders
+from megatron_coe.checkpoint.assets import kept_content, write_content
+from megatron_coe.checkpoint.collective import write_together
+from megatron_coe.checkpoint.errors import CheckpointWriteError
+from megatron_coe.checkpoint.manifest import write_manifest
+from megatron_coe.checkpoint.safe_unpickle import FORMAT, INDEX_FILE
+from megatron_coe.checkpoint.shard_writer import SharePlan, Written
+from megatron_coe.checkpoint.state import Progress, run_state, state_size
+from megatron_coe.checkpoint.verify import is_loadable
+from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
+from megatron_coe.config.run_config import CheckpointSettings
+from megatron_coe.distributed.setup import Trainee
+from megatron_coe.utils.fsynced import facts_of, in_background, write_file
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint between its beginning and its name."""
+
+    step: int
+    plan: SharePlan
+    written: Future[Written]
+    small_files: dict[str, bytes]
+    device: torch.device
+
+
+class Saver:
+    """Writes the checkpoints of a run; its methods are collectives of all ranks.
+
+    Args:
+        options: where they go, how, and which are kept; without a folder nothing is written.
+        config: the run's resolved settings as YAML, kept in each.
+        tokenizer: what identifies the tokenizer, kept in each.
+        data: what identifies each training set, kept in each.
+        content: of further files, kept in each by their names in it; rank 0 has it and writes it.
+        needed: files that the run reads; a checkpoint that holds one is never deleted.
+
+    Every method raises CheckpointWriteError, on all ranks, for a checkpoint that cannot be written.
+    """
+
+    def __init__(
+        self,
+        options: CheckpointSettings,
+        config: str,
+        tokenizer: dict[str, Any] | None = None,
+        data: list[dict[str, Any]] | None = None,
+        content: Mapping[str, bytes] | None = None,
+        needed: Collection[Path] = (),
+    ) -> None:
+        self.options = options
+        self.config = config
+        self.tokenizer = tokenizer
+        self.data = data
+        self.content = dict(content or {})
+        self.needed = needed
+        self._pending: _Pending | None = None
+        self._resumed_from: int | None = None
+        self._loadable: dict[Path, bool] = {}
+
+    def resume_from(self, checkpoint: Path) -> None:
+        """Take note of the checkpoint that the run resumes from: none after it was valid."""
+        self._resumed_from = folders.step_of(checkpoint)
+        self._loadable[checkpoint] = True
+
+    def keep_content_of(self, checkpoint: Path) -> None:
+        """Hand on what the checkpoint that the run starts from keeps of an imported model."""
+        if dist.get_rank() == 0:
+            self.content = {**kept_content(checkpoint), **self.content}
+
+    def check(self, trainee: Trainee) -> None:
+        """Clear away what an earlier run left half done; see that a checkpoint could be written.
+
+        To be called before the first step: each rank writes a file, and the disk must have room
+        for one checkpoint.
+        """
+        if self.options.save is None:
+            return
+        folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
+        needed = _sum(state_size(trainee) + self._content_size(), _device(trainee))
+        write_together(what, partial(_on_rank_0, _make_ready, folder, needed))
+        write_together(what, partial(_try_to_write, folder / f".probe_{dist.get_rank()}"))
+
+    def tidy(self) -> None:
+        """Clear away what an earlier run left half done, where there is no step to be saved."""
+        if self.options.save is not None:
+            folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
+            write_together(what, partial(_on_rank_0, folders.clean, folder))
+
+    def save(self, trainee: Trainee, progress: Progress) -> None:
+        """Write the present state, or begin to. What has begun earlier is completed first."""
+        self.finish()
+        if self.options.save is None:
+            return
+        target = folders.partial_folder(Path(self.options.save), progress.step)
+        self._together(progress.step, partial(_on_rank_0, _make_new, target))
+        shared, common = save_preprocess(run_state(trainee, progress, self.tokenizer, self.data))
+        plan = SharePlan(shared, target)
+        needed = _sum(plan.nbytes + self._content_size(), _device(trainee))
+        self._together(progress.step, partial(_on_rank_0, _require_room, target, needed))
+        if self.options.async_save:
+            self._together(progress.step, plan.take_copy)
+        self._pending = _Pending(
+            progress.step,
+            plan,
+            in_background(plan.write, hashed=self.options.verify),
+            {
+                folders.COMMON_FILE: _serialised(common),
+                folders.CONFIG_FILE: self.config.encode(),
+                folders.FORMAT_FILE: json.dumps(FORMAT).encode(),
+                VERSIONS_FILE: versions_text().encode(),
+                **self.content,
+            },
+            _device(trainee),
+        )
+        if not self.options.async_save:
+            self.finish()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint has begun and is not complete."""
+        return self._pending is not None
+
+    def poll(self) -> None:
+        """Complete what was written in the background, once all ranks have."""
+        if self._pending is not None:
+            done = torch.tensor(int(self._pending.written.done()), device=self._pending.device)
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+            if done:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written, and complete it."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        share = self._together(pending.step, pending.written.result)
+        is_first = dist.get_rank() == 0
+        shares: list[Written] | None = [Written()] * dist.get_world_size() if is_first else None
+        dist.gather_object(share, shares)
+        self._together(pending.step, partial(_on_rank_0, self._complete, pending, shares))
+
+    def _content_size(self) -> int:
+        """Bytes of the further files that this rank writes."""
+        return sum(map(len, self.content.values()))
+
+    def _complete(self, pending: _Pending, shares: list[Written]) -> None:
+        """Write what there is once of a checkpoint, and give it its name."""
+        pending.plan.write_index(shares)
+        target, step, options = pending.plan.folder, pending.step, self.options
+        files = {name: facts for share in shares for name, facts in share.files.items()}
+        files |= write_content(target, pending.small_files)
+        if options.verify:
+            files[INDEX_FILE] = facts_of(target / INDEX_FILE)
+            write_manifest(target, step, files)
+        self._tidy_after(folders.publish(target.parent, step), step)
+
+    def _tidy_after(self, checkpoint: Path, step: int) -> None:
+        """Update `latest` and delete old checkpoints; a new one is as good where that fails.
+
+        So the run goes on, and tries again at the next save. A disk that fills up meanwhile ends
+        it before that save.
+        """
+        errors = []
+        try:
+            folders.point_at(checkpoint)
+        except OSError as error:
+            errors.append(error)
+        self._loadable[checkpoint] = True
+        errors += folders.retain(
+            checkpoint.parent,
+            step,
+            self.options.keep,
+            self.options.keep_every,
+            self._is_loadable,
+            self.needed,
+        )
+        for error in errors:
+            print(
+                f"{checkpoint} is complete, but {error.filename or checkpoint.parent} could not be "
+                f"changed or deleted ({error.strerror or error}): the next save tries again",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _is_loadable(self, checkpoint: Path) -> bool:
+        """Return whether this run could load a checkpoint; each is looked at once."""
+        if checkpoint not in self._loadable:
+            last = self._resumed_from
+            was_refused = last is not None and folders.step_of(checkpoint) > last
+            self._loadable[checkpoint] = not was_refused and is_loadable(checkpoint)
+        return self._loadable[checkpoint]
+
+    def _together(self, step: int, action: Callable[[], Any]) -> Any:
+        """`write_together`, with nothing partial left behind when it fails."""
+        folder = Path(self.options.save)
+        try:
+            return write_together(f"{folder / folders.step_name(step)} was not written", action)
+        except CheckpointWriteError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(folders.partial_folder(folder, step), ignore_errors=True)
+            raise
+
+
+def _on_rank_0(action: Callable[..., None], *args: object) -> None:
+    if dist.get_rank() == 0:
+        action(*args)
+
+
+def _make_ready(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    folders.clean(folder)
+    _require_room(folder, needed)
+
+
+def _make_new(partial_folder: Path) -> None:
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    """Raises: OSError when the disk cannot hold `needed` bytes of tensors, and what goes around."""
+    needed += needed // 100 + (1 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        reason = f"a checkpoint needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB"
+        raise OSError(errno.ENOSPC, f"{reason} left: free some, or lower checkpoint.keep")
+
+
+def _try_to_write(path: Path) -> None:
+    try:
+        write_file(path, b"probe")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _serialised(common: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(common, file)
+    return file.getvalue()
+
+
+def _device(trainee: Trainee) -> torch.device:
+    return next(trainee.chunks[0].parameters()).device
+
+
+def _sum(count: int, device: torch.device) -> int:
+    total = torch.tensor(count, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total)

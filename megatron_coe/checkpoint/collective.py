@@ -1,0 +1,61 @@
+"""What befell any rank is known to all: one that raised alone would leave the others waiting."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_coe.checkpoint.errors import BadCheckpointError, CheckpointWriteError
+
+T = TypeVar("T")
+
+
+def write_together(what: str, action: Callable[[], T]) -> T:
+    """Call `action`, which writes files, on every rank; each returns its result, or all raise.
+
+    A collective of all ranks; `action` must be none.
+
+    Raises: CheckpointWriteError with the first rank's reason.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except OSError as failure:
+        error = f"{failure.strerror or failure}" + (
+            f" ({failure.filename})" if failure.filename else ""
+        )
+    except Exception as failure:  # the others must hear of it, whatever it is
+        error = f"{type(failure).__name__}: {failure}"
+    if error is not None:
+        error = f"rank {dist.get_rank()} on {socket.gethostname()}: {error}"
+    if first := _first(error):
+        raise CheckpointWriteError(f"{what}: {first}")
+    return result
+
+
+def check_together(check: Callable[[], T]) -> T:
+    """Call `check`, a rank's part of it, on every rank; each returns its result, or all raise.
+
+    A collective of all ranks; `check` must be none.
+
+    Raises: BadCheckpointError with the first rank's reason, and of the kind that it raised.
+    """
+    result, error = None, None
+    try:
+        result = check()
+    except BadCheckpointError as failure:
+        error = failure
+    except (ValueError, OSError) as failure:
+        error = BadCheckpointError(str(failure))
+    if first := _first(error):
+        raise first
+    return result
+
+
+def _first(error: T | None) -> T | None:
+    errors: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return next((e for e in errors if e), None)

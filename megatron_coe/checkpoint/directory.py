@@ -1,0 +1,177 @@
+"""The folder of a run's checkpoints: names, the pointer to the newest, and which ones are kept.
+
+    <save>/step_00000100/           a checkpoint; it has this name only when it is whole
+    <save>/latest                   name of the newest one, for people and scripts
+    <save>/.partial_step_00000200/  one that is being written, or was when the run died
+    <save>/.removed_step_00000050/  one that is being deleted, or has just been replaced
+
+Each change is one rename followed by an fsync of the folder, so that a run that dies between any
+two instructions leaves a folder that the next one can use.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from megatron_coe.utils.fsynced import replace_file, sync
+
+CONFIG_FILE = "config.yaml"
+LATEST_FILE = "latest"
+COMMON_FILE = "common.pt"
+FORMAT_FILE = "metadata.json"
+MACHINE_FILE = "machine.json"
+"""In a run's folder: what it ran on, of its latest start."""
+_STEP = re.compile(r"step_(\d{8,})")
+_PARTIAL, _REMOVED = ".partial_", ".removed_"
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a folder's name says; None for another name."""
+    found = _STEP.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first; whether they are good remains to be seen."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=step_of, reverse=True)
+
+
+def find_step(checkpoint: Path) -> Path:
+    """Return `checkpoint` if it is one, or the newest of those that it holds.
+
+    Raises: ValueError if it is neither.
+    """
+    if (checkpoint / FORMAT_FILE).is_file():
+        return checkpoint
+    found = find_checkpoints(checkpoint)
+    if not found:
+        raise ValueError(f"{checkpoint}: neither a checkpoint nor a folder of checkpoints")
+    return found[0]
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written until it is whole."""
+    return folder / f"{_PARTIAL}{step_name(step)}"
+
+
+def publish(folder: Path, step: int) -> Path:
+    """Give a whole partial checkpoint its name. Raises: OSError."""
+    partial, final = partial_folder(folder, step), folder / step_name(step)
+    sync(partial)
+    replaced = folder / f"{_REMOVED}{final.name}"
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    partial.rename(final)
+    sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def point_at(checkpoint: Path) -> None:
+    """Let `latest` name a checkpoint. Raises: OSError."""
+    pointer = checkpoint.with_name(LATEST_FILE)
+    if pointer.is_dir():  # nothing of ours, so it is kept; in the way, so it is moved
+        pointer.rename(checkpoint.with_name(f"{LATEST_FILE}_before_{checkpoint.name}"))
+    replace_file(pointer, f"{checkpoint.name}\n".encode())
+
+
+def retain(
+    folder: Path,
+    step: int,
+    keep: int,
+    keep_every: int,
+    is_loadable: Callable[[Path], bool],
+    needed: Collection[Path] = (),
+) -> list[OSError]:
+    """Delete old checkpoints after that of `step` was published.
+
+    Kept are the `keep` newest that this process could load, all that are newer than the oldest of
+    these, those whose step is a multiple of `keep_every` (0: none), and those with a needed file.
+    One that it could not load is not counted: in the place of another it would have that deleted.
+    Nor are those past `step` counted or deleted, which were found bad when the run resumed.
+
+    Args:
+        is_loadable: asked for the newest first, and for none that is older than the last to keep.
+        needed: files or folders, wherever they are.
+
+    Returns: what stood in the way of a deletion, one error for each that failed; the next call
+        tries again.
+    """
+    wanted, old = keep, []
+    holding = {parent for path in needed for parent in (path.resolve(), *path.resolve().parents)}
+    for path in find_checkpoints(folder):
+        if step_of(path) > step:
+            continue
+        if wanted == 0:
+            is_between = keep_every == 0 or step_of(path) % keep_every
+            if is_between and path.resolve() not in holding:
+                old.append(path)
+        elif is_loadable(path):
+            wanted -= 1
+    errors = []
+    for path in [*folder.glob(f"{_REMOVED}step_*"), *old]:  # those half deleted before, too
+        try:
+            _remove(path)
+        except OSError as error:
+            errors.append(error)
+    return errors
+
+
+def restore(folder: Path) -> None:
+    """Give a checkpoint its name back whose replacement has not got it: the run died in between."""
+    for removed in folder.glob(f"{_REMOVED}step_*"):
+        final = folder / removed.name.removeprefix(_REMOVED)
+        if not final.exists() and (folder / f"{_PARTIAL}{final.name}").exists():
+            removed.rename(final)
+            sync(folder)
+
+
+def clean(folder: Path) -> None:
+    """Clear away what a run that died has left half done."""
+    restore(folder)
+    for pattern in (f"{_REMOVED}step_*", f"{_PARTIAL}step_*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+    (folder / f".{LATEST_FILE}.new").unlink(missing_ok=True)
+
+
+def doubts_about_pointer(folder: Path, found: list[Path]) -> str | None:
+    """What is wrong with `latest`, beside the checkpoints that were found; None if nothing is.
+
+    Nothing is ever loaded because of it: the newest is told by the names of the folders.
+    """
+    path = folder / LATEST_FILE
+    try:
+        name = path.read_bytes()[:100].decode().removesuffix("\n")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        return f"{path}: cannot be read"
+    names = [checkpoint.name for checkpoint in found]
+    if name not in names:
+        return f"{path}: names {name!r}, and there is no such checkpoint"
+    if name != names[0]:
+        return f"{path}: names {name}, and the newest is {names[0]}"
+    return None
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; half of one is never seen under its name."""
+    removed = checkpoint
+    if not checkpoint.name.startswith(_REMOVED):
+        removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        checkpoint.rename(removed)
+        sync(checkpoint.parent)
+    shutil.rmtree(removed)

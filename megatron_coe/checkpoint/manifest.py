@@ -1,0 +1,165 @@
+"""`manifest.json`: the size and SHA-256 of every other file of a checkpoint, and its step.
+
+    {"files": {"__0_0.distcp": {"sha256": "…", "size": 1048576}, …}, "step": 100}
+
+It is the last file to be written and holds no more than that, in one spelling: a byte that differs
+anywhere, in it or in what it lists, is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from megatron_coe.checkpoint.assets import KEPT_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
+from megatron_coe.checkpoint.errors import BadCheckpointError
+from megatron_coe.utils.fsynced import FileFacts, facts_of, sync, write_file
+
+MANIFEST_FILE = "manifest.json"
+_FOLDERS = (TOKENIZER_FOLDER, KEPT_FOLDER)
+"""The only folders in a checkpoint; what they hold is listed as `tokenizer/tokenizer.json`."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of."""
+
+    step: int
+    files: Mapping[str, FileFacts]
+
+    def text(self) -> str:
+        content = {"step": self.step, "files": {n: asdict(f) for n, f in self.files.items()}}
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def write_manifest(folder: Path, step: int, files: Mapping[str, FileFacts]) -> None:
+    """Write the manifest of a folder and fsync it."""
+    write_file(folder / MANIFEST_FILE, Manifest(step, files).text().encode())
+
+
+def describe_folder(folder: Path) -> dict[str, FileFacts]:
+    """The facts of every file of a checkpoint, its manifest aside."""
+    return {
+        name: facts_of(folder / name)
+        for name in _names(folder)
+        if (folder / name).is_file() and name != MANIFEST_FILE
+    }
+
+
+def sign(folder: Path, step: int) -> None:
+    """Write the manifest of a checkpoint that has none, durably: its content is taken on trust.
+
+    Raises: BadCheckpointError if there is one, which this would overrule.
+    """
+    if (folder / MANIFEST_FILE).exists():
+        raise BadCheckpointError(f"{MANIFEST_FILE} is there already: remove it to overrule it")
+    files = describe_folder(folder)
+    for name in files:
+        sync(folder / name)
+    for inner in _FOLDERS:
+        if (folder / inner).is_dir():
+            sync(folder / inner)
+    write_manifest(folder, step, files)
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises: BadCheckpointError if there is none, or it is not as `write_manifest` left it."""
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
+        manifest = Manifest(content["step"], files)
+    except FileNotFoundError as error:
+        raise BadCheckpointError(
+            f"{MANIFEST_FILE} is missing, so that nothing in it can be verified; if it was written "
+            "by an earlier version or with checkpoint.verify=false and you trust it, load it with "
+            "checkpoint.verify=false, or let tools/verify_checkpoint.py --write-manifest write one"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error
+    plain = all(
+        type(facts.size) is int and isinstance(facts.sha256, str) and _is_plain(name)
+        for name, facts in files.items()
+    )
+    if not plain or type(manifest.step) is not int or manifest.text() != text:
+        raise BadCheckpointError(f"{MANIFEST_FILE} is damaged")
+    return manifest
+
+
+def unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of what lies in a folder beside a manifest and the files that it lists."""
+    known = {MANIFEST_FILE, *manifest.files}
+    return [name for name in _names(folder) if name not in known]
+
+
+def _names(folder: Path) -> list[str]:
+    """Names of what lies in a checkpoint, for its own folders of the files in them."""
+    names = []
+    for path in folder.iterdir():
+        if path.is_dir() and path.name in _FOLDERS:
+            inside = (file for file in path.rglob("*") if file.is_file())
+            names += [file.relative_to(folder).as_posix() for file in inside]
+        else:
+            names.append(path.name)
+    return sorted(names)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name leads to a file of a checkpoint and nowhere else."""
+    path = PurePosixPath(name)
+    is_inside = str(path) == name and ".." not in path.parts and not path.is_absolute()
+    return is_inside and (len(path.parts) == 1 or name.partition("/")[0] in _FOLDERS)
+
+
+def _could_be_read(name: str) -> bool:
+    """Whether a file passes for a part of a checkpoint: its data, or what it carries."""
+    is_carried = name == TOKENIZER_MODEL or name.partition("/")[0] in _FOLDERS
+    return is_carried or name.endswith((".distcp", ".pt")) or name.startswith(".metadata")
+
+
+def verify_files(
+    folder: Path,
+    manifest: Manifest,
+    part: int = 0,
+    parts: int = 1,
+    in_every_part: Collection[str] = (),
+) -> None:
+    """Compare files with a manifest: all sizes, and the hashes of every `parts`-th file.
+
+    The files are dealt out by size, so that ranks that share the work have about as much to read.
+    What it does not list must not pass for data of the checkpoint, whoever reads it.
+
+    Args:
+        in_every_part: files that each part compares, because whoever asks for it reads them.
+
+    Raises: BadCheckpointError naming the first file that differs.
+    """
+    for name in filter(_could_be_read, unlisted(folder, manifest)):
+        raise BadCheckpointError(
+            f"{MANIFEST_FILE} does not list {name}, which passes for a part of the checkpoint: "
+            "move it away"
+        )
+    check_sizes(folder, manifest)
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    for name in {*by_size[part::parts], *in_every_part} & manifest.files.keys():
+        if facts_of(folder / name) != manifest.files[name]:
+            raise BadCheckpointError(
+                f"the SHA-256 of {name} is not the one in {MANIFEST_FILE}: the content has changed"
+            )
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compare files with a manifest as far as they need not be read.
+
+    Raises: BadCheckpointError naming the first file that is missing or has another size.
+    """
+    for name, facts in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise BadCheckpointError(f"{name} is missing")
+        if (size := path.stat().st_size) != facts.size:
+            raise BadCheckpointError(f"{name} has {size} bytes, {MANIFEST_FILE} says {facts.size}")

@@ -1,0 +1,199 @@
+"""Which checkpoint a run starts from: its own newest valid one, or the weights of another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_coe.checkpoint.collective import check_together
+from megatron_coe.checkpoint.directory import (
+    CONFIG_FILE,
+    LATEST_FILE,
+    doubts_about_pointer,
+    find_checkpoints,
+    find_step,
+    restore,
+    step_of,
+)
+from megatron_coe.checkpoint.errors import BadCheckpointError
+from megatron_coe.checkpoint.resume_policy import DATA, changes, data_change, tokenizer_change
+from megatron_coe.checkpoint.safe_unpickle import read_common
+from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
+from megatron_coe.config.run_config import CheckpointSettings, Settings, load_settings
+from megatron_coe.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from."""
+
+    path: Path
+    weights_only: bool
+    """The run begins at step 0 with these weights, instead of resuming."""
+    skipped: Path | None = None
+    """`checkpoint.load` of a run that resumes from one of its own."""
+
+    def __str__(self) -> str:
+        if self.weights_only:
+            return f"from the weights of {self.path} and step 0"
+        return f"resumed from {self.path}"
+
+
+def choose_start(
+    options: CheckpointSettings, must_resume: bool = False, mend: bool = True
+) -> Start | None:
+    """Select what a run starts from; None for initial weights. A collective of all ranks.
+
+    Args:
+        must_resume, mend: as of `choose_checkpoint`.
+
+    Raises: ValueError: as `choose_checkpoint`; or `options.load` is no valid checkpoint.
+    """
+    own = choose_checkpoint(options, must_resume and options.load is None, mend and not must_resume)
+    if options.load is None:
+        return own and Start(own, weights_only=False)
+    load = Path(options.load)
+    if own:
+        is_same = load.resolve() in (own.resolve(), own.parent.resolve())
+        return Start(own, weights_only=False, skipped=None if is_same else load)
+    path = _from_rank_0(f"checkpoint.load={load}", partial(find_step, load))
+    try:
+        _verify(path, options.verify)
+    except BadCheckpointError as error:
+        raise ValueError(f"checkpoint.load={path} is {error.verdict}: {error}") from error
+    return Start(path, weights_only=True)
+
+
+def choose_checkpoint(
+    options: CheckpointSettings, must_resume: bool = False, mend: bool = True
+) -> Path | None:
+    """The newest good checkpoint of a run's folder; None where none was ever written.
+
+    A collective of all ranks, which share the reading. Each that is not good is named on stderr.
+
+    Args:
+        must_resume: there has to be one.
+        mend: put back what a run that was killed while it replaced a checkpoint left aside.
+
+    Raises:
+        ValueError: none of those that are there is good; the run does not start over by itself.
+    """
+    if options.save is None:
+        if must_resume:
+            raise ValueError("checkpoint.save=null: there is no checkpoint to start from")
+        return None
+    folder = Path(options.save)
+    found, doubts = _from_rank_0(
+        f"checkpoint.save={folder}", partial(_look, folder, mend=mend and not must_resume)
+    )
+    if doubts:
+        _say(doubts)
+    for path in found:
+        try:
+            _verify(path, options.verify)
+            return path
+        except BadCheckpointError as error:
+            _say(f"checkpoint {path} is {error.verdict} and not used: {error}")
+    if found:
+        raise ValueError(
+            f"checkpoint.save={folder}: none of its {len(found)} checkpoints is good; to start "
+            "over from step 0, give another folder or move this one away"
+        )
+    if doubts:
+        raise ValueError(
+            f"checkpoint.save={folder}: its checkpoints are gone; to start over from step 0, "
+            f"remove {folder / LATEST_FILE}"
+        )
+    if must_resume:
+        raise ValueError(f"checkpoint.save={folder}: holds no complete checkpoint to start from")
+    return None
+
+
+def _verify(path: Path, verify: bool) -> None:
+    """Verify a checkpoint, all ranks together. Raises: BadCheckpointError."""
+    part = partial(check_checkpoint, path, verify)
+    check_together(partial(part, dist.get_rank(), dist.get_world_size()))
+    if verify and (strange := strange_files(path)):
+        _say(strange)
+
+
+def check_changes(
+    path: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    data: list[dict[str, Any]] | None = None,
+    model_only: bool = False,
+) -> list[str]:
+    """Compare a checkpoint's settings, tokenizer and training data with the present ones.
+
+    Args:
+        data: what identifies the training sets; None: only their paths are compared.
+        model_only: only what makes the model matters, because nothing is trained.
+
+    Returns: changes that are allowed and worth saying.
+
+    Raises: ValueError naming each change that is refused.
+    """
+    before = load_settings(path / CONFIG_FILE)
+    step = step_of(path) or 0
+    model_only = model_only or step == 0
+    found = changes(before, settings, model_only, step)
+    recorded = read_common(path).get("data")  # older checkpoints have none
+    if data and recorded and not model_only:
+        found = [change for change in found if change.key != DATA]
+        if change := data_change(recorded, data):
+            found.append(change)
+    if change := tokenizer_change(path, tokenizer):
+        found.append(change)
+    accepted = set(settings.checkpoint.accept_changes)
+    refused = [change for change in found if change.is_refused and change.key not in accepted]
+    if refused:
+        keys = ",".join(change.key for change in refused)
+        raise ValueError(
+            f"checkpoint {path} was made with other settings: {'; '.join(map(str, refused))}. Set "
+            "back what was changed, or give another checkpoint.save to start anew; a change that "
+            f"is meant is accepted by checkpoint.accept_changes='[{keys}]'"
+        )
+    return [str(change) for change in found]
+
+
+def _look(folder: Path, mend: bool) -> tuple[list[Path], str | None]:
+    if mend:
+        with suppress(OSError):  # of a folder that cannot be changed, but can be read
+            restore(folder)
+    found = find_checkpoints(folder)
+    return found, doubts_about_pointer(folder, found)
+
+
+def _from_rank_0(what: str, look: Callable[[], T]) -> T:
+    """What rank 0 sees, on every rank: others may see an older state of a network's disk.
+
+    Raises: ValueError, on every rank, for an error of rank 0's.
+    """
+    seen: list[tuple[T | None, str | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            seen = [(look(), None)]
+        except OSError as error:
+            seen = [(None, f"{what}: cannot be read ({error.strerror})")]
+        except ValueError as error:
+            seen = [(None, f"{what}: {error}")]
+    dist.broadcast_object_list(seen)
+    ((found, failure),) = seen
+    if failure:
+        raise ValueError(failure)
+    return found
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,225 @@
+"""The whole state of a run as one sharded state, and back.
+
+    model, optimizer          sharded tensors
+    rng                       an object per rank
+    schedule, progress, layout, tokenizer, data     plain values that all ranks share
+
+Any other layout of the same model can load it, with or without the distributed optimizer, but then
+without RNG states, which belong to ranks. How it gets to disk:
+`megatron_coe.checkpoint.checkpointer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_coe.checkpoint.collective import check_together
+from megatron_coe.checkpoint.errors import BadCheckpointError
+from megatron_coe.checkpoint.optimizer_state import OptimizerState
+from megatron_coe.checkpoint.safe_unpickle import read_index, vet
+from megatron_coe.checkpoint.versions import explain
+from megatron_coe.distributed.rng import rng_state, set_rng_state
+from megatron_coe.distributed.setup import Trainee
+from megatron_coe.megatron_compat.checkpoints import load_sharded_state
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Steps done: updates of the weights, and those skipped because they were not finite."""
+    samples: int = 0
+    """Training sequences consumed: where in the data to go on."""
+    skipped: int = 0
+    """Steps that updated nothing."""
+    skipped_in_row: int = 0
+    """How many of them were the latest steps."""
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights, as Adam's bias correction counts them."""
+        return self.step - self.skipped
+
+
+MODEL_ONLY = {
+    "progress": {"step": 0, "samples": 0},
+    "layout": None,
+}
+"""What is beside the weights in a checkpoint that no training run wrote: it starts one."""
+
+
+def run_state(
+    trainee: Trainee,
+    progress: Progress,
+    tokenizer: dict[str, Any] | None = None,
+    data: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """All that a checkpoint holds, sharded. A collective of all ranks; tensors are the live ones.
+
+    Args:
+        tokenizer: what identifies the tokenizer that the run's data were made with.
+        data: what identifies each of its training sets.
+    """
+    with _gathered_parameters(trainee):
+        state = _model_state(trainee)
+        state["optimizer"] = OptimizerState(trainee.optimizer, state).tensors
+    return state | {
+        "schedule": trainee.schedule.state_dict(),
+        "progress": asdict(progress),
+        "layout": _layout(),
+        "tokenizer": tokenizer,
+        "data": data,
+        "rng": _sharded_rng(rng_state()),
+    }
+
+
+def state_size(trainee: Trainee) -> int:
+    """About how many bytes of a checkpoint this rank's weights make, before there is a state.
+
+    A weight has two fp32 moments, and an fp32 master where it is narrower itself.
+    """
+    total = 0
+    for value in nested_values(_model_state(trainee)):
+        if not isinstance(value, ShardedBase) or not is_main_replica(value.replica_id):
+            continue
+        if isinstance(value.data, torch.Tensor):
+            width = value.data.itemsize
+            total += value.data.numel() * (width + 8 + (4 if width < 4 else 0))
+    return total
+
+
+def load_checkpoint(path: Path, trainee: Trainee, weights_only: bool = False) -> Progress:
+    """Bring a new trainee to the state of a checkpoint. A collective of all ranks.
+
+    Hyperparameters stay those of the present settings: what is restored is what training changed.
+    A trainee without an optimizer gets the weights alone.
+
+    Args:
+        weights_only: leave optimizer, schedule, generators and progress as those of a new run.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or holds what could execute code.
+    """
+    try:
+        contents = check_together(partial(vet, path, dist.get_rank(), dist.get_world_size()))
+    except BadCheckpointError as error:
+        raise BadCheckpointError(f"checkpoint {path}: {error}") from error
+    common = contents.common
+    try:
+        progress = Progress(**common["progress"])
+    except TypeError as error:
+        reason = explain(path, BadCheckpointError(f"it is of another version: {error}"))
+        raise BadCheckpointError(f"checkpoint {path}: {reason}") from error
+    if weights_only:
+        progress = Progress()
+    state = _model_state(trainee)
+    absent = _take_absent_extra_states(path, state)
+    optimizer_state = None
+    # Before the first step there is no optimizer state to speak of.
+    if trainee.optimizer is not None and progress.step > 0:
+        optimizer_state = OptimizerState(trainee.optimizer, state, is_loading=True)
+        state["optimizer"] = optimizer_state.tensors
+    same_layout = common["layout"] == _layout() and not weights_only
+    if same_layout:
+        state["rng"] = _sharded_rng(None)
+    try:
+        loaded = load_sharded_state(state, path, contents.index, common)
+    except (CheckpointingException, CheckpointException) as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise ValueError(f"checkpoint {path} does not fit this model: {reason}") from error
+    for key, chunk in _chunks(trainee):
+        chunk.load_state_dict({**loaded[key], **dict.fromkeys(absent[key])})
+    if optimizer_state is not None:
+        optimizer_state.restore(loaded["optimizer"], progress.updates)
+    elif trainee.optimizer is not None:
+        trainee.optimizer.reload_model_params()
+    if trainee.schedule is not None:
+        trainee.schedule.step(progress.step - trainee.schedule.num_steps)
+    if same_layout:
+        set_rng_state(loaded["rng"])
+    return progress
+
+
+def _take_absent_extra_states(path: Path, state: dict[str, Any]) -> dict[str, list[str]]:
+    """Take out of each chunk's state the extra states that a checkpoint has not; their names.
+
+    Transformer Engine's norms have one, always empty, where the torch backend's have none.
+    """
+    stored = read_index(path).state_dict_metadata
+    absent = {
+        key: [
+            name
+            for name, value in chunk.items()
+            if "_extra_state" in name
+            and isinstance(value, ShardedObject)
+            and value.unique_key not in stored
+        ]
+        for key, chunk in state.items()
+    }
+    for key, names in absent.items():
+        for name in names:
+            del state[key][name]
+    return absent
+
+
+def _chunks(trainee: Trainee) -> list[tuple[str, GPTModel]]:
+    """The bare model chunks of a rank by Megatron's names: `model`, or `model0`, `model1`, …"""
+    modules = unwrap_model(trainee.chunks)
+    if len(modules) == 1:
+        return [("model", modules[0])]
+    return [(f"model{index}", module) for index, module in enumerate(modules)]
+
+
+def _model_state(trainee: Trainee) -> dict[str, Any]:
+    return {key: chunk.sharded_state_dict(metadata=_metadata()) for key, chunk in _chunks(trainee)}
+
+
+def _metadata() -> dict[str, Any]:
+    """How the model's states are cut up."""
+    return {
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+@contextmanager
+def _gathered_parameters(trainee: Trainee) -> Iterator[None]:
+    """Weights whose gathering overlaps the next forward pass are stale until then: gather them."""
+    overlapped = [chunk for chunk in trainee.chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()
+
+
+def _layout() -> dict[str, int]:
+    """The sizes that give a rank number its meaning."""
+    return {
+        "world": dist.get_world_size(),
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+
+
+def _sharded_rng(state: dict[str, Any] | None) -> ShardedObject:
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)

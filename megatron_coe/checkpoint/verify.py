@@ -1,0 +1,89 @@
+"""Is this checkpoint what was written, and may it be read?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_coe.checkpoint.directory import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_of
+from megatron_coe.checkpoint.errors import BadCheckpointError
+from megatron_coe.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    check_sizes,
+    read_manifest,
+    unlisted,
+    verify_files,
+)
+from megatron_coe.checkpoint.safe_unpickle import INDEX_FILE, Contents, read_contents, vet
+from megatron_coe.checkpoint.versions import VERSIONS_FILE
+
+
+def check_checkpoint(
+    folder: Path, verify: bool = True, part: int = 0, parts: int = 1
+) -> dict[str, Any]:
+    """Verify a checkpoint against its manifest, before anything is unpickled, and vet its pickles.
+
+    Args:
+        verify: False leaves the manifest out of account.
+        part, parts: do this part of the reading, of as many (ranks share it).
+
+    Returns: what all ranks share of the state.
+
+    Raises:
+        BadCheckpointError: the file and what is wrong with it, or the versions that it takes.
+        OSError: one is unreadable.
+    """
+    manifest = read_manifest(folder) if verify else None
+    if manifest:
+        verify_files(folder, manifest, part, parts, (INDEX_FILE, COMMON_FILE, FORMAT_FILE))
+    contents = vet(folder, part, parts)
+    step = _step_inside(contents.common)
+    if manifest:
+        _check_manifest(folder, manifest, contents, step)
+    if step_of(folder) not in (None, step):
+        raise BadCheckpointError(f"holds step {step}: the folder has been renamed or exchanged")
+    return contents.common
+
+
+def is_loadable(folder: Path) -> bool:
+    """Return whether this process could load a checkpoint, as far as its index, its common values
+    and the sizes of its files tell: no tensor is read, and nothing is hashed."""
+    try:
+        contents = read_contents(folder)
+        if (folder / MANIFEST_FILE).exists():
+            manifest = read_manifest(folder)
+            check_sizes(folder, manifest)
+            _check_manifest(folder, manifest, contents, _step_inside(contents.common))
+    except (BadCheckpointError, OSError):
+        return False
+    return True
+
+
+def strange_files(folder: Path) -> str | None:
+    """What lies in a good checkpoint's folder that its manifest does not list, as a warning: it is
+    not read, and goes when the checkpoint goes. None: nothing."""
+    found = unlisted(folder, read_manifest(folder))
+    if not found:
+        return None
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{folder}: {MANIFEST_FILE} does not list {found[0]}{more}; not read, nor verified"
+
+
+def _check_manifest(folder: Path, manifest: Manifest, contents: Contents, step: int) -> None:
+    """See that a manifest is of this state and lists all that would be read."""
+    if manifest.step != step:
+        raise BadCheckpointError(f"{MANIFEST_FILE} says step {manifest.step}, not {step}")
+    needed = {place.relative_path for place in contents.index.storage_data.values()}
+    needed |= {INDEX_FILE, FORMAT_FILE, CONFIG_FILE}
+    needed |= {name for name in (COMMON_FILE, VERSIONS_FILE) if (folder / name).exists()}
+    if unlisted := sorted(needed - manifest.files.keys()):
+        raise BadCheckpointError(f"{MANIFEST_FILE} does not list {unlisted[0]}")
+
+
+def _step_inside(common: dict[str, Any]) -> int:
+    progress = common.get("progress")
+    step = progress.get("step") if isinstance(progress, dict) else None
+    if type(step) is not int:
+        raise BadCheckpointError(f"{COMMON_FILE}: holds no state of a run")
+    return step

@@ -1,0 +1,232 @@
+"""What can be said about settings before Megatron is imported or a process group made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from megatron_coe.checkpoint.directory import FORMAT_FILE, find_checkpoints, find_step
+from megatron_coe.config.run_config import (
+    CheckpointSettings,
+    DataSettings,
+    LogSettings,
+    ParallelSettings,
+    Settings,
+)
+from megatron_coe.model import parallelism as layouts
+from megatron_coe.model.parallelism import Layout
+
+LARGEST_SEED = 2**32 - 1  # numpy's
+_LARGEST = 10**12
+_LARGEST_BY_NAME = {"num_layers": 10_000, "coe_iterations": 1_000, "mtp_num_layers": 1_000}
+
+
+def world_size() -> int:
+    """Number of processes of this run, as torchrun says; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or not 1 <= int(text) <= _LARGEST:
+        raise ValueError(f"WORLD_SIZE={text}: must be the number of processes; torchrun sets it")
+    return int(text)
+
+
+def check_values(settings: Settings) -> None:
+    """Raise ValueError for a value that no layout could run with."""
+    for key, number in _numbers("", asdict(settings)):
+        _check_number(key, number)
+    _more_than_zero(
+        settings,
+        *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
+        *("parallel.virtual_pipeline_model_parallel_size", "parallel.context_parallel_size"),
+        *("parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"),
+        *("train.steps", "train.stop_step", "train.micro_batch_size", "train.global_batch_size"),
+        *("train.lr", "train.adam_eps", "train.eval_samples", "checkpoint.keep", "log.interval"),
+    )
+    _zero_or_more(
+        settings,
+        *("train.seed", "train.min_lr", "train.weight_decay", "train.clip_grad"),
+        *("train.eval_interval", "train.max_skipped_steps", "train.hang_timeout_s"),
+        *("train.lr_warmup_steps", "checkpoint.save_interval", "checkpoint.keep_every"),
+    )
+    train = settings.train
+    for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
+        if not 0 <= getattr(train, name) < 1:
+            raise ValueError(f"train.{name}={getattr(train, name)}: give a number in [0, 1)")
+    if train.lr_warmup_steps is not None and train.lr_warmup_steps >= train.steps:
+        raise ValueError(
+            f"train.lr_warmup_steps={train.lr_warmup_steps} must be less than train.steps="
+            f"{train.steps}"
+        )
+    if train.min_lr > train.lr:
+        raise ValueError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}")
+    if train.seed > LARGEST_SEED:
+        raise ValueError(f"train.seed={train.seed}: must be at most {LARGEST_SEED}")
+    _check_data(settings.data)
+    _check_profile(settings.log)
+
+
+def check_files_named(settings: Settings, held_out: bool = False) -> None:
+    """Raise ValueError when a run would not know what to read.
+
+    Args:
+        held_out: whether it cannot do without held-out data.
+    """
+    data = settings.data
+    if not data.tokenizer:
+        raise ValueError(
+            "data.tokenizer is not set: give a SentencePiece .model file or a tokenizer folder"
+        )
+    if not data.train:
+        raise ValueError("data.train is empty: name at least one data set")
+    for key in ("train", "valid"):
+        if not all(getattr(data, key)):
+            raise ValueError(f"data.{key}={getattr(data, key)}: holds an empty name")
+    if held_out and not data.valid:
+        raise ValueError("data.valid is empty: name the held-out data to validate on")
+
+
+def check_start(options: CheckpointSettings) -> None:
+    """Raise ValueError when a run is to start from weights, and there are none."""
+    own = find_checkpoints(Path(options.save)) if options.save else []
+    if options.load is None or any((path / FORMAT_FILE).is_file() for path in own):
+        return
+    try:
+        find_step(Path(options.load))
+    except ValueError as error:
+        is_exported = Path(options.load, "config.json").is_file()
+        raise ValueError(
+            f"checkpoint.load={options.load}: "
+            + (
+                "a Hugging Face folder becomes a checkpoint by tools/convert_checkpoint.py from-hf"
+                if is_exported
+                else "there is no checkpoint to start from; name one, or null for initial weights"
+            )
+        ) from error
+
+
+def check_layout(settings: Settings, world_size: int) -> None:
+    """Raise ValueError when the model cannot be laid out so, or not on `world_size` processes, or
+    these cannot share the batch. What the model leaves to its defaults is checked with them."""
+    parallel = settings.parallel
+    layout = layout_of(parallel)
+    layouts.check_layout(layout, layouts.extents_of(settings.model, world_size))
+    tp = layout.tensor_model_parallel_size
+    if tp > 1 and parallel.sequence_parallel is False:
+        raise ValueError(
+            f"parallel.sequence_parallel=false with tensor_model_parallel_size={tp}: Megatron "
+            "trains mixture-of-experts layers only with it; set it to true or leave it out"
+        )
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        raise ValueError(
+            "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true"
+        )
+    _check_batch(settings, world_size)
+    pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    count = num_microbatches(settings, world_size)
+    group = settings.model.get("microbatch_group_size_per_vp_stage")
+    if type(group) is int and vpp is not None and group % pp:
+        raise ValueError(
+            f"model.microbatch_group_size_per_vp_stage={group}: must be a multiple of "
+            f"parallel.pipeline_model_parallel_size={pp}, or left out"
+        )
+    if vpp is not None and count % pp:
+        raise ValueError(
+            f"parallel.virtual_pipeline_model_parallel_size={vpp}: the interleaved schedule needs "
+            f"a number of micro-batches ({count}) that is a multiple of "
+            f"pipeline_model_parallel_size ({pp}); change train.global_batch_size or "
+            "train.micro_batch_size"
+        )
+
+
+def layout_of(parallel: ParallelSettings) -> Layout:
+    """The sizes among the settings of section `parallel`."""
+    return Layout(**{f.name: getattr(parallel, f.name) for f in fields(Layout)})
+
+
+def smallest_world_size(settings: Settings) -> int:
+    """The fewest processes that hold the layout."""
+    return layout_of(settings.parallel).world_multiple
+
+
+def data_parallel_size(settings: Settings, world_size: int) -> int:
+    """Number of replicas that read different sequences (context-parallel ranks share theirs)."""
+    parallel = settings.parallel
+    return world_size // (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def num_microbatches(settings: Settings, world_size: int) -> int:
+    """Micro-batches that each replica runs per step."""
+    replicas = data_parallel_size(settings, world_size)
+    return settings.train.global_batch_size // (settings.train.micro_batch_size * replicas)
+
+
+def _check_batch(settings: Settings, world_size: int) -> None:
+    train, replicas = settings.train, data_parallel_size(settings, world_size)
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size ({train.micro_batch_size}) x data-parallel size ({replicas})"
+        )
+
+
+def _numbers(key: str, value: object) -> Iterator[tuple[str, int | float]]:
+    """Every number in nested settings, with its place."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(f"{key}.{name}" if key else str(name), part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def _check_number(key: str, number: int | float) -> None:
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"{key}={number}: must be a finite number")
+    largest = _LARGEST_BY_NAME.get(key.rpartition(".")[2], _LARGEST)
+    if isinstance(number, int) and abs(number) > largest:
+        raise ValueError(f"{key}={number}: must be at most {largest:,}")
+
+
+def _check_data(data: DataSettings) -> None:
+    weights = data.train_weights
+    if weights is None:
+        return
+    if len(weights) != len(data.train):
+        raise ValueError(
+            f"data.train_weights has {len(weights)} value(s) for the {len(data.train)} set(s) of "
+            "data.train: give one for each"
+        )
+    if any(not weight >= 0 for weight in weights) or not any(weights):
+        raise ValueError(
+            f"data.train_weights={weights}: each must be 0 or more, and one of them greater than 0"
+        )
+
+
+def _check_profile(log: LogSettings) -> None:
+    window = log.profile_steps
+    if window is not None and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        raise ValueError(f"log.profile_steps={window}: give [first, last] with 1 <= first <= last")
+
+
+def _value(settings: Settings, key: str) -> float | None:
+    section, name = key.split(".")
+    return getattr(getattr(settings, section), name)
+
+
+def _more_than_zero(settings: Settings, *keys: str) -> None:
+    for key in keys:
+        value = _value(settings, key)
+        if value is not None and not value > 0:
+            raise ValueError(f"{key}={value}: must be greater than 0")
+
+
+def _zero_or_more(settings: Settings, *keys: str) -> None:
+    for key in keys:
+        value = _value(settings, key)
+        if value is not None and not value >= 0:
+            raise ValueError(f"{key}={value}: must be 0 or more")

@@ -1,0 +1,36 @@
+"""Transformer Engine's modules behind Megatron's ``BackendSpecProvider``.
+
+Megatron's own provider, narrowed to what chains of experts use: Transformer Engine's grouped
+linear layers, and never the legacy grouped experts, which need another CUDA source build.
+"""
+
+from __future__ import annotations
+
+from megatron.core.extensions import transformer_engine_spec_provider as megatron_te
+
+from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS, ExpertModules
+from megatron_coe.model.config import CoEConfig
+
+
+class TESpecProvider(megatron_te.TESpecProvider):
+    """Modules for Megatron's layer specs, from Transformer Engine."""
+
+    def refuse_unsupported(self, config: CoEConfig) -> None:
+        """Raise ValueError for a field that this backend's modules would refuse when built."""
+        self.grouped_mlp_modules(config.moe_grouped_gemm)
+
+    def grouped_mlp_modules(
+        self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
+    ) -> ExpertModules:
+        """`TEGroupedMLP`, or Megatron's loop over expert modules if no grouped GEMM is wanted.
+
+        Raises:
+            ValueError: Transformer Engine is too old for grouped linear layers.
+        """
+        if moe_use_grouped_gemm and megatron_te.TEColumnParallelGroupedLinear is None:
+            raise ValueError(
+                "moe_grouped_gemm=True needs Transformer Engine 1.9 or newer, not "
+                f"{megatron_te.get_te_version()}: upgrade it, or set moe_grouped_gemm=False"
+            )
+        legacy = () if PARTS_ARE_PARTIALS else (False,)
+        return super().grouped_mlp_modules(moe_use_grouped_gemm, *legacy)

@@ -1,0 +1,60 @@
+"""What the routers choose in a step, counted per layer and iteration over all ranks.
+
+Axis letters: N routed experts, C iterations, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_coe.model.config import CoEConfig
+from megatron_coe.model.moe.router import CoERouter
+
+
+class RoutingTally:
+    """A table on the device that a rank's routers add to while they are asked to.
+
+    Nothing is read back, and nothing sent, before `collect`.
+
+    Args:
+        chunks: the rank's part of the model.
+    """
+
+    def __init__(
+        self, config: CoEConfig, chunks: Iterable[torch.nn.Module], device: torch.device
+    ) -> None:
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        self._routers = [module for module in modules if isinstance(module, CoERouter)]
+        layers = config.num_layers + (config.mtp_num_layers or 0)
+        shape = (layers, config.coe_iterations, config.num_moe_experts + 1)
+        self._table = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """What is trained meanwhile is counted, from 0."""
+        self._table.zero_()
+        for router in self._routers:
+            router.tally = self._table[router.layer_index]
+        try:
+            yield
+        finally:
+            for router in self._routers:
+                router.tally = None
+
+    def collect(self) -> Tensor:
+        """What was counted last, of all ranks. A collective.
+
+        Every token passes a layer's router on one rank alone, whatever splits batch, sequence and
+        layers, so the ranks' tables add up.
+
+        Returns:
+            [L, C, N + 1], fp64 on the CPU, of layers without routers 0: how many tokens chose each
+            expert, and the sum of their confidences (`CoERouter.count`).
+        """
+        table = self._table.clone()
+        torch.distributed.all_reduce(table)
+        return table.cpu()

@@ -1,0 +1,190 @@
+"""Which layouts a model and a number of GPUs allow, ranked by the estimated time of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megatron_coe.model.parallelism import UNEVEN_STAGES, Layout, complaint, divisors, extents_of
+from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.planning.hardware import USABLE_MEMORY, Cluster
+from megatron_coe.planning.memory import Memory, rank_memory
+from megatron_coe.planning.plan import Plan
+from megatron_coe.planning.step_time import StepTime, step_time
+
+RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {"recompute_granularity": None},
+    "moe_act": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+"""What the search may recompute, the cheapest first; the fields of section `model` that ask for
+it. The first that fits is taken."""
+
+CONFIGURED = "as configured"
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with the memory of its fullest rank."""
+
+    plan: Plan
+    recompute: str
+    """What its model recomputes, a name of RECOMPUTE."""
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Estimate(Candidate):
+    """A plan with what it costs."""
+
+    time: StepTime
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a search found."""
+
+    fitting: list[Estimate]
+    """Those that fit, the fastest first."""
+    legal: int
+    """Number of legal layouts (micro-batch sizes and recomputation not counted)."""
+    smallest: Candidate | None = None
+    """Of those that do not fit, the one that needs least memory; None if all do."""
+
+
+def estimate(plan: Plan, cluster: Cluster) -> Estimate:
+    """What a plan costs as it is."""
+    return Estimate(plan, CONFIGURED, rank_memory(plan), step_time(plan, cluster))
+
+
+def usable_memory(cluster: Cluster) -> float:
+    """Bytes of a GPU that a plan may fill."""
+    return USABLE_MEMORY * cluster.gpu.memory
+
+
+def rank_layouts(
+    model: CoEModelProvider, world_size: int, global_batch_size: int, cluster: Cluster
+) -> Ranking:
+    """Every legal layout of `model` on `world_size` GPUs, each with its best micro-batch size.
+
+    The layout in `model` itself does not matter; its recomputation, where it asks for one, is kept.
+
+    Raises:
+        ValueError: the model divides its layers over stages in a way of its own, or no layout is
+            legal for this number of GPUs and this batch.
+    """
+    for name in UNEVEN_STAGES:
+        if getattr(model, name):
+            raise ValueError(
+                f"model.{name}={getattr(model, name)!r}: the search divides layers evenly; leave "
+                "it out, or keep the file's layout"
+            )
+    fitting: list[Estimate] = []
+    others: list[Candidate] = []
+    legal = 0
+    for layout in legal_layouts(model, world_size, cluster.gpus_per_node):
+        found = list(_candidates(model, layout, world_size, global_batch_size, cluster))
+        legal += bool(found)
+        timed = [
+            Estimate(**vars(c), time=step_time(c.plan, cluster)) for c in found if _fits(c, cluster)
+        ]
+        fitting += [min(timed, key=lambda e: e.time.total)] if timed else []
+        others += [candidate for candidate in found if not _fits(candidate, cluster)]
+    if not legal:
+        raise ValueError(
+            f"no layout is legal for {world_size} GPUs with train.global_batch_size="
+            f"{global_batch_size}: each data-parallel replica needs the same number of sequences; "
+            "make the batch a multiple of the number of GPUs, or change the latter"
+        )
+    smallest = min(others, key=lambda c: c.memory.total, default=None)
+    return Ranking(sorted(fitting, key=lambda e: e.time.total), legal, smallest)
+
+
+def legal_layouts(model: CoEModelProvider, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
+    """Layouts by the rules of `megatron_coe.model.parallelism`, without the pointless ones: tensor
+    parallelism beyond a node, or expert-tensor parallelism other than 1 or TP."""
+    extents = extents_of(vars(model), world_size)
+    processes = divisors(world_size)
+    stages = [pp for pp in processes if pp <= model.num_layers]
+    for tp, pp, cp, ep in product(processes, stages, processes, divisors(model.num_moe_experts)):
+        if tp > gpus_per_node:
+            continue
+        for etp in sorted({1, tp}):
+            plain = Layout(tp, pp, None, cp, ep, etp)
+            if complaint(plain, extents):
+                continue
+            yield plain
+            for vpp in divisors(model.num_layers // pp)[1:] if pp > 1 else ():
+                rounds = replace(plain, virtual_pipeline_model_parallel_size=vpp)
+                if not complaint(rounds, extents):
+                    yield rounds
+
+
+def _candidates(
+    model: CoEModelProvider,
+    layout: Layout,
+    world_size: int,
+    global_batch_size: int,
+    cluster: Cluster,
+) -> Iterator[Candidate]:
+    """For each micro-batch size the cheapest recomputation that fits, up to the first that none
+    makes fit, which is given too."""
+    replicas = world_size // layout.dense_ranks
+    vpp, pp = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
+    chosen = RECOMPUTE if model.recompute_granularity is None else {CONFIGURED: {}}
+    laid_out: dict[str, CoEModelProvider] = {}
+    for micro in MICRO_BATCHES:
+        if global_batch_size % (replicas * micro):
+            return
+        if vpp and global_batch_size // (replicas * micro) % pp:
+            return
+        for name, changes in chosen.items():
+            if name not in laid_out:
+                laid_out[name] = lay_out(model, layout, changes)
+            plan = Plan(
+                model=laid_out[name],
+                world_size=world_size,
+                micro_batch_size=micro,
+                global_batch_size=global_batch_size,
+                use_distributed_optimizer=world_size > pp,
+                overlap_grad_reduce=True,
+                overlap_param_gather=world_size > pp,
+            )
+            candidate = Candidate(plan, name, rank_memory(plan))
+            if _fits(candidate, cluster):
+                break
+        yield candidate
+        if not _fits(candidate, cluster):
+            return
+
+
+def _fits(candidate: Candidate, cluster: Cluster) -> bool:
+    return candidate.memory.total <= usable_memory(cluster)
+
+
+def lay_out(
+    model: CoEModelProvider, layout: Layout, changes: Mapping[str, object]
+) -> CoEModelProvider:
+    """The model in a layout, with what goes with it: sequence parallelism, the pipeline's way of
+    communicating, and the shared expert under the dispatch where that crosses GPUs."""
+    tp, vpp = layout.tensor_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    return replace(
+        model,
+        **vars(layout),
+        **changes,
+        sequence_parallel=tp > 1,
+        overlap_p2p_comm=vpp is not None,
+        batch_p2p_comm=vpp is None,
+        moe_shared_expert_overlap=(
+            layout.expert_model_parallel_size > 1
+            and model.moe_shared_expert_intermediate_size is not None
+        ),
+    )

@@ -1,0 +1,224 @@
+"""Where a run's figures go: console, metrics.jsonl, TensorBoard and, when asked for, W&B."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from megatron_coe.config.run_config import LogSettings
+
+METRICS_FILE = "metrics.jsonl"
+
+Record = dict[str, float | list[float]]
+"""Figures of a step by name: numbers, and the lists of numbers that `LISTS` are."""
+
+LISTS = re.compile(r"load/.*")
+
+# name in the record -> (label on the console, format)
+_CONSOLE = {
+    "train_loss": ("loss", ".4f"),
+    "valid_loss": ("valid loss", ".4f"),
+    "unigram_entropy": ("unigram entropy", ".4f"),
+    "lr": ("lr", ".3e"),
+    "grad_norm": ("grad norm", ".3f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "mfu": ("MFU", ".1%"),
+    "loss_spike": ("SPIKE", ".0f"),
+    "skipped_steps": ("SKIPPED", ".0f"),
+}
+_BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
+
+
+class Reporter:
+    """Writes records of the run from one process (make it on rank 0 only).
+
+    `metrics.jsonl` holds one per line, in
+    order of steps, and survives a resume: records past the step resumed from are dropped, for they
+    are about to be made again.
+    """
+
+    def __init__(
+        self,
+        log: LogSettings,
+        total_steps: int,
+        completed_steps: int,
+        config: dict[str, object],
+        stream: TextIO | None = None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds; readers go without
+
+        self.directory = Path(log.dir)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.path = self.directory / METRICS_FILE
+        drop_records_after(self.path, completed_steps)
+        self._stream = stream = stream or sys.stdout
+        self._width = len(str(total_steps))
+        self._total_steps = total_steps
+        self._tensorboard = SummaryWriter(
+            str(self.directory / "tensorboard"),
+            purge_step=completed_steps + 1 if completed_steps else None,
+        )
+        self._wandb = _start_wandb(log, config) if log.wandb_project else None
+        self._bar = (
+            tqdm(
+                total=total_steps,
+                initial=completed_steps,
+                unit="step",
+                file=stream,
+                dynamic_ncols=True,
+            )
+            if stream.isatty()
+            else None
+        )
+
+    def say(self, text: str) -> None:
+        """One line on the console, above the progress bar if there is one."""
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+
+    def advance(self) -> None:
+        """Moves the progress bar by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def record(self, step: int, values: Record) -> None:
+        """Sends one record everywhere."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, list):
+                self._tensorboard.add_histogram_raw(name, **_bars(value), global_step=step)
+            else:
+                self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(_for_wandb(values), step=step)
+        self.say(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a figure of that step has been recorded."""
+        return any(record["step"] == step and name in record for record in self._records())
+
+    def latest(self, name: str) -> float | None:
+        """The newest value of a figure; None if there is none."""
+        found = [record[name] for record in self._records() if name in record]
+        return found[-1] if found else None
+
+    def _records(self) -> list[Record]:
+        return read_records(self.path) if self.path.exists() else []
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def console_line(values: Record) -> str:
+    """The record as the console shows it: known figures in a fixed order, then the balance."""
+    parts = [
+        f"{label} {values[name]:{form}}"
+        for name, (label, form) in _CONSOLE.items()
+        if name in values
+    ]
+    balance = [f"{value:.3f}" for name, value in values.items() if _BALANCE.fullmatch(name)]
+    if balance:
+        parts.append(f"balance {' '.join(balance)}")
+    return " | ".join(parts)
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a metrics.jsonl; ValueError names file and line of a broken one."""
+    records = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                is_record = type(record["step"]) is int and all(
+                    _is_figure(name, value) for name, value in record.items()
+                )
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                is_record = False
+            if not is_record:
+                shown = line.strip()[:80].decode(errors="replace")
+                raise ValueError(f"{path}:{number}: not a record of a run: {shown!r}")
+            records.append(record)
+    return records
+
+
+def _is_figure(name: str, value: object) -> bool:
+    if LISTS.fullmatch(name):
+        return isinstance(value, list) and all(map(_is_number, value))
+    return _is_number(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Keeps the records up to and including `step`; a last line cut short by a crash goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
+            break
+        kept.append(line + b"\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+
+
+def _bars(heights: list[float]) -> dict[str, float | list[float]]:
+    """A histogram for TensorBoard whose bar number i is as high as `heights[i]`."""
+    centres = range(len(heights))
+    return {
+        "min": -0.5,
+        "max": len(heights) - 0.5,
+        "num": sum(heights),
+        "sum": sum(i * height for i, height in zip(centres, heights, strict=True)),
+        "sum_squares": sum(i * i * height for i, height in zip(centres, heights, strict=True)),
+        "bucket_limits": [i + 0.5 for i in centres],
+        "bucket_counts": heights,
+    }
+
+
+def _for_wandb(values: Record) -> dict[str, object]:
+    """Lists as histograms, with one bar for each of their numbers."""
+    import wandb
+
+    return {
+        name: wandb.Histogram(np_histogram=(value, list(range(len(value) + 1))))
+        if isinstance(value, list)
+        else value
+        for name, value in values.items()
+    }
+
+
+def check_wandb(log: LogSettings) -> None:
+    """Raise ValueError if Weights & Biases is asked for and not installed."""
+    if log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"log.wandb_project={log.wandb_project!r} needs the package wandb: `pip install wandb`"
+        )
+
+
+def _start_wandb(log: LogSettings, config: dict[str, object]):
+    import wandb
+
+    return wandb.init(project=log.wandb_project, name=log.wandb_name, dir=log.dir, config=config)

@@ -1,0 +1,55 @@
+"""What a run says when a device has no memory left: where, and which settings take less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_coe.config.run_config import Settings
+from megatron_coe.config.validation import data_parallel_size, world_size
+from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
+from megatron_coe.fault_tolerance.heartbeat import Activity
+from megatron_coe.planning.layout_search import RECOMPUTE
+
+_SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_ADVICE = " If reserved but unallocated memory"  # torch's own, about fragmentation
+
+
+@contextmanager
+def explained(settings: Settings, activity: Activity) -> Iterator[None]:
+    """Raise DeviceMemoryError for an error of torch's that means that a device is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _SIGNS):
+            raise
+        said = " ".join(str(error).partition(_ADVICE)[0].split())
+        raise DeviceMemoryError(
+            f"out of memory in {activity}: {said.rstrip('.')}. What takes less: "
+            + "; ".join(remedies(settings))
+        ) from error
+
+
+def remedies(settings: Settings) -> list[str]:
+    """Settings that lower the memory of a rank, the cheapest first: those that are not set yet."""
+    train, parallel = settings.train, settings.parallel
+    found = []
+    if train.micro_batch_size > 1:
+        found.append(f"train.micro_batch_size={train.micro_batch_size // 2}, with the same result")
+    if not parallel.use_distributed_optimizer and data_parallel_size(settings, world_size()) > 1:
+        found.append("parallel.use_distributed_optimizer=true")
+    stronger = {None: ("moe_act", "full"), "selective": ("full",)}
+    for name in stronger.get(settings.model.get("recompute_granularity"), ()):
+        found.append(
+            " ".join(f"model.{key}={_text(value)}" for key, value in RECOMPUTE[name].items())
+        )
+    found.append(
+        "more ranks to a replica (tools/plan.py ranks the layouts of a number of GPUs by memory "
+        "and time)"
+    )
+    found.append("a shorter model.seq_length")
+    return found
+
+
+def _text(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)

@@ -1,0 +1,139 @@
+"""What is reported of a training step; `docs/metrics.md` defines every figure."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+import torch.distributed as dist
+
+from megatron_coe.config.run_config import TrainSettings
+from megatron_coe.distributed.setup import Trainee
+from megatron_coe.model.config import CoEConfig
+from megatron_coe.model.moe.aux_loss import collect_balance
+from megatron_coe.model.moe.expert_usage import usage
+from megatron_coe.model.moe.routing_stats import RoutingTally
+from megatron_coe.planning.hardware import peak_flops
+from megatron_coe.training.metrics_logger import Record
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a training step leaves to be reported."""
+
+    loss: float
+    """Per valid token of the global batch."""
+    lr: float
+    grad_norm: float
+    grad_norms: Mapping[str, float]
+    """Of each group of parameters; empty where the step is not to be reported."""
+    seconds: float
+    skipped: str | None = None
+    """Why nothing was updated."""
+
+
+class Gauges:
+    """Reads a training step's figures, the same on every rank.
+
+    Args:
+        microbatches: of a step, per rank.
+    """
+
+    def __init__(
+        self, trainee: Trainee, train: TrainSettings, microbatches: int, device: torch.device
+    ) -> None:
+        self._provider, self._microbatches, self._device = trainee.provider, microbatches, device
+        self._tokens = train.global_batch_size * trainee.provider.seq_length
+        self._tally = RoutingTally(trainee.provider, trainee.chunks, device)
+        self._is_tallied = False
+
+    def watching(self, enabled: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward passes of a step that is to be reported."""
+        self._is_tallied = enabled
+        return self._tally.counting() if enabled else nullcontext()
+
+    def read(self, step: StepFigures) -> Record:
+        """Of the latest step, which has updated the weights. A collective."""
+        record = {"train_loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
+        record |= {f"grad_norm/{group}": norm for group, norm in step.grad_norms.items()}
+        record |= self._speed(step.seconds)
+        record["memory_peak_bytes"] = memory_peak(self._device)
+        balance = collect_balance(self._provider, self._microbatches, self._device)
+        layers = coe_layers(self._provider)
+        for loss, value_CL in balance.items():
+            record |= _by_layer(f"balance/{loss}", value_CL.T[layers].tolist(), layers)
+        if self._is_tallied:
+            record |= routing_figures(self._tally.collect(), self._provider)
+        return record
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Of all ranks together; MFU is each device's share of its peak."""
+        flops = self._tokens * self._provider.flops_per_token(self._provider.seq_length)
+        record = {
+            "step_seconds": seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "flops_per_second": flops / seconds,
+        }
+        if self._device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(self._device))
+            if peak is not None:
+                record["mfu"] = flops / seconds / (peak * dist.get_world_size())
+        return record
+
+
+def routing_figures(table_LCN1: torch.Tensor, config: CoEConfig) -> Record:
+    """Loads, how even they are, and confidences, of what `RoutingTally` has collected."""
+    layers = coe_layers(config)
+    counts_LCN = table_LCN1[layers, :, :-1].numpy()
+    tokens_LC = counts_LCN.sum(axis=-1) / config.moe_router_topk
+    used_LC = [[usage(counts_N) for counts_N in counts_CN] for counts_CN in counts_LCN]
+    record: Record = {
+        f"load/iteration_{t}/layer_{layer + 1}": (counts / counts.sum()).round(6).tolist()
+        for layer, counts_CN in zip(layers, counts_LCN, strict=True)
+        for t, counts in enumerate(counts_CN, start=1)
+    }
+    for name, figure in (
+        ("load_entropy", "entropy"),
+        ("load_max_over_mean", "max_over_mean"),
+        ("dead_experts", "dead"),
+    ):
+        values_LC = [[getattr(used, figure) for used in used_C] for used_C in used_LC]
+        record |= _by_layer(name, values_LC, layers)
+    confidence_LC = table_LCN1[layers, :, -1].numpy() / tokens_LC
+    return record | _by_layer("router_confidence", confidence_LC.tolist(), layers)
+
+
+def coe_layers(config: CoEConfig) -> list[int]:
+    """Their numbers, counted from 0; layers of multi-token prediction follow the decoder's."""
+    pattern = [*config.moe_layer_pattern]
+    pattern += pattern[-1:] * (config.mtp_num_layers or 0)
+    return [layer for layer, is_moe in enumerate(pattern) if is_moe]
+
+
+def _by_layer(name: str, values_LC: list[list[float]], layers: list[int]) -> dict[str, float]:
+    """A figure of each iteration: its mean over the CoE layers, then layer by layer."""
+    record = {}
+    for t, values_L in enumerate(zip(*values_LC, strict=True), start=1):
+        record[f"{name}/iteration_{t}"] = mean(values_L)
+        for layer, value in zip(layers, values_L, strict=True):
+            record[f"{name}/iteration_{t}/layer_{layer + 1}"] = value
+    return record
+
+
+def memory_peak(device: torch.device) -> int:
+    """Bytes of the rank with the most: on a GPU what torch had allocated at most since the last
+    call, on a CPU the most that the process ever held resident. A collective."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    most = torch.tensor(peak, dtype=torch.int64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)

@@ -1,0 +1,221 @@
+"""Settings: what is read, what wins, and how a mistake is answered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_coe.config.run_config import Settings, load_settings
+from megatron_coe.config.validation import check_layout, check_values, num_microbatches
+
+GROWING = "model:\n  a0: some text\n" + "".join(
+    f"  a{number + 1}: '{f'${{model.a{number}}}' * 9}'\n" for number in range(7)
+)
+"""References to references: nine times as long at each."""
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_settings(path, overrides)
+    return str(caught.value)
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    write(tmp_path, "base.yaml", "train: {steps: 7, lr: 1e-3}\nmodel: {num_layers: 4, a: 1}")
+    write(tmp_path, "sub/middle.yaml", "extends: ../base.yaml\ntrain: {steps: 8, seed: 5}")
+    top = write(tmp_path, "top.yaml", "extends: sub/middle.yaml\nmodel: {num_layers: 6}")
+    settings = load_settings(top, ["train.seed=9", "model.moe_layer_freq=[0, 1]", "data.train=[x]"])
+    assert (settings.train.steps, settings.train.lr, settings.train.seed) == (8, 1e-3, 9)
+    assert settings.model == {"num_layers": 6, "a": 1, "moe_layer_freq": [0, 1]}
+    assert settings.data.train == ["x"]
+    assert settings.train.micro_batch_size == Settings().train.micro_batch_size
+
+
+def test_folders_follow_the_name_of_the_file_unless_given(tmp_path):
+    path = write(tmp_path, "mine.yaml", "{}")
+    settings = load_settings(path)
+    assert settings.log.dir == "runs/mine"
+    assert settings.checkpoint.save == "runs/mine/checkpoints"
+    moved = load_settings(path, ["log.dir=elsewhere", "checkpoint.save=null"])
+    assert (moved.log.dir, moved.checkpoint.save) == ("elsewhere", None)
+
+
+def test_saved_settings_read_back_the_same(tmp_path):
+    path = write(tmp_path, "a.yaml", "model: {moe_layer_freq: [0, 1], q_lora_rank: null, x: 1e-6}")
+    settings = load_settings(path, ["log.profile_steps=[2, 3]", "data.train_weights=[1, 2.5]"])
+    again = load_settings(write(tmp_path, "b.yaml", settings.to_yaml()))
+    assert again == settings
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.stepz=1", "unknown key 'train.stepz'; did you mean 'steps'?"),
+        ("trane.steps=1", "unknown key 'trane'; did you mean 'train'?"),
+        ("parallel.zzz=1", "unknown key 'parallel.zzz'"),
+        ("train.optimizer_cpu_offload=true", "'train.optimizer_cpu_offload' is not offered: "),
+        ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted"),
+        ("train.steps=1.5", "train.steps: Value '1.5' of type 'float' could not be converted"),
+        ("train.lr=true", "train.lr: Value 'True' of type 'bool' could not be converted"),
+        ("train.seed=null", "train.seed: Incompatible value 'None' for field of type 'int'"),
+        ("data.mode=pact", "data.mode='pact': must be one of 'packed', 'examples'"),
+        ("data.train=x", "data.train: Invalid value assigned"),
+        ("train.steps.x=3", "train.steps: Value"),
+        ("train=3", "must have the form section.key=value"),
+        ("train.steps", "must have the form section.key=value"),
+        ("model.x=[1", "override 'model.x=[1'"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path, override, expected):
+    message = refused(write(tmp_path, "a.yaml", "{}"), override)
+    assert message.startswith(f"override {override!r}: ")
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {steps: 1, stpes: 2}", "unknown key 'train.stpes'; did you mean 'steps'?"),
+        ("train: {steps: [1]}", "train.steps: Value"),
+        ("train: 3", "Merge error"),
+        ("model: 3", "model: Cannot assign int"),
+        ("- 1", "must hold sections"),
+        ("train: {steps: 1", "not valid YAML"),
+        ("a: b: c", "not valid YAML"),
+        ("extends: [a, b]", "'extends' must be the path of one file"),
+        ("checkpoint: {save: '${log.nowhere}/x'}", "Interpolation key"),
+        ("train: !!python/object/apply:os.system ['true']", "refused by OmegaConf"),
+        ("[" * 60, "nested more than 50 deep"),
+        ("[" * 100_000, "nest"),  # by PyYAML's own limit, where it has one
+        ("# " + "x" * (1 << 20), "no file of settings"),
+        ("17", "must hold sections"),
+        ("log: {dir: '${oc.env:HOME}'}", "log.dir='${oc.env:HOME}': only other settings"),
+        ("log: {dir: '${${log.wandb_name}:HOME}'}", "only other settings"),
+        ("log: {dir: '${log.dir}/x'}", "log.dir -> log.dir: references go in a circle"),
+        (GROWING, "more than 65,536 characters long"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, expected):
+    path = write(tmp_path, "a.yaml", text)
+    message = refused(path)
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+
+
+def test_more_values_than_omegaconf_takes_are_not_called_invalid(tmp_path):
+    """It reads 10,000 nodes, aliases counted as often as they stand."""
+    many = "model: {x: [" + "1, " * 10_000 + "]}"
+    aliases = "model: {a: &a [" + "1, " * 500 + "], b: [" + "*a, " * 50 + "]}"
+    for text in (many, aliases):
+        message = refused(write(tmp_path, "a.yaml", text))
+        assert "refused by OmegaConf: YAML" in message
+        assert "not valid" not in message
+    few = "model: {x: [" + "1, " * 9_000 + "]}"
+    assert len(load_settings(write(tmp_path, "a.yaml", few)).model["x"]) == 9_000
+
+
+def test_the_file_at_fault_is_named_not_the_one_that_extends_it(tmp_path):
+    base = write(tmp_path, "base.yaml", "train: {stepz: 1}")
+    top = write(tmp_path, "top.yaml", "extends: base.yaml")
+    assert refused(top).startswith(f"{base}: ")
+
+
+def test_a_circle_of_extends_is_refused(tmp_path):
+    first = write(tmp_path, "a.yaml", "extends: b.yaml")
+    write(tmp_path, "b.yaml", "extends: ./a.yaml")
+    assert "goes round in a circle" in refused(first)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match=r"gone\.yaml"):
+        load_settings(tmp_path / "gone.yaml")
+    with pytest.raises(OSError, match=r"gone\.yaml"):
+        load_settings(write(tmp_path, "a.yaml", "extends: gone.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "expected"),
+    [
+        ("train", "steps", 0, "train.steps=0: must be greater than 0"),
+        ("train", "stop_step", 0, "train.stop_step=0: must be greater than 0"),
+        ("train", "micro_batch_size", -1, "train.micro_batch_size=-1"),
+        ("train", "lr", float("nan"), "train.lr=nan: must be a finite number"),
+        ("train", "weight_decay", float("inf"), "train.weight_decay=inf: must be a finite number"),
+        ("train", "min_lr", 1.0, "train.min_lr=1.0 must not exceed train.lr"),
+        ("train", "adam_beta2", 1.0, r"train.adam_beta2=1.0: give a number in \[0, 1\)"),
+        ("train", "lr_warmup_fraction", 1.0, "train.lr_warmup_fraction=1.0"),
+        ("train", "lr_warmup_steps", -1, "train.lr_warmup_steps=-1: must be 0 or more"),
+        ("train", "lr_warmup_steps", 1000, "train.lr_warmup_steps=1000 must be less than train.st"),
+        ("checkpoint", "keep", 0, "checkpoint.keep=0"),
+        ("checkpoint", "save_interval", -1, "checkpoint.save_interval=-1: must be 0 or more"),
+        ("parallel", "tensor_model_parallel_size", 0, "parallel.tensor_model_parallel_size=0"),
+        ("log", "profile_steps", [3, 2], r"log.profile_steps=\[3, 2\]"),
+        ("log", "profile_steps", [3], r"log.profile_steps=\[3\]"),
+        ("data", "train_weights", [1.0], r"1 value\(s\) for the 0 set\(s\)"),
+    ],
+)
+def test_values_out_of_range_are_named(section, name, value, expected):
+    settings = Settings()
+    setattr(getattr(settings, section), name, value)
+    with pytest.raises(ValueError, match=expected):
+        check_values(settings)
+
+
+def test_weights_leave_something_to_read():
+    settings = Settings()
+    settings.data.train = ["a", "b"]
+    for weights in ([1.0, -1.0], [0.0, 0.0]):
+        settings.data.train_weights = weights
+        with pytest.raises(ValueError, match="each must be 0 or more, and one of them greater"):
+            check_values(settings)
+    settings.data.train_weights = [1.0, 0.0]
+    check_values(settings)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "train", "expected"),
+    [
+        (3, {"tensor_model_parallel_size": 2}, {}, "does not divide the number of processes, 3"),
+        (4, {"expert_model_parallel_size": 3}, {}, r"expert_model_parallel_size \(3\)"),
+        (
+            4,
+            {"tensor_model_parallel_size": 2, "sequence_parallel": False},
+            {},
+            "parallel.sequence_parallel=false",
+        ),
+        (1, {"overlap_param_gather": True}, {}, "use_distributed_optimizer=true"),
+        (2, {}, {"global_batch_size": 6, "micro_batch_size": 2}, "global_batch_size=6"),
+        (1, {"virtual_pipeline_model_parallel_size": 2}, {}, "pipeline_model_parallel_size > 1"),
+        (8, {"expert_model_parallel_size": 8}, {}, r"num_moe_experts=63.*legal sizes are 1, 3, 7,"),
+        (
+            2,
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            {"global_batch_size": 3},
+            r"number of micro-batches \(3\)",
+        ),
+    ],
+)
+def test_layouts_that_cannot_be_are_named(world_size, layout, train, expected):
+    settings = Settings(model={"num_moe_experts": 63})
+    for section, values in ((settings.parallel, layout), (settings.train, train)):
+        for name, value in values.items():
+            setattr(section, name, value)
+    with pytest.raises(ValueError, match=expected):
+        check_layout(settings, world_size)
+
+
+def test_micro_batches_of_a_replica():
+    settings = Settings()
+    settings.parallel.tensor_model_parallel_size = 2
+    settings.train.global_batch_size, settings.train.micro_batch_size = 24, 3
+    check_layout(settings, world_size=8)
+    assert num_microbatches(settings, world_size=8) == 2  # 4 replicas x 3 sequences x 2

@@ -1,0 +1,128 @@
+"""Reports: records on disk, on the console, and after a resume."""
+
+from __future__ import annotations
+
+import io
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from megatron_coe.config.run_config import LogSettings
+from megatron_coe.training.metrics_logger import (
+    Reporter,
+    check_wandb,
+    console_line,
+    drop_records_after,
+    read_records,
+)
+
+
+def test_records_go_to_file_console_and_tensorboard(tmp_path):
+    stream = io.StringIO()
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 0, {}, stream)
+    reporter.record(1, {"train_loss": 2.5, "lr": 1e-3})
+    reporter.record(10, {"train_loss": 2.0, "valid_loss": 2.25})
+    reporter.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train_loss": 2.5, "lr": 1e-3},
+        {"step": 10, "train_loss": 2.0, "valid_loss": 2.25},
+    ]
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "step  1/20 | loss 2.5000 | lr 1.000e-03",
+        "step 10/20 | loss 2.0000 | valid loss 2.2500",
+    ]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_terminal_gets_a_progress_bar_and_the_same_lines(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 5, {}, stream)
+    for step in range(6, 21):
+        reporter.advance()
+        if step == 10:
+            reporter.record(10, {"train_loss": 2.0})
+    reporter.close()
+    assert "step 10/20 | loss 2.0000\n" in stream.getvalue()
+    assert " 5/20 " in stream.getvalue() and " 20/20 " in stream.getvalue()
+
+
+def test_the_console_shows_balance_by_iteration_but_not_by_layer():
+    line = console_line(
+        {
+            "balance/seq_aux_loss/iteration_1": 1.0625,
+            "balance/seq_aux_loss/iteration_1/layer_1": 9.0,
+            "balance/seq_aux_loss/iteration_2": 1.25,
+            "tokens_per_second": 12345.6,
+        }
+    )
+    assert line == "tokens/s 12,346 | balance 1.062 1.250"
+
+
+def test_a_resume_drops_what_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 5, 10, 15)) + '{"step": 2')
+    Reporter(LogSettings(dir=str(tmp_path)), 20, 10, {}, io.StringIO()).close()
+    assert [record["step"] for record in read_records(path)] == [1, 5, 10]
+    drop_records_after(path, 0)
+    assert read_records(path) == []
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record"):
+        read_records(path)
+    drop_records_after(path, 7)
+    assert read_records(path) == [{"step": 1}]
+
+
+def test_loads_are_lists_and_bars(tmp_path):
+    """Bar number i of TensorBoard's histogram is expert i, as high as its load."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    load, name = [0.5, 0.0, 0.3, 0.2], "load/iteration_2/layer_1"
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 0, {}, io.StringIO())
+    reporter.record(7, {name: load, "load_entropy/iteration_2": 0.75})
+    reporter.close()
+    assert read_records(reporter.path) == [
+        {"step": 7, name: load, "load_entropy/iteration_2": 0.75}
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (histogram,) = events.Histograms(name)
+    assert histogram.step == 7
+    assert histogram.histogram_value.bucket == load
+    assert histogram.histogram_value.bucket_limit == [0.5, 1.5, 2.5, 3.5]
+    assert events.Scalars("load_entropy/iteration_2")[0].value == 0.75
+
+
+@pytest.mark.parametrize(
+    "figure",
+    ['"train_loss": [2]', '"load/x": 1', '"load/x": ["1"]', '"load/x": [[1]]', '"lr": null'],
+)
+def test_figures_of_the_wrong_kind_are_refused(tmp_path, figure):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "load/x": [1, 0.5]}\n{"step": 2, ' + figure + "}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record"):
+        read_records(path)
+
+
+def test_the_newest_value_of_a_figure(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "seconds": 3}\n{"step": 2, "seconds": 5}\n{"step": 3}\n')
+    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 2, {}, io.StringIO())
+    assert (reporter.latest("seconds"), reporter.latest("lr")) == (5, None)
+    reporter.close()
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_asked_for_but_missing_is_explained():
+    log = LogSettings(wandb_project="p")
+    with pytest.raises(ValueError, match=r"log\.wandb_project='p' needs the package wandb"):
+        check_wandb(log)

@@ -1,0 +1,87 @@
+"""What is written is durable, hashed as it lies on the disk, and fails aloud."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_coe.utils.fsynced import (
+    FileFacts,
+    HashedFile,
+    facts_of,
+    in_background,
+    replace_file,
+    write_file,
+)
+
+
+def test_the_facts_are_those_of_the_bytes_on_disk(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(size, generator=generator) for size in (3, 100_000, 1_500_000)]
+    tensors.append(torch.zeros(0))
+    file = HashedFile(tmp_path / "file")
+    for tensor in tensors:
+        file.expect(tensor.reshape(-1).view(torch.uint8).numpy())
+        torch.save(tensor, file)
+    file.write(b"end")
+    assert file.tell() == (tmp_path / "file").stat().st_size
+    facts = file.close()
+    content = (tmp_path / "file").read_bytes()
+    assert facts == FileFacts(len(content), hashlib.sha256(content).hexdigest())
+    assert facts == facts_of(tmp_path / "file")
+
+
+def test_memory_that_was_not_announced_may_change_at_once(tmp_path):
+    """Only what is announced is hashed later on; all else is copied."""
+    announced, other = np.zeros(1 << 22, np.uint8), np.ones(1 << 22, np.uint8)
+    file = HashedFile(tmp_path / "file")
+    file.expect(announced)
+    file.write(announced)
+    file.write(other)
+    file.write(announced[1:])  # the same memory, not all of it
+    other[:] = 7
+    assert file.close() == facts_of(tmp_path / "file")
+
+
+def test_without_hash_there_is_none(tmp_path):
+    file = HashedFile(tmp_path / "file", hashed=False)
+    file.write(b"abc")
+    assert file.close() == FileFacts(3, "")
+
+
+def test_a_full_disk_is_an_os_error_even_through_torch():
+    """torch.save says that something is wrong with its archive; what it was is kept."""
+    file = HashedFile(Path("/dev/full"))
+    with pytest.raises(Exception):  # noqa: B017 (torch's own error, whatever it is)
+        torch.save(torch.ones(100), file)
+    assert file.error is not None
+    assert file.error.errno == errno.ENOSPC
+    file.abandon()
+
+
+def test_a_file_is_replaced_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    replace_file(path, b"one")
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(real(descriptor)))
+    replace_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+    assert len(synced) == 2, "the content, then the name"
+
+
+def test_small_files_have_their_facts(tmp_path):
+    assert write_file(tmp_path / "small", b"content") == facts_of(tmp_path / "small")
+
+
+def test_an_error_in_the_background_comes_back():
+    with pytest.raises(ZeroDivisionError):
+        in_background(lambda: 1 // 0).result()
+    assert in_background(max, 3, 5).result() == 5
