@@ -19,7 +19,6 @@ INDEX_CACHE = "megatron_coe/data/index_cache.py"
 OBJECTIVE = "megatron_coe/training/loss.py"
 SETUP = "megatron_coe/distributed/setup.py"
 PATCHES = "megatron_coe/megatron_compat/patches.py"
-BENCHMARK = "megatron_coe/benchmark/"
 LOOP = "megatron_coe/training/trainer.py"
 SIGNALS = "megatron_coe/fault_tolerance/signals.py"
 TORCH = "megatron_coe/model/backends/torch.py"
@@ -28,8 +27,6 @@ WEIGHT_INIT = "megatron_coe/model/weight_init.py"
 ROUTING = "megatron_coe/analysis/routing.py"
 DEPENDENCE = "megatron_coe/analysis/mutual_information.py"
 COLLECT = "megatron_coe/analysis/collect.py"
-EXPERIMENTS = "megatron_coe/experiments/"
-CHECKPOINTS = "megatron_coe/checkpoint/"
 
 OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
 OF_LAYER = ("tests/unit/model/moe/test_layer.py",)
@@ -80,28 +77,28 @@ class Fault:
 FAULTS = [
     Fault(
         "stock layer timed with an iteration too few",
-        BENCHMARK + "layers.py",
+        "megatron_coe/benchmark/layers.py",
         "for _ in range(self.iterations):",
         "for _ in range(self.iterations - 1):",
         OF_BENCHMARK,
     ),
     Fault(
         "one arm always runs first",
-        BENCHMARK + "timing.py",
+        "megatron_coe/benchmark/timing.py",
         "first = index % len(arms)",
         "first = 0",
         OF_BENCHMARK,
     ),
     Fault(
         "backward pass counted as forward",
-        BENCHMARK + "phases.py",
+        "megatron_coe/benchmark/phases.py",
         "seconds[phase][backward] += own_us / 1e6",
         "seconds[phase][False] += own_us / 1e6",
         OF_BENCHMARK,
     ),
     Fault(
         "experts' FLOPs without the gate",
-        BENCHMARK + "layers.py",
+        "megatron_coe/benchmark/layers.py",
         "return 6 * rows * ffn_params(config, config.moe_ffn_hidden_size)",
         "return 6 * rows * 2 * config.hidden_size * config.moe_ffn_hidden_size",
         OF_BENCHMARK,
@@ -552,42 +549,42 @@ FAULTS = [
     ),
     Fault(
         "a manifest's hashes are not compared",
-        CHECKPOINTS + "manifest.py",
+        "megatron_coe/checkpoint/manifest.py",
         "if facts_of(folder / name) != manifest.files[name]:",
         "if facts_of(folder / name).size != manifest.files[name].size:",
         OF_RESUMING,
     ),
     Fault(
         "a manifest may belong to another step",
-        CHECKPOINTS + "verify.py",
+        "megatron_coe/checkpoint/verify.py",
         "if manifest.step != step:",
         "if False:",
         OF_RESUMING,
     ),
     Fault(
         "what a manifest does not list is read all the same",
-        CHECKPOINTS + "verify.py",
+        "megatron_coe/checkpoint/verify.py",
         "needed - manifest.files.keys()",
         "set()",
         OF_RESUMING,
     ),
     Fault(
         "a checkpoint's name is given before its files are durable",
-        CHECKPOINTS + "durable.py",
+        "megatron_coe/utils/fsynced.py",
         "os.fsync(self._file.fileno())",
         "self._file.fileno()",
         OF_SAVING,
     ),
     Fault(
         "bad checkpoints of a later step count among the newest",
-        CHECKPOINTS + "folder.py",
+        "megatron_coe/checkpoint/directory.py",
         "if step_of(path) > step:",
         "if False:",
         OF_FOLDERS,
     ),
     Fault(
         "checkpoints that cannot be loaded count among the newest",
-        CHECKPOINTS + "folder.py",
+        "megatron_coe/checkpoint/directory.py",
         "elif is_loadable(path):",
         "else:",
         OF_FOLDERS,
@@ -615,49 +612,49 @@ FAULTS = [
     ),
     Fault(
         "more properties of a tensor than are known are dropped unseen",
-        CHECKPOINTS + "trust.py",
+        "megatron_coe/checkpoint/safe_unpickle.py",
         "if len(state) > max(known, 6):",
         "if False:",
         OF_VERSIONS,
     ),
     Fault(
         "one form of the format file is refused",
-        CHECKPOINTS + "trust.py",
+        "megatron_coe/checkpoint/safe_unpickle.py",
         "if content not in (FORMAT, FORMAT | _COMMON_FORMAT):",
         "if content != FORMAT:",
         OF_VERSIONS,
     ),
     Fault(
         "a damaged index is read by ranks that have not compared it",
-        CHECKPOINTS + "verify.py",
+        "megatron_coe/checkpoint/verify.py",
         "part, parts, (INDEX_FILE, COMMON_FILE, FORMAT_FILE))",
         "part, parts)",
         OF_VERSIONS,
     ),
     Fault(
         "a checkpoint whose replacement has not got its name is lost",
-        CHECKPOINTS + "folder.py",
+        "megatron_coe/checkpoint/directory.py",
         "            removed.rename(final)",
         "            pass",
         OF_FOLDERS,
     ),
     Fault(
         "objects of a checkpoint are unpickled whatever they are",
-        CHECKPOINTS + "trust.py",
+        "megatron_coe/checkpoint/safe_unpickle.py",
         'torch.load(file, map_location="cpu", weights_only=True)',
         'torch.load(file, map_location="cpu", weights_only=False)',
         OF_RESUMING,
     ),
     Fault(
         "what is inside an extra state is not looked at",
-        CHECKPOINTS + "trust.py",
+        "megatron_coe/checkpoint/safe_unpickle.py",
         "if _EXTRA_STATE in key:",
         "if False:",
         OF_RESUMING,
     ),
     Fault(
         "any memory of the same size is taken for the announced",
-        CHECKPOINTS + "durable.py",
+        "megatron_coe/utils/fsynced.py",
         "return np.frombuffer(view, np.uint8).ctypes.data == steady.ctypes.data",
         "return True",
         ("tests/unit/utils/test_fsynced.py",),
@@ -826,49 +823,49 @@ FAULTS = [
     ),
     Fault(
         "a certain loss counts as undecided",
-        EXPERIMENTS + "claims.py",
+        "megatron_coe/experiments/claims.py",
         "elif interval.low > bound:",
         "elif interval.high > bound + 1:",
         OF_EXPERIMENTS,
     ),
     Fault(
         "a margin of nothing",
-        EXPERIMENTS + "claims.py",
+        "megatron_coe/experiments/claims.py",
         "bound = MARGIN * sum(reference) / len(reference)",
         "bound = 0 * sum(reference) / len(reference)",
         OF_EXPERIMENTS,
     ),
     Fault(
         "a standard deviation for a standard error",
-        EXPERIMENTS + "intervals.py",
+        "megatron_coe/experiments/intervals.py",
         "* deviation / math.sqrt(count)",
         "* deviation",
         OF_EXPERIMENTS,
     ),
     Fault(
         "controls decide",
-        EXPERIMENTS + "claims.py",
+        "megatron_coe/experiments/claims.py",
         "for finding in findings if not finding.control]",
         "for finding in findings]",
         OF_EXPERIMENTS,
     ),
     Fault(
         "deeper models keep the others' layers",
-        EXPERIMENTS + "scales.py",
+        "megatron_coe/experiments/scales.py",
         'preset.model["num_layers"] * self.layers // _PAPER_LAYERS',
         "self.layers",
         ("tests/unit/experiments/test_plans.py",),
     ),
     Fault(
         "all seeds are one",
-        EXPERIMENTS + "scales.py",
+        "megatron_coe/experiments/scales.py",
         "settings.train.seed = seed",
         "settings.train.seed = settings.train.seed",
         ("tests/unit/experiments/test_plans.py",),
     ),
     Fault(
         "a run of other settings is taken for this one",
-        EXPERIMENTS + "running.py",
+        "megatron_coe/experiments/running.py",
         "if before != now:",
         "if not before:",
         ("tests/functional/test_run_experiment.py",),
@@ -896,7 +893,7 @@ FAULTS = [
     ),
     Fault(
         "a checkpoint is deleted whose settings the command names",
-        CHECKPOINTS + "folder.py",
+        "megatron_coe/checkpoint/directory.py",
         "if is_between and path.resolve() not in holding:",
         "if is_between:",
         OF_SAVING,
@@ -910,14 +907,14 @@ FAULTS = [
     ),
     Fault(
         "a tokenizer of other ids is taken",
-        CHECKPOINTS + "tokenizer.py",
+        "megatron_coe/checkpoint/tokenizer.py",
         "if path != own and (difference",
         "if False and (difference",
         OF_CARRIED,
     ),
     Fault(
         "a file is added to a checkpoint's tokenizer unseen",
-        CHECKPOINTS + "manifest.py",
+        "megatron_coe/checkpoint/manifest.py",
         "return is_carried or name",
         "return name",
         OF_CARRIED,
