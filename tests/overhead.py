@@ -48,8 +48,8 @@ def main() -> None:
     options = parser.parse_args()
     import torch  # only now: takes seconds
 
-    from megatron_coe.benchmark.scale import SCALES, preset_settings
-    from megatron_coe.benchmark.steps import build_step
+    from benchmarks.scale import SCALES, preset_settings
+    from benchmarks.steps import build_step
     from megatron_coe.config.run_config import LogSettings
     from megatron_coe.distributed import setup
     from megatron_coe.model import backends

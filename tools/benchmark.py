@@ -36,9 +36,9 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_coe.benchmark import report
-    from megatron_coe.benchmark.subjects import ALL
-    from megatron_coe.benchmark.subjects import SUBJECTS as MEASURE
+    from benchmarks import report
+    from benchmarks.subjects import ALL
+    from benchmarks.subjects import SUBJECTS as MEASURE
     from megatron_coe.config.run_config import ParallelSettings
     from megatron_coe.distributed import setup
     from megatron_coe.model import backends
@@ -146,8 +146,8 @@ def parse() -> argparse.Namespace:
 
 def bench_of(options: argparse.Namespace, device):
     """Sizes and counts as the options and the machine say."""
-    from megatron_coe.benchmark.scale import SCALES
-    from megatron_coe.benchmark.subjects import Bench
+    from benchmarks.scale import SCALES
+    from benchmarks.subjects import Bench
 
     on_gpu = device.type == "cuda"
     scale = SCALES[options.scale or ("paper" if on_gpu else "cpu")]

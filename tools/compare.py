@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is 
 from megatron_coe.cli.command_line import required, run
 
 with required():
-    from megatron_coe.experiments.comparison import as_table, compare
+    from megatron_coe.analysis.comparison import as_table, compare
 
 
 def main() -> None:

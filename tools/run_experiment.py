@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is 
 from megatron_coe.cli.command_line import required, run
 
 with required():
-    from megatron_coe.experiments.data import Data, Source, make_data
-    from megatron_coe.experiments.plans import EXPERIMENTS
-    from megatron_coe.experiments.scales import SCALES
+    from experiments.data import Data, Source, make_data
+    from experiments.plans import EXPERIMENTS
+    from experiments.scales import SCALES
 
 
 def parse() -> argparse.Namespace:
@@ -67,9 +67,9 @@ def main() -> None:
     folder = options.directory / source.name
     runs_folder = folder / scale.name
     # Beyond here things are imported and made that take seconds.
-    from megatron_coe.experiments.measure import sizes_of
-    from megatron_coe.experiments.report import Outcome, sizes_table, write_report
-    from megatron_coe.experiments.running import Run, last_validation_loss, train
+    from experiments.measure import sizes_of
+    from experiments.report import Outcome, sizes_table, write_report
+    from megatron_coe.analysis.run_jobs import Run, last_validation_loss, train
 
     seeds = list(range(1, options.seeds + 1))
     data = Data.at(folder / "data")

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from megatron_coe.benchmark.memory import footprint
-from megatron_coe.benchmark.phases import measure_phases
-from megatron_coe.benchmark.subjects import ALL
-from megatron_coe.benchmark.synchronisations import count_synchronisations
-from megatron_coe.benchmark.timing import Stopwatch
+from benchmarks.host_syncs import count_synchronisations
+from benchmarks.memory import footprint
+from benchmarks.phases import measure_phases
+from benchmarks.subjects import ALL
+from benchmarks.timing import Stopwatch
 from tests.functional.test_benchmark import benchmark
 
 pytestmark = [

@@ -56,7 +56,7 @@ OF_DATA = ("tests/unit/data/test_datasets.py",)
 OF_INDICES = ("tests/unit/data/test_indexed.py", "tests/unit/data/test_index_cache.py")
 OF_SAVING = ("tests/unit/checkpoint/test_checkpointer.py",)
 OF_RESUMING = ("tests/unit/checkpoint/test_resume.py",)
-OF_BENCHMARK = tuple(f"tests/unit/benchmark/test_{n}.py" for n in ("timing", "layers", "phases"))
+OF_BENCHMARK = tuple(f"tests/unit/benchmarks/test_{n}.py" for n in ("timing", "layers", "phases"))
 OF_FOLDERS = ("tests/unit/checkpoint/test_directory.py",)
 OF_CARRIED = ("tests/unit/checkpoint/test_tokenizer.py",)
 OF_VERSIONS = ("tests/unit/checkpoint/test_versions.py",)
@@ -77,28 +77,28 @@ class Fault:
 FAULTS = [
     Fault(
         "stock layer timed with an iteration too few",
-        "megatron_coe/benchmark/layers.py",
+        "benchmarks/layers.py",
         "for _ in range(self.iterations):",
         "for _ in range(self.iterations - 1):",
         OF_BENCHMARK,
     ),
     Fault(
         "one arm always runs first",
-        "megatron_coe/benchmark/timing.py",
+        "benchmarks/timing.py",
         "first = index % len(arms)",
         "first = 0",
         OF_BENCHMARK,
     ),
     Fault(
         "backward pass counted as forward",
-        "megatron_coe/benchmark/phases.py",
+        "benchmarks/phases.py",
         "seconds[phase][backward] += own_us / 1e6",
         "seconds[phase][False] += own_us / 1e6",
         OF_BENCHMARK,
     ),
     Fault(
         "experts' FLOPs without the gate",
-        "megatron_coe/benchmark/layers.py",
+        "benchmarks/layers.py",
         "return 6 * rows * ffn_params(config, config.moe_ffn_hidden_size)",
         "return 6 * rows * 2 * config.hidden_size * config.moe_ffn_hidden_size",
         OF_BENCHMARK,
@@ -823,59 +823,59 @@ FAULTS = [
     ),
     Fault(
         "a certain loss counts as undecided",
-        "megatron_coe/experiments/claims.py",
+        "experiments/claims.py",
         "elif interval.low > bound:",
         "elif interval.high > bound + 1:",
         OF_EXPERIMENTS,
     ),
     Fault(
         "a margin of nothing",
-        "megatron_coe/experiments/claims.py",
+        "experiments/claims.py",
         "bound = MARGIN * sum(reference) / len(reference)",
         "bound = 0 * sum(reference) / len(reference)",
         OF_EXPERIMENTS,
     ),
     Fault(
         "a standard deviation for a standard error",
-        "megatron_coe/experiments/intervals.py",
+        "megatron_coe/analysis/intervals.py",
         "* deviation / math.sqrt(count)",
         "* deviation",
         OF_EXPERIMENTS,
     ),
     Fault(
         "controls decide",
-        "megatron_coe/experiments/claims.py",
+        "experiments/claims.py",
         "for finding in findings if not finding.control]",
         "for finding in findings]",
         OF_EXPERIMENTS,
     ),
     Fault(
         "deeper models keep the others' layers",
-        "megatron_coe/experiments/scales.py",
+        "experiments/scales.py",
         'preset.model["num_layers"] * self.layers // _PAPER_LAYERS',
         "self.layers",
         ("tests/unit/experiments/test_plans.py",),
     ),
     Fault(
         "all seeds are one",
-        "megatron_coe/experiments/scales.py",
+        "experiments/scales.py",
         "settings.train.seed = seed",
         "settings.train.seed = settings.train.seed",
         ("tests/unit/experiments/test_plans.py",),
     ),
     Fault(
         "a run of other settings is taken for this one",
-        "megatron_coe/experiments/running.py",
+        "megatron_coe/analysis/run_jobs.py",
         "if before != now:",
         "if not before:",
         ("tests/functional/test_run_experiment.py",),
     ),
     Fault(
         "arms in bf16 held to the precision of their fp32 gradients",
-        "megatron_coe/benchmark/agreement.py",
+        "benchmarks/agreement.py",
         "tolerance = TOLERANCES[dtype]",
         "tolerance = TOLERANCES[ours[name].dtype]",
-        ("tests/unit/benchmark/test_measures.py",),
+        ("tests/unit/benchmarks/test_measures.py",),
     ),
     Fault(
         "one router for all iterations counts them together in the global loss",

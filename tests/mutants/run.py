@@ -22,7 +22,10 @@ sys.path.insert(0, str(REPO))
 from tests.mutants.faults import FAULTS, Fault  # noqa: E402
 
 PASSED, FAILED = 0, 1  # pytest's exit statuses; anything else is neither
-COPIED = ("megatron_coe", "tests", "examples", "tools", "pretrain_coe.py", "pyproject.toml")
+COPIED = (
+    *("megatron_coe", "benchmarks", "experiments", "tests", "examples", "tools"),
+    *("pretrain_coe.py", "pyproject.toml"),
+)
 
 
 def run_tests(tree: Path, tests: tuple[str, ...], *more: str) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[3]
-FOLDERS = ("megatron_coe", "tools", "slurm", "examples")
+FOLDERS = ("megatron_coe", "benchmarks", "experiments", "tools", "slurm", "examples")
 SOURCES = [
     REPO / "pretrain_coe.py",
     *(path for folder in FOLDERS for path in sorted((REPO / folder).rglob("*.py"))),

@@ -10,8 +10,7 @@ import statistics
 import pytest
 import torch
 
-from megatron_coe.experiments import intervals
-from megatron_coe.experiments.claims import (
+from experiments.claims import (
     MARGIN,
     Contrast,
     MemorySaving,
@@ -22,10 +21,11 @@ from megatron_coe.experiments.claims import (
     no_worse,
     overall,
 )
-from megatron_coe.experiments.intervals import Interval, spread
-from megatron_coe.experiments.measure import Sizes
-from megatron_coe.experiments.plans import RESIDUAL, Arm, Experiment
-from megatron_coe.experiments.report import Outcome, table, table_csv, verdict, verdict_json
+from experiments.measure import Sizes
+from experiments.plans import RESIDUAL, Arm, Experiment
+from experiments.report import Outcome, table, table_csv, verdict, verdict_json
+from megatron_coe.analysis import intervals
+from megatron_coe.analysis.intervals import Interval, spread
 
 HOLDS, FAILS, UNKNOWN = Verdict.HOLDS, Verdict.FAILS, Verdict.UNKNOWN
 

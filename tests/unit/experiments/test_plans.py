@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.claims import MemorySaving
+from experiments.data import Data
+from experiments.plans import EXPERIMENTS, MEMORY, Arm
+from experiments.scales import PAPER, SCALES, TINY, Scale
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
-from megatron_coe.experiments.claims import MemorySaving
-from megatron_coe.experiments.data import Data
-from megatron_coe.experiments.plans import EXPERIMENTS, MEMORY, Arm
-from megatron_coe.experiments.scales import PAPER, SCALES, TINY, Scale
 from megatron_coe.planning.memory import rank_memory
 from megatron_coe.planning.run_summary import plan_of
 

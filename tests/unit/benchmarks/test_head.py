@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_coe.benchmark.head import FUSED, MEGATRON, random_head
+from benchmarks.head import FUSED, MEGATRON, random_head
 from tests.builders import tiny_provider
 
 pytestmark = pytest.mark.skipif(

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from megatron_coe.benchmark.phases import (
+from benchmarks.phases import (
     GRADIENT_BUFFERS,
     OTHER,
     largest_first,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from megatron_coe.benchmark.layers import BACKWARD, FORWARD
-from megatron_coe.benchmark.timing import Arm, Lap
+from benchmarks.layers import BACKWARD, FORWARD
+from benchmarks.timing import Arm, Lap
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.vocab_padding import fill_padding
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_coe.benchmark.timing import Samples, Spread
+from benchmarks.timing import Samples, Spread
 from megatron_coe.utils.environment import machine as machine_of
 
 

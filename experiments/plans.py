@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_coe.experiments.claims import (
+from experiments.claims import (
     Claim,
     Contrast,
     MemorySaving,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coe.experiments.comparison import as_table, compare
-from megatron_coe.experiments.running import last_validation_loss
+from megatron_coe.analysis.comparison import as_table, compare
+from megatron_coe.analysis.run_jobs import last_validation_loss
 
 
 def test_table_pairs_differences_by_seed() -> None:

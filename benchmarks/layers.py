@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megatron_coe.benchmark.timing import Arm, Lap
+from benchmarks.timing import Arm, Lap
 from megatron_coe.megatron_compat.versions import build_part
 from megatron_coe.model.backends import resolve_backend
 from megatron_coe.model.config import CoEConfig

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.data import Data
+from experiments.plans import Arm
+from megatron_coe.analysis.comparison import run_name
 from megatron_coe.config.run_config import Settings, load_settings
 from megatron_coe.config.validation import check_files_named, check_values
-from megatron_coe.experiments.comparison import run_name
-from megatron_coe.experiments.data import Data
-from megatron_coe.experiments.plans import Arm
 
-PRESETS = Path(__file__).resolve().parents[2] / "examples" / "paper"
+PRESETS = Path(__file__).resolve().parents[1] / "examples" / "paper"
 
 _PAPER_LAYERS = 4
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.claims import Finding, Results, overall
+from experiments.measure import Sizes
+from experiments.plans import Experiment
+from megatron_coe.analysis.comparison import markdown
+from megatron_coe.analysis.intervals import spread
 from megatron_coe.analysis.loss_curves import Group, plot_losses
 from megatron_coe.analysis.plotting import save
 from megatron_coe.analysis.runs import Run
-from megatron_coe.experiments.claims import Finding, Results, overall
-from megatron_coe.experiments.comparison import markdown
-from megatron_coe.experiments.intervals import spread
-from megatron_coe.experiments.measure import Sizes
-from megatron_coe.experiments.plans import Experiment
 from megatron_coe.utils.files import atomic_path
 
 TABLE, TABLE_CSV, PLOT = "table.md", "table.csv", "plot.png"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_coe.benchmark import timing
-from megatron_coe.benchmark.timing import TOTAL, Arm, Spread, interleave, rate, ratio
+from benchmarks import timing
+from benchmarks.timing import TOTAL, Arm, Spread, interleave, rate, ratio
 
 CPU = torch.device("cpu")
 

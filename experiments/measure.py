@@ -7,8 +7,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+from megatron_coe.analysis.run_jobs import server
 from megatron_coe.config.run_config import Settings
-from megatron_coe.experiments.running import server
 
 _EFFICIENCY = 1 / 3
 """Of training, as a share of what a large matrix product reaches: for estimates of time alone."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from megatron_coe.experiments.intervals import Interval
+from megatron_coe.analysis.intervals import Interval
 
 MARGIN = 1 / 60
 """What counts as no difference, as a share of the reference's loss: a quarter of the gain that the

@@ -9,8 +9,8 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
-from megatron_coe.benchmark.phases import GRADIENT_BUFFERS, Target, targets
-from megatron_coe.benchmark.timing import Arm, Lap
+from benchmarks.phases import GRADIENT_BUFFERS, Target, targets
+from benchmarks.timing import Arm, Lap
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings

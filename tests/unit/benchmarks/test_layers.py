@@ -7,8 +7,8 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_coe.benchmark import layers
-from megatron_coe.benchmark.agreement import check_agreement
+from benchmarks import layers
+from benchmarks.agreement import check_agreement
 from tests.builders import tiny_provider
 
 SEQUENCES = 3

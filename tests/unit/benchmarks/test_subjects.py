@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_coe.benchmark.scale import SCALES, preset_settings
-from megatron_coe.benchmark.steps import build_step, share_memory
-from megatron_coe.benchmark.subjects import COE, MOE, Bench, layer, step
+from benchmarks.scale import SCALES, preset_settings
+from benchmarks.steps import build_step, share_memory
+from benchmarks.subjects import COE, MOE, Bench, layer, step
 
 PRESETS = Path(__file__).parents[3] / "examples/paper"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_coe.analysis.intervals import spread
+from megatron_coe.analysis.run_jobs import Run, last_validation_loss, train
 from megatron_coe.config.run_config import load_settings
 from megatron_coe.config.validation import check_files_named, check_values
-from megatron_coe.experiments.intervals import spread
-from megatron_coe.experiments.running import Run, last_validation_loss, train
 
 
 def compare(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_coe.benchmark.timing import Arm, Lap
+from benchmarks.timing import Arm, Lap
 
 SHAPES = (
     # experts, inputs, outputs, rows per expert

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_coe.benchmark import communication, report
-from megatron_coe.benchmark.agreement import check_agreement
-from megatron_coe.benchmark.memory import footprint, storage_bytes
-from megatron_coe.benchmark.synchronisations import count_synchronisations
-from megatron_coe.benchmark.timing import Spread
+from benchmarks import communication, report
+from benchmarks.agreement import check_agreement
+from benchmarks.host_syncs import count_synchronisations
+from benchmarks.memory import footprint, storage_bytes
+from benchmarks.timing import Spread
 from megatron_coe.utils.environment import versions
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_synchronisations_are_counted_where_they_happen():
 
     counts = count_synchronisations(work, CPU)
     assert counts.total() == 4
-    assert all(place.startswith("benchmark/test_measures.py:") for place in counts)
+    assert all(place.startswith("benchmarks/test_measures.py:") for place in counts)
     assert len(counts) == 4
 
 

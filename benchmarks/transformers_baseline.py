@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_coe.benchmark.layers import BACKWARD, FORWARD
-from megatron_coe.benchmark.steps import RandomTokens
-from megatron_coe.benchmark.timing import Arm, Lap
+from benchmarks.layers import BACKWARD, FORWARD
+from benchmarks.steps import RandomTokens
+from benchmarks.timing import Arm, Lap
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion.config import to_deepseek_v2_config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_coe.benchmark.timing import Lap
+from benchmarks.timing import Lap
 from megatron_coe.distributed.setup import Trainee
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_coe.benchmark import foreign, head, kernels, layers, memory, phases, steps
-from megatron_coe.benchmark.agreement import check_agreement
-from megatron_coe.benchmark.communication import exposed_share
-from megatron_coe.benchmark.layers import BACKWARD, FORWARD, PassArm
-from megatron_coe.benchmark.report import Outcome
-from megatron_coe.benchmark.scale import Scale, preset_settings
-from megatron_coe.benchmark.steps import GRADIENTS, PARTS, StepArm
-from megatron_coe.benchmark.synchronisations import count_synchronisations
-from megatron_coe.benchmark.timing import TOTAL, Arm, Samples, Spread, interleave, rate, ratio
+from benchmarks import head, kernels, layers, memory, phases, steps, transformers_baseline
+from benchmarks.agreement import check_agreement
+from benchmarks.communication import exposed_share
+from benchmarks.host_syncs import count_synchronisations
+from benchmarks.layers import BACKWARD, FORWARD, PassArm
+from benchmarks.report import Outcome
+from benchmarks.scale import Scale, preset_settings
+from benchmarks.steps import GRADIENTS, PARTS, StepArm
+from benchmarks.timing import TOTAL, Arm, Samples, Spread, interleave, rate, ratio
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
 from megatron_coe.distributed import setup
@@ -158,7 +158,9 @@ def output_head(bench: Bench) -> Outcome:
 
 def transformers(bench: Bench) -> Outcome:
     """Forward and backward of MoE(8/64) here and in transformers, with the same weights."""
-    pair = foreign.build_pair(bench.settings(MOE, *foreign.CHANGES), bench.device)
+    pair = transformers_baseline.build_pair(
+        bench.settings(MOE, *transformers_baseline.CHANGES), bench.device
+    )
     arms = pair.arms()
     differences = check_agreement(
         (arms[0].name, arms[1].name), *pair.results(), pair.provider.params_dtype
