@@ -33,7 +33,7 @@ from megatron_coe.fault_tolerance.exceptions import (
     StoppedError,
     stopped,
 )
-from megatron_coe.fault_tolerance.exit_codes import DONE, MISTAKE, NOT_WRITTEN, RANK_LOST
+from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, DONE, NOT_WRITTEN, RANK_FAILURE
 from megatron_coe.fault_tolerance.signals import StopRequest, unblock
 from megatron_coe.megatron_compat.transformer_engine import broken_by
 from megatron_coe.utils.errors import DataError
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
                 told = broken_by(error) or missing_package(error) or error
                 if not isinstance(told, ValueError | OSError):
                     raise
-                return complain(told, MISTAKE)
+                return complain(told, CONFIG_ERROR)
             if trainer is None:
                 return DONE
             if options.eval_only:
@@ -79,16 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(end, flush=True)
         return end.status
     except DeviceMemoryError as error:
-        return complain(error, RANK_LOST)
+        return complain(error, RANK_FAILURE)
     except NotFiniteError as end:
         return complain(end, end.status)
     except DataError as error:
-        return complain(error, MISTAKE)
+        return complain(error, CONFIG_ERROR)
     except OSError as error:  # of a checkpoint or a record of the run
         return complain(error, NOT_WRITTEN)
     except Exception:
         traceback.print_exc()
-        return RANK_LOST
+        return RANK_FAILURE
 
 
 def prepare(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) -> Trainer | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.timing import Lap
-from megatron_coe.distributed.setup import Trainee
+from megatron_coe.distributed.setup import TrainState
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}.values())
 
 
-def held_by(trainee: Trainee) -> Iterable[Tensor]:
+def held_by(train_state: TrainState) -> Iterable[Tensor]:
     """Every tensor of a model in training."""
-    for chunk in trainee.chunks:
+    for chunk in train_state.chunks:
         yield from module_tensors(chunk.module)  # `chunk.buffers` are those of the gradients
-    for part in getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer]):
+    for part in getattr(train_state.optimizer, "chained_optimizers", [train_state.optimizer]):
         for group in part.optimizer.param_groups:
             yield from group["params"]
         for state in part.optimizer.state.values():

@@ -53,17 +53,17 @@ class StepArm:
     @property
     def model(self) -> torch.nn.Module:
         """The first model chunk, as it is wrapped for data parallelism."""
-        return self.trainer.trainee.chunks[0]
+        return self.trainer.train_state.chunks[0]
 
     def calls(self) -> list[Target]:
         """What of a step is to be told apart."""
-        trainee = self.trainer.trainee
+        train_state = self.trainer.train_state
         calls = list(targets(self.model))
         calls += [
-            (trainee.optimizer, method, "optimizer")
+            (train_state.optimizer, method, "optimizer")
             for method in ("prepare_grads", "get_grad_norm", "step_with_ready_grads")
         ]
-        calls += [(chunk, "zero_grad_buffer", GRADIENT_BUFFERS) for chunk in trainee.chunks]
+        calls += [(chunk, "zero_grad_buffer", GRADIENT_BUFFERS) for chunk in train_state.chunks]
         return [*calls, (self.provider, "finalize_model_grads_func", GRADIENT_BUFFERS)]
 
     @property
@@ -76,7 +76,7 @@ class StepArm:
         return Arm(self.name, self._run, flops=self.flops, tokens=self.tokens)
 
     def _run(self, lap: Lap) -> None:
-        optimizer = self.trainer.trainee.optimizer
+        optimizer = self.trainer.train_state.optimizer
         prepare = optimizer.prepare_grads  # Megatron's first call of every update
 
         def prepare_grads() -> bool:
@@ -95,7 +95,7 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepArm:
     """A freshly initialised model in training; Megatron's parallel groups must be there."""
     setup.seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
-    trainee = setup.build_trainee(provider, settings, device)
+    train_state = setup.build_train_state(provider, settings, device)
     source = BatchSource(
         RandomTokens(provider),
         settings.train.micro_batch_size,
@@ -103,7 +103,7 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepArm:
         parallel_state.get_data_parallel_world_size(),
         device,
     )
-    trainer = Trainer(settings, trainee, source, None, Progress(), None)
+    trainer = Trainer(settings, train_state, source, None, Progress(), None)
     replicas = parallel_state.get_data_parallel_world_size()
     tokens = settings.train.global_batch_size * provider.seq_length // replicas
     return StepArm(name, trainer, provider, tokens)
@@ -130,5 +130,5 @@ def share_memory(arms: Sequence[StepArm]) -> None:
 
 def _adam_state(arm: StepArm) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
     """Of each parameter that the optimizer updates itself, not by an fp32 copy."""
-    parts = arm.trainer.trainee.optimizer.chained_optimizers
+    parts = arm.trainer.train_state.optimizer.chained_optimizers
     return {parameter: state for part in parts for parameter, state in part.optimizer.state.items()}

@@ -185,13 +185,13 @@ def peak_memory(bench: Bench) -> Outcome:
     for name, (preset, changes) in bench.models((COE, MOE)).items():
         arm = steps.build_step(name, bench.settings(preset, *changes), bench.device)
         arm.trainer.step()
-        held = memory.held_by(arm.trainer.trainee)
+        held = memory.held_by(arm.trainer.train_state)
         found[name] = memory.footprint(held, arm.arm().run, bench.device)
         passing = [found[name].passing[part] for part in PARTS]
         figures = (found[name].held, *passing, found[name].peak)
         outcome.rows.append([name, *(f"{value / 2**20:,.0f} MiB" for value in figures)])
         outcome.details[name] = dict(zip(outcome.header[1:], figures, strict=True))
-        _discard(arm.trainer.trainee.chunks)
+        _discard(arm.trainer.train_state.chunks)
         del arm, held
     if not bench.variants:
         ours, theirs = found.values()
@@ -213,7 +213,7 @@ def synchronisations(bench: Bench) -> Outcome:
         places = ", ".join(f"{place} {count}" for place, count in counts.most_common())
         outcome.rows.append([name, str(counts.total()), places])
         outcome.figures.setdefault("synchronisations", Spread.of([counts.total()]))
-        _discard(arm.trainer.trainee.chunks)
+        _discard(arm.trainer.train_state.chunks)
     return outcome
 
 
@@ -241,7 +241,7 @@ def parallel(bench: Bench) -> Outcome:
         seconds = Spread.of(outcome.samples[arm.name][TOTAL])
         outcome.rows.append([arm.name, seconds.text(), Spread.of(shares[arm.name]).text()])
     outcome.figures["parallel"] = Spread.of(shares[arms[0].name])
-    _discard(chunk for arm in arms for chunk in arm.trainer.trainee.chunks)
+    _discard(chunk for arm in arms for chunk in arm.trainer.train_state.chunks)
     return outcome
 
 
@@ -263,7 +263,7 @@ def long(bench: Bench) -> Outcome:
     outcome.rows = [[f"{bench.steps:,}", seconds.text(1), rates]]
     if bench.steps == 1000:
         outcome.figures["long"] = seconds
-    _discard(arm.trainer.trainee.chunks)
+    _discard(arm.trainer.train_state.chunks)
     return outcome
 
 

@@ -120,7 +120,7 @@ def compare(case: dict[str, Any], device: torch.device) -> Outcome:
     settings = make_settings(model=model, parallel=case.get("parallel", {}), train=train)
     trainer = make_trainer(settings, device, Sequences())
     world_size = torch.distributed.get_world_size()
-    plan = plan_of(settings, trainer.trainee.provider, world_size, on_gpu=device.type == "cuda")
+    plan = plan_of(settings, trainer.train_state.provider, world_size, on_gpu=device.type == "cuda")
     predicted = stage_memory(plan, parallel_state.get_pipeline_model_parallel_rank())
     exchanged = Exchanges()
     with exchanged.watched():
@@ -130,7 +130,7 @@ def compare(case: dict[str, Any], device: torch.device) -> Outcome:
 
 def measure(trainer: Trainer) -> Memory:
     """Bytes of distinct storages over one training step."""
-    chunks, optimizer = trainer.trainee.chunks, trainer.trainee.optimizer
+    chunks, optimizer = trainer.train_state.chunks, trainer.train_state.optimizer
     buffers = [
         buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     ]

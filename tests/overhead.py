@@ -54,7 +54,7 @@ def main() -> None:
     from megatron_coe.distributed import setup
     from megatron_coe.model import backends
     from megatron_coe.model.moe.router import CoERouter
-    from megatron_coe.training.metrics_logger import Reporter
+    from megatron_coe.training.metrics_logger import MetricsLogger
 
     torch.set_num_threads(1)
     device = backends.prepare()
@@ -62,23 +62,23 @@ def main() -> None:
     watches, shares = Stopwatches(), defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, setup.process_groups(settings.parallel, device):
         trainer = build_step("CoE-2(4/64)", settings, device).trainer
-        reporter = Reporter(LogSettings(dir=folder), 1, 0, {}, sys.stderr)
-        for module in trainer.trainee.chunks[0].modules():
+        metrics_logger = MetricsLogger(LogSettings(dir=folder), 1, 0, {}, sys.stderr)
+        for module in trainer.train_state.chunks[0].modules():
             if isinstance(module, CoERouter):
                 watches.watch("counting", module, "count")
         watches.watch("norms of gradients", trainer._gradient_norms, "measure")
         watches.watch("reading", trainer, "figures")
-        watches.watch("writing", reporter, "record")
+        watches.watch("writing", metrics_logger, "record")
         for number in range(1 + options.rounds):
             watches.seconds.clear()
             started_s = time.process_time()
-            reporter.record(trainer.progress.step, trainer.figures(trainer.step()))
+            metrics_logger.record(trainer.progress.step, trainer.metrics(trainer.step()))
             seconds = time.process_time() - started_s
             if number:  # the first one is for warming up
                 shares["all"].append(sum(watches.seconds.values()) / seconds)
                 for name, part_s in watches.seconds.items():
                     shares[name].append(part_s / seconds)
-        reporter.close()
+        metrics_logger.close()
     print(f"{options.scale}: {options.rounds} steps, the last of {seconds:.2f} s; share of a step:")
     for name, values in shares.items():
         print(f"{name:20} {statistics.median(values):.3%} ({min(values):.3%} … {max(values):.3%})")

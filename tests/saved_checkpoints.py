@@ -62,7 +62,7 @@ def settings() -> Settings:
 
 def state_digests(trainer: Trainer) -> dict[str, str]:
     """Return the SHA-256 of each weight, moment and generator of a process's only rank."""
-    state = run_state(trainer.trainee, trainer.progress)
+    state = run_state(trainer.train_state, trainer.progress)
     rng = state["rng"].data
     found = {
         "rng.torch": digest(rng["torch"]),
@@ -89,7 +89,7 @@ def digest(tensor: torch.Tensor) -> str:
 def save(folder: Path) -> None:
     """Write a checkpoint and `expected.json`."""
     trainer = make_trainer(settings(), torch.device("cpu"))
-    trainer.saver.options = CheckpointSettings(save=str(folder))
+    trainer.checkpointer.options = CheckpointSettings(save=str(folder))
     for _ in range(STEP):
         trainer.step()
     trainer.save()
@@ -107,7 +107,7 @@ def load(folder: Path) -> list[str]:
     changed.train.seed += 1  # other weights and generators, until those of the checkpoint are there
     trainer = make_trainer(changed, torch.device("cpu"))
     checkpoint = choose_checkpoint(CheckpointSettings(save=str(folder)))
-    trainer.progress = load_checkpoint(checkpoint, trainer.trainee)
+    trainer.progress = load_checkpoint(checkpoint, trainer.train_state)
     wrong = _differences(state_digests(trainer), expected["state"])
     with tempfile.TemporaryDirectory() as temporary:
         exported = export_digests(folder, Path(temporary, "export"))

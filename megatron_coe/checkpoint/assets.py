@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_coe.checkpoint.directory import step_of
 from megatron_coe.data.tokenizer import tokenizer_files
-from megatron_coe.utils.fsynced import FileFacts, sync, write_file
+from megatron_coe.utils.fsynced import FileDigest, sync, write_file
 
 TOKENIZER_MODEL = "tokenizer.model"
 TOKENIZER_FOLDER = "tokenizer"
@@ -79,13 +79,13 @@ def kept_content(step: Path) -> dict[str, bytes]:
     }
 
 
-def write_content(step: Path, content: Mapping[str, bytes]) -> dict[str, FileFacts]:
+def write_content(step: Path, content: Mapping[str, bytes]) -> dict[str, FileDigest]:
     """Write files under a checkpoint's folder, durably. Raises: OSError."""
-    facts = {}
+    digests = {}
     for name, data in content.items():
         path = step / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts[name] = write_file(path, data)
+        digests[name] = write_file(path, data)
     for folder in {(step / name).parent for name in content} - {step}:
         sync(folder)
-    return facts
+    return digests

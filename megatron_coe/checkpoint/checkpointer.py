@@ -39,8 +39,8 @@ from megatron_coe.checkpoint.state import Progress, run_state, state_size
 from megatron_coe.checkpoint.verify import is_loadable
 from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
 from megatron_coe.config.run_config import CheckpointSettings
-from megatron_coe.distributed.setup import Trainee
-from megatron_coe.utils.fsynced import facts_of, in_background, write_file
+from megatron_coe.distributed.setup import TrainState
+from megatron_coe.utils.fsynced import digest_of, in_background, write_file
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Pending:
     device: torch.device
 
 
-class Saver:
+class Checkpointer:
     """Writes the checkpoints of a run; its methods are collectives of all ranks.
 
     Args:
@@ -97,7 +97,7 @@ class Saver:
         if dist.get_rank() == 0:
             self.content = {**kept_content(checkpoint), **self.content}
 
-    def check(self, trainee: Trainee) -> None:
+    def check(self, train_state: TrainState) -> None:
         """Clear away what an earlier run left half done; see that a checkpoint could be written.
 
         To be called before the first step: each rank writes a file, and the disk must have room
@@ -106,7 +106,7 @@ class Saver:
         if self.options.save is None:
             return
         folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
-        needed = _sum(state_size(trainee) + self._content_size(), _device(trainee))
+        needed = _sum(state_size(train_state) + self._content_size(), _device(train_state))
         write_together(what, partial(_on_rank_0, _make_ready, folder, needed))
         write_together(what, partial(_try_to_write, folder / f".probe_{dist.get_rank()}"))
 
@@ -116,16 +116,18 @@ class Saver:
             folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
             write_together(what, partial(_on_rank_0, folders.clean, folder))
 
-    def save(self, trainee: Trainee, progress: Progress) -> None:
+    def save(self, train_state: TrainState, progress: Progress) -> None:
         """Write the present state, or begin to. What has begun earlier is completed first."""
         self.finish()
         if self.options.save is None:
             return
         target = folders.partial_folder(Path(self.options.save), progress.step)
         self._together(progress.step, partial(_on_rank_0, _make_new, target))
-        shared, common = save_preprocess(run_state(trainee, progress, self.tokenizer, self.data))
+        shared, common = save_preprocess(
+            run_state(train_state, progress, self.tokenizer, self.data)
+        )
         plan = SharePlan(shared, target)
-        needed = _sum(plan.nbytes + self._content_size(), _device(trainee))
+        needed = _sum(plan.nbytes + self._content_size(), _device(train_state))
         self._together(progress.step, partial(_on_rank_0, _require_room, target, needed))
         if self.options.async_save:
             self._together(progress.step, plan.take_copy)
@@ -140,7 +142,7 @@ class Saver:
                 VERSIONS_FILE: versions_text().encode(),
                 **self.content,
             },
-            _device(trainee),
+            _device(train_state),
         )
         if not self.options.async_save:
             self.finish()
@@ -177,10 +179,10 @@ class Saver:
         """Write what there is once of a checkpoint, and give it its name."""
         pending.plan.write_index(shares)
         target, step, options = pending.plan.folder, pending.step, self.options
-        files = {name: facts for share in shares for name, facts in share.files.items()}
+        files = {name: digests for share in shares for name, digests in share.files.items()}
         files |= write_content(target, pending.small_files)
         if options.verify:
-            files[INDEX_FILE] = facts_of(target / INDEX_FILE)
+            files[INDEX_FILE] = digest_of(target / INDEX_FILE)
             write_manifest(target, step, files)
         self._tidy_after(folders.publish(target.parent, step), step)
 
@@ -192,11 +194,11 @@ class Saver:
         """
         errors = []
         try:
-            folders.point_at(checkpoint)
+            folders.update_latest(checkpoint)
         except OSError as error:
             errors.append(error)
         self._loadable[checkpoint] = True
-        errors += folders.retain(
+        errors += folders.prune(
             checkpoint.parent,
             step,
             self.options.keep,
@@ -269,8 +271,8 @@ def _serialised(common: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def _device(trainee: Trainee) -> torch.device:
-    return next(trainee.chunks[0].parameters()).device
+def _device(train_state: TrainState) -> torch.device:
+    return next(train_state.chunks[0].parameters()).device
 
 
 def _sum(count: int, device: torch.device) -> int:

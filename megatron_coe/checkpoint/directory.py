@@ -78,7 +78,7 @@ def publish(folder: Path, step: int) -> Path:
     return final
 
 
-def point_at(checkpoint: Path) -> None:
+def update_latest(checkpoint: Path) -> None:
     """Let `latest` name a checkpoint. Raises: OSError."""
     pointer = checkpoint.with_name(LATEST_FILE)
     if pointer.is_dir():  # nothing of ours, so it is kept; in the way, so it is moved
@@ -86,7 +86,7 @@ def point_at(checkpoint: Path) -> None:
     replace_file(pointer, f"{checkpoint.name}\n".encode())
 
 
-def retain(
+def prune(
     folder: Path,
     step: int,
     keep: int,

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from megatron_coe.checkpoint.assets import KEPT_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
 from megatron_coe.checkpoint.errors import BadCheckpointError
-from megatron_coe.utils.fsynced import FileFacts, facts_of, sync, write_file
+from megatron_coe.utils.fsynced import FileDigest, digest_of, sync, write_file
 
 MANIFEST_FILE = "manifest.json"
 _FOLDERS = (TOKENIZER_FOLDER, KEPT_FOLDER)
@@ -27,22 +27,22 @@ class Manifest:
     """What a checkpoint consists of."""
 
     step: int
-    files: Mapping[str, FileFacts]
+    files: Mapping[str, FileDigest]
 
     def text(self) -> str:
         content = {"step": self.step, "files": {n: asdict(f) for n, f in self.files.items()}}
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def write_manifest(folder: Path, step: int, files: Mapping[str, FileFacts]) -> None:
+def write_manifest(folder: Path, step: int, files: Mapping[str, FileDigest]) -> None:
     """Write the manifest of a folder and fsync it."""
     write_file(folder / MANIFEST_FILE, Manifest(step, files).text().encode())
 
 
-def describe_folder(folder: Path) -> dict[str, FileFacts]:
-    """The facts of every file of a checkpoint, its manifest aside."""
+def describe_folder(folder: Path) -> dict[str, FileDigest]:
+    """The digests of every file of a checkpoint, its manifest aside."""
     return {
-        name: facts_of(folder / name)
+        name: digest_of(folder / name)
         for name in _names(folder)
         if (folder / name).is_file() and name != MANIFEST_FILE
     }
@@ -71,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
+        files = {name: FileDigest(**digests) for name, digests in content["files"].items()}
         manifest = Manifest(content["step"], files)
     except FileNotFoundError as error:
         raise BadCheckpointError(
@@ -82,8 +82,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error
     plain = all(
-        type(facts.size) is int and isinstance(facts.sha256, str) and _is_plain(name)
-        for name, facts in files.items()
+        type(digests.size) is int and isinstance(digests.sha256, str) and _is_plain(name)
+        for name, digests in files.items()
     )
     if not plain or type(manifest.step) is not int or manifest.text() != text:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged")
@@ -146,7 +146,7 @@ def verify_files(
     check_sizes(folder, manifest)
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     for name in {*by_size[part::parts], *in_every_part} & manifest.files.keys():
-        if facts_of(folder / name) != manifest.files[name]:
+        if digest_of(folder / name) != manifest.files[name]:
             raise BadCheckpointError(
                 f"the SHA-256 of {name} is not the one in {MANIFEST_FILE}: the content has changed"
             )
@@ -157,9 +157,11 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 
     Raises: BadCheckpointError naming the first file that is missing or has another size.
     """
-    for name, facts in sorted(manifest.files.items()):
+    for name, digests in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
             raise BadCheckpointError(f"{name} is missing")
-        if (size := path.stat().st_size) != facts.size:
-            raise BadCheckpointError(f"{name} has {size} bytes, {MANIFEST_FILE} says {facts.size}")
+        if (size := path.stat().st_size) != digests.size:
+            raise BadCheckpointError(
+                f"{name} has {size} bytes, {MANIFEST_FILE} says {digests.size}"
+            )

@@ -136,7 +136,7 @@ def read_contents(folder: Path) -> Contents:
     return Contents(read_common(folder, index), index)
 
 
-def vet(folder: Path, part: int = 0, parts: int = 1) -> Contents:
+def check_pickles(folder: Path, part: int = 0, parts: int = 1) -> Contents:
     """Look at whatever Megatron will unpickle in a checkpoint; nothing of it is executed.
 
     Args:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_coe.utils.fsynced import FileFacts, HashedFile, in_background
+from megatron_coe.utils.fsynced import FileDigest, HashedFile, in_background
 
 FILES_PER_RANK = 2
 
@@ -42,7 +42,7 @@ FILES_PER_RANK = 2
 class Written:
     """What became of a rank's share."""
 
-    files: dict[str, FileFacts] = field(default_factory=dict)
+    files: dict[str, FileDigest] = field(default_factory=dict)
     results: list[WriteResult] = field(default_factory=list)
 
 

@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_coe.checkpoint.collective import check_together
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.optimizer_state import OptimizerState
-from megatron_coe.checkpoint.safe_unpickle import read_index, vet
+from megatron_coe.checkpoint.safe_unpickle import check_pickles, read_index
 from megatron_coe.checkpoint.versions import explain
 from megatron_coe.distributed.rng import rng_state, set_rng_state
-from megatron_coe.distributed.setup import Trainee
+from megatron_coe.distributed.setup import TrainState
 from megatron_coe.megatron_compat.checkpoints import load_sharded_state
 
 
@@ -65,7 +65,7 @@ MODEL_ONLY = {
 
 
 def run_state(
-    trainee: Trainee,
+    train_state: TrainState,
     progress: Progress,
     tokenizer: dict[str, Any] | None = None,
     data: list[dict[str, Any]] | None = None,
@@ -76,11 +76,11 @@ def run_state(
         tokenizer: what identifies the tokenizer that the run's data were made with.
         data: what identifies each of its training sets.
     """
-    with _gathered_parameters(trainee):
-        state = _model_state(trainee)
-        state["optimizer"] = OptimizerState(trainee.optimizer, state).tensors
+    with _gathered_parameters(train_state):
+        state = _model_state(train_state)
+        state["optimizer"] = OptimizerState(train_state.optimizer, state).tensors
     return state | {
-        "schedule": trainee.schedule.state_dict(),
+        "schedule": train_state.schedule.state_dict(),
         "progress": asdict(progress),
         "layout": _layout(),
         "tokenizer": tokenizer,
@@ -89,13 +89,13 @@ def run_state(
     }
 
 
-def state_size(trainee: Trainee) -> int:
+def state_size(train_state: TrainState) -> int:
     """About how many bytes of a checkpoint this rank's weights make, before there is a state.
 
     A weight has two fp32 moments, and an fp32 master where it is narrower itself.
     """
     total = 0
-    for value in nested_values(_model_state(trainee)):
+    for value in nested_values(_model_state(train_state)):
         if not isinstance(value, ShardedBase) or not is_main_replica(value.replica_id):
             continue
         if isinstance(value.data, torch.Tensor):
@@ -104,11 +104,11 @@ def state_size(trainee: Trainee) -> int:
     return total
 
 
-def load_checkpoint(path: Path, trainee: Trainee, weights_only: bool = False) -> Progress:
-    """Bring a new trainee to the state of a checkpoint. A collective of all ranks.
+def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = False) -> Progress:
+    """Bring a new `TrainState` to the state of a checkpoint. A collective of all ranks.
 
     Hyperparameters stay those of the present settings: what is restored is what training changed.
-    A trainee without an optimizer gets the weights alone.
+    One without an optimizer gets the weights alone.
 
     Args:
         weights_only: leave optimizer, schedule, generators and progress as those of a new run.
@@ -117,7 +117,9 @@ def load_checkpoint(path: Path, trainee: Trainee, weights_only: bool = False) ->
         ValueError: the checkpoint is of another model, or holds what could execute code.
     """
     try:
-        contents = check_together(partial(vet, path, dist.get_rank(), dist.get_world_size()))
+        contents = check_together(
+            partial(check_pickles, path, dist.get_rank(), dist.get_world_size())
+        )
     except BadCheckpointError as error:
         raise BadCheckpointError(f"checkpoint {path}: {error}") from error
     common = contents.common
@@ -128,12 +130,12 @@ def load_checkpoint(path: Path, trainee: Trainee, weights_only: bool = False) ->
         raise BadCheckpointError(f"checkpoint {path}: {reason}") from error
     if weights_only:
         progress = Progress()
-    state = _model_state(trainee)
+    state = _model_state(train_state)
     absent = _take_absent_extra_states(path, state)
     optimizer_state = None
     # Before the first step there is no optimizer state to speak of.
-    if trainee.optimizer is not None and progress.step > 0:
-        optimizer_state = OptimizerState(trainee.optimizer, state, is_loading=True)
+    if train_state.optimizer is not None and progress.step > 0:
+        optimizer_state = OptimizerState(train_state.optimizer, state, is_loading=True)
         state["optimizer"] = optimizer_state.tensors
     same_layout = common["layout"] == _layout() and not weights_only
     if same_layout:
@@ -143,14 +145,14 @@ def load_checkpoint(path: Path, trainee: Trainee, weights_only: bool = False) ->
     except (CheckpointingException, CheckpointException) as error:
         reason = str(error).strip().split("\n")[-1]
         raise ValueError(f"checkpoint {path} does not fit this model: {reason}") from error
-    for key, chunk in _chunks(trainee):
+    for key, chunk in _chunks(train_state):
         chunk.load_state_dict({**loaded[key], **dict.fromkeys(absent[key])})
     if optimizer_state is not None:
         optimizer_state.restore(loaded["optimizer"], progress.updates)
-    elif trainee.optimizer is not None:
-        trainee.optimizer.reload_model_params()
-    if trainee.schedule is not None:
-        trainee.schedule.step(progress.step - trainee.schedule.num_steps)
+    elif train_state.optimizer is not None:
+        train_state.optimizer.reload_model_params()
+    if train_state.schedule is not None:
+        train_state.schedule.step(progress.step - train_state.schedule.num_steps)
     if same_layout:
         set_rng_state(loaded["rng"])
     return progress
@@ -178,16 +180,18 @@ def _take_absent_extra_states(path: Path, state: dict[str, Any]) -> dict[str, li
     return absent
 
 
-def _chunks(trainee: Trainee) -> list[tuple[str, GPTModel]]:
+def _chunks(train_state: TrainState) -> list[tuple[str, GPTModel]]:
     """The bare model chunks of a rank by Megatron's names: `model`, or `model0`, `model1`, …"""
-    modules = unwrap_model(trainee.chunks)
+    modules = unwrap_model(train_state.chunks)
     if len(modules) == 1:
         return [("model", modules[0])]
     return [(f"model{index}", module) for index, module in enumerate(modules)]
 
 
-def _model_state(trainee: Trainee) -> dict[str, Any]:
-    return {key: chunk.sharded_state_dict(metadata=_metadata()) for key, chunk in _chunks(trainee)}
+def _model_state(train_state: TrainState) -> dict[str, Any]:
+    return {
+        key: chunk.sharded_state_dict(metadata=_metadata()) for key, chunk in _chunks(train_state)
+    }
 
 
 def _metadata() -> dict[str, Any]:
@@ -199,9 +203,9 @@ def _metadata() -> dict[str, Any]:
 
 
 @contextmanager
-def _gathered_parameters(trainee: Trainee) -> Iterator[None]:
+def _gathered_parameters(train_state: TrainState) -> Iterator[None]:
     """Weights whose gathering overlaps the next forward pass are stale until then: gather them."""
-    overlapped = [chunk for chunk in trainee.chunks if chunk.ddp_config.overlap_param_gather]
+    overlapped = [chunk for chunk in train_state.chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)
     yield

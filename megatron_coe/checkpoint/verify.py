@@ -15,14 +15,14 @@ from megatron_coe.checkpoint.manifest import (
     unlisted,
     verify_files,
 )
-from megatron_coe.checkpoint.safe_unpickle import INDEX_FILE, Contents, read_contents, vet
+from megatron_coe.checkpoint.safe_unpickle import INDEX_FILE, Contents, check_pickles, read_contents
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
 
 
 def check_checkpoint(
     folder: Path, verify: bool = True, part: int = 0, parts: int = 1
 ) -> dict[str, Any]:
-    """Verify a checkpoint against its manifest, before anything is unpickled, and vet its pickles.
+    """Verify a checkpoint against its manifest, before anything is unpickled, then its pickles.
 
     Args:
         verify: False leaves the manifest out of account.
@@ -37,7 +37,7 @@ def check_checkpoint(
     manifest = read_manifest(folder) if verify else None
     if manifest:
         verify_files(folder, manifest, part, parts, (INDEX_FILE, COMMON_FILE, FORMAT_FILE))
-    contents = vet(folder, part, parts)
+    contents = check_pickles(folder, part, parts)
     step = _step_inside(contents.common)
     if manifest:
         _check_manifest(folder, manifest, contents, step)

@@ -39,7 +39,7 @@ MINUTE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainState:
     """What a step changes."""
 
     provider: CoEModelProvider
@@ -142,9 +142,9 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(stage_seed)
 
 
-def build_trainee(
+def build_train_state(
     provider: CoEModelProvider, settings: Settings, device: torch.device, trains: bool = True
-) -> Trainee:
+) -> TrainState:
     """Build model, optimizer and schedule, wired to one another as Megatron's schedules expect.
 
     Args:
@@ -152,11 +152,11 @@ def build_trainee(
     """
     chunks = build_model(provider, settings.parallel, device, settings.train.seed)
     if not trains:
-        return Trainee(provider, chunks, None, None)
+        return TrainState(provider, chunks, None, None)
     optimizer = build_optimizer(provider, chunks, settings)
     connect_schedule(provider, settings.parallel, chunks)
     provider.grad_scale_func = optimizer.scale_loss
-    return Trainee(provider, chunks, optimizer, build_schedule(optimizer, settings.train))
+    return TrainState(provider, chunks, optimizer, build_schedule(optimizer, settings.train))
 
 
 def connect_schedule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from megatron_coe.fault_tolerance.exit_codes import NOT_FINITE, STOPPED
+from megatron_coe.fault_tolerance.exit_codes import NOT_FINITE, PREEMPTED
 
 
 class RunEndedError(Exception):
@@ -40,4 +40,4 @@ class StoppedError(RunEndedError):
 
 def stopped(reason: signal.Signals, saves: bool) -> int:
     """Exit status of a run that a signal has ended: can the same command go on from here?"""
-    return STOPPED if saves else 128 + reason
+    return PREEMPTED if saves else 128 + reason

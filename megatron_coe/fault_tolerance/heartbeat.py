@@ -14,7 +14,7 @@ START, DATA, MODEL, LOADING = "start-up", "building datasets", "building the mod
 STEP, EVALUATION, SAVING, DONE = "step", "validation", "saving", "done"
 
 
-class Activity:
+class Heartbeat:
     """Written by the main thread as it goes, read by another; each mark costs about a microsecond.
 
     Marks stand between steps, at every micro-batch, layer and iteration of a forward pass.

@@ -17,7 +17,7 @@ LEAST_SPREAD = 0.01
 """Share of the median below which the spread of the losses is not believed."""
 
 
-class SpikeWatch:
+class LossSpikeDetector:
     """Keeps the latest losses; statistics are robust, so that a spike does not hide the next.
 
     It begins anew when a run is resumed.

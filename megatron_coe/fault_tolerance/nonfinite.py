@@ -20,7 +20,7 @@ from megatron_coe.fault_tolerance.nonfinite_tracer import (
     BACKWARD,
     FORWARD,
     PARAMETER,
-    Inspection,
+    NonFiniteTracer,
     Place,
     is_finite,
 )
@@ -67,10 +67,10 @@ def explain(
         sequences: numbers of the training sequences of each of this rank's micro-batches.
         loss, grad_norm: what was not finite, the same on all ranks.
     """
-    with Inspection(chunks, micro_batch_size=len(sequences[0])) as inspection:
+    with NonFiniteTracer(chunks, micro_batch_size=len(sequences[0])) as tracer:
         repeat()
     gathered: list[_Findings | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, _findings(chunks, inspection, sequences))
+    dist.all_gather_object(gathered, _findings(chunks, tracer, sequences))
     first = min((found for found in gathered if found is not None), key=lambda found: found.key)
     parts = [f"loss {loss}, gradient norm {grad_norm}: {first.text}"]
     bad_weights = [name for found in gathered if found for name in found.bad_weights]
@@ -83,7 +83,7 @@ def explain(
 
 
 def _findings(
-    chunks: list[torch.nn.Module], inspection: Inspection, sequences: list[range]
+    chunks: list[torch.nn.Module], tracer: NonFiniteTracer, sequences: list[range]
 ) -> _Findings:
     rank, modules = dist.get_rank(), unwrap_model(chunks)
     named = [item for module in modules for item in module.named_parameters()]
@@ -97,13 +97,13 @@ def _findings(
         for name, value in named
         if not is_finite(getattr(value, "main_grad", value.new_zeros(())))
     ]
-    if not inspection.found:
+    if not tracer.found:
         text = (
             "run again, the step gave finite values everywhere: a transient fault, as of "
             "hardware, is likely"
         )
         return _Findings((PARAMETER + 1, rank), text, weights, gradients)
-    kind, place = min(inspection.found.items())
+    kind, place = min(tracer.found.items())
     text = (
         f"first on rank {rank} ({socket.gethostname()}) {_WHERE[kind].format(place)}"
         f"{_in_data(place, sequences) if kind != PARAMETER else ''}"

@@ -52,7 +52,7 @@ class Place:
         return f"{self.name} ({known})" if known else self.name
 
 
-class Inspection:
+class NonFiniteTracer:
     """Watches the model chunks of a rank while it is entered."""
 
     def __init__(self, chunks: list[torch.nn.Module], micro_batch_size: int) -> None:
@@ -65,7 +65,7 @@ class Inspection:
         self._open: defaultdict[torch.nn.Module, list[_Call]] = defaultdict(list)
         self._order = 0
 
-    def __enter__(self) -> Inspection:
+    def __enter__(self) -> NonFiniteTracer:
         for index, chunk in enumerate(self._chunks):
             for name, module in chunk.named_modules():
                 if not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):
@@ -156,8 +156,8 @@ def layer_number(chunk: torch.nn.Module, name: str) -> int | None:
 class _Call:
     """One call of a module."""
 
-    def __init__(self, inspection: Inspection, place: Place) -> None:
-        self.inspection = inspection
+    def __init__(self, tracer: NonFiniteTracer, place: Place) -> None:
+        self.tracer = tracer
         self.place = place
         self.received_finite = True
         """Whether the gradients of what the module gave are finite, as far as they have come."""
@@ -166,11 +166,11 @@ class _Call:
         return _Probe.apply(value, self) if _has_gradient(value) else value
 
     def leave(self, output: object) -> None:
-        ended = self.inspection.tick()  # a module ends after those within it, and has begun before
+        ended = self.tracer.tick()  # a module ends after those within it, and has begun before
         for value in _tensors(output):
             if not is_finite(value):
                 place = replace(self.place, order=ended, row=self._row(value))
-                self.inspection.note(FORWARD, place)
+                self.tracer.note(FORWARD, place)
             if _has_gradient(value):
                 value.register_hook(self.receive)
 
@@ -179,13 +179,13 @@ class _Call:
 
     def pass_back(self, gradient: torch.Tensor) -> None:
         if self.received_finite and not is_finite(gradient):
-            self.inspection.note(BACKWARD, self.place)
+            self.tracer.note(BACKWARD, self.place)
 
     def _row(self, value: torch.Tensor) -> int | None:
         """Which sequence of the micro-batch the first bad value of [S, B, …] or a loss [B, S] is
         about."""
         axis = 0 if self.place.name == "loss" else 1
-        if value.dim() != 3 - (axis == 0) or value.size(axis) != self.inspection.micro_batch_size:
+        if value.dim() != 3 - (axis == 0) or value.size(axis) != self.tracer.micro_batch_size:
             return None
         return int((~torch.isfinite(value)).nonzero()[0, axis])
 

@@ -65,7 +65,7 @@ class StopRequest:
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
         return signal.Signals(number.item()) if number else None
 
-    def heed(self, device: torch.device, before: str, saves: bool) -> None:
+    def raise_if_stopped(self, device: torch.device, before: str, saves: bool) -> None:
         """Raise StoppedError on every rank, if some rank has received a signal. A collective.
 
         Args:

@@ -32,7 +32,7 @@ import psutil
 import torch.distributed as dist
 
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
-from megatron_coe.fault_tolerance.exit_codes import MISTAKE, NOT_WRITTEN, RANK_LOST
+from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, NOT_WRITTEN, RANK_FAILURE
 from megatron_coe.fault_tolerance.heartbeat import (
     DATA,
     DONE,
@@ -40,7 +40,7 @@ from megatron_coe.fault_tolerance.heartbeat import (
     MODEL,
     SAVING,
     START,
-    Activity,
+    Heartbeat,
 )
 from megatron_coe.utils.errors import DataError
 
@@ -70,7 +70,7 @@ class Report:
     step: int
     marks: int
     doing: str
-    """The activity in words."""
+    """Describe the activity in words."""
     idle_s: float
     """Seconds since the latest sign of progress."""
     waits: bool
@@ -101,18 +101,18 @@ class Watchdog:
     Args:
         store: a connection of its own, which nothing else uses.
         timeout_s: without progress, before a verdict.
-        activity: of this rank.
+        heartbeat: of this rank.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, timeout_s: float, activity: Activity
+        self, store: dist.Store, rank: int, world_size: int, timeout_s: float, heartbeat: Heartbeat
     ) -> None:
         self.timeout_s = timeout_s
         self.beat_s = min(max(timeout_s / BEATS, SHORTEST_BEAT_S), LONGEST_BEAT_S)
         self._silent_beats = max(SILENT_BEATS, math.ceil(SILENT_S / self.beat_s))
         self._store = store
         self._rank, self._world_size = rank, world_size
-        self._activity = activity
+        self._heartbeat = heartbeat
         self._main = threading.main_thread().ident
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -133,7 +133,7 @@ class Watchdog:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._activity.enter(DONE)
+        self._heartbeat.enter(DONE)
         with suppress(RuntimeError):  # the others may be gone, and the store with them
             self._tell()
 
@@ -144,15 +144,15 @@ class Watchdog:
         # The other end of a link that breaks has died, if it has not told why it will.
         is_broken_link = any(word in str(error) for word in _BROKEN_LINK)
         if is_broken_link and not self._read_verdict() and (silent := self._silent()):
-            return self._pronounce(self._text_of_silence(silent), RANK_LOST)
+            return self._pronounce(self._text_of_silence(silent), RANK_FAILURE)
         own = Report(**self._report())
         starts = own.phase in STARTING and isinstance(error, (ValueError, OSError))
         if starts or isinstance(error, DataError):
             text = f"rank {self._rank} ({own.host}): {error}"
-            return self._pronounce(text, MISTAKE, culprit=self._rank)
+            return self._pronounce(text, CONFIG_ERROR, culprit=self._rank)
         if isinstance(error, DeviceMemoryError):
-            return self._pronounce(f"{own.name}: {error}", RANK_LOST, culprit=self._rank)
-        status = NOT_WRITTEN if isinstance(error, OSError) else RANK_LOST
+            return self._pronounce(f"{own.name}: {error}", RANK_FAILURE, culprit=self._rank)
+        status = NOT_WRITTEN if isinstance(error, OSError) else RANK_FAILURE
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         text = f"{own.name} failed in {own.doing}: {what}"
         return self._pronounce(text, status, culprit=self._rank)
@@ -173,7 +173,7 @@ class Watchdog:
                 if lost_s < min(self.timeout_s, 30.0):
                     continue
                 text = f"rank 0 or its launcher, which keeps the store, has gone: {error}"
-                verdict = Verdict(self._rank, None, RANK_LOST, text)
+                verdict = Verdict(self._rank, None, RANK_FAILURE, text)
             if verdict is not None:
                 self._end(verdict)
 
@@ -182,23 +182,23 @@ class Watchdog:
         if verdict := self._read_verdict():
             return verdict
         if self._clock_s - self._progress_s > self._patience_s():
-            return self._pronounce(self._blame(), RANK_LOST)
+            return self._pronounce(self._blame(), RANK_FAILURE)
         if self._neighbour_is_missing() and (silent := self._silent()):
-            return self._pronounce(self._text_of_silence(silent), RANK_LOST)
+            return self._pronounce(self._text_of_silence(silent), RANK_FAILURE)
         return None
 
     def _patience_s(self) -> float:
-        return self.timeout_s * (LONG if self._activity.phase in LONG_PHASES else 1)
+        return self.timeout_s * (LONG if self._heartbeat.phase in LONG_PHASES else 1)
 
     def _tell(self) -> None:
-        if self._activity.marks != self._marks:
-            self._marks, self._progress_s = self._activity.marks, self._clock_s
+        if self._heartbeat.marks != self._marks:
+            self._marks, self._progress_s = self._heartbeat.marks, self._clock_s
         with self._lock:
             self._beat += 1
             self._store.set(_REPORT.format(self._rank), json.dumps(self._report()))
 
     def _report(self) -> dict[str, object]:
-        activity = self._activity
+        heartbeat = self._heartbeat
         frame = sys._current_frames().get(self._main)
         while frame is not None and frame.f_code.co_filename == __file__:
             frame = frame.f_back
@@ -214,10 +214,10 @@ class Watchdog:
                 socket.gethostname(),
                 os.getpid(),
                 self._beat,
-                activity.phase,
-                activity.step,
-                activity.marks,
-                str(activity),
+                heartbeat.phase,
+                heartbeat.step,
+                heartbeat.marks,
+                str(heartbeat),
                 round(self._clock_s - self._progress_s, 1),
                 waits,
                 line,
@@ -241,11 +241,11 @@ class Watchdog:
     def _end(self, verdict: Verdict) -> None:
         """End this process, whatever its main thread does."""
         # What all ranks find at the same time is said by their main threads, given a moment.
-        if self._ended.wait(0.0 if verdict.status == RANK_LOST else SILENT_S):
+        if self._ended.wait(0.0 if verdict.status == RANK_FAILURE else SILENT_S):
             return
         _say_verdict(verdict, self._rank)
-        if verdict.status == RANK_LOST:
-            _say(f"rank {self._rank} was in {self._activity}; the stacks of its threads:")
+        if verdict.status == RANK_FAILURE:
+            _say(f"rank {self._rank} was in {self._heartbeat}; the stacks of its threads:")
             faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         end_process(verdict.status)
 
@@ -313,7 +313,7 @@ class Watchdog:
 
 @contextmanager
 def watched(
-    store: dist.Store, timeout_s: float, activity: Activity, agreed: tuple[type[Exception], ...]
+    store: dist.Store, timeout_s: float, heartbeat: Heartbeat, agreed: tuple[type[Exception], ...]
 ) -> Iterator[None]:
     """Watches over what is inside; with other ranks, an error inside ends the process here.
 
@@ -325,7 +325,7 @@ def watched(
     if not timeout_s:
         yield
         return
-    watchdog = Watchdog(store.clone(), rank, world_size, timeout_s, activity)
+    watchdog = Watchdog(store.clone(), rank, world_size, timeout_s, heartbeat)
     watchdog.start()
     try:
         yield
@@ -346,9 +346,9 @@ def _fail(watchdog: Watchdog, rank: int, error: Exception) -> None:
         verdict = watchdog.fail(error)
     except RuntimeError as lost:  # there is no store left to ask
         text = f"rank {rank}: {error}; its launcher's store is gone too: {lost}"
-        verdict = Verdict(rank, rank, RANK_LOST, text)
+        verdict = Verdict(rank, rank, RANK_FAILURE, text)
     if verdict.culprit == rank:
-        if verdict.status != RANK_LOST:
+        if verdict.status != RANK_FAILURE:
             return
         if not isinstance(error, DeviceMemoryError):
             _say("".join(traceback.format_exception(error)).rstrip())

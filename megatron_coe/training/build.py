@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from megatron_coe.checkpoint.assets import documents_content, tokenizer_content
-from megatron_coe.checkpoint.checkpointer import Saver
+from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.checkpoint.errors import CheckpointWriteError
 from megatron_coe.checkpoint.resume import Start, check_changes, choose_start
@@ -26,13 +26,13 @@ from megatron_coe.data.indexed import IndexedFile, data_summary, documents_begin
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.distributed import setup
 from megatron_coe.fault_tolerance.exceptions import RunEndedError
-from megatron_coe.fault_tolerance.heartbeat import DATA, LOADING, MODEL, Activity
+from megatron_coe.fault_tolerance.heartbeat import DATA, LOADING, MODEL, Heartbeat
 from megatron_coe.fault_tolerance.signals import StopRequest
 from megatron_coe.fault_tolerance.watchdog import group_timeout, watched
 from megatron_coe.planning.run_summary import describe_sizes, plan_of
 from megatron_coe.training.banner import banner
 from megatron_coe.training.batch_source import BatchSource
-from megatron_coe.training.metrics_logger import Reporter
+from megatron_coe.training.metrics_logger import MetricsLogger
 from megatron_coe.training.out_of_memory import explained
 from megatron_coe.training.preflight import (
     check_run,
@@ -77,13 +77,13 @@ def trainer(
         ValueError, OSError: settings, data or checkpoint cannot be used.
         StoppedError: `stop` has received a signal, on any rank.
     """
-    stop, activity = stop or StopRequest(), Activity()
+    stop, heartbeat = stop or StopRequest(), Heartbeat()
     found = check_run(settings, saves=not must_resume)
     device, tokenizer, provider = found.device, found.tokenizer, found.provider
     if settings.train.deterministic and device.type == "cuda":
         setup.use_deterministic_kernels()
     data = [identify(file) for file in found.files]
-    saver = Saver(
+    checkpointer = Checkpointer(
         settings.checkpoint,
         settings.to_yaml(),
         identity_of(tokenizer),
@@ -94,60 +94,69 @@ def trainer(
     timeout_s = settings.train.hang_timeout_s
     store, saves = setup.rendezvous(), settings.checkpoint.save is not None
     with (
-        watched(store, timeout_s, activity, agreed=(RunEndedError, CheckpointWriteError)),
-        explained(settings, activity),
+        watched(store, timeout_s, heartbeat, agreed=(RunEndedError, CheckpointWriteError)),
+        explained(settings, heartbeat),
         setup.process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
     ):
-        stop.heed(device, "the data were looked at", saves)
-        activity.enter(LOADING)
+        stop.raise_if_stopped(device, "the data were looked at", saves)
+        heartbeat.enter(LOADING)
         start = choose_start(settings.checkpoint, must_resume)
         changed = []
         if start:
             model_only = must_resume or start.weights_only
             changed = check_changes(start.path, settings, tokenizer, data, model_only)
-            saver.keep_content_of(start.path)
+            checkpointer.keep_content_of(start.path)
             if not start.weights_only:
-                saver.resume_from(start.path)
+                checkpointer.resume_from(start.path)
         setup.seed_everything(settings.train.seed)
-        activity.enter(DATA)
+        heartbeat.enter(DATA)
         arguments = data_arguments(settings, tokenizer, provider.seq_length)
         arguments["num_samples"] = (_num_samples(settings, start), settings.train.eval_samples)
         train_set, valid_set = build_datasets(**arguments, cache_dir=settings.data.cache)
-        stop.heed(device, "the model was built", saves)
-        activity.enter(MODEL)
-        trainee = setup.build_trainee(provider, settings, device, trains=not must_resume)
-        stop.heed(device, "the checkpoint was loaded", saves)
-        activity.enter(LOADING)
+        stop.raise_if_stopped(device, "the model was built", saves)
+        heartbeat.enter(MODEL)
+        train_state = setup.build_train_state(provider, settings, device, trains=not must_resume)
+        stop.raise_if_stopped(device, "the checkpoint was loaded", saves)
+        heartbeat.enter(LOADING)
         progress = Progress()
         if start:
-            progress = load_checkpoint(start.path, trainee, start.weights_only)
+            progress = load_checkpoint(start.path, train_state, start.weights_only)
         if not must_resume:
             if progress.step < settings.train.steps:
-                saver.check(trainee)
+                checkpointer.check(train_state)
             else:
-                saver.tidy()
+                checkpointer.tidy()
         per_epoch = _samples_per_epoch(found.files, settings.data.mode, provider.seq_length)
         train = _source(train_set, settings, device, per_epoch)
         validation = None
         if valid_set is not None:
             validation = Validation(_source(valid_set, settings, device), len(valid_set))
-        reporter = None
+        metrics_logger = None
         if dist.get_rank() == 0:
-            reporter, machine = _open_reports(settings, progress, device)
+            metrics_logger, machine = _open_reports(settings, progress, device)
             plan = plan_of(settings, provider, dist.get_world_size(), device.type == "cuda")
             reads = _summarize_data(settings, found.files, per_epoch, validation)
-            reporter.say(banner(settings, plan, machine, reads, _start_of(settings, start)))
+            metrics_logger.log(banner(settings, plan, machine, reads, _start_of(settings, start)))
             for warning in found.warnings:
-                reporter.say(f"warning: {warning}")
+                metrics_logger.log(f"warning: {warning}")
             if start and start.skipped:
-                reporter.say(f"checkpoint.load={start.skipped} is not read again")
+                metrics_logger.log(f"checkpoint.load={start.skipped} is not read again")
             for change in changed:
-                reporter.say(f"changed since then: {change}")
+                metrics_logger.log(f"changed since then: {change}")
         try:
-            yield Trainer(settings, trainee, train, validation, progress, reporter, activity, saver)
+            yield Trainer(
+                settings,
+                train_state,
+                train,
+                validation,
+                progress,
+                metrics_logger,
+                heartbeat,
+                checkpointer,
+            )
         finally:
-            if reporter:
-                reporter.close()
+            if metrics_logger:
+                metrics_logger.close()
 
 
 def _carried(settings: Settings, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -224,9 +233,9 @@ def _source(
 
 def _open_reports(
     settings: Settings, progress: Progress, device: torch.device
-) -> tuple[Reporter, dict[str, object]]:
+) -> tuple[MetricsLogger, dict[str, object]]:
     """Where figures go, and what the run's machine is."""
     config = OmegaConf.to_container(OmegaConf.structured(settings))
-    reporter = Reporter(settings.log, settings.train.steps, progress.step, config)
-    (reporter.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-    return reporter, write_machine(reporter.directory, device, dist.get_world_size())
+    metrics_logger = MetricsLogger(settings.log, settings.train.steps, progress.step, config)
+    (metrics_logger.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+    return metrics_logger, write_machine(metrics_logger.directory, device, dist.get_world_size())

@@ -37,7 +37,7 @@ _CONSOLE = {
 _BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
 
 
-class Reporter:
+class MetricsLogger:
     """Writes records of the run from one process (make it on rank 0 only).
 
     `metrics.jsonl` holds one per line, in
@@ -79,7 +79,7 @@ class Reporter:
             else None
         )
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line on the console, above the progress bar if there is one."""
         if self._bar is None:
             print(text, file=self._stream, flush=True)
@@ -103,7 +103,7 @@ class Reporter:
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(_for_wandb(values), step=step)
-        self.say(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
+        self.log(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
 
     def has(self, step: int, name: str) -> bool:
         """Whether a figure of that step has been recorded."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import data_parallel_size, world_size
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
-from megatron_coe.fault_tolerance.heartbeat import Activity
+from megatron_coe.fault_tolerance.heartbeat import Heartbeat
 from megatron_coe.planning.layout_search import RECOMPUTE
 
 _SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -16,7 +16,7 @@ _ADVICE = " If reserved but unallocated memory"  # torch's own, about fragmentat
 
 
 @contextmanager
-def explained(settings: Settings, activity: Activity) -> Iterator[None]:
+def explained(settings: Settings, heartbeat: Heartbeat) -> Iterator[None]:
     """Raise DeviceMemoryError for an error of torch's that means that a device is full."""
     try:
         yield
@@ -25,7 +25,7 @@ def explained(settings: Settings, activity: Activity) -> Iterator[None]:
             raise
         said = " ".join(str(error).partition(_ADVICE)[0].split())
         raise DeviceMemoryError(
-            f"out of memory in {activity}: {said.rstrip('.')}. What takes less: "
+            f"out of memory in {heartbeat}: {said.rstrip('.')}. What takes less: "
             + "; ".join(remedies(settings))
         ) from error
 

@@ -9,18 +9,18 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_coe.distributed.setup import Trainee
-from megatron_coe.fault_tolerance.heartbeat import Activity
+from megatron_coe.distributed.setup import TrainState
+from megatron_coe.fault_tolerance.heartbeat import Heartbeat
 from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
 from megatron_coe.training.loss import Batch, LossFunction, make_loss_function
 
 
 def forward_backward(
-    trainee: Trainee,
+    train_state: TrainState,
     batches: Callable[[], Iterator[Batch]],
     count: int,
     micro_batch_size: int,
-    activity: Activity,
+    heartbeat: Heartbeat,
     scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run `count` micro-batches, forward only without a scale. A collective of all ranks.
@@ -34,15 +34,15 @@ def forward_backward(
     """
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward_step, scale=torch.zeros(()) if scale is None else scale),
-        data_iterator=[_counted(batches(), activity) for _ in trainee.chunks],
-        model=trainee.chunks,
+        data_iterator=[_counted(batches(), heartbeat) for _ in train_state.chunks],
+        model=train_state.chunks,
         num_microbatches=count,
-        seq_length=trainee.provider.seq_length,
+        seq_length=train_state.provider.seq_length,
         micro_batch_size=micro_batch_size,
         forward_only=scale is None,
     )
     if not reports or parallel_state.get_tensor_model_parallel_rank() > 0:
-        device = next(trainee.chunks[0].parameters()).device
+        device = next(train_state.chunks[0].parameters()).device
         return torch.zeros(2, dtype=torch.float64, device=device)
     return torch.stack(reports).sum(dim=0)
 
@@ -62,7 +62,7 @@ def forward_step(
     return output, make_loss_function(batch["loss_mask"], scale)
 
 
-def _counted(batches: Iterator[Batch], activity: Activity) -> Iterator[Batch]:
+def _counted(batches: Iterator[Batch], heartbeat: Heartbeat) -> Iterator[Batch]:
     for batch in batches:
-        activity.next_microbatch()
+        heartbeat.next_microbatch()
         yield batch

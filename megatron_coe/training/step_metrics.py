@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_coe.config.run_config import TrainSettings
-from megatron_coe.distributed.setup import Trainee
+from megatron_coe.distributed.setup import TrainState
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.aux_loss import collect_balance
 from megatron_coe.model.moe.expert_usage import usage
-from megatron_coe.model.moe.routing_stats import RoutingTally
+from megatron_coe.model.moe.routing_stats import RoutingStats
 from megatron_coe.planning.hardware import peak_flops
 from megatron_coe.training.metrics_logger import Record
 
 
 @dataclass(frozen=True)
-class StepFigures:
+class StepMetrics:
     """What a training step leaves to be reported."""
 
     loss: float
@@ -37,7 +37,7 @@ class StepFigures:
     """Why nothing was updated."""
 
 
-class Gauges:
+class MetricsCollector:
     """Reads a training step's figures, the same on every rank.
 
     Args:
@@ -45,11 +45,15 @@ class Gauges:
     """
 
     def __init__(
-        self, trainee: Trainee, train: TrainSettings, microbatches: int, device: torch.device
+        self, train_state: TrainState, train: TrainSettings, microbatches: int, device: torch.device
     ) -> None:
-        self._provider, self._microbatches, self._device = trainee.provider, microbatches, device
-        self._tokens = train.global_batch_size * trainee.provider.seq_length
-        self._tally = RoutingTally(trainee.provider, trainee.chunks, device)
+        self._provider, self._microbatches, self._device = (
+            train_state.provider,
+            microbatches,
+            device,
+        )
+        self._tokens = train.global_batch_size * train_state.provider.seq_length
+        self._tally = RoutingStats(train_state.provider, train_state.chunks, device)
         self._is_tallied = False
 
     def watching(self, enabled: bool) -> AbstractContextManager[None]:
@@ -57,7 +61,7 @@ class Gauges:
         self._is_tallied = enabled
         return self._tally.counting() if enabled else nullcontext()
 
-    def read(self, step: StepFigures) -> Record:
+    def read(self, step: StepMetrics) -> Record:
         """Of the latest step, which has updated the weights. A collective."""
         record = {"train_loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
         record |= {f"grad_norm/{group}": norm for group, norm in step.grad_norms.items()}
@@ -68,7 +72,7 @@ class Gauges:
         for loss, value_CL in balance.items():
             record |= _by_layer(f"balance/{loss}", value_CL.T[layers].tolist(), layers)
         if self._is_tallied:
-            record |= routing_figures(self._tally.collect(), self._provider)
+            record |= routing_metrics(self._tally.collect(), self._provider)
         return record
 
     def _speed(self, seconds: float) -> dict[str, float]:
@@ -86,8 +90,8 @@ class Gauges:
         return record
 
 
-def routing_figures(table_LCN1: torch.Tensor, config: CoEConfig) -> Record:
-    """Loads, how even they are, and confidences, of what `RoutingTally` has collected."""
+def routing_metrics(table_LCN1: torch.Tensor, config: CoEConfig) -> Record:
+    """Loads, how even they are, and confidences, of what `RoutingStats` has collected."""
     layers = coe_layers(config)
     counts_LCN = table_LCN1[layers, :, :-1].numpy()
     tokens_LC = counts_LCN.sum(axis=-1) / config.moe_router_topk

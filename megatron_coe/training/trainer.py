@@ -12,15 +12,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
-from megatron_coe.checkpoint.checkpointer import Saver
+from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import num_microbatches
 from megatron_coe.data.indexed import unigram_entropy
-from megatron_coe.distributed.setup import Trainee
+from megatron_coe.distributed.setup import TrainState
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
-from megatron_coe.fault_tolerance.heartbeat import EVALUATION, SAVING, STEP, Activity
-from megatron_coe.fault_tolerance.loss_spikes import SpikeWatch
+from megatron_coe.fault_tolerance.heartbeat import EVALUATION, SAVING, STEP, Heartbeat
+from megatron_coe.fault_tolerance.loss_spikes import LossSpikeDetector
 from megatron_coe.fault_tolerance.nonfinite import explain
 from megatron_coe.fault_tolerance.signals import StopRequest
 from megatron_coe.megatron_compat.versions import forget_balance_losses
@@ -31,7 +31,7 @@ from megatron_coe.training.loss import (
     count_valid_tokens,
     loss_scale,
 )
-from megatron_coe.training.metrics_logger import Record, Reporter
+from megatron_coe.training.metrics_logger import MetricsLogger, Record
 from megatron_coe.training.optimizer_step import (
     StepStart,
     agreed_loss,
@@ -41,7 +41,7 @@ from megatron_coe.training.optimizer_step import (
 )
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.step import forward_backward
-from megatron_coe.training.step_metrics import Gauges, StepFigures
+from megatron_coe.training.step_metrics import MetricsCollector, StepMetrics
 
 VALIDATED_AT_ONCE = 4
 """Micro-batches of a validation, per pipeline stage, between two looks at the signals."""
@@ -60,42 +60,44 @@ class Trainer:
 
     Args:
         settings: of the run.
-        trainee: what is trained, changed in place.
+        train_state: what is trained, changed in place.
         train: the training sequences.
         validation: None when there is no held-out set.
-        progress: how far the trainee has come, counted on in place.
-        reporter: where figures go, on rank 0; None on the others.
-        activity: told what this rank is doing.
-        saver: writes the checkpoints; None: one of its own.
+        progress: how far training has come, counted on in place.
+        metrics_logger: where figures go, on rank 0; None on the others.
+        heartbeat: told what this rank is doing.
+        checkpointer: writes the checkpoints; None: one of its own.
     """
 
     def __init__(
         self,
         settings: Settings,
-        trainee: Trainee,
+        train_state: TrainState,
         train: BatchSource,
         validation: Validation | None,
         progress: Progress,
-        reporter: Reporter | None,
-        activity: Activity | None = None,
-        saver: Saver | None = None,
+        metrics_logger: MetricsLogger | None,
+        heartbeat: Heartbeat | None = None,
+        checkpointer: Checkpointer | None = None,
     ) -> None:
         self.settings = settings
-        self.trainee = trainee
+        self.train_state = train_state
         self.train = train
         self.validation = validation
         self.progress = progress
-        self.reporter = reporter
-        self.saver = saver or Saver(settings.checkpoint, settings.to_yaml())
-        self.activity = activity or Activity()
-        self.activity.follow(trainee.chunks)
+        self.metrics_logger = metrics_logger
+        self.checkpointer = checkpointer or Checkpointer(settings.checkpoint, settings.to_yaml())
+        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat.follow(train_state.chunks)
         self.num_microbatches = num_microbatches(settings, dist.get_world_size())
-        if trainee.optimizer is not None:
-            self._gradient_norms = GradientNorms(trainee.optimizer, trainee.chunks)
-        self._gauges = Gauges(trainee, settings.train, self.num_microbatches, train.device)
+        if train_state.optimizer is not None:
+            self._gradient_norms = GradientNorms(train_state.optimizer, train_state.chunks)
+        self._collector = MetricsCollector(
+            train_state, settings.train, self.num_microbatches, train.device
+        )
         self._seconds = 0.0
-        self._start = StepStart(trainee.chunks)
-        self._spikes = SpikeWatch()
+        self._start = StepStart(train_state.chunks)
+        self._spike_detector = LossSpikeDetector()
 
     def run(self, stop: StopRequest | None = None) -> signal.Signals | None:
         """Train from the present step to the last one, and save it.
@@ -111,8 +113,8 @@ class Trainer:
         """
         train, last = self.settings.train, self.last_step
         profiler = StepProfiler(self.settings.log, enabled=dist.get_rank() == 0)
-        if self.reporter is not None:
-            self._seconds = self.reporter.latest("seconds") or 0.0
+        if self.metrics_logger is not None:
+            self._seconds = self.metrics_logger.latest("seconds") or 0.0
         stop = stop or StopRequest()
         saved = self.progress.step
         owed = self._owes_validation()
@@ -122,8 +124,10 @@ class Trainer:
                 if self.progress.step > saved:
                     self.save()
                 self._complete_save(wait=True)
-                if self.reporter is not None:
-                    self.reporter.say(f"stopped by {reason.name} after step {self.progress.step}")
+                if self.metrics_logger is not None:
+                    self.metrics_logger.log(
+                        f"stopped by {reason.name} after step {self.progress.step}"
+                    )
                 return reason
             record = {}
             if not owed:
@@ -142,59 +146,59 @@ class Trainer:
                 validated = self.evaluate(stop)
                 owed = validated is None
                 record |= validated or {}
-            if step == train.steps and not owed and self.validation and self.reporter:
+            if step == train.steps and not owed and self.validation and self.metrics_logger:
                 # What a model without any context reaches, beside what this one has reached.
                 record["unigram_entropy"] = unigram_entropy(self.validation.source.dataset)
-            if self.reporter is not None and record:
-                self.reporter.record(step, record | self._position())
+            if self.metrics_logger is not None and record:
+                self.metrics_logger.record(step, record | self._position())
             if not late and (step == last or _due(step, self.settings.checkpoint.save_interval)):
                 self.save()
                 saved = step
         self._complete_save(wait=True)
         return None
 
-    def step(self) -> StepFigures:
+    def step(self) -> StepMetrics:
         """One update of the weights; none where loss or gradients are not finite.
 
         Raises:
             NotFiniteError: such a step is not to be skipped; nothing has changed by it.
         """
         started_s = time.perf_counter()
-        self.activity.enter(STEP, self.progress.step + 1)
-        trainee = self.trainee
+        self.heartbeat.enter(STEP, self.progress.step + 1)
+        train_state = self.train_state
         self._start.note()
         batches = self.train.training(self.progress.samples, self.num_microbatches)
         is_reported = self._is_reported(self.progress.step + 1)
-        with self._gauges.watching(is_reported):
+        with self._collector.watching(is_reported):
             totals = self._gradients(batches)
-        lr = get_canonical_lr_for_logging(trainee.optimizer.param_groups)
-        grad_norm = prepare_update(trainee.optimizer)
+        lr = get_canonical_lr_for_logging(train_state.optimizer.param_groups)
+        grad_norm = prepare_update(train_state.optimizer)
         grad_norms = self._gradient_norms.measure() if is_reported else {}
         loss, finite = agreed_loss(totals, grad_norm)
         skipped = None
         if finite:
-            apply_update(trainee.optimizer, grad_norm)
+            apply_update(train_state.optimizer, grad_norm)
             self.progress.skipped_in_row = 0
         else:
             skipped = self._skip(batches, loss, grad_norm)
-        trainee.schedule.step(1)
+        train_state.schedule.step(1)
         self.progress.step += 1
         self.progress.samples += self.settings.train.global_batch_size
         if is_reported and self.train.device.type == "cuda":
             torch.cuda.synchronize()  # the update is only launched: it belongs to this step's time
         seconds = time.perf_counter() - started_s
         self._seconds += seconds
-        return StepFigures(loss, lr, grad_norm, grad_norms, seconds, skipped)
+        return StepMetrics(loss, lr, grad_norm, grad_norms, seconds, skipped)
 
     def _gradients(self, batches: list[Batch]) -> torch.Tensor:
         """Gradients of the objective, summed over all ranks; returns this rank's totals."""
         valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
-        positions = self.settings.train.global_batch_size * self.trainee.provider.seq_length
+        positions = self.settings.train.global_batch_size * self.train_state.provider.seq_length
         scale = loss_scale(valid_tokens, positions)
-        for chunk in self.trainee.chunks:
+        for chunk in self.train_state.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        self.trainee.optimizer.zero_grad()
+        self.train_state.optimizer.zero_grad()
         forget_balance_losses()  # so that reports show one step, wherever the run began
         return self._forward_backward(lambda: iter(batches), self.num_microbatches, scale)
 
@@ -203,7 +207,7 @@ class Trainer:
         train, progress = self.settings.train, self.progress
         self._start.put_back()
         found = explain(
-            self.trainee.chunks,
+            self.train_state.chunks,
             lambda: self._gradients(batches),
             self.train.numbers(progress.samples, self.num_microbatches),
             loss,
@@ -228,8 +232,8 @@ class Trainer:
         """
         if self.validation is None:
             return {}
-        self.activity.enter(EVALUATION)
-        for chunk in self.trainee.chunks:
+        self.heartbeat.enter(EVALUATION)
+        for chunk in self.train_state.chunks:
             chunk.eval()
         source, samples = self.validation.source, self.validation.samples
         count = -(-samples // (source.micro_batch_size * source.replicas))
@@ -249,29 +253,29 @@ class Trainer:
         return {"valid_loss": mean_loss(*totals.tolist())}
 
     def validate(self) -> None:
-        """Report the validation loss of the trainee as it is, on the console only."""
+        """Report the validation loss of the model as it is, on the console only."""
         loss = (self.evaluate() or {}).get("valid_loss")
-        if self.reporter is not None:
+        if self.metrics_logger is not None:
             measured = "no held-out set (data.valid)" if loss is None else f"{loss:.6f}"
-            self.reporter.say(f"step {self.progress.step} | valid loss {measured}")
+            self.metrics_logger.log(f"step {self.progress.step} | valid loss {measured}")
 
     def save(self) -> None:
         """Write a checkpoint, or begin to, where `checkpoint.save` names a folder."""
-        self.activity.enter(SAVING)
-        self.saver.save(self.trainee, self.progress)
+        self.heartbeat.enter(SAVING)
+        self.checkpointer.save(self.train_state, self.progress)
 
     def _complete_save(self, wait: bool) -> None:
         """Complete what is written in the background, once all ranks have written it."""
-        if self.saver.is_pending:
-            self.activity.enter(SAVING)
+        if self.checkpointer.is_pending:
+            self.heartbeat.enter(SAVING)
             if wait:
-                self.saver.finish()
+                self.checkpointer.finish()
             else:
-                self.saver.poll()
+                self.checkpointer.poll()
 
-    def figures(self, step: StepFigures) -> Record:
+    def metrics(self, step: StepMetrics) -> Record:
         """What is reported of a training step that has updated the weights. A collective."""
-        return self._gauges.read(step)
+        return self._collector.read(step)
 
     @property
     def last_step(self) -> int:
@@ -285,26 +289,26 @@ class Trainer:
     def _position(self) -> dict[str, float]:
         """How far the run has come: in the data, and in seconds spent in steps."""
         samples = self.progress.samples
-        position = {"samples": samples, "tokens": samples * self.trainee.provider.seq_length}
+        position = {"samples": samples, "tokens": samples * self.train_state.provider.seq_length}
         if self.train.samples_per_epoch:
             position["epoch"] = samples / self.train.samples_per_epoch
         return position | {"seconds": self._seconds}
 
-    def _report(self, outcome: StepFigures) -> Record:
+    def _report(self, outcome: StepMetrics) -> Record:
         """The record of a step, empty where none is due; what is out of the way is said at once."""
         step, record = self.progress.step, {}
-        if self.reporter is not None:
-            self.reporter.advance()
+        if self.metrics_logger is not None:
+            self.metrics_logger.advance()
         if outcome.skipped:
-            if self.reporter is not None:
-                self.reporter.say(f"warning: {outcome.skipped}: skipped")
+            if self.metrics_logger is not None:
+                self.metrics_logger.log(f"warning: {outcome.skipped}: skipped")
             return {"skipped_steps": self.progress.skipped}
         if self._is_reported(step):
-            record = self.figures(outcome)
-        if (score := self._spikes.score(outcome.loss)) is not None:
+            record = self.metrics(outcome)
+        if (score := self._spike_detector.score(outcome.loss)) is not None:
             record |= {"train_loss": outcome.loss, "loss_spike": score}
-            if self.reporter is not None:
-                self.reporter.say(
+            if self.metrics_logger is not None:
+                self.metrics_logger.log(
                     f"warning: step {step}: the loss, {outcome.loss:.4f}, lies {score:.0f} "
                     "standard deviations above the median of the latest steps"
                 )
@@ -315,7 +319,7 @@ class Trainer:
         step, train = self.progress.step, self.settings.train
         if step == 0 or not (step == train.steps or _due(step, train.eval_interval)):
             return False
-        owed = self.reporter is not None and not self.reporter.has(step, "valid_loss")
+        owed = self.metrics_logger is not None and not self.metrics_logger.has(step, "valid_loss")
         flag = torch.tensor(int(owed and self.validation is not None), device=self.train.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
@@ -324,7 +328,7 @@ class Trainer:
         self, batches: Callable[[], Iterator[Batch]], count: int, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         size = self.train.micro_batch_size
-        return forward_backward(self.trainee, batches, count, size, self.activity, scale)
+        return forward_backward(self.train_state, batches, count, size, self.heartbeat, scale)
 
 
 def _due(step: int, interval: int) -> bool:

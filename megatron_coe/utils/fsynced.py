@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileDigest:
     """What a manifest says about a file."""
 
     size: int
@@ -44,13 +44,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> FileFacts:
+def write_file(path: Path, content: bytes) -> FileDigest:
     """Write a small file and fsync it (not its name)."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return FileFacts(len(content), hashlib.sha256(content).hexdigest())
+    return FileDigest(len(content), hashlib.sha256(content).hexdigest())
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -61,7 +61,7 @@ def replace_file(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def facts_of(path: Path) -> FileFacts:
+def digest_of(path: Path) -> FileDigest:
     """Size and SHA-256 of a file that is there."""
     digest, size = hashlib.sha256(), 0
     block = memoryview(bytearray(_BLOCK))
@@ -69,7 +69,7 @@ def facts_of(path: Path) -> FileFacts:
         while count := file.readinto(block):
             digest.update(block[:count])
             size += count
-    return FileFacts(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())
 
 
 class HashedFile:
@@ -115,12 +115,12 @@ class HashedFile:
     def flush(self) -> None:
         """Nothing is buffered."""
 
-    def close(self) -> FileFacts:
-        """Fsync, and the facts; the hash is empty where none was wanted."""
+    def close(self) -> FileDigest:
+        """Fsync, and the digests; the hash is empty where none was wanted."""
         self._to_hash.put(None)
         try:
             os.fsync(self._file.fileno())
-            return FileFacts(self._size, self._digest.result() if self._digest else "")
+            return FileDigest(self._size, self._digest.result() if self._digest else "")
         finally:
             self._file.close()
 

@@ -364,9 +364,9 @@ def make_parity_trainer(layout: str, variant: str, **train: object) -> Trainer:
     """A trainer in fp32 on `Sequences`, at the weights of the seed."""
     settings = layout_settings(layout, variant, lr=1e-3, lr_warmup_fraction=0.0, **train)
     trainer = make_trainer(settings, torch.device("cpu"), Sequences())
-    for module in unwrap_model(trainer.trainee.chunks):
+    for module in unwrap_model(trainer.train_state.chunks):
         vary_constants(module)
-    trainer.trainee.optimizer.reload_model_params()
+    trainer.train_state.optimizer.reload_model_params()
     return trainer
 
 
@@ -374,7 +374,7 @@ def train(layout: str, variant: str, steps: int) -> list[float]:
     """Loss of each of the first training steps in fp32, as the training loop reports it."""
     with setup_groups(layout_settings(layout, variant)):
         trainer = make_parity_trainer(layout, variant)
-        return [trainer.figures(trainer.step())["train_loss"] for _ in range(steps)]
+        return [trainer.metrics(trainer.step())["train_loss"] for _ in range(steps)]
 
 
 def trained(layouts: list[str], variant: str, steps: int) -> dict[str, list[float]]:

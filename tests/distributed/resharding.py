@@ -27,22 +27,22 @@ SAME_LOSS = 1e-6  # relative
 TIME_LIMIT_S = 4 * 3600.0
 
 
-def gathered_state(trainee) -> dict[str, dict[str, torch.Tensor]]:
+def gathered_state(train_state) -> dict[str, dict[str, torch.Tensor]]:
     """Weights and moments of the whole model, on rank 0."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from tests.distributed import parity
 
     states = {}
-    for part in trainee.optimizer.chained_optimizers:
+    for part in train_state.optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer):
             states |= _gathered_shards(part)
         else:
             states |= part.optimizer.state
     return {
-        "weights": parity.gather(trainee.chunks, lambda parameter: parameter.data),
+        "weights": parity.gather(train_state.chunks, lambda parameter: parameter.data),
         **{
-            moment: parity.gather(trainee.chunks, lambda p, name=moment: states[p][name])
+            moment: parity.gather(train_state.chunks, lambda p, name=moment: states[p][name])
             for moment in ("exp_avg", "exp_avg_sq")
         },
     }
@@ -74,10 +74,10 @@ def save_in(layout: str, folder: Path) -> float:
         for _ in range(STEPS):
             trainer.step()
         trainer.save()
-        state = gathered_state(trainer.trainee)
+        state = gathered_state(trainer.train_state)
         if dist.get_rank() == 0:
             torch.save(state, folder / "state.pt")
-        return trainer.figures(trainer.step())["train_loss"]
+        return trainer.metrics(trainer.step())["train_loss"]
 
 
 def load_in(layout: str, folders: dict[str, str], losses: dict[str, float]) -> dict[str, list]:
@@ -91,12 +91,12 @@ def load_in(layout: str, folders: dict[str, str], losses: dict[str, float]) -> d
         trainer = parity.make_parity_trainer(layout, VARIANT)
         for source, folder in folders.items():
             (checkpoint,) = find_checkpoints(Path(folder))
-            trainer.progress = load_checkpoint(checkpoint, trainer.trainee)
-            state = gathered_state(trainer.trainee)
+            trainer.progress = load_checkpoint(checkpoint, trainer.train_state)
+            state = gathered_state(trainer.train_state)
             same = dist.get_rank() > 0 or _same_bits(
                 state, torch.load(Path(folder) / "state.pt", weights_only=True)
             )
-            loss = trainer.figures(trainer.step())["train_loss"]
+            loss = trainer.metrics(trainer.step())["train_loss"]
             results[source] = [same, abs(loss - losses[source]) / losses[source]]
     return results
 

@@ -34,7 +34,7 @@ def settings_of(layout: str, folder: str, asynchronous: bool) -> Settings:
 def go(trainer: Trainer, until: int) -> list[float]:
     losses = []
     while trainer.progress.step < until:
-        trainer.saver.poll()
+        trainer.checkpointer.poll()
         losses.append(trainer.step().loss)
     return losses
 
@@ -67,12 +67,12 @@ def _difference(root: str, layout: str, asynchronous: bool) -> list[str]:
             settings.train.seed += 1  # the next process starts with other weights and generators
             if stop != STOPS[0]:
                 path = choose_checkpoint(settings.checkpoint)
-                trainer.progress = load_checkpoint(path, trainer.trainee)
+                trainer.progress = load_checkpoint(path, trainer.train_state)
             resumed += go(trainer, stop)
             trainer.save()
             if stop < STEPS:  # what a run does after its last save must not get into it
                 trainer.step()
-            trainer.saver.finish()
+            trainer.checkpointer.finish()
         own = end_of(trainer)
     assert own.keys() == end.keys()
     assert any(name.startswith("moment") for name in own)
@@ -108,7 +108,7 @@ def _fail_on_one_rank(root: str, asynchronous: bool) -> list[str]:
             try:
                 with largest_file(1000 if is_full else -1):
                     trainer.save()
-                    trainer.saver.finish()
+                    trainer.checkpointer.finish()
             except CheckpointWriteError as error:
                 told = str(error)
             dist.barrier()

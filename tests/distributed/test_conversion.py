@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_coe.checkpoint.checkpointer import Saver
+from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.config.run_config import CheckpointSettings, ParallelSettings, load_settings
@@ -65,10 +65,10 @@ def save_in_every_layout(root: str) -> None:
         settings.parallel = ParallelSettings(**LAYOUTS[layout])
         with parallel_groups(settings.parallel):
             trainer = make_trainer(settings, torch.device("cpu"))
-            load_checkpoint(step, trainer.trainee)
+            load_checkpoint(step, trainer.train_state)
             folder = str(folder_of(root, model, layout))
-            saver = Saver(CheckpointSettings(save=folder), settings.to_yaml())
-            saver.save(trainer.trainee, Progress())
+            checkpointer = Checkpointer(CheckpointSettings(save=folder), settings.to_yaml())
+            checkpointer.save(trainer.train_state, Progress())
 
 
 @pytest.fixture(scope="module")

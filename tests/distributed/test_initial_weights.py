@@ -63,7 +63,7 @@ def initial_weights(layout: str, model: str) -> dict[str, torch.Tensor]:
     settings.model |= WIDTHS | MODELS[model]
     with parity.setup_groups(settings):
         trainer = make_trainer(settings, torch.device("cpu"), parity.Sequences())
-        return parity.gather(trainer.trainee.chunks, lambda parameter: parameter.data)
+        return parity.gather(trainer.train_state.chunks, lambda parameter: parameter.data)
 
 
 def differing(cases: list[tuple[str, str]], folder: str) -> dict[str, list[str]]:

@@ -49,7 +49,7 @@ def figures(layout: str, variant: str) -> dict[str, float | list[float]]:
     """Of the first step; a collective of the layout's ranks."""
     with setup_groups(layout_settings(layout, variant)):
         trainer = make_parity_trainer(layout, variant)
-        return trainer.figures(trainer.step())
+        return trainer.metrics(trainer.step())
 
 
 def measure(cases: dict[str, list[str]]) -> dict[str, dict]:

@@ -43,7 +43,7 @@ def run(folder: str, parallel: dict, sequences: Sequences) -> tuple:
     with parallel_groups(settings.parallel):
         trainer = make_trainer(settings, torch.device("cpu"), sequences)
         if found := find_checkpoints(Path(folder)):
-            trainer.progress = load_checkpoint(found[0], trainer.trainee)
+            trainer.progress = load_checkpoint(found[0], trainer.train_state)
         stop = StopRequest()
         with stop.listening():
             reason = trainer.run(stop)

@@ -52,8 +52,8 @@ def go_on(root: str, parallel: dict) -> list[dict[str, float]]:
     """Figures of the steps that follow the checkpoint in `root`, and of a validation."""
     settings = make_settings(model=MODEL, train=TRAIN, parallel=parallel, log={"interval": 1})
     trainer = make_trainer(settings, torch.device("cpu"), held_out=HELD_OUT)
-    trainer.progress = load_checkpoint(find_checkpoints(Path(root))[0], trainer.trainee)
-    figures = [trainer.figures(trainer.step()) for _ in range(STEPS)]
+    trainer.progress = load_checkpoint(find_checkpoints(Path(root))[0], trainer.train_state)
+    figures = [trainer.metrics(trainer.step()) for _ in range(STEPS)]
     for step in figures:
         for name in OF_THE_MACHINE:
             del step[name]

@@ -108,10 +108,10 @@ def saving(described: Settings, folder: Path) -> Settings:
 
 def train_padding(trainer: Trainer) -> None:
     """Leave the padding as training did where it stood in the softmax, with moments of its own."""
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     states = {
         weight: state
-        for part in trainer.trainee.optimizer.chained_optimizers
+        for part in trainer.train_state.optimizer.chained_optimizers
         for weight, state in part.optimizer.state.items()
     }
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -123,7 +123,7 @@ def train_padding(trainer: Trainer) -> None:
 def load(described: Settings, folder: Path) -> Trainer:
     trainer = make_trainer(described, torch.device("cpu"), Sequences())
     (checkpoint,) = find_checkpoints(folder)
-    trainer.progress = load_checkpoint(checkpoint, trainer.trainee)
+    trainer.progress = load_checkpoint(checkpoint, trainer.train_state)
     return trainer
 
 

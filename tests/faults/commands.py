@@ -21,7 +21,7 @@ from typing import NoReturn
 from tests.zygote import Zygote
 
 REPO = Path(__file__).resolve().parents[2]
-MISTAKE = 2
+CONFIG_ERROR = 2
 TIMEOUT_S = 120
 COLLECTIVE = 97
 """Status of a run that went on to its process group instead of complaining."""
@@ -78,7 +78,7 @@ class Case:
     says: tuple[str, ...]
     make: Callable[[Path], object] | None = None
     needs: tuple[str, ...] = ()
-    status: int = MISTAKE
+    status: int = CONFIG_ERROR
     late: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     plant: str | None = None

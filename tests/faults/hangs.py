@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_coe.fault_tolerance.exit_codes import NOT_FINITE, RANK_LOST
+from megatron_coe.fault_tolerance.exit_codes import NOT_FINITE, RANK_FAILURE
 from tests.faults.runs import Bench, Launch, differences, last_step
 from tests.faults.table import Outcome
 
@@ -109,7 +109,7 @@ def _lost(bench: Bench, case: Fault, folder: Path) -> list[str]:
         if statuses[0] in (0, None):
             failures.append(f"torchrun ended with {statuses}")
     else:
-        wanted = [RANK_LOST] * len(statuses)
+        wanted = [RANK_FAILURE] * len(statuses)
         if case.kind == KILLED:
             wanted[case.rank] = -signal.SIGKILL
         if statuses != wanted:

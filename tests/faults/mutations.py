@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_coe.fault_tolerance.exit_codes import MISTAKE
+from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR
 from tests.faults.runs import (
     Bench,
     checkpoints,
@@ -189,7 +189,7 @@ def _judge(bench: Bench, case: Mutation, folder: Path, unbroken: Path) -> list[s
     failures = []
     if "Traceback" in complaint:
         failures.append(f"a traceback: {launch.last_words()}")
-    wanted = MISTAKE if case.expected == REFUSED else 0
+    wanted = CONFIG_ERROR if case.expected == REFUSED else 0
     if statuses != {wanted}:
         failures.append(f"ended with {statuses}, not {wanted}: {launch.last_words()}")
     named = "latest" if case.file == "latest" else str(checkpoints(folder) / "step_")

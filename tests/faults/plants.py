@@ -167,5 +167,5 @@ def _is_due(trainer: Any) -> bool:
 
 
 def _chains(trainer: Any) -> list[CoELayer]:
-    chunks = trainer.trainee.chunks
+    chunks = trainer.train_state.chunks
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, CoELayer)]

@@ -51,7 +51,7 @@ def measure(folder: Path, saves: int, background: bool = False) -> dict[bool, li
     times: dict[bool, list[float]] = {False: [], True: []}
     with setup.process_groups(settings.parallel, device):
         trainer = make_trainer(settings, device)
-        print(f"a state of {state_size(trainer.trainee) / 1e9:.2f} GB in {folder}")
+        print(f"a state of {state_size(trainer.train_state) / 1e9:.2f} GB in {folder}")
         for number in range(-1, saves):  # the first pair warms up
             for verify in (False, True) if number % 2 else (True, False):
                 shutil.rmtree(folder)  # deleting the checkpoint before is not part of a save
@@ -60,7 +60,7 @@ def measure(folder: Path, saves: int, background: bool = False) -> dict[bool, li
                 trainer.save()
                 if number >= 0:
                     times[verify].append(time.perf_counter() - start)
-                trainer.saver.finish()
+                trainer.checkpointer.finish()
     return times
 
 

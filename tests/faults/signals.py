@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_coe.fault_tolerance.exit_codes import STOPPED
+from megatron_coe.fault_tolerance.exit_codes import PREEMPTED
 from tests.faults.kills import ASYNC
 from tests.faults.plants import PHASES
 from tests.faults.runs import LAYOUTS, Bench, Launch, differences, last_step, resumed_step
@@ -87,7 +87,7 @@ def _run(bench: Bench, case: Signal, folder: Path) -> tuple[list[str], list[str]
     if case.phase in (*PHASES, BACKGROUND) and not marks:
         return [f"the phase was never entered; ended with {statuses}: {complaint}"], []
     done = last_step(folder)
-    wanted = 128 + signal.SIGINT if case.phase == TWICE else STOPPED
+    wanted = 128 + signal.SIGINT if case.phase == TWICE else PREEMPTED
     if set(statuses) != {wanted}:
         failures.append(f"ended with {statuses}, not {wanted}: {complaint}")
     with bench.start(folder, case.layout, overrides) as launch:

@@ -148,7 +148,7 @@ def test_weights_and_moments_are_loaded_bit_for_bit(device):
     settings = load_settings(Path("config.yaml"), [*RESUMED[ONE_RANK], *again])
     with process_groups(settings.parallel, device):
         trainer = make_trainer(settings, device)
-        trainer.progress = load_checkpoint(STEP, trainer.trainee)
+        trainer.progress = load_checkpoint(STEP, trainer.train_state)
         trainer.save()
     assert (trainer.progress.step, trainer.progress.samples) == (STOPPED, STOPPED * 8)
     (written,) = find_checkpoints(Path("again"))

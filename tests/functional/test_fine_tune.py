@@ -19,7 +19,7 @@ from megatron_coe.conversion.upcycle import upcycle
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_coe.fault_tolerance.exit_codes import MISTAKE
+from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR
 from megatron_coe.training.metrics_logger import read_records
 from tests import zygote
 from tests.functional.test_convert import convert
@@ -177,7 +177,7 @@ def test_without_the_weights_that_were_named_nothing_starts(home, capsys, gone, 
     for more in ((), ("--dry-run",)):
         arguments = ["--config", str(config), "data.train=[train_text_document]"]
         arguments.append("data.tokenizer=t.model")
-        assert pretrain_coe.main([*arguments, *more]) == MISTAKE
+        assert pretrain_coe.main([*arguments, *more]) == CONFIG_ERROR
         assert "checkpoint.load=" in capsys.readouterr().err
     assert sorted(Path(".").glob("**/step_*")) == before
 
@@ -185,7 +185,7 @@ def test_without_the_weights_that_were_named_nothing_starts(home, capsys, gone, 
 def test_a_folder_of_others_is_no_checkpoint_to_load(home, capsys):
     step = from_hf(Path("my-model"), Path("imp/checkpoints"))
     named = ("checkpoint.load=my-model", "checkpoint.save=new", "data.train=[train_text_document]")
-    assert pretrain_coe.main(["--config", str(step / "config.yaml"), *named]) == MISTAKE
+    assert pretrain_coe.main(["--config", str(step / "config.yaml"), *named]) == CONFIG_ERROR
     assert "convert_checkpoint.py from-hf" in capsys.readouterr().err
 
 
@@ -226,7 +226,7 @@ def test_another_tokenizer_in_its_place_is_not_taken(home, capsys):
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     config = "imp/checkpoints/step_00000001/config.yaml"
     arguments = ["data.train=[train_text_document]", "train.steps=9", "data.tokenizer=t.model"]
-    assert pretrain_coe.main(["--config", config, *SMALL, *arguments]) == MISTAKE
+    assert pretrain_coe.main(["--config", config, *SMALL, *arguments]) == CONFIG_ERROR
     assert "data.tokenizer was '285 ids" in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_own_weights_are_tuned_and_the_same_command_resumes(home, capsys):
 def test_more_steps_and_another_batch(home, capsys, changes, accepted, sequences):
     if accepted:
         refused = ["--config", "my-run.yaml", *SMALL, "data.train=[train_text_document]", *changes]
-        assert pretrain_coe.main(refused) == MISTAKE
+        assert pretrain_coe.main(refused) == CONFIG_ERROR
         assert f"checkpoint.accept_changes='[{accepted}]'" in capsys.readouterr().err
         train("my-run.yaml", *changes, f"checkpoint.accept_changes=[{accepted}]")
     else:

@@ -207,9 +207,9 @@ def _start_as_megatron(trainer: Trainer) -> None:
     from megatron_coe.distributed import setup
 
     setup.seed_everything(SEED)
-    vocab_size = trainer.trainee.provider.vocab_size
+    vocab_size = trainer.train_state.provider.vocab_size
     theirs = build_provider(trainer.settings, torch.device("cpu"), vocab_size).provide()
-    (model,) = unwrap_model(trainer.trainee.chunks)
+    (model,) = unwrap_model(trainer.train_state.chunks)
     model.load_state_dict(theirs.state_dict())
 
 
@@ -386,7 +386,7 @@ def _train_ours(layout: Layout, record: _Record) -> list[tuple[float, float]]:
     described = settings(model=layout.model, parallel=layout.parallel)
     with setup.parallel_groups(described.parallel):
         trainer = make_trainer(described, torch.device("cpu"), record.data)
-        chunks = unwrap_model(trainer.trainee.chunks)
+        chunks = unwrap_model(trainer.train_state.chunks)
         for chunk, weights in zip(chunks, record.weights, strict=True):
             assert {name for name, _ in chunk.named_parameters()} == weights.keys()
             chunk.load_state_dict(weights, strict=False)

@@ -26,7 +26,7 @@ from megatron_coe.data.corpus import make_corpus
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
-from megatron_coe.fault_tolerance.exit_codes import RANK_LOST, STOPPED
+from megatron_coe.fault_tolerance.exit_codes import PREEMPTED, RANK_FAILURE
 from megatron_coe.model.moe.layer import CoELayer
 from megatron_coe.training.metrics_logger import read_records
 from megatron_coe.utils.environment import read_machine
@@ -368,7 +368,7 @@ def test_a_full_device_is_said_in_one_line_with_what_helps(config, monkeypatch, 
     original = CoELayer.forward
     monkeypatch.setattr(CoELayer, "forward", forward)
     arguments = ["--config", str(config), "train.micro_batch_size=2", "train.global_batch_size=8"]
-    assert pretrain_coe.main(arguments) == RANK_LOST
+    assert pretrain_coe.main(arguments) == RANK_FAILURE
     (line,) = capsys.readouterr().err.splitlines()
     for part in ("step 2, micro-batch 1, layer 1", "Tried to allocate 2.00 GiB", "is free. What"):
         assert part in line
@@ -396,7 +396,7 @@ def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(config, tmp_path
     arguments = ["--config", str(config), "train.steps=25"]
     assert pretrain_coe.main([*arguments, f"log.dir={unbroken}"]) == 0
     with once_it_has_steps(folder, 3, lambda: os.kill(os.getpid(), number)):
-        assert pretrain_coe.main(arguments) == STOPPED
+        assert pretrain_coe.main(arguments) == PREEMPTED
     stopped = max(losses(folder))
     assert 3 <= stopped < 25
     assert f"stopped by {number.name} after step {stopped}\n" in capfd.readouterr().out
@@ -424,7 +424,7 @@ def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
 
     with once_it_has_steps(tmp_path / "run", 3, signal_all):
         status, out, err = finish(process)
-    assert status == STOPPED, err
+    assert status == PREEMPTED, err
     assert err == "SIGINT: ends before the next step (Ctrl-C once more: at once)\n"
     stopped = max(losses(tmp_path / "run"))
     assert out.splitlines()[-1] == f"stopped by SIGINT after step {stopped}"
@@ -443,7 +443,7 @@ def test_the_launcher_returns_the_status_of_ranks_of_which_one_was_signalled(con
 
     with once_it_has_steps(tmp_path / "run", 3, signal_rank_1):
         status, out, err = finish(process)
-    assert status == STOPPED, err
+    assert status == PREEMPTED, err
     stopped = max(losses(tmp_path / "run"))
     assert f"stopped by SIGUSR1 after step {stopped}" in out
     assert "Traceback" not in err

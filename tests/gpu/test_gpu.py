@@ -10,7 +10,7 @@ import torch
 
 from megatron_coe.config.run_config import Settings, TrainSettings
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
-from megatron_coe.fault_tolerance.heartbeat import STEP, Activity
+from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.model.moe.expert_activation import SwiGLU
 from megatron_coe.model.moe.grouped_linear import grouping
 from megatron_coe.model.moe.grouped_mlp import Chain, expert_mlp
@@ -122,11 +122,11 @@ def test_a_layer_never_waits_for_the_device(single_rank, changes: dict, padding:
 
 
 def test_a_full_device_is_explained(device: torch.device) -> None:
-    activity = Activity()
-    activity.enter(STEP, 3)
+    heartbeat = Heartbeat()
+    heartbeat.enter(STEP, 3)
     settings = Settings(train=TrainSettings(micro_batch_size=8))
     with (
         pytest.raises(DeviceMemoryError, match=r"^out of memory in step 3: CUDA out of memory"),
-        explained(settings, activity),
+        explained(settings, heartbeat),
     ):
         torch.empty(1 << 50, device=device)

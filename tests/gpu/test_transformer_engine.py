@@ -70,13 +70,13 @@ def saved(device: torch.device, backend: str, folder: Path, steps: int = 1, **mo
     for _ in range(steps):
         trainer.step()
     trainer.save()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     return find_checkpoints(folder)[0]
 
 
 def resumed(device: torch.device, backend: str, checkpoint: Path, **model) -> Trainer:
     trainer = trainer_of(device, backend, **model)
-    trainer.progress = load_checkpoint(checkpoint, trainer.trainee)
+    trainer.progress = load_checkpoint(checkpoint, trainer.train_state)
     return trainer
 
 
@@ -154,7 +154,7 @@ def test_checkpoints_pass_between_backends(
     assert trainer.progress.step == 2
     trainer.settings.checkpoint.save = str(tmp_path / "two")
     trainer.save()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     two = find_checkpoints(tmp_path / "two")[0]
     before, after = tensors(one), tensors(two)
     assert before.keys() == after.keys() and len(before) > 20

@@ -31,7 +31,7 @@ COLLECT = "megatron_coe/analysis/collect.py"
 OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
 OF_LAYER = ("tests/unit/model/moe/test_layer.py",)
 OF_METRICS = ("tests/distributed/test_metrics.py",)
-OF_TALLY = ("tests/unit/model/moe/test_routing_stats.py",)
+OF_ROUTING_STATS = ("tests/unit/model/moe/test_routing_stats.py",)
 OF_ROUTER = ("tests/unit/model/moe/test_router.py",)
 OF_MODEL = (
     "tests/unit/model/test_layer_specs.py",
@@ -550,8 +550,8 @@ FAULTS = [
     Fault(
         "a manifest's hashes are not compared",
         "megatron_coe/checkpoint/manifest.py",
-        "if facts_of(folder / name) != manifest.files[name]:",
-        "if facts_of(folder / name).size != manifest.files[name].size:",
+        "if digest_of(folder / name) != manifest.files[name]:",
+        "if digest_of(folder / name).size != manifest.files[name].size:",
         OF_RESUMING,
     ),
     Fault(
@@ -599,7 +599,7 @@ FAULTS = [
     Fault(
         "a run does not know which checkpoint it resumed from",
         "megatron_coe/training/build.py",
-        "saver.resume_from(start.path)",
+        "checkpointer.resume_from(start.path)",
         "pass",
         OF_PRETRAINING,
     ),
@@ -783,14 +783,14 @@ FAULTS = [
         ROUTER,
         "return self.tally is not None and self.training and torch.is_grad_enabled()",
         "return self.tally is not None and self.training",
-        OF_TALLY,
+        OF_ROUTING_STATS,
     ),
     Fault(
         "iterations are counted as one",
         ROUTER,
         "self.tally[self.iteration] += torch.cat(",
         "self.tally[0] += torch.cat(",
-        OF_TALLY,
+        OF_ROUTING_STATS,
     ),
     Fault(
         "told padding is counted",
@@ -798,7 +798,7 @@ FAULTS = [
         """            routing_map = routing_map & ~padding_mask[:, None]
             confidence_T""",
         "            confidence_T",
-        OF_TALLY,
+        OF_ROUTING_STATS,
     ),
     Fault(
         "copies of a tensor-parallel gradient all count",

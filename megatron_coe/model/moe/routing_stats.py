@@ -15,7 +15,7 @@ from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.router import CoERouter
 
 
-class RoutingTally:
+class RoutingStats:
     """A table on the device that a rank's routers add to while they are asked to.
 
     Nothing is read back, and nothing sent, before `collect`.

@@ -60,15 +60,15 @@ def test_in_the_background_the_state_of_the_moment_is_saved(
     generator = torch.get_rng_state()
     trainer.save()
     later = [trainer.step().loss for _ in range(3)]
-    trainer.saver.poll()
+    trainer.checkpointer.poll()
     assert find_checkpoints(tmp_path) == [], "it has no name before it is whole"
     held.set()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     (path,) = find_checkpoints(tmp_path)
     assert check_checkpoint(path)["progress"]["step"] == 2
 
     again = make_trainer(settings, single_rank)
-    again.progress = load_checkpoint(path, again.trainee)
+    again.progress = load_checkpoint(path, again.train_state)
     assert again.progress.step == 2
     assert torch.equal(torch.get_rng_state(), generator)
     assert_same(weights(again), moment)
@@ -86,7 +86,7 @@ def test_the_next_save_waits_for_the_one_before(single_rank, tmp_path, held):
     trainer.step()
     trainer.save()
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step_00000001"]
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     names = ["step_00000002", "step_00000001"]
     assert [path.name for path in find_checkpoints(tmp_path)] == names
 
@@ -121,7 +121,7 @@ def test_a_write_that_fails_leaves_the_older_ones(single_rank, tmp_path, asynchr
     trainer = make_trainer(settings, single_rank)
     trainer.step()
     trainer.save()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     (good,) = find_checkpoints(tmp_path)
     trainer.step()
     with (
@@ -129,11 +129,11 @@ def test_a_write_that_fails_leaves_the_older_ones(single_rank, tmp_path, asynchr
         largest_file(nbytes),
     ):
         trainer.save()
-        trainer.saver.finish()
+        trainer.checkpointer.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST_FILE, good.name]
     check_checkpoint(good)
     trainer.save()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     assert len(find_checkpoints(tmp_path)) == 2, "the run could go on"
 
 
@@ -202,18 +202,18 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_step(single_r
     settings = make_settings(tmp_path / "file" / "checkpoints", model=SMALL)
     trainer = make_trainer(settings, single_rank)
     with pytest.raises(CheckpointWriteError, match=r"checkpoint\.save=.*file/checkpoints: rank 0"):
-        trainer.saver.check(trainer.trainee)
+        trainer.checkpointer.check(trainer.train_state)
 
 
 def test_a_disk_without_room_is_an_error_before_the_first_step(single_rank, tmp_path, monkeypatch):
     trainer = make_trainer(make_settings(tmp_path, model=SMALL), single_rank)
     usage = namedtuple("usage", "total used free")
-    needed = state_size(trainer.trainee)
+    needed = state_size(trainer.train_state)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed // 2))
     with pytest.raises(CheckpointWriteError, match=r"a checkpoint needs .* MB and the disk has"):
-        trainer.saver.check(trainer.trainee)
+        trainer.checkpointer.check(trainer.train_state)
     monkeypatch.undo()
-    trainer.saver.check(trainer.trainee)
+    trainer.checkpointer.check(trainer.train_state)
     trainer.save()
     (path,) = find_checkpoints(tmp_path)
     written = sum(file.stat().st_size for file in path.glob("*.distcp"))
@@ -231,7 +231,7 @@ def test_a_real_disk_that_is_full(single_rank, tmp_path):
         model = {**SMALL, "hidden_size": 64, "vocab_size": 512}
         settings = make_settings(disk / "checkpoints", model=model)
         trainer = make_trainer(settings, single_rank)
-        trainer.saver.check(trainer.trainee)
+        trainer.checkpointer.check(trainer.train_state)
         trainer.step()
         trainer.save()
         trainer.step()
@@ -251,9 +251,9 @@ def test_what_a_dead_run_left_is_cleared_away(single_rank, tmp_path, has_steps_l
     (tmp_path / ".partial_step_00000003" / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / ".removed_step_00000001").mkdir()
     if has_steps_left:
-        trainer.saver.check(trainer.trainee)
+        trainer.checkpointer.check(trainer.train_state)
     else:
-        trainer.saver.tidy()
+        trainer.checkpointer.tidy()
     assert not list(tmp_path.iterdir())
 
 
@@ -271,7 +271,7 @@ def test_every_file_is_synced_before_the_name(single_rank, tmp_path, monkeypatch
         return rename(self, target)
 
     trainer = make_trainer(make_settings(tmp_path, model=SMALL), single_rank)
-    trainer.saver.content = {"tokenizer/tokenizer.json": b"{}"}
+    trainer.checkpointer.content = {"tokenizer/tokenizer.json": b"{}"}
     monkeypatch.setattr(os, "fsync", noting)
     monkeypatch.setattr(fsynced.Path, "rename", renaming)
     trainer.save()
@@ -302,8 +302,8 @@ def test_what_the_run_could_not_load_takes_no_place(single_rank, tmp_path, reaso
         (newest / "__0_0.distcp").write_bytes(spoiled)
     trainer = make_trainer(settings, single_rank)
     assert choose_checkpoint(settings.checkpoint) == older
-    trainer.progress = load_checkpoint(older, trainer.trainee)
-    trainer.saver.resume_from(older)
+    trainer.progress = load_checkpoint(older, trainer.train_state)
+    trainer.checkpointer.resume_from(older)
     kept = []
     for step in (3, 4):
         trainer.progress.step = step
@@ -320,12 +320,12 @@ def test_every_checkpoint_holds_the_runs_other_files(single_rank, tmp_path, asyn
     write_content(imported, content)
     settings = make_settings(tmp_path, checkpoint={"async_save": asynchronous}, model=SMALL)
     trainer = make_trainer(settings, single_rank)
-    trainer.saver.content = {"tokenizer.model": b"pieces"}
-    trainer.saver.keep_content_of(imported)
+    trainer.checkpointer.content = {"tokenizer.model": b"pieces"}
+    trainer.checkpointer.keep_content_of(imported)
     for step in (1, 2):
         trainer.progress.step = step
         trainer.save()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     for path in find_checkpoints(tmp_path):
         check_checkpoint(path)
         assert (path / "tokenizer.model").read_bytes() == b"pieces"
@@ -340,7 +340,7 @@ def test_a_checkpoint_that_the_run_needs_is_never_deleted(single_rank, tmp_path,
     settings = make_settings(tmp_path, checkpoint={"keep": 1}, model=SMALL)
     trainer = make_trainer(settings, single_rank)
     (tmp_path / "link").symlink_to(tmp_path / "step_00000001")
-    trainer.saver.needed = [tmp_path / "link" / name]
+    trainer.checkpointer.needed = [tmp_path / "link" / name]
     kept = []
     for step in (1, 2, 3):
         trainer.progress.step = step

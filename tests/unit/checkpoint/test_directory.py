@@ -16,11 +16,11 @@ from megatron_coe.checkpoint.directory import (
     doubts_about_pointer,
     find_checkpoints,
     partial_folder,
-    point_at,
+    prune,
     publish,
     restore,
-    retain,
     step_of,
+    update_latest,
 )
 
 
@@ -32,7 +32,7 @@ def write(folder: Path, step: int, content: str) -> None:
 
 def put(folder: Path, step: int) -> Path:
     published = publish(folder, step)
-    point_at(published)
+    update_latest(published)
     return published
 
 
@@ -70,10 +70,10 @@ def test_what_cannot_be_deleted_is_told_and_tried_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse)
         for _ in range(2):
-            (error,) = retain(tmp_path, 3, keep=1, keep_every=0, is_loadable=always)
+            (error,) = prune(tmp_path, 3, keep=1, keep_every=0, is_loadable=always)
             assert error.filename == str(tmp_path / ".removed_step_00000001" / "content")
     assert list(contents(tmp_path)) == [3]
-    assert retain(tmp_path, 3, keep=1, keep_every=0, is_loadable=always) == []
+    assert prune(tmp_path, 3, keep=1, keep_every=0, is_loadable=always) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST_FILE, "step_00000003"]
 
 
@@ -85,7 +85,7 @@ def test_which_are_kept(tmp_path, keep, keep_every, left):
     for step in range(1, 7):
         write(tmp_path, step, str(step))
         put(tmp_path, step)
-    retain(tmp_path, 5, keep, keep_every, always)  # 6 is of a future that was found bad
+    prune(tmp_path, 5, keep, keep_every, always)  # 6 is of a future that was found bad
     assert list(contents(tmp_path)) == left
 
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_loaded_takes_no_place(tmp_path, keep, keep_every, loadab
     for step in range(1, 7):
         write(tmp_path, step, str(step))
         put(tmp_path, step)
-    retain(tmp_path, 5, keep, keep_every, lambda path: step_of(path) in loadable)
+    prune(tmp_path, 5, keep, keep_every, lambda path: step_of(path) in loadable)
     assert list(contents(tmp_path)) == left
 
 
@@ -144,7 +144,7 @@ def test_dying_anywhere_in_a_save_leaves_a_good_folder(
     with monkeypatch.context() as patch, suppress(Death):
         die_at(patch, number)
         put(tmp_path, step)
-        retain(tmp_path, step, keep=1, keep_every=0, is_loadable=always)
+        prune(tmp_path, step, keep=1, keep_every=0, is_loadable=always)
     restore(tmp_path)
     found = contents(tmp_path)
     assert found.get(2) == "old" or found.get(step) == "new"

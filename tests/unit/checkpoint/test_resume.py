@@ -40,7 +40,7 @@ def trainer(single_rank):
 @pytest.fixture(scope="module")
 def originals(trainer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("originals")
-    trainer.saver.options = CheckpointSettings(save=str(folder))
+    trainer.checkpointer.options = CheckpointSettings(save=str(folder))
     for _ in STEPS:
         trainer.step()
         trainer.save()
@@ -141,7 +141,7 @@ def test_a_manifest_has_to_list_everything_that_is_read(folder, capfd):
     newest, older = find_checkpoints(folder)
     manifest = read_manifest(newest)
     for name in set(names_of_files()) - {MANIFEST_FILE}:
-        files = {other: facts for other, facts in manifest.files.items() if other != name}
+        files = {other: digests for other, digests in manifest.files.items() if other != name}
         write_manifest(newest, 2, files)
         assert choose(folder) == older
         assert f"does not list {name}" in capfd.readouterr().err
@@ -225,7 +225,7 @@ def test_without_manifest_only_when_told_to(folder, capfd, trainer):
         choose(folder)
     assert "checkpoint.verify=false" in capfd.readouterr().err
     path = choose(folder, verify=False)
-    assert load_checkpoint(path, trainer.trainee).step == 2
+    assert load_checkpoint(path, trainer.train_state).step == 2
 
 
 class Attack:
@@ -368,7 +368,7 @@ def test_nothing_is_executed(folder, tmp_path, trainer, forge, verify):
     write_manifest(newest, 2, describe_folder(newest))
     assert choose(folder, verify=verify) == older
     with pytest.raises(BadCheckpointError, match=f"checkpoint {newest}: "):
-        load_checkpoint(newest, trainer.trainee)
+        load_checkpoint(newest, trainer.train_state)
     assert not (tmp_path / "victim").exists()
 
 
@@ -399,7 +399,7 @@ def test_common_values_in_the_shards_are_read(folder, trainer):
     keep_common_in_shards(newest)
     write_manifest(newest, 2, describe_folder(newest))
     assert choose(folder) == newest
-    trainer.progress = load_checkpoint(newest, trainer.trainee)
+    trainer.progress = load_checkpoint(newest, trainer.train_state)
     assert trainer.progress.step == 2
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from megatron_coe.checkpoint.checkpointer import Saver
+from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.directory import CONFIG_FILE, find_checkpoints
 from megatron_coe.checkpoint.resume import check_changes
 from megatron_coe.checkpoint.resume_policy import Policy, changes, data_change, policy_of
@@ -146,7 +146,9 @@ def saved(single_rank, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     settings = make_settings(folder, model={"num_layers": 1})
     trainer = make_trainer(settings, single_rank)
-    trainer.saver = Saver(settings.checkpoint, settings.to_yaml(), identity_of(Words()))
+    trainer.checkpointer = Checkpointer(
+        settings.checkpoint, settings.to_yaml(), identity_of(Words())
+    )
     trainer.save()
     trainer.step()
     trainer.save()

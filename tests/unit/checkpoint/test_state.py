@@ -24,13 +24,13 @@ DROPOUT = {"coe_residual": "outer", "hidden_dropout": 0.2}
 def losses_of(trainer, until: int) -> list[float]:
     losses = []
     while trainer.progress.step < until:
-        losses.append(trainer.figures(trainer.step())["train_loss"])
+        losses.append(trainer.metrics(trainer.step())["train_loss"])
     return losses
 
 
 def optimizer_state(trainer) -> dict[str, torch.Tensor]:
     state = {}
-    for number, optimizer in enumerate(trainer.trainee.optimizer.chained_optimizers):
+    for number, optimizer in enumerate(trainer.train_state.optimizer.chained_optimizers):
         for index, values in enumerate(optimizer.optimizer.state.values()):
             for name, value in values.items():
                 state[f"{number}.{index}.{name}"] = torch.as_tensor(value).clone()
@@ -66,7 +66,7 @@ def test_ten_steps_and_ten_more_are_twenty(single_rank, tmp_path, parallel, deca
         not torch.equal(a, b)
         for a, b in zip(weights(first).values(), weights(second).values(), strict=True)
     )
-    second.progress = load_checkpoint(path, second.trainee)
+    second.progress = load_checkpoint(path, second.train_state)
     assert (second.progress.step, second.progress.samples) == (10, 40)
     losses += losses_of(second, until=20)
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_before_the_first_step_resumes_too(single_rank, tmp_path, d
     expected = losses_of(first, until=3)
     settings.train.seed += 1
     second = make_trainer(settings, single_rank)
-    second.progress = load_checkpoint(find_checkpoints(tmp_path)[0], second.trainee)
+    second.progress = load_checkpoint(find_checkpoints(tmp_path)[0], second.train_state)
     assert losses_of(second, until=3) == expected
     assert_same(weights(first), weights(second))
 
@@ -105,7 +105,7 @@ def test_generators_come_back(single_rank, tmp_path):
     drawn = [torch.rand(3)]
     with get_cuda_rng_tracker().fork():
         drawn.append(torch.rand(3, device=single_rank))
-    load_checkpoint(find_checkpoints(tmp_path)[0], trainer.trainee)
+    load_checkpoint(find_checkpoints(tmp_path)[0], trainer.train_state)
     assert torch.equal(torch.rand(3), drawn[0])
     with get_cuda_rng_tracker().fork():
         assert torch.equal(torch.rand(3, device=single_rank), drawn[1])
@@ -146,8 +146,8 @@ def test_present_hyperparameters_win_over_saved_ones(single_rank, tmp_path):
         train={"lr": 0.5, "lr_warmup_fraction": 0.0, "weight_decay": 0.25, "adam_beta2": 0.5},
     )
     second = make_trainer(changed, single_rank)
-    load_checkpoint(find_checkpoints(tmp_path)[0], second.trainee)
-    for group in second.trainee.optimizer.param_groups:
+    load_checkpoint(find_checkpoints(tmp_path)[0], second.train_state)
+    for group in second.train_state.optimizer.param_groups:
         assert group["lr"] == 0.5
         assert group["weight_decay"] == 0.25 * group["wd_mult"]
         assert group["betas"] == (0.9, 0.5)
@@ -170,7 +170,7 @@ def test_the_kind_of_optimizer_may_change(single_rank, tmp_path, distributed_fir
     losses_of(first, until=3)
     first.save()
     second = run(None, not distributed_first)
-    second.progress = load_checkpoint(find_checkpoints(tmp_path)[0], second.trainee)
+    second.progress = load_checkpoint(find_checkpoints(tmp_path)[0], second.train_state)
     assert_same(weights(first), weights(second))
     losses = losses_of(first, until=6)
     assert losses_of(second, until=6) == pytest.approx(losses, rel=1e-3 if bf16 else 1e-6)
@@ -187,13 +187,13 @@ def test_weights_alone_begin_a_new_run(single_rank, tmp_path, bf16):
 
     settings = make_settings(train={**changes, "lr": 0.0, "lr_warmup_fraction": 0.0})
     tuned, new = (make_trainer(settings, single_rank) for _ in range(2))
-    tuned.progress = load_checkpoint(path, tuned.trainee, weights_only=True)
+    tuned.progress = load_checkpoint(path, tuned.train_state, weights_only=True)
     assert tuned.progress == Progress()
-    assert tuned.trainee.schedule.num_steps == 0
+    assert tuned.train_state.schedule.num_steps == 0
     assert_same(optimizer_state(tuned), optimizer_state(new))
     first.progress = Progress()
     assert losses_of(tuned, until=1) == losses_of(first, until=1)
-    assert load_checkpoint(path, first.trainee).step == 3
+    assert load_checkpoint(path, first.train_state).step == 3
     assert_same(weights(tuned), weights(first))
 
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_model_is_refused(single_rank, tmp_path):
     (path,) = find_checkpoints(tmp_path)
     other = make_trainer(make_settings(model={"num_layers": 1, "hidden_size": 40}), single_rank)
     with pytest.raises(ValueError, match=f"checkpoint {Path(path)} does not fit this model"):
-        load_checkpoint(path, other.trainee)
+        load_checkpoint(path, other.train_state)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -212,11 +212,11 @@ def test_an_evaluation_needs_no_optimizer(single_rank, tmp_path, monkeypatch, di
     losses_of(trained, until=2)
     trained.save()
     monkeypatch.setattr(setup, "build_optimizer", pytest.fail)
-    monkeypatch.setattr(setup, "build_trainee", partial(setup.build_trainee, trains=False))
+    monkeypatch.setattr(setup, "build_train_state", partial(setup.build_train_state, trains=False))
     settings.train.seed += 1
     evaluated = make_trainer(settings, single_rank, held_out=3)
-    assert evaluated.trainee.optimizer is None
-    evaluated.progress = load_checkpoint(find_checkpoints(tmp_path)[0], evaluated.trainee)
+    assert evaluated.train_state.optimizer is None
+    evaluated.progress = load_checkpoint(find_checkpoints(tmp_path)[0], evaluated.train_state)
     assert evaluated.progress.step == 2
     assert_same(weights(evaluated), weights(trained))
     assert evaluated.evaluate() == trained.evaluate()
@@ -228,13 +228,13 @@ def test_an_extra_state_that_a_checkpoint_has_not_is_none(single_rank, tmp_path,
     first.step()
     first.save()
     second = make_trainer(make_settings(tmp_path), single_rank)
-    (model,) = unwrap_model(second.trainee.chunks)
+    (model,) = unwrap_model(second.train_state.chunks)
     norm, given = type(model.decoder.final_layernorm), []
     monkeypatch.setattr(norm, "get_extra_state", lambda self: None, raising=False)
     monkeypatch.setattr(
         norm, "set_extra_state", lambda self, state: given.append(state), raising=False
     )
-    second.progress = load_checkpoint(find_checkpoints(tmp_path)[0], second.trainee)
+    second.progress = load_checkpoint(find_checkpoints(tmp_path)[0], second.train_state)
     assert given and set(given) == {None}
     assert_same(weights(second), weights(first))
     assert_same(optimizer_state(second), optimizer_state(first))

@@ -106,7 +106,7 @@ def test_another_interpreter_loads_and_saves(tmp_path, direction):
 
 def test_what_is_saved_says_what_wrote_it(single_rank, tmp_path):
     trainer = make_trainer(saved_checkpoints.settings(), single_rank)
-    trainer.saver.options = CheckpointSettings(save=str(tmp_path))
+    trainer.checkpointer.options = CheckpointSettings(save=str(tmp_path))
     trainer.save()
     (checkpoint,) = find_checkpoints(tmp_path)
     versions = json.loads((checkpoint / VERSIONS_FILE).read_text())
@@ -145,14 +145,14 @@ def test_what_megatron_saves_by_itself_is_read(single_rank, tmp_path):
         trainer.step()
     checkpoint = tmp_path / "step_00000002"
     checkpoint.mkdir()
-    dist_checkpointing.save(run_state(trainer.trainee, trainer.progress), str(checkpoint))
+    dist_checkpointing.save(run_state(trainer.train_state, trainer.progress), str(checkpoint))
     assert (checkpoint / "common.pt").exists() == MEGATRON_VERSION.startswith("0.16.")
     (checkpoint / CONFIG_FILE).write_text(trainer.settings.to_yaml())
     write_manifest(checkpoint, saved_checkpoints.STEP, describe_folder(checkpoint))
     expected = saved_checkpoints.state_digests(trainer)
     other = make_trainer(saved_checkpoints.settings(), single_rank)
     path = choose_checkpoint(CheckpointSettings(save=str(tmp_path)))
-    other.progress = load_checkpoint(path, other.trainee)
+    other.progress = load_checkpoint(path, other.train_state)
     assert other.progress == trainer.progress
     assert saved_checkpoints.state_digests(other) == expected
 

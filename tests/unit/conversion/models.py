@@ -61,8 +61,8 @@ def megatron_loss(step: Path, ids_BS: Tensor, device: torch.device) -> float:
 def _run_megatron(step: Path, ids_BS: Tensor, device: torch.device, **inputs: Tensor) -> Tensor:
     forget_balance_losses()
     trainer = make_trainer(load_settings(step / CONFIG_FILE), device)
-    assert load_checkpoint(step, trainer.trainee).step == int(step.name.removeprefix("step_"))
-    (model,) = trainer.trainee.chunks
+    assert load_checkpoint(step, trainer.train_state).step == int(step.name.removeprefix("step_"))
+    (model,) = trainer.train_state.chunks
     positions = torch.arange(ids_BS.shape[1], device=device).expand_as(ids_BS)
     with torch.no_grad():
         return model.eval()(ids_BS, positions, None, **inputs)

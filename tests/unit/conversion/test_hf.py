@@ -169,7 +169,7 @@ def test_a_trained_checkpoint_without_its_layout(single_rank, tmp_path):
     trainer = make_trainer(settings, single_rank)
     trainer.run()
     to_hf(tmp_path / "run", tmp_path / "hf")
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     trained = dict(chunk.module.named_parameters())
     exported = weights_of(tmp_path / "hf")
     assert torch.equal(
@@ -560,8 +560,8 @@ def test_limited_groups_route_every_token_as_transformers_does(single_rank, tmp_
     step = from_hf(tmp_path / "native", tmp_path / "imported")
     settings = load_settings(step / CONFIG_FILE)
     trainer = make_trainer(settings, single_rank)
-    load_checkpoint(step, trainer.trainee)
-    (model,) = trainer.trainee.chunks
+    load_checkpoint(step, trainer.train_state)
+    (model,) = trainer.train_state.chunks
     ours, by_sum = [], []
     for layer in model.module.decoder.layers:
         layer.mlp.router.register_forward_hook(lambda _router, _args, out: ours.append(out[1]))

@@ -14,8 +14,8 @@ def learning_rates(device, **train) -> list[float]:
     trainer = make_trainer(make_settings(model={"num_layers": 1}, train=train), device)
     rates = []
     for _ in range(train["steps"]):
-        rates.append(trainer.trainee.optimizer.param_groups[0]["lr"])
-        trainer.trainee.schedule.step(1)
+        rates.append(trainer.train_state.optimizer.param_groups[0]["lr"])
+        trainer.train_state.schedule.step(1)
     return rates
 
 
@@ -69,13 +69,13 @@ def test_weight_decay_reaches_every_parameter_or_spares_norms_and_gates(
         parallel={"use_distributed_optimizer": distributed},
     )
     trainer = make_trainer(settings, single_rank)
-    for chunk in trainer.trainee.chunks:
+    for chunk in trainer.train_state.chunks:
         chunk.zero_grad_buffer()
         gate = chunk.module.decoder.layers[0].mlp.coe_weights["1"]
         gate.data.fill_(0.5)  # it starts at zero, which cannot decay
-    trainer.trainee.optimizer.reload_model_params()
+    trainer.train_state.optimizer.reload_model_params()
     before = weights(trainer)
-    trainer.trainee.optimizer.step()
+    trainer.train_state.optimizer.step()
     after = weights(trainer)
     spared = {name for name in before if torch.equal(before[name], after[name])}
     vectors = {name for name in before if "norm" in name or "coe_weights" in name}

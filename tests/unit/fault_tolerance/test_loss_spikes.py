@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_coe.fault_tolerance.loss_spikes import FEWEST, SpikeWatch
+from megatron_coe.fault_tolerance.loss_spikes import FEWEST, LossSpikeDetector
 
 
 def noisy(count: int, seed: int = 1) -> list[float]:
@@ -15,12 +15,12 @@ def noisy(count: int, seed: int = 1) -> list[float]:
 
 
 def test_a_loss_that_falls_with_noise_gives_no_warning():
-    watch = SpikeWatch()
+    watch = LossSpikeDetector()
     assert [watch.score(loss) for loss in noisy(1000)] == [None] * 1000
 
 
 def test_a_leap_is_scored_and_does_not_hide_the_next():
-    watch = SpikeWatch()
+    watch = LossSpikeDetector()
     for loss in noisy(100):
         watch.score(loss)
     first, second = watch.score(6.0), watch.score(6.0)
@@ -30,9 +30,9 @@ def test_a_leap_is_scored_and_does_not_hide_the_next():
 
 
 def test_few_losses_and_constant_ones_are_borne():
-    watch = SpikeWatch()
+    watch = LossSpikeDetector()
     assert [watch.score(loss) for loss in [1.0, 100.0] * (FEWEST // 2)] == [None] * FEWEST
-    constant = SpikeWatch()
+    constant = LossSpikeDetector()
     for _ in range(50):
         constant.score(2.0)
     assert constant.score(2.001) is None

@@ -127,7 +127,7 @@ def test_a_skipped_step_uses_its_data_up_and_resumes_exactly(single_rank, tmp_pa
     broken = skipping(tmp_path / "broken", stop_step=PLANTED_STEP)
     assert (broken.progress.skipped, broken.progress.skipped_in_row) == (1, 1)
     resumed = small(tmp_path / "broken", steps=6, nonfinite="skip")
-    resumed.progress = load_checkpoint(tmp_path / "broken" / "step_00000003", resumed.trainee)
+    resumed.progress = load_checkpoint(tmp_path / "broken" / "step_00000003", resumed.train_state)
     assert resumed.progress == broken.progress
     resumed.run()
     first, second = everything(unbroken), everything(resumed)
@@ -173,7 +173,7 @@ def test_a_step_without_a_fault_is_megatrons_own(single_rank):
     ours, theirs = small(clip_grad=0.5), small(clip_grad=0.5)
     ours.step()
     theirs._gradients(theirs.train.training(0, theirs.num_microbatches))
-    _, norm, _ = theirs.trainee.optimizer.step()
+    _, norm, _ = theirs.train_state.optimizer.step()
     first, second = everything(ours), everything(theirs)
     assert norm > 0.5
     assert same(first["weights"], second["weights"])

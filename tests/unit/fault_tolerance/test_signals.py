@@ -14,9 +14,9 @@ import pytest
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.fault_tolerance import signals
 from megatron_coe.fault_tolerance.exceptions import StoppedError
-from megatron_coe.fault_tolerance.exit_codes import STOPPED
+from megatron_coe.fault_tolerance.exit_codes import PREEMPTED
 from megatron_coe.fault_tolerance.signals import STOP_SIGNALS, StopRequest
-from megatron_coe.training.metrics_logger import Reporter, read_records
+from megatron_coe.training.metrics_logger import MetricsLogger, read_records
 from megatron_coe.training.trainer import VALIDATED_AT_ONCE, Validation
 from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights
 
@@ -92,11 +92,11 @@ def test_a_signal_before_the_first_step_ends_the_run_there(single_rank, tmp_path
 
 def test_a_signal_between_two_parts_of_a_start_says_whether_the_command_goes_on(single_rank):
     stop = StopRequest()
-    stop.heed(single_rank, "the model was built", saves=True)
+    stop.raise_if_stopped(single_rank, "the model was built", saves=True)
     stop.received = signal.SIGUSR1
-    for saves, status in ((True, STOPPED), (False, 128 + signal.SIGUSR1)):
+    for saves, status in ((True, PREEMPTED), (False, 128 + signal.SIGUSR1)):
         with pytest.raises(StoppedError, match="SIGUSR1 before the model was built") as stopped:
-            stop.heed(single_rank, "the model was built", saves)
+            stop.raise_if_stopped(single_rank, "the model was built", saves)
         assert stopped.value.status == status
 
 
@@ -130,10 +130,12 @@ def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
         source = replace(trainer.train, dataset=held_out)
         trainer.validation = Validation(source, len(held_out))
         if resume:
-            trainer.progress = load_checkpoint(resume, trainer.trainee)
-        trainer.reporter = Reporter(settings.log, 3, trainer.progress.step, {}, io.StringIO())
+            trainer.progress = load_checkpoint(resume, trainer.train_state)
+        trainer.metrics_logger = MetricsLogger(
+            settings.log, 3, trainer.progress.step, {}, io.StringIO()
+        )
         reason = trainer.run(stop)
-        trainer.reporter.close()
+        trainer.metrics_logger.close()
         records = read_records(tmp_path / name / "metrics.jsonl")
         figures = {
             (r["step"], k): r[k] for r in records for k in ("train_loss", "valid_loss") if k in r

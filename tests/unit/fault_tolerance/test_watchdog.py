@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
-from megatron_coe.fault_tolerance.exit_codes import MISTAKE, NOT_WRITTEN, RANK_LOST
-from megatron_coe.fault_tolerance.heartbeat import SAVING, STEP, Activity
+from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, NOT_WRITTEN, RANK_FAILURE
+from megatron_coe.fault_tolerance.heartbeat import SAVING, STEP, Heartbeat
 from megatron_coe.fault_tolerance.watchdog import BEATS, LONG, group_timeout, watched
 
 RANKS, BAD, FAULTY_STEP, LAST_STEP = 3, 1, 3, 6
@@ -54,15 +54,15 @@ def freeze() -> None:
 
 def work(folder: Path, rank: int, step_of_fault: int, fault: Callable[[], None] | None) -> None:
     """A run of a rank: steps that all ranks make together."""
-    activity = Activity()
+    heartbeat = Heartbeat()
     store = dist.FileStore(str(folder / "store"), RANKS)
-    with watched(store, TIMEOUT_S, activity, agreed=(NotFiniteError,)):
+    with watched(store, TIMEOUT_S, heartbeat, agreed=(NotFiniteError,)):
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=RANKS, timeout=group_timeout(30)
         )
         for step in range(LAST_STEP + 1):
             if step:
-                activity.enter(SAVING if fault is no_space else STEP, step)
+                heartbeat.enter(SAVING if fault is no_space else STEP, step)
             if step == step_of_fault and fault and (rank == BAD or fault is agree):
                 time.sleep(3 * TIMEOUT_S / BEATS)  # so that the others hear where it is
                 fault()
@@ -85,7 +85,7 @@ def rank_process(folder: Path, rank: int, *arguments: object) -> int:
         work(folder, rank, *arguments)
         status = 0
     except ValueError:
-        status = MISTAKE  # the command line says it
+        status = CONFIG_ERROR  # the command line says it
     except OSError:
         status = NOT_WRITTEN  # and this
     except Exception as error:
@@ -119,10 +119,10 @@ def run(
 @pytest.mark.parametrize(
     ("fault", "status", "said"),
     [
-        (hang, RANK_LOST, "hangs in"),
+        (hang, RANK_FAILURE, "hangs in"),
         (freeze, None, "has died or was stopped, last heard of in"),
         (die, -signal.SIGKILL, "has died or was stopped, last heard of in"),
-        (fail, RANK_LOST, "failed in"),
+        (fail, RANK_FAILURE, "failed in"),
     ],
 )
 @pytest.mark.parametrize("step", [STARTING_STEP, FAULTY_STEP])
@@ -130,7 +130,7 @@ def test_every_rank_ends_and_the_bad_one_is_named(tmp_path, fault, status, said,
     if fault is hang and step == STARTING_STEP:
         pytest.skip("takes six times as long, by intention")
     statuses, outputs = run(tmp_path, fault, step)
-    assert statuses == [RANK_LOST, status, RANK_LOST], outputs
+    assert statuses == [RANK_FAILURE, status, RANK_FAILURE], outputs
     error = next(line for line in outputs[0].splitlines() if "pretrain_coe.py: error: " in line)
     assert f"error: rank {BAD} (" in error
     assert f"{said} {f'step {step}' if step else 'start-up'}" in error
@@ -157,7 +157,7 @@ def test_what_all_ranks_agree_on_is_theirs_to_say(tmp_path):
 
 def test_a_mistake_of_one_rank_ends_all_as_a_mistake(tmp_path):
     statuses, outputs = run(tmp_path, mistake, STARTING_STEP)
-    assert statuses == [MISTAKE] * RANKS, outputs
+    assert statuses == [CONFIG_ERROR] * RANKS, outputs
     assert "train.lr=0: planted" in outputs[0]
     assert not any("Traceback" in output for output in outputs)
 

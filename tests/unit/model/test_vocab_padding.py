@@ -91,12 +91,12 @@ def test_steps_are_those_of_a_model_without_padding(single_rank, changes) -> Non
     for multiple in (1, 64):
         model = {**changes, "make_vocab_size_divisible_by": multiple}
         trainer = make_trainer(make_settings(model=model, train=train), single_rank)
-        (chunk,) = trainer.trainee.chunks
+        (chunk,) = trainer.train_state.chunks
         randomise(chunk.module, torch.Generator().manual_seed(4), std=0.1)
         with torch.no_grad():
             for name, weight in runs[0][0].items() if runs else ():
                 chunk.get_parameter(name)[: len(weight)] = weight
-        trainer.trainee.optimizer.reload_model_params()
+        trainer.train_state.optimizer.reload_model_params()
         before = weights(trainer)
         steps = [trainer.step() for _ in range(3)]
         runs.append((before, steps, weights(trainer)))

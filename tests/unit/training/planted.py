@@ -30,20 +30,20 @@ class NanBackward(torch.autograd.Function):
 
 
 def chains(trainer: Trainer) -> list[CoELayer]:
-    models = unwrap_model(trainer.trainee.chunks)
+    models = unwrap_model(trainer.train_state.chunks)
     return [m for model in models for m in model.modules() if isinstance(m, CoELayer)]
 
 
 def everything(trainer: Trainer) -> dict[str, object]:
     """A copy of all that an update or a step could change."""
-    parts = trainer.trainee.optimizer.chained_optimizers
-    buffers = {name: b.clone() for name, b in trainer.trainee.chunks[0].named_buffers()}
+    parts = trainer.train_state.optimizer.chained_optimizers
+    buffers = {name: b.clone() for name, b in trainer.train_state.chunks[0].named_buffers()}
     return {
         "weights": weights(trainer),
         "buffers": buffers,
         "moments": [copied(list(part.optimizer.state.values())) for part in parts],
         "masters": [copied(group["params"]) for part in parts for group in part.param_groups],
-        "schedule": trainer.trainee.schedule.num_steps,
+        "schedule": trainer.train_state.schedule.num_steps,
         "rng": copied(rng_state()),
         "progress": (trainer.progress.step, trainer.progress.samples),
     }

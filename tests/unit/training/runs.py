@@ -66,11 +66,11 @@ def make_trainer(
     device: torch.device,
     sequences: object | None = None,
     held_out: int = 0,
-    reporter: object = None,
+    metrics_logger: object = None,
 ) -> Trainer:
     """A trainer at step 0, freshly initialised."""
     setup.seed_everything(settings.train.seed)
-    trainee = setup.build_trainee(build_provider(settings, device), settings, device)
+    train_state = setup.build_train_state(build_provider(settings, device), settings, device)
     micro = settings.train.micro_batch_size
     rank = parallel_state.get_data_parallel_rank()
     replicas = parallel_state.get_data_parallel_world_size()
@@ -79,13 +79,13 @@ def make_trainer(
     if held_out:
         first = Subset(Sequences(2), range(held_out))
         validation = Validation(BatchSource(first, micro, rank, replicas, device), held_out)
-    return Trainer(settings, trainee, source, validation, Progress(), reporter)
+    return Trainer(settings, train_state, source, validation, Progress(), metrics_logger)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """A copy of every parameter, by name."""
     return {
         name: parameter.detach().clone()
-        for chunk in trainer.trainee.chunks
+        for chunk in trainer.train_state.chunks
         for name, parameter in chunk.named_parameters()
     }

@@ -58,11 +58,11 @@ def test_norms_are_those_of_the_gradients(single_rank, model: str, distributed: 
     )
     trainer = make_trainer(settings, single_rank)
     trainer._gradients(trainer.train.training(0, 4))
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     squares = dict.fromkeys(GROUPS, 0.0)
     for name, parameter in chunk.named_parameters():
         squares[group_of(name)] += parameter.main_grad.double().square().sum().item()
-    optimizer = trainer.trainee.optimizer
+    optimizer = trainer.train_state.optimizer
     norm = prepare_update(optimizer)
     measured = trainer._gradient_norms.measure()
     expected = {group: square**0.5 for group, square in squares.items() if square}

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_coe.config.run_config import LogSettings
 from megatron_coe.training.metrics_logger import (
-    Reporter,
+    MetricsLogger,
     check_wandb,
     console_line,
     drop_records_after,
@@ -20,10 +20,10 @@ from megatron_coe.training.metrics_logger import (
 
 def test_records_go_to_file_console_and_tensorboard(tmp_path):
     stream = io.StringIO()
-    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 0, {}, stream)
-    reporter.record(1, {"train_loss": 2.5, "lr": 1e-3})
-    reporter.record(10, {"train_loss": 2.0, "valid_loss": 2.25})
-    reporter.close()
+    metrics_logger = MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 0, {}, stream)
+    metrics_logger.record(1, {"train_loss": 2.5, "lr": 1e-3})
+    metrics_logger.record(10, {"train_loss": 2.0, "valid_loss": 2.25})
+    metrics_logger.close()
     assert read_records(tmp_path / "metrics.jsonl") == [
         {"step": 1, "train_loss": 2.5, "lr": 1e-3},
         {"step": 10, "train_loss": 2.0, "valid_loss": 2.25},
@@ -42,12 +42,12 @@ def test_a_terminal_gets_a_progress_bar_and_the_same_lines(tmp_path):
             return True
 
     stream = Terminal()
-    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 5, {}, stream)
+    metrics_logger = MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 5, {}, stream)
     for step in range(6, 21):
-        reporter.advance()
+        metrics_logger.advance()
         if step == 10:
-            reporter.record(10, {"train_loss": 2.0})
-    reporter.close()
+            metrics_logger.record(10, {"train_loss": 2.0})
+    metrics_logger.close()
     assert "step 10/20 | loss 2.0000\n" in stream.getvalue()
     assert " 5/20 " in stream.getvalue() and " 20/20 " in stream.getvalue()
 
@@ -67,7 +67,7 @@ def test_the_console_shows_balance_by_iteration_but_not_by_layer():
 def test_a_resume_drops_what_it_will_write_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 5, 10, 15)) + '{"step": 2')
-    Reporter(LogSettings(dir=str(tmp_path)), 20, 10, {}, io.StringIO()).close()
+    MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 10, {}, io.StringIO()).close()
     assert [record["step"] for record in read_records(path)] == [1, 5, 10]
     drop_records_after(path, 0)
     assert read_records(path) == []
@@ -87,10 +87,10 @@ def test_loads_are_lists_and_bars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     load, name = [0.5, 0.0, 0.3, 0.2], "load/iteration_2/layer_1"
-    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 0, {}, io.StringIO())
-    reporter.record(7, {name: load, "load_entropy/iteration_2": 0.75})
-    reporter.close()
-    assert read_records(reporter.path) == [
+    metrics_logger = MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 0, {}, io.StringIO())
+    metrics_logger.record(7, {name: load, "load_entropy/iteration_2": 0.75})
+    metrics_logger.close()
+    assert read_records(metrics_logger.path) == [
         {"step": 7, name: load, "load_entropy/iteration_2": 0.75}
     ]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -116,9 +116,9 @@ def test_figures_of_the_wrong_kind_are_refused(tmp_path, figure):
 def test_the_newest_value_of_a_figure(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "seconds": 3}\n{"step": 2, "seconds": 5}\n{"step": 3}\n')
-    reporter = Reporter(LogSettings(dir=str(tmp_path)), 20, 2, {}, io.StringIO())
-    assert (reporter.latest("seconds"), reporter.latest("lr")) == (5, None)
-    reporter.close()
+    metrics_logger = MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 2, {}, io.StringIO())
+    assert (metrics_logger.latest("seconds"), metrics_logger.latest("lr")) == (5, None)
+    metrics_logger.close()
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")

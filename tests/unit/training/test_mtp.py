@@ -20,7 +20,7 @@ MODEL = {
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     return {name: parameter.main_grad.clone() for name, parameter in chunk.named_parameters()}
 
 
@@ -30,7 +30,7 @@ def objective_by_autograd(trainer, sequences: Sequences) -> dict[str, torch.Tens
     From copies of the output layer's logits (Megatron's cross-entropy overwrites them),
     in one batch; its own way to hang the later losses on the hidden states is switched off.
     """
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     items = [sequences[number] for number in range(GLOBAL_BATCH)]
     tokens, labels, mask, positions = (
         torch.stack([item[name] for item in items])
@@ -57,7 +57,7 @@ def objective_by_autograd(trainer, sequences: Sequences) -> dict[str, torch.Tens
 
     later_sums = sum(summed(logits_BSV, d) for d, logits_BSV in enumerate(later, start=1))
     chunk.zero_grad_buffer()
-    trainer.trainee.optimizer.zero_grad()
+    trainer.train_state.optimizer.zero_grad()
     ((summed(main, 0) + FACTOR / DEPTH * later_sums) / mask.sum()).backward()
     forget_balance_losses()
     return gradients(trainer)
@@ -71,7 +71,7 @@ def test_the_gradient_is_the_objectives_whatever_the_micro_batch(single_rank, mi
         train={"micro_batch_size": micro_batch_size, "clip_grad": 0.0}, model=MODEL
     )
     trainer = make_trainer(settings, single_rank, sequences)
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     assert sum(isinstance(module, CoELayer) for module in chunk.module.mtp.modules()) == DEPTH
     trainer.step()
     measured, expected = gradients(trainer), objective_by_autograd(trainer, sequences)
@@ -88,5 +88,5 @@ def test_it_learns(single_rank):
 
     settings = make_settings(model=MODEL, train={"lr_warmup_fraction": 0.0})
     trainer = make_trainer(settings, single_rank, Same(3))
-    losses = [trainer.figures(trainer.step())["train_loss"] for _ in range(10)]
+    losses = [trainer.metrics(trainer.step())["train_loss"] for _ in range(10)]
     assert losses[-1] < losses[0] - 0.5

@@ -25,7 +25,7 @@ GLOBAL_BATCH = 4
 def gradients(trainer) -> dict[str, torch.Tensor]:
     return {
         name: parameter.main_grad.clone()
-        for chunk in trainer.trainee.chunks
+        for chunk in trainer.train_state.chunks
         for name, parameter in chunk.named_parameters()
     }
 
@@ -36,7 +36,7 @@ def run_one_step(device, micro_batch_size: int, sequences: Sequences, **model):
         train={"micro_batch_size": micro_batch_size, "clip_grad": 0.0}, model=model
     )
     trainer = make_trainer(settings, device, sequences)
-    figures = trainer.figures(trainer.step())
+    figures = trainer.metrics(trainer.step())
     return trainer, gradients(trainer), figures
 
 
@@ -46,7 +46,7 @@ def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     Cross-entropy is computed here from the model's logits; the balance loss enters as it does in
     the layer (held against the reference in tests/unit/model/moe), with weight 1.
     """
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     items = [sequences[number] for number in range(GLOBAL_BATCH)]
     tokens, labels, mask, positions = (
         torch.stack([item[name] for item in items])
@@ -62,7 +62,7 @@ def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     loss = losses[valid].sum() / max(int(valid.sum()), 1)
     parameters = dict(chunk.named_parameters())
     chunk.zero_grad_buffer()
-    trainer.trainee.optimizer.zero_grad()
+    trainer.train_state.optimizer.zero_grad()
     loss.backward()
     forget_balance_losses()
     return loss.item(), {name: parameters[name].main_grad.clone() for name in parameters}
@@ -119,7 +119,7 @@ def test_validation_is_the_mean_over_all_held_out_tokens(single_rank, micro_batc
     before = weights(trainer)
     measured = trainer.evaluate()["valid_loss"]
     total, tokens = 0.0, 0
-    (chunk,) = trainer.trainee.chunks
+    (chunk,) = trainer.train_state.chunks
     for number in range(held_out):
         item = Sequences(2)[number]
         with torch.no_grad():
@@ -138,7 +138,7 @@ def test_figures_of_a_step(single_rank):
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert figures["lr"] == 0.0  # warm-up starts from 0
     assert figures["tokens_per_second"] == GLOBAL_BATCH * SEQ_LENGTH / figures["step_seconds"]
-    per_token = trainer.trainee.provider.flops_per_token(SEQ_LENGTH)
+    per_token = trainer.train_state.provider.flops_per_token(SEQ_LENGTH)
     assert figures["flops_per_second"] == pytest.approx(figures["tokens_per_second"] * per_token)
     if single_rank.type == "cpu":
         assert "mfu" not in figures, "no peak is known"
@@ -154,7 +154,7 @@ def test_figures_of_a_step(single_rank):
 def test_clipping_holds_the_norm(single_rank):
     settings = make_settings(train={"clip_grad": 1e-3, "lr": 1.0, "lr_warmup_fraction": 0.0})
     trainer = make_trainer(settings, single_rank)
-    assert trainer.figures(trainer.step())["grad_norm"] > 1e-2  # reported before clipping
+    assert trainer.metrics(trainer.step())["grad_norm"] > 1e-2  # reported before clipping
     clipped = math.sqrt(sum(g.double().square().sum() for g in gradients(trainer).values()))
     assert clipped == pytest.approx(1e-3, rel=1e-3)
 
@@ -168,11 +168,11 @@ def test_training_learns(single_rank):
 
     settings = make_settings(train={"steps": 40, "lr_warmup_fraction": 0.0})
     trainer = make_trainer(settings, single_rank, Few(5))
-    first = trainer.figures(trainer.step())["train_loss"]
+    first = trainer.metrics(trainer.step())["train_loss"]
     for _ in range(39):
         last = trainer.step()
     assert first == pytest.approx(math.log(96), abs=0.5)
-    assert trainer.figures(last)["train_loss"] < 0.3 * first
+    assert trainer.metrics(last)["train_loss"] < 0.3 * first
 
 
 def test_the_interval_of_reports(single_rank):
@@ -193,7 +193,7 @@ def test_the_interval_of_reports(single_rank):
     settings = make_settings(
         train={"steps": 5, "eval_interval": 4}, log={"interval": 2}, model={"num_layers": 1}
     )
-    make_trainer(settings, single_rank, held_out=2, reporter=kept).run()
+    make_trainer(settings, single_rank, held_out=2, metrics_logger=kept).run()
     assert kept.steps == 5
     shown = {step: ("train_loss" in r, "valid_loss" in r) for step, r in kept.records.items()}
     both, loss = (True, True), (True, False)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_coe.utils.fsynced import (
-    FileFacts,
+    FileDigest,
     HashedFile,
-    facts_of,
+    digest_of,
     in_background,
     replace_file,
     write_file,
@@ -31,10 +31,10 @@ def test_the_facts_are_those_of_the_bytes_on_disk(tmp_path):
         torch.save(tensor, file)
     file.write(b"end")
     assert file.tell() == (tmp_path / "file").stat().st_size
-    facts = file.close()
+    digests = file.close()
     content = (tmp_path / "file").read_bytes()
-    assert facts == FileFacts(len(content), hashlib.sha256(content).hexdigest())
-    assert facts == facts_of(tmp_path / "file")
+    assert digests == FileDigest(len(content), hashlib.sha256(content).hexdigest())
+    assert digests == digest_of(tmp_path / "file")
 
 
 def test_memory_that_was_not_announced_may_change_at_once(tmp_path):
@@ -46,13 +46,13 @@ def test_memory_that_was_not_announced_may_change_at_once(tmp_path):
     file.write(other)
     file.write(announced[1:])  # the same memory, not all of it
     other[:] = 7
-    assert file.close() == facts_of(tmp_path / "file")
+    assert file.close() == digest_of(tmp_path / "file")
 
 
 def test_without_hash_there_is_none(tmp_path):
     file = HashedFile(tmp_path / "file", hashed=False)
     file.write(b"abc")
-    assert file.close() == FileFacts(3, "")
+    assert file.close() == FileDigest(3, "")
 
 
 def test_a_full_disk_is_an_os_error_even_through_torch():
@@ -78,7 +78,7 @@ def test_a_file_is_replaced_at_once(tmp_path, monkeypatch):
 
 
 def test_small_files_have_their_facts(tmp_path):
-    assert write_file(tmp_path / "small", b"content") == facts_of(tmp_path / "small")
+    assert write_file(tmp_path / "small", b"content") == digest_of(tmp_path / "small")
 
 
 def test_an_error_in_the_background_comes_back():

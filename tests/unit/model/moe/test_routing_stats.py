@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_coe.model.moe.router import CoERouter, IterationRouters
-from megatron_coe.model.moe.routing_stats import RoutingTally
+from megatron_coe.model.moe.routing_stats import RoutingStats
 from tests.builders import build_layer, randomise, tiny_config, tiny_provider
 
 S, B, H = 6, 3, 32
@@ -37,7 +37,7 @@ def build(changes: dict, seed: int = 0):
     routers = layer.router if isinstance(layer.router, IterationRouters) else [layer.router]
     for router in routers:
         router.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
-    return layer, RoutingTally(config, [layer], torch.device("cpu")), seen
+    return layer, RoutingStats(config, [layer], torch.device("cpu")), seen
 
 
 def oracle(config, seen: list, kept_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_layers_of_every_kind_have_a_row_of_their_own(single_rank) -> None:
         moe_router_load_balancing_type="none",
     )
     model = provider.provide().train()
-    tally = RoutingTally(provider, [model], torch.device("cpu"))
+    tally = RoutingStats(provider, [model], torch.device("cpu"))
     ids = torch.arange(2 * S).reshape(2, S)
     with tally.counting():
         model(ids, ids % S, None, labels=ids)
