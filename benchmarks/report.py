@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.timing import Samples, Spread
 from megatron_coe.utils.environment import machine as machine_of
+from megatron_coe.utils.tables import markdown_table
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Outcome:
 
     def markdown(self) -> str:
         """The title and the table, then the further ones."""
-        parts = [f"**{self.title}**", "", table(self.header, self.rows)]
+        parts = [f"**{self.title}**", "", markdown_table(self.header, self.rows)]
         for other in self.further:
             parts += ["", other.markdown()]
         return "\n".join(parts)
@@ -90,12 +91,6 @@ TARGETS = (
 )
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def target_table(figures: dict[str, Spread], on_gpu: bool) -> str:
     """Every target with what was measured here; what was not is said so."""
     rows = []
@@ -112,7 +107,7 @@ def target_table(figures: dict[str, Spread], on_gpu: bool) -> str:
         sign = "<=" if target.at_most else ">="
         bounds = [f"{sign} {bound:g}" if bound is not None else "" for bound in (must, stretch)]
         rows.append([target.title, *bounds, shown, verdict, f"`--what {target.command}`"])
-    return table(["ratio", "must", "stretch", "measured", "", "command"], rows)
+    return markdown_table(["ratio", "must", "stretch", "measured", "", "command"], rows)
 
 
 def _verdict(value: float, must: float | None, stretch: float | None, at_most: bool) -> str:

@@ -14,12 +14,12 @@ from pathlib import Path
 from experiments.claims import Finding, Results, overall
 from experiments.measure import Sizes
 from experiments.plans import Experiment
-from megatron_coe.analysis.comparison import markdown
 from megatron_coe.analysis.intervals import spread
 from megatron_coe.analysis.loss_curves import Group, plot_losses
 from megatron_coe.analysis.plotting import save
 from megatron_coe.analysis.runs import Run
 from megatron_coe.utils.files import atomic_path
+from megatron_coe.utils.tables import markdown_table
 
 TABLE, TABLE_CSV, PLOT = "table.md", "table.csv", "plot.png"
 VERDICT, VERDICT_JSON = "verdict.md", "verdict.json"
@@ -82,7 +82,7 @@ def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
         ]
         for arm in experiment.arms
     ]
-    return markdown([head, *rows])
+    return markdown_table(head, rows)
 
 
 def table(outcome: Outcome) -> str:
@@ -101,7 +101,7 @@ def table(outcome: Outcome) -> str:
         rows.append(
             [arm.title, *costs, *(f"{loss:.4f}" for loss in losses), spread(losses), reported]
         )
-    return markdown([head, *rows]) + "\n"
+    return markdown_table(head, rows) + "\n"
 
 
 def table_csv(outcome: Outcome) -> str:
@@ -135,7 +135,7 @@ def verdict(outcome: Outcome) -> str:
     return (
         f"**{overall(findings).value}**: {outcome.experiment.claim}\n\n"
         f"Scale {outcome.scale}, seeds {', '.join(map(str, outcome.seeds))}; losses in nats per "
-        f"token, differences seed by seed.\n\n{markdown([head, *rows])}\n"
+        f"token, differences seed by seed.\n\n{markdown_table(head, rows)}\n"
     )
 
 

@@ -24,6 +24,7 @@ from megatron_coe.planning.memory import Memory, stage_memory
 from megatron_coe.planning.plan import Plan
 from megatron_coe.planning.run_summary import plan_of
 from megatron_coe.training.trainer import Trainer
+from megatron_coe.utils.tables import markdown_table
 from tests.distributed.launch import launch
 from tests.unit.training.runs import make_settings, make_trainer
 
@@ -270,10 +271,11 @@ def main() -> None:
             memories = (Memory(**result[part]) for part in ("predicted", "measured"))
             rows.append((f"{name}, rank {rank}", *memories))
     parts = ("weights", "gradients", "optimizer", "activations")
-    print(f"| case | {' | '.join(parts)} |\n|---|{'---|' * len(parts)}")
-    for name, predicted, measured in rows:
-        cells = [_cell(getattr(predicted, part), getattr(measured, part)) for part in parts]
-        print(f"| {name} | {' | '.join(cells)} |")
+    cells = [
+        [name, *(_cell(getattr(predicted, part), getattr(measured, part)) for part in parts)]
+        for name, predicted, measured in rows
+    ]
+    print(markdown_table(["case", *parts], cells))
 
 
 def _cell(predicted: int, measured: int) -> str:

@@ -23,6 +23,7 @@ from megatron_coe.analysis.heldout import Source, sequence_numbers, token_classe
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.routing import Ints
 from megatron_coe.analysis.routing_tables import PermutationTest, Text
+from megatron_coe.utils.tables import markdown_table
 
 
 def analyze(
@@ -136,5 +137,4 @@ def as_table(analysis: Analysis) -> str:
             ]
             for row in analysis.transitions
         ]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, rows)

@@ -13,6 +13,7 @@ from megatron_coe.analysis.intervals import spread
 from megatron_coe.analysis.run_jobs import Run, last_validation_loss, train
 from megatron_coe.config.run_config import load_settings
 from megatron_coe.config.validation import check_files_named, check_values
+from megatron_coe.utils.tables import markdown_table
 
 
 def compare(
@@ -80,11 +81,4 @@ def as_table(losses: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> str
         differences = [mine - base for mine, base in zip(values, baseline, strict=True)]
         relative = "" if values is baseline else spread(differences, "+.4f")
         rows.append([name, *(f"{value:.4f}" for value in values), spread(values), relative])
-    return markdown([head, *rows])
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head."""
-    head, *others = rows
-    lines = [head, ["---"] * len(head), *others]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, rows)

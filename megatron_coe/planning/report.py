@@ -21,6 +21,7 @@ from megatron_coe.planning.layout_search import (
 )
 from megatron_coe.planning.memory import GIB, fullest_stage
 from megatron_coe.planning.plan import Plan
+from megatron_coe.utils.tables import aligned_table
 
 _SIZES = {
     "TP": "tensor_model_parallel_size",
@@ -51,8 +52,7 @@ def ranking_table(ranking: Ranking, cluster: Cluster, top: int) -> str:
         title = f"{ranking.legal} legal layouts, of which {fit} fit in {limit:.0f} GiB of each GPU"
     columns = (*_SIZES, "DP", "micro-batch", "recompute", "GiB", "weights", "gradients")
     columns += ("optimizer", "activations", "ms", "exposed", "bubble", "MFU")
-    rows = [columns, *(_row(estimate) for estimate in ranking.fitting[:top])]
-    return f"{title}:\n{_aligned(rows)}"
+    return f"{title}:\n{aligned_table(columns, map(_row, ranking.fitting[:top]))}"
 
 
 def nothing_fits(ranking: Ranking, cluster: Cluster) -> str:
@@ -80,12 +80,13 @@ def details(estimate: Estimate, cluster: Cluster) -> str:
         lines.append(f"  of each CoE layer and micro-batch, iteration {t + 1}: {held:.3f} GiB kept")
         lines[-1] += f", {anew:.3f} GiB recomputed" if kept.remade else ""
     lines += ["", "collectives of that rank"]
-    rows = [("", "over", "in each", "times a step", "calls", "MB sent", "ms"), *(
+    header = ("", "over", "in each", "times a step", "calls", "MB sent", "ms")
+    rows = (
         (c.name, c.group, c.place, f"{c.times:,}", str(c.calls), f"{c.sent / 1e6:,.1f}",
          f"{c.seconds * 1e3:.3f}")
         for c in collectives(plan, stage, cluster)
-    )]  # fmt: skip
-    lines += [_aligned(rows), ""]
+    )  # fmt: skip
+    lines += [aligned_table(header, rows), ""]
     lines.append(
         f"step {time.total * 1e3:.1f} ms: compute {time.compute * 1e3:.1f}, exposed communication "
         f"{time.exposed * 1e3:.1f}, pipeline bubble {time.bubble * 1e3:.1f}, optimizer "
@@ -132,7 +133,8 @@ def as_dict(estimate: Estimate, cluster: Cluster) -> dict[str, Any]:
 
 def built_table(ranks: Sequence[Built]) -> str:
     """What was built beside what had been predicted."""
-    rows = [("rank", "stage", "built", "of them in experts", "predicted", "")]
+    header = ("rank", "stage", "built", "of them in experts", "predicted", "")
+    rows = []
     for built in ranks:
         total, predicted = built.dense + built.expert, sum(built.predicted)
         agrees = "equal" if built.agrees else "DIFFERENT"
@@ -140,7 +142,7 @@ def built_table(ranks: Sequence[Built]) -> str:
             (str(built.rank), str(built.stage), f"{total:,}", f"{built.expert:,}",
              f"{predicted:,}", agrees)
         )  # fmt: skip
-    return "parameters of ranks, built on the meta device\n" + _aligned(rows)
+    return "parameters of ranks, built on the meta device\n" + aligned_table(header, rows)
 
 
 def _named(plan: Plan) -> str:
@@ -162,16 +164,3 @@ def _row(estimate: Estimate) -> tuple[str, ...]:
         *(f"{second * 1e3:.1f}" for second in seconds),
         f"{time.mfu:.1%}",
     )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns under one another: the first to the left if it holds words, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    words = len(rows) > 1 and not rows[1][0].isdigit()
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        if words:
-            cells[0] = row[0].ljust(widths[0])
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -17,6 +17,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
+from megatron_coe.utils.tables import markdown_table  # noqa: E402
 from tests.distributed.launch import launch  # noqa: E402
 from tests.distributed.layouts import BATCH, CHAINS, WORLDS, every_setting  # noqa: E402
 
@@ -32,11 +33,11 @@ def main(quick: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         launch("tests.distributed.parity:write_references", 1, list(CHAINS), folder)
         rows = [row for world in WORLDS for row in rows_of(world, folder, quick)]
-    print(f"| ranks | layout | {' | '.join(CHAINS)} |")
-    print(f"|---|---|{'---|' * len(CHAINS)}")
-    for world, layout, errors in rows:
-        cells = [f"{loss:.0e} · {gradient:.0e}" for loss, gradient in errors]
-        print(f"| {world} | {layout} | {' | '.join(cells)} |")
+    cells = [
+        [str(world), layout, *(f"{loss:.0e} · {gradient:.0e}" for loss, gradient in errors)]
+        for world, layout, errors in rows
+    ]
+    print(markdown_table(["ranks", "layout", *CHAINS], cells))
     worst = max(max(pair) for _, _, errors in rows for pair in errors)
     count = sum(len(settings_of(layout, world, quick)) for world, layout, _ in rows) * len(CHAINS)
     print(f"\n{count} runs of {BATCH} sequences; the largest difference is {worst:.1e}.")

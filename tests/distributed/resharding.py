@@ -19,6 +19,7 @@ import torch.distributed as dist
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
+from megatron_coe.utils.tables import markdown_table  # noqa: E402
 from tests.distributed.launch import launch  # noqa: E402
 from tests.distributed.layouts import RESHARDED  # noqa: E402
 
@@ -124,14 +125,13 @@ def measure(layouts: tuple[str, ...], root: str) -> dict[str, dict[str, list]]:
 def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         results = measure(RESHARDED, root)
-    print(f"| loaded in \\ saved in | {' | '.join(RESHARDED)} |")
-    print(f"|---|{'---|' * len(RESHARDED)}")
-    right = True
-    for layout, row in results.items():
-        cells = [f"{'=' if same else 'DIFFERENT'} {error:.0e}" for same, error in row.values()]
-        right &= all(same and error < SAME_LOSS for same, error in row.values())
-        print(f"| {layout} | {' | '.join(cells)} |")
-    return int(not right)
+    rows = [
+        [layout, *(f"{'=' if same else 'DIFFERENT'} {error:.0e}" for same, error in row.values())]
+        for layout, row in results.items()
+    ]
+    print(markdown_table(["loaded in \\ saved in", *RESHARDED], rows))
+    cells = [cell for row in results.values() for cell in row.values()]
+    return int(not all(same and error < SAME_LOSS for same, error in cells))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from megatron_coe.utils.tables import markdown_table
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -52,16 +54,14 @@ def rows(outcomes: Iterable[Outcome]) -> list[Row]:
 
 def render(table: Iterable[Row]) -> str:
     """The table, and below it every fault that was missed."""
-    lines = [
-        "| kind | injected | caught or survived | seconds | of which |",
-        "|---|---|---|---|---|",
-    ]
+    header = ("kind", "injected", "caught or survived", "seconds", "of which")
+    rows: list[tuple[str, ...]] = []
     failures: list[str] = []
     injected = caught = 0
     for row in table:
-        cells = (row.kind, row.injected, row.caught, f"{row.seconds:.0f}", row.detail)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        seconds = f"{row.seconds:.0f}"
+        rows.append((row.kind, str(row.injected), str(row.caught), seconds, row.detail))
         failures += [f"- MISSED {row.kind}: {failure}" for failure in row.failures]
         injected, caught = injected + row.injected, caught + row.caught
-    lines.append(f"| **all** | **{injected}** | **{caught}** | | |")
-    return "\n".join([*lines, *(["", *failures] if failures else [])])
+    rows.append(("**all**", f"**{injected}**", f"**{caught}**", "", ""))
+    return "\n".join([markdown_table(header, rows), *(["", *failures] if failures else [])])
