@@ -10,11 +10,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.docs.evidence import missing_words, tests_that_launch
 from tests.docs.pages import LAUNCHERS, Command, Mark
 
 BATCH = {"pretrain.sbatch": "pretrain_coe.py", "convert.sbatch": "tools/convert_checkpoint.py"}
@@ -98,59 +97,6 @@ def _files_missing(root: Path, command: Command) -> list[str]:
     return missing
 
 
-def words_of(command: Command) -> set[str]:
-    """What a test that launches the command must hold: the program and each option."""
-    launcher, *rest = command.words
-    if launcher == "make":
-        return {"make", *(word for word in rest if "=" not in word)}
-    options = {w.partition("=")[0] for w in command.words if re.match(r"--?[a-z]", w)}
-    programs = {Path(w).name for w in command.words if re.search(r"\.(py|sh|sbatch)$", w)}
-    directions = {"to-hf", "from-hf"} & set(rest)
-    if launcher == "torchrun":
-        programs.add("torch.distributed.run")
-    elif launcher in ("lm_eval", "tensorboard"):
-        programs.add(launcher)
-    elif launcher == "sbatch":  # its own options are Slurm's
-        after = max(n for n, w in enumerate(command.words) if w.endswith(".sbatch"))
-        options &= {w.partition("=")[0] for w in command.words[after:]}
-    return options - {"-m", "-O"} | programs | directions
-
-
-def faults_of_mark(root: Path, commands: Sequence[Command], mark: Mark) -> list[str]:
-    """What is untrue of a block's mark: tests that are not there, or launch none of the commands,
-    or are not among the fast ones, and commands that none of them launches."""
-    complaints = [
-        f"{commands[0]}: its mark names {test}: no such file"
-        for test in mark.tests
-        if not (root / test).exists()
-    ]
-    if complaints:
-        return complaints
-    idle = set(mark.tests)
-    for command in commands if mark.tests else []:
-        found, lacks = {}, None
-        for test in mark.tests:
-            for wanted in _spellings(words_of(command)):
-                launching = tests_that_launch(root, test, wanted)
-                found |= launching
-                idle -= {test} if launching else set()
-                missing = missing_words(root, test, wanted)
-                lacks = missing if lacks is None else min(lacks, missing, key=len)
-        if not found:
-            complaints.append(f"{command}: no test of its mark launches it with {_listed(lacks)}")
-        elif mark.marker not in found.values():
-            marker = f"({next(iter(found.values()))})" if "" not in found.values() else "no marker"
-            complaints.append(f"{command}: its tests have {marker}, its mark ({mark.marker})")
-    if complaints:
-        return complaints
-    return [f"{commands[0]}: {test} launches none of these" for test in sorted(idle)]
-
-
-def _spellings(wanted: set[str]) -> list[set[str]]:
-    """Tests name a program by its file, or call it as a module by its stem."""
-    stems = {word.removesuffix(".py") for word in wanted}
-    return [wanted] if stems == wanted else [wanted, stems]
-
-
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(sorted(words))
+def faults_of_mark(root: Path, mark: Mark) -> list[str]:
+    """Name the tests of a block's mark that are not there."""
+    return [f"no such file: {test}" for test in mark.tests if not (root / test).exists()]

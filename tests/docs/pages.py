@@ -1,10 +1,11 @@
 """Pages of the documentation as they are written: blocks, commands, marks, links, anchors.
 
-A command stands in a block, indented or fenced, and the small print under the block is its mark:
+A command stands in a block, indented or fenced. A comment under the block, which readers do not
+see, is its mark:
 
-    <sub>Run by tests/functional/test_convert.py</sub>      a test launches it, with these options
-    <sub>Run as it stands by the docs test</sub>            word for word, by test_docs.py
-    <sub>Not run by a test: needs a GPU</sub>               and why
+    <!-- Run by tests/functional/test_convert.py -->     a test launches it, on smaller data
+    <!-- Run as it stands by the docs test -->           word for word, by test_docs.py
+    <!-- Not run by a test: needs a GPU -->              and why
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LITERALLY = "Run as it stands by the docs test"
 PRINTS = ", which compares what it prints"
 _RUN_BY = re.compile(r"Run by ((?:tests/[\w/]+\.py(?:, )?)+)(?: \((\w+)\))?(?:: .+)?")
 _NOT_RUN = re.compile(r"Not run by a test: (\w+ .+)")
-_SMALL = re.compile(r"<sub>(.*)</sub>")
+_COMMENT = re.compile(r"<!-- (.*) -->")
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=")
 _FENCE = re.compile(r"^```(\w*)\s*$")
 _CODE = re.compile(r"`([^`]+)`")
@@ -42,8 +43,8 @@ class Block:
     language: str
     """What a fence says; empty for a plain fence and for an indented block."""
     text: str
-    small_print: str
-    """Of the line under it, where that is small print."""
+    comment: str
+    """Of the line under it, where that is one."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Mark:
-    """What the small print under a command says."""
+    """What the comment under a command says."""
 
     tests: tuple[Path, ...] = ()
     marker: str = ""
@@ -92,8 +93,8 @@ def blocks_of(page: Path, text: str) -> Iterator[Block]:
             continue
         language = fence[1] if fence else ""
         under = next((line for line in lines[after:] if line.strip()), "")
-        small = _SMALL.fullmatch(under.strip())
-        yield Block(page, begin + 1, language, "\n".join(content), small[1] if small else "")
+        comment = _COMMENT.fullmatch(under.strip())
+        yield Block(page, begin + 1, language, "\n".join(content), comment[1] if comment else "")
         number = after
 
 
@@ -156,7 +157,7 @@ def inline_commands(page: Path, text: str) -> Iterator[Command]:
 
 def mark_of(block: Block) -> Mark | None:
     """The mark of a block's commands; None where there is none that is well-formed."""
-    text = block.small_print
+    text = block.comment
     if text in (LITERALLY, LITERALLY + PRINTS):
         return Mark(literally=True, prints=text.endswith(PRINTS))
     if found := _RUN_BY.fullmatch(text):

@@ -32,26 +32,6 @@ parser.parse_args()
 raise RuntimeError("a parser is asked, and no more")
 """
 
-TESTS = """
-import subprocess, sys
-import pytest
-from tests.helpers import run
-
-OPTIONS = ("--count", "3")
-
-def test_it(tmp_path):
-    run(tmp_path, *OPTIONS)
-
-@pytest.mark.slow
-def test_it_for_long(tmp_path):
-    run(tmp_path, "--rarely")
-"""
-
-HELPERS = """
-def run(folder, *arguments):
-    return subprocess.run([sys.executable, "tools/tool.py", "--load=x", *arguments])
-"""
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -60,8 +40,7 @@ def root(tmp_path: Path) -> Path:
         "tools/tool.py": TOOL,
         "Makefile": "JOBS ?= 2\nall test: .done\n\ttrue\n",
         "setup.py": 'extras_require={"eval": []}',
-        "tests/helpers.py": HELPERS,
-        str(TEST): TESTS,
+        str(TEST): "",
         "README.md": "# Start here\n\n## What `it` is: a test\n\n## Twice\n\n## Twice\n",
         "CONTRIBUTING.md": "",
         "slurm/README.md": "",
@@ -73,8 +52,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def block(text: str, small_print: str = "", language: str = "bash") -> Block:
-    return Block(PAGE, 1, language, text, small_print)
+def block(text: str, comment: str = "", language: str = "bash") -> Block:
+    return Block(PAGE, 1, language, text, comment)
 
 
 # --- reading pages ----------------------------------------------------------------------------
@@ -85,7 +64,7 @@ TEXT = """# A page
         --count 3      # a remark
     A=1 B='x y' make test
 
-<sub>Run by tests/functional/test_tool.py</sub>
+<!-- Run by tests/functional/test_tool.py -->
 
 - a list
     with a line that is no block: python nothing.py
@@ -109,9 +88,9 @@ Say `make test` or `python tools/tool.py --load x`, or `python -O` or `make`.
 """
 
 
-def test_blocks_commands_and_small_print_are_found():
+def test_blocks_commands_and_comments_are_found():
     blocks = list(blocks_of(PAGE, TEXT))
-    assert [(b.line, b.language, bool(b.small_print)) for b in blocks] == [
+    assert [(b.line, b.language, bool(b.comment)) for b in blocks] == [
         (3, "", True),
         (13, "bash", False),
         (20, "", False),
@@ -182,32 +161,11 @@ def test_a_wrong_command_is_told(root, text, told):
     assert told is None or told in faults[0]
 
 
-# --- marks against tests ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "mark", "told"),
-    [
-        ("python tools/tool.py --load a", Mark(tests=(TEST,)), None),
-        ("python tools/tool.py --load a --count 7", Mark(tests=(TEST,)), None),
-        ("python tools/tool.py --load a --colour", Mark(tests=(TEST,)), "with --colour"),
-        ("python tools/other.py --load a", Mark(tests=(TEST,)), "other.py"),
-        ("python tools/tool.py", Mark(tests=(Path("tests/gone.py"),)), "no such file"),
-        (
-            "python tools/tool.py",
-            Mark(tests=(TEST, Path("tests/helpers.py"))),
-            "tests/helpers.py launches none of these",
-        ),
-        ("python tools/tool.py --rarely", Mark(tests=(TEST,)), "(slow)"),
-        ("python tools/tool.py --rarely", Mark(tests=(TEST,), marker="slow"), None),
-        ("python tools/tool.py --load a", Mark(tests=(TEST,), marker="gpu"), "(gpu)"),
-        ("python tools/tool.py --no-option", Mark(reason="needs a GPU"), None),
-    ],
-)
-def test_a_mark_that_is_untrue_is_told(root, text, mark, told):
-    faults = faults_of_mark(root, list(commands_of(block(text))), mark)
-    assert len(faults) == (told is not None)
-    assert told is None or told in faults[0]
+def test_a_mark_that_names_no_test_is_told(root):
+    assert faults_of_mark(root, Mark(tests=(TEST,))) == []
+    assert faults_of_mark(root, Mark(tests=(Path("tests/gone.py"),))) == [
+        "no such file: tests/gone.py"
+    ]
 
 
 # --- links ------------------------------------------------------------------------------------

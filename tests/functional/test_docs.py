@@ -1,7 +1,7 @@
 """The documentation: its commands are right and marked, its links lead somewhere.
 
-Under each command stands who runs it, or why no test does (`tests/docs/pages.py` has the forms);
-here that is held to the tests' source, to the programs' own parsers, and for some to the shell.
+A comment under each command says who runs it, or why no test does (`tests/docs/pages.py` has the
+forms). Commands are held to the programs' own parsers, and some are run as they stand.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ def run_literally(of_data: bool) -> list:
 
 
 def test_every_command_is_marked():
-    bare = [f"{commands[0]}: {block.small_print!r}" for block, mark, commands in MARKED if not mark]
+    bare = [f"{commands[0]}: {block.comment!r}" for block, mark, commands in MARKED if not mark]
     assert len(MARKED) > 30
-    told = "\n".join(["put small print under these: tests/docs/pages.py has the forms", *bare])
+    told = "\n".join(["put a comment under these: tests/docs/pages.py has the forms", *bare])
     assert not bare, told
 
 
-def test_marks_name_tests_that_launch_these_commands():
+def test_marks_name_tests():
     faults = [
-        fault
+        f"{commands[0]}: {fault}"
         for _, mark, commands in MARKED
-        for fault in faults_of_mark(REPO, commands, mark or Mark())
+        for fault in faults_of_mark(REPO, mark or Mark())
     ]
     assert not faults, "\n".join(faults)
 
