@@ -1,4 +1,4 @@
-"""Arms that claim to compute the same are held to it: a wrong layer's speed is worth nothing."""
+"""Agreement of variants that claim to compute the same: a wrong layer's speed is worth nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-"""Largest ||a - b|| / ||b||. Arms sum in other orders, and now and then a tie between two experts
-falls the other way: a token then differs wholly, one of thousands in fp32, one of some hundred in
+"""Largest ||a - b|| / ||b||. Variants sum in other orders, and now and then a tie between two
+experts falls the other way: a token then differs wholly, one of thousands in fp32, one of some
+hundred in
 bf16. (A pass too many or too few differs by about 1.)"""
 
 
@@ -26,7 +27,7 @@ def check_agreement(
     theirs: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """The relative difference of each value that both arms name.
+    """The relative difference of each value that both variants name.
 
     Args:
         dtype: that both have computed in (their gradients may be kept in a wider one).
@@ -41,10 +42,12 @@ def check_agreement(
         tolerance = TOLERANCES[dtype]
         if not value <= tolerance:  # nan too
             raise ValueError(
-                f"arms {names[0]!r} and {names[1]!r} do not compute the same: {name} differs by "
-                f"{value:.1e} of its norm, allowed is {tolerance:.0e}"
+                f"variants {names[0]!r} and {names[1]!r} do not compute the same: {name} differs "
+                f"by {value:.1e} of its norm, allowed is {tolerance:.0e}"
             )
         differences[name] = value
     if not differences:
-        raise ValueError(f"arms {names[0]!r} and {names[1]!r} have no value in common to compare")
+        raise ValueError(
+            f"variants {names[0]!r} and {names[1]!r} have no value in common to compare"
+        )
     return differences

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from benchmarks.layers import BACKWARD, FORWARD
-from benchmarks.timing import Arm, Lap
+from benchmarks.timing import Lap, Variant
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.vocab_padding import fill_padding
 
@@ -35,20 +35,24 @@ class Head:
     labels: Tensor
     vocab_size: int
 
-    def arms(self) -> list[Arm]:
+    def variants(self) -> list[Variant]:
         """Each forward and backward, for both gradients."""
         losses = {MEGATRON: self._by_megatron, FUSED: self._fused}
-        arms = [self._arm(name, lambda lap, f=f: self._loss(f, lap)) for name, f in losses.items()]
-        return [*arms, self._arm(PRODUCTS, self._products)]
+        variants = [
+            self._variant(name, lambda lap, f=f: self._loss(f, lap)) for name, f in losses.items()
+        ]
+        return [*variants, self._variant(PRODUCTS, self._products)]
 
     def result(self, name: str) -> dict[str, Tensor]:
-        """Loss and gradients of a run of that arm."""
+        """Loss and gradients of a run of that variant."""
         self._clear()
         self._loss({MEGATRON: self._by_megatron, FUSED: self._fused}[name], lambda part: None)
         return {"dx": self.x.grad, "dweight": self.weight.grad}
 
-    def _arm(self, name: str, run: Callable[[Lap], None]) -> Arm:
-        return Arm(name, run, self._clear, 3 * 2 * len(self.x) * self.weight.numel(), len(self.x))
+    def _variant(self, name: str, run: Callable[[Lap], None]) -> Variant:
+        return Variant(
+            name, run, self._clear, 3 * 2 * len(self.x) * self.weight.numel(), len(self.x)
+        )
 
     def _clear(self) -> None:
         self.x.grad = self.weight.grad = None

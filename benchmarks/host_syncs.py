@@ -32,7 +32,7 @@ _SHAPED_BY_CONTENTS = {
 }
 
 
-def count_synchronisations(work: Callable[[], None], device: torch.device) -> Counter[str]:
+def count_host_syncs(work: Callable[[], None], device: torch.device) -> Counter[str]:
     """How often `work` waits at each place, as `file:line`."""
     if device.type == "cuda":
         return _warned_of(work)

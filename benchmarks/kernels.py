@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Arm, Lap
+from benchmarks.timing import Lap, Variant
 
 SHAPES = (
     # experts, inputs, outputs, rows per expert
@@ -20,7 +20,7 @@ SHAPES = (
 Shape = tuple[int, int, int, int]
 
 
-def kernel_arms(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Arm]:
+def kernel_variants(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Variant]:
     """One linear layer per expert, its output and both gradients: by a loop, by `grouped_mm`, and
     all rows by one matrix."""
     experts, inputs, outputs, rows = shape
@@ -50,11 +50,11 @@ def kernel_arms(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[
         torch.mm(dy, weight[0])
         torch.mm(dy.t(), x)
 
-    def arm(name: str, products: Callable[[], None]) -> Arm:
+    def variant(name: str, products: Callable[[], None]) -> Variant:
         def run(lap: Lap) -> None:
             products()
             lap("both")
 
-        return Arm(name, run, flops=3 * 2 * experts * rows * inputs * outputs)
+        return Variant(name, run, flops=3 * 2 * experts * rows * inputs * outputs)
 
-    return [arm("loop", loop), arm("grouped_mm", grouped), arm("dense", dense)]
+    return [variant("loop", loop), variant("grouped_mm", grouped), variant("dense", dense)]

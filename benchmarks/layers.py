@@ -1,7 +1,7 @@
-"""The layer by itself as arms: this package's, Megatron's own called C times, and their ceiling.
+"""The layer by itself as variants: ours, Megatron's own called C times, and their ceiling.
 
 All are set up as they are trained: wrapped by Megatron's `DistributedDataParallel`, whose gradient
-buffer every weight gradient ends in. Arms that compute the same share their weights' memory, so
+buffer every weight gradient ends in. Variants that compute the same share their weights' memory, so
 that they must agree.
 
 Axis letters: S sequence, B batch, T = S * B tokens, H hidden, N routed experts, K chosen per token
@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from benchmarks.timing import Arm, Lap
+from benchmarks.timing import Lap, Variant
 from megatron_coe.megatron_compat.versions import build_part
 from megatron_coe.model.backends import resolve_backend
 from megatron_coe.model.config import CoEConfig
@@ -35,7 +35,7 @@ from megatron_coe.model.provider import CoEModelProvider
 FORWARD, BACKWARD = "forward", "backward"
 
 
-class StockChain(torch.nn.Module):
+class StockIterations(torch.nn.Module):
     """Megatron's `MoELayer` over `SequentialMLP`, called C times with a residual: no CoE code."""
 
     def __init__(self, config: CoEConfig) -> None:
@@ -75,15 +75,15 @@ def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
     return layer.to(device, provider.params_dtype)
 
 
-def build_stock(provider: CoEModelProvider, device: torch.device) -> StockChain:
+def build_stock(provider: CoEModelProvider, device: torch.device) -> StockIterations:
     """Megatron's layer of the same sizes; its residual is that of mode `inner`."""
     if provider.coe_residual != "inner":
         raise ValueError(f"coe_residual={provider.coe_residual!r}: the stock chain has 'inner'")
-    return StockChain(provider).to(device, provider.params_dtype)
+    return StockIterations(provider).to(device, provider.params_dtype)
 
 
 @dataclass(frozen=True)
-class PassArm:
+class PassVariant:
     """A module under training, its inputs and the gradients of its outputs."""
 
     name: str
@@ -96,9 +96,9 @@ class PassArm:
     forward: Callable[..., tuple[Tensor, ...]]
     """Calls the module on the inputs."""
 
-    def arm(self) -> Arm:
+    def variant(self) -> Variant:
         """Forward and backward, apart."""
-        return Arm(self.name, self.run, self.prepare, self.flops, self.tokens)
+        return Variant(self.name, self.run, self.prepare, self.flops, self.tokens)
 
     def prepare(self) -> None:
         """No gradients; and balance losses weigh as they are, whatever a training step left."""
@@ -139,7 +139,7 @@ def under_training(module: torch.nn.Module, provider: CoEModelProvider) -> Distr
 def weight_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     """What has gathered in the gradient buffers of the routers, all together, and of the first
     and the last expert, under names that do not depend on how a module keeps its weights."""
-    layer = module.layer if isinstance(module, StockChain) else module
+    layer = module.layer if isinstance(module, StockIterations) else module
     experts = layer.experts if isinstance(layer, MoELayer) else layer
     found: dict[str, Tensor] = {}
     if isinstance(layer, MoELayer):
@@ -153,13 +153,13 @@ def weight_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def layer_arm(
+def layer_variant(
     name: str,
-    module: CoELayer | StockChain,
+    module: CoELayer | StockIterations,
     provider: CoEModelProvider,
     batch: tuple[Tensor, Tensor],
-) -> PassArm:
-    """A whole layer as an arm, on x [S, B, H] and the gradient of its output."""
+) -> PassVariant:
+    """A whole layer as a variant, on x [S, B, H] and the gradient of its output."""
 
     def forward(module: torch.nn.Module, x_SBH: Tensor) -> tuple[Tensor, ...]:
         output = module(x_SBH)
@@ -169,7 +169,7 @@ def layer_arm(
     tokens = x.shape[0] * x.shape[1]
     flops = 6 * moe_work(provider).macs * tokens
     x = x.clone().requires_grad_()
-    return PassArm(name, under_training(module, provider), (x,), (dy,), flops, tokens, forward)
+    return PassVariant(name, under_training(module, provider), (x,), (dy,), flops, tokens, forward)
 
 
 def random_batch(
@@ -198,13 +198,13 @@ def natural_counts(config: CoEConfig, tokens: int, seed: int = 2) -> Tensor:
     return torch.bincount(chosen.flatten(), minlength=config.num_moe_experts)
 
 
-def experts_arm(
+def experts_variant(
     name: str,
     experts: torch.nn.Module,
     provider: CoEModelProvider,
     tokens: int,
     device: torch.device,
-) -> PassArm:
+) -> PassVariant:
     """The routed experts in C passes, each over rows of its own that are sorted already."""
     rows = tokens * provider.moe_router_topk
     generator = torch.Generator().manual_seed(3)
@@ -224,10 +224,10 @@ def experts_arm(
             return tuple(experts(x_RH, counts, probs)[0] for x_RH in xs)
 
     flops = expert_flops(provider, len(xs) * rows)
-    return PassArm(name, under_training(experts, provider), xs, dys, flops, tokens, forward)
+    return PassVariant(name, under_training(experts, provider), xs, dys, flops, tokens, forward)
 
 
-def dense_arm(provider: CoEModelProvider, tokens: int, device: torch.device) -> Arm:
+def dense_variant(provider: CoEModelProvider, tokens: int, device: torch.device) -> Variant:
     """The ceiling: as many multiplications as the routed experts', in products of all rows at once.
 
     Nothing but `torch.mm`, into memory that is there already: up and gate, down, and for each the
@@ -256,4 +256,6 @@ def dense_arm(provider: CoEModelProvider, tokens: int, device: torch.device) -> 
             torch.mm(hidden_RU.t(), x_RH, out=into_UH)
         lap(BACKWARD)
 
-    return Arm("dense matmul", run, flops=expert_flops(provider, len(passes) * rows), tokens=tokens)
+    return Variant(
+        "dense matmul", run, flops=expert_flops(provider, len(passes) * rows), tokens=tokens
+    )

@@ -1,4 +1,4 @@
-"""What an arm holds between its runs, and how much more it needs at the worst moment of one."""
+"""What a variant holds between its runs, and how much more it needs at the worst moment of one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Footprint:
 def footprint(
     held: Iterable[Tensor], run: Callable[[Lap], None], device: torch.device
 ) -> Footprint:
-    """Of an arm that has run before, so that nothing of its state is still to be made."""
+    """Of a variant that has run before, so that nothing of its state is still to be made."""
     measure = _peaks_on_gpu if device.type == "cuda" else _peaks_on_cpu
     return Footprint(storage_bytes(held), measure(run))
 

@@ -16,9 +16,9 @@ from megatron_coe.utils.tables import markdown_table
 
 @dataclass
 class Outcome:
-    """What a subject has found."""
+    """What a benchmark has found."""
 
-    subject: str
+    benchmark: str
     title: str
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Outcome:
     details: dict[str, object] = field(default_factory=dict)
     """Whatever else belongs into the JSON file."""
     further: list[Outcome] = field(default_factory=list)
-    """More tables of the same subject."""
+    """More tables of the same benchmark."""
 
     def markdown(self) -> str:
         """The title and the table, then the further ones."""
@@ -51,7 +51,7 @@ class Target:
     at_most: bool
     """Whether less is better."""
     command: str
-    """The subject that measures it, as `--what` takes it."""
+    """The benchmark that measures it, as `--what` takes it."""
 
     def bounds(self, on_gpu: bool) -> tuple[float | None, float | None]:
         """(must, stretch) on such a device; None where it is nobody's target there."""
@@ -77,8 +77,8 @@ TARGETS = (
         *("long", None, 150.0, None, 100.0, True, "long --scale paper"),
     ),
     Target(
-        "synchronisations per step",
-        *("synchronisations", None, 4, None, 0, True, "synchronisations"),
+        "host_syncs per step",
+        *("host_syncs", None, 4, None, 0, True, "host_syncs"),
     ),
     Target(
         "EP > 1: exposed share of communication in a step",

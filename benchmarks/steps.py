@@ -1,4 +1,4 @@
-"""Whole training steps as arms: the `Trainer` that `pretrain_coe.py` runs, on random tokens."""
+"""Whole training steps as variants: the `Trainer` that `pretrain_coe.py` runs, on random tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
 from benchmarks.phases import GRADIENT_BUFFERS, Target, targets
-from benchmarks.timing import Arm, Lap
+from benchmarks.timing import Lap, Variant
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
@@ -42,8 +42,8 @@ class RandomTokens(Dataset):
 
 
 @dataclass(frozen=True)
-class StepArm:
-    """A model in training, and its step as an arm."""
+class StepVariant:
+    """A model in training, and its step as a variant."""
 
     name: str
     trainer: Trainer
@@ -71,9 +71,9 @@ class StepArm:
         """Of forward and backward; the update is not counted, as is usual."""
         return self.tokens * self.provider.flops_per_token(self.provider.seq_length)
 
-    def arm(self) -> Arm:
+    def variant(self) -> Variant:
         """The step in two parts, the second beginning where the optimizer is called."""
-        return Arm(self.name, self._run, flops=self.flops, tokens=self.tokens)
+        return Variant(self.name, self._run, flops=self.flops, tokens=self.tokens)
 
     def _run(self, lap: Lap) -> None:
         optimizer = self.trainer.train_state.optimizer
@@ -91,7 +91,7 @@ class StepArm:
         lap(OPTIMIZER)
 
 
-def build_step(name: str, settings: Settings, device: torch.device) -> StepArm:
+def build_step(name: str, settings: Settings, device: torch.device) -> StepVariant:
     """A freshly initialised model in training; Megatron's parallel groups must be there."""
     setup.seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
@@ -106,20 +106,20 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepArm:
     trainer = Trainer(settings, train_state, source, None, Progress(), None)
     replicas = parallel_state.get_data_parallel_world_size()
     tokens = settings.train.global_batch_size * provider.seq_length // replicas
-    return StepArm(name, trainer, provider, tokens)
+    return StepVariant(name, trainer, provider, tokens)
 
 
-def share_memory(arms: Sequence[StepArm]) -> None:
-    """Let arms train the same fp32 weights with the same moments, where names and shapes agree.
+def share_memory(variants: Sequence[StepVariant]) -> None:
+    """Let variants train the same fp32 weights with the same moments, where names and shapes agree.
 
-    Only the gradient buffers remain each arm's own. What is learnt is nobody's concern here.
+    Only the gradient buffers remain each variant's own. What is learnt is nobody's concern here.
     """
-    first, *others = arms
+    first, *others = variants
     known = dict(first.model.named_parameters())
     moments = _adam_state(first)
-    for arm in others:
-        state = _adam_state(arm)
-        for name, parameter in arm.model.named_parameters():
+    for variant in others:
+        state = _adam_state(variant)
+        for name, parameter in variant.model.named_parameters():
             same = known.get(name)
             if same is None or same.shape != parameter.shape or parameter not in state:
                 continue
@@ -128,7 +128,7 @@ def share_memory(arms: Sequence[StepArm]) -> None:
                 state[parameter][moment] = moments[same][moment]
 
 
-def _adam_state(arm: StepArm) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+def _adam_state(variant: StepVariant) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
     """Of each parameter that the optimizer updates itself, not by an fp32 copy."""
-    parts = arm.trainer.train_state.optimizer.chained_optimizers
+    parts = variant.trainer.train_state.optimizer.chained_optimizers
     return {parameter: state for part in parts for parameter, state in part.optimizer.state.items()}

@@ -1,6 +1,6 @@
-"""Arms that take turns in one process, and what their times say about one another.
+"""Variants that take turns in one process, and what their times say about one another.
 
-A shared machine is faster one minute and slower the next. Arms that take turns see the same
+A shared machine is faster one minute and slower the next. Variants that take turns see the same
 minutes, so a ratio is formed within each round and its median is reported, with its quartiles;
 plain seconds stand beside it for orientation only.
 
@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 
 Lap = Callable[[str], None]
-"""Ends a part of an arm's run, under that name."""
+"""Ends a part of a variant's run, under that name."""
 
 Samples = dict[str, dict[str, list[float]]]
-"""Seconds of each part of each arm, a value per round: `samples[arm][part]`."""
+"""Seconds of each part of each variant, a value per round: `samples[variant][part]`."""
 
 CLOCKS: dict[str, Callable[[], float]] = {
     "wall": time.perf_counter,
@@ -30,11 +30,11 @@ CLOCKS: dict[str, Callable[[], float]] = {
 """What seconds are on a CPU; on a GPU they are always the stream's."""
 
 TOTAL = "total"
-"""The name of the sum of an arm's parts."""
+"""The name of the sum of a variant's parts."""
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One of the things that are compared.
 
     Args:
@@ -117,36 +117,36 @@ class Stopwatch:
 
 
 def interleave(
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     rounds: int,
     warmup: int,
     device: torch.device,
     clock: str = "wall",
 ) -> Samples:
-    """Run each arm once per round, the first `warmup` rounds without counting them.
+    """Run each variant once per round, the first `warmup` rounds without counting them.
 
-    Each round begins with another arm, so that none always follows the same one.
+    Each round begins with another variant, so that none always follows the same one.
     """
-    samples: Samples = {arm.name: {} for arm in arms}
+    samples: Samples = {variant.name: {} for variant in variants}
     watch = Stopwatch(device, clock)
     for index in range(-warmup, rounds):
-        first = index % len(arms)
-        for arm in [*arms[first:], *arms[:first]]:
-            arm.prepare()
+        first = index % len(variants)
+        for variant in [*variants[first:], *variants[:first]]:
+            variant.prepare()
             watch.start()
-            arm.run(watch.lap)
+            variant.run(watch.lap)
             seconds = watch.stop()
             for part, value in seconds.items() if index >= 0 else ():
-                samples[arm.name].setdefault(part, []).append(value)
+                samples[variant.name].setdefault(part, []).append(value)
     return samples
 
 
-def ratio(samples: Samples, arm: str, to: str, part: str = TOTAL) -> Spread:
-    """The time of `arm` over that of `to`, formed within each round."""
-    pairs = zip(samples[arm][part], samples[to][part], strict=True)
+def ratio(samples: Samples, variant: str, to: str, part: str = TOTAL) -> Spread:
+    """The time of `variant` over that of `to`, formed within each round."""
+    pairs = zip(samples[variant][part], samples[to][part], strict=True)
     return Spread.of([ours / theirs for ours, theirs in pairs])
 
 
-def rate(samples: Samples, arm: Arm, part: str = TOTAL) -> Spread:
-    """GFLOP/s of an arm."""
-    return Spread.of([arm.flops / seconds / 1e9 for seconds in samples[arm.name][part]])
+def rate(samples: Samples, variant: Variant, part: str = TOTAL) -> Spread:
+    """GFLOP/s of a variant."""
+    return Spread.of([variant.flops / seconds / 1e9 for seconds in samples[variant.name][part]])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.layers import BACKWARD, FORWARD
 from benchmarks.steps import RandomTokens
-from benchmarks.timing import Arm, Lap
+from benchmarks.timing import Lap, Variant
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion.config import to_deepseek_v2_config
@@ -40,13 +40,15 @@ class Pair:
     """[B, S], as `labels`."""
     labels: Tensor
 
-    def arms(self) -> list[Arm]:
+    def variants(self) -> list[Variant]:
         """Forward with loss, and backward; the update is left out on both sides."""
         count = self.tokens.numel()
         flops = count * self.provider.flops_per_token(self.provider.seq_length)
         return [
-            Arm("moe_8-64", lambda lap: self._run(self._our_loss, lap), self._clear, flops, count),
-            Arm(
+            Variant(
+                "moe_8-64", lambda lap: self._run(self._our_loss, lap), self._clear, flops, count
+            ),
+            Variant(
                 "transformers deepseek_v2",
                 lambda lap: self._run(self._their_loss, lap),
                 self._clear,
@@ -57,9 +59,9 @@ class Pair:
 
     def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of both: the loss and three gradients that all the others feed into."""
-        for arm in self.arms():
-            arm.prepare()
-            arm.run(lambda part: None)
+        for variant in self.variants():
+            variant.prepare()
+            variant.run(lambda part: None)
         ours = dict(self.ours.module.named_parameters())
         theirs = dict(self.theirs.named_parameters())
         names = (

@@ -1,1 +1,1 @@
-"""The paper's experiments: their arms, how they are trained and what is concluded."""
+"""The paper's experiments: their variants, how they are trained and what is concluded."""

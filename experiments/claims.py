@@ -1,10 +1,10 @@
-"""Claims about arms of an experiment, each with the criterion that decides it, stated beforehand.
+"""Claims about variants of an experiment, with the criterion that decides each, stated beforehand.
 
-A claim about losses is a linear contrast of the arms' validation losses, seed by seed (arms of
-a seed read the same sequences in the same order), and a bound. It holds where the 95% interval of
-the mean contrast lies wholly below the bound, does not hold where it lies wholly above, and cannot
-be told at this size otherwise. Several claims are judged one by one, without a correction for
-their number.
+A claim about losses is a linear contrast of the variants' validation losses, seed by seed (variants
+of a seed read the same sequences in the same order), and a bound. It holds where the 95% interval
+of the mean contrast lies below the bound, does not hold where it lies above, and
+cannot be told at this size otherwise. Several claims are judged one by one, without a correction
+for their number.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Results:
-    """What the arms of an experiment came to."""
+    """What the variants of an experiment came to."""
 
     losses: Mapping[str, Sequence[float]]
-    """Last validation losses, nats per token, by arm and, in the same order for all, seed."""
+    """Last validation losses, nats per token, by variant and, in the same order for all, seed."""
     state: Mapping[str, int]
-    """Bytes of weights, gradients and optimizer on a rank, by arm."""
+    """Bytes of weights, gradients and optimizer on a rank, by variant."""
     memory: Mapping[str, int]
     """Of these, activations and workspace together."""
 
@@ -66,11 +66,11 @@ class Claim(Protocol):
 
 @dataclass(frozen=True)
 class Contrast:
-    """A weighted sum of the arms' losses lies below a bound.
+    """A weighted sum of the variants' losses lies below a bound.
 
     Attributes:
-        weights: of each arm's loss in the sum.
-        reference: the arm of whose loss `MARGIN` is taken as bound; None: the bound is 0.
+        weights: of each variant's loss in the sum.
+        reference: the variant of whose loss `MARGIN` is taken as bound; None: the bound is 0.
     """
 
     text: str
@@ -80,7 +80,7 @@ class Contrast:
 
     def values(self, results: Results) -> list[float]:
         """The contrast of each seed."""
-        losses = [results.losses[arm] for arm in self.weights]
+        losses = [results.losses[variant] for variant in self.weights]
         weights = self.weights.values()
         return [
             sum(weight * loss for weight, loss in zip(weights, of_seed, strict=True))
@@ -110,9 +110,9 @@ class Contrast:
     @property
     def formula(self) -> str:
         text = ""
-        for arm, weight in self.weights.items():
+        for variant, weight in self.weights.items():
             times = "" if abs(weight) == 1 else f"{abs(weight):g} * "
-            text += f" {'-' if weight < 0 else '+'} {times}{arm}"
+            text += f" {'-' if weight < 0 else '+'} {times}{variant}"
         return text.removeprefix(" + ")
 
     def _bound_text(self, bound: float) -> str:
@@ -121,14 +121,14 @@ class Contrast:
         return f"{bound:.4f} (a sixtieth of the loss of {self.reference})"
 
 
-def lower(text: str, arm: str, than: str, control: bool = False) -> Contrast:
-    """The loss of an arm is lower than another's."""
-    return Contrast(text, {arm: 1, than: -1}, control=control)
+def lower(text: str, variant: str, than: str, control: bool = False) -> Contrast:
+    """The loss of a variant is lower than another's."""
+    return Contrast(text, {variant: 1, than: -1}, control=control)
 
 
-def no_worse(text: str, arm: str, than: str, control: bool = False) -> Contrast:
-    """The loss of an arm is not higher than another's by more than `MARGIN`."""
-    return Contrast(text, {arm: 1, than: -1}, reference=than, control=control)
+def no_worse(text: str, variant: str, than: str, control: bool = False) -> Contrast:
+    """The loss of a variant is not higher than another's by more than `MARGIN`."""
+    return Contrast(text, {variant: 1, than: -1}, reference=than, control=control)
 
 
 @dataclass(frozen=True)
@@ -160,23 +160,24 @@ class Mixed:
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """The state of an arm in training is smaller than another's, by the share the paper names.
+    """The state of a variant in training is smaller than another's, by the share the paper names.
 
     State: weights, gradients and optimizer. It is what the authors' figures count: their 11.70,
     20.21 and 28.71 GB for 4, 8 and 12 layers are 16 bytes for each parameter, in GiB.
     """
 
     text: str
-    arm: str
+    variant: str
     than: str
     share: float
     control: bool = False
 
     def judge(self, results: Results) -> Finding:
         saved, in_all = (
-            1 - of_arm[self.arm] / of_arm[self.than] for of_arm in (results.state, results.memory)
+            1 - of_arm[self.variant] / of_arm[self.than]
+            for of_arm in (results.state, results.memory)
         )
-        less, more = (results.state[name] / 2**20 for name in (self.arm, self.than))
+        less, more = (results.state[name] / 2**20 for name in (self.variant, self.than))
         verdict = Verdict.UNKNOWN
         if saved >= self.share - MEMORY_TOLERANCE:
             verdict = Verdict.HOLDS
@@ -184,7 +185,7 @@ class MemorySaving:
             verdict = Verdict.FAILS
         return Finding(
             self.text,
-            f"weights, gradients and optimizer of {self.arm} take at least "
+            f"weights, gradients and optimizer of {self.variant} take at least "
             f"{self.share - MEMORY_TOLERANCE:.1%} less than those of {self.than} (the paper: "
             f"{self.share:.1%}); does not hold if they take no less",
             f"{saved:.1%} less: {less:,.1f} MiB, not {more:,.1f}; with activations {in_all:.1%} "

@@ -1,4 +1,4 @@
-"""The text that all arms of an experiment read: made or read once, tokenised once."""
+"""The text that all variants of an experiment read: made or read once, tokenised once."""
 
 from __future__ import annotations
 

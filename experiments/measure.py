@@ -45,7 +45,7 @@ class Machine:
 
 
 def sizes_of(settings: dict[str, Settings], vocab_size: int) -> tuple[dict[str, Sizes], Machine]:
-    """Sizes by arm, and what they would be trained on.
+    """Sizes by variant, and what they would be trained on.
 
     Args:
         vocab_size: ids of the tokenizer, which need not be there yet.

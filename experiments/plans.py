@@ -20,7 +20,7 @@ from experiments.claims import (
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """A model of an experiment.
 
     Attributes:
@@ -37,24 +37,24 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms and claims.
+    """Variants and claims.
 
     Attributes:
         claim: what the paper says, in a sentence.
-        arms: the baseline first.
-        reported: what the paper measured, by arm.
+        variants: the baseline first.
+        reported: what the paper measured, by variant.
     """
 
     name: str
     claim: str
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     claims: tuple[Claim, ...]
     reported: dict[str, str] = field(default_factory=dict)
 
 
-MOE_8 = Arm("moe_8-64", "MoE(8/64)")
-COE_4 = Arm("coe-2_4-64", "CoE-2(4/64)")
-COE_8 = Arm("coe-2_8-64", "CoE-2(8/64)")
+MOE_8 = Variant("moe_8-64", "MoE(8/64)")
+COE_4 = Variant("coe-2_4-64", "CoE-2(4/64)")
+COE_8 = Variant("coe-2_8-64", "CoE-2(8/64)")
 
 MAIN = Experiment(
     "main",
@@ -63,8 +63,8 @@ MAIN = Experiment(
     (
         MOE_8,
         COE_4,
-        Arm("moe_7-64", "MoE(7/64)"),
-        Arm("coe-2_3-64", "CoE-2(3/64)"),
+        Variant("moe_7-64", "MoE(7/64)"),
+        Variant("coe-2_3-64", "CoE-2(3/64)"),
     ),
     (
         lower("CoE-2(4/64) is better than MoE(8/64).", "coe-2_4-64", "moe_8-64"),
@@ -82,8 +82,8 @@ COMPUTE = Experiment(
     "compute",
     "Twice the iterations do as much as three times the experts: CoE-2(8/64) matches MoE(24/64).",
     (
-        Arm("moe_24-64", "MoE(24/64)"),
-        Arm("moe_16-64", "MoE(16/64)"),
+        Variant("moe_24-64", "MoE(24/64)"),
+        Variant("moe_16-64", "MoE(16/64)"),
         COE_8,
     ),
     (
@@ -101,8 +101,8 @@ MEMORY = Experiment(
     "CoE-2(4/48) reaches the loss of MoE(8/64) with 17.6% less memory.",
     (
         MOE_8,
-        Arm("moe_8-48", "MoE(8/48)"),
-        Arm("coe-2_4-48", "CoE-2(4/48)"),
+        Variant("moe_8-48", "MoE(8/48)"),
+        Variant("coe-2_4-48", "CoE-2(4/48)"),
     ),
     (
         no_worse("CoE-2(4/48) is no worse than MoE(8/64).", "coe-2_4-48", "moe_8-64"),
@@ -121,8 +121,8 @@ LAYERS = Experiment(
     "CoE-2(8/64) matches MoE(8/64) of three times its layers with 42% less memory. (The authors' "
     "own figures give 59% against three times the layers, and 42% against twice.)",
     (
-        Arm("moe_8-64_12-layers", "MoE(8/64), 3 x layers"),
-        Arm("moe_8-64_8-layers", "MoE(8/64), 2 x layers"),
+        Variant("moe_8-64_12-layers", "MoE(8/64), 3 x layers"),
+        Variant("moe_8-64_8-layers", "MoE(8/64), 2 x layers"),
         COE_8,
     ),
     (
@@ -155,10 +155,10 @@ ABLATION = Experiment(
     "The gain needs both the residual inside the chain and a router for each iteration.",
     (
         COE_8,
-        Arm("coe-2_8-64_outer", "CoE-2(8/64), residual outside"),
-        Arm("coe-2_8-64_shared-gate", "CoE-2(8/64), one router"),
-        Arm("coe-2_8-64_inner-outer", "CoE-2(8/64), residual inside and outside"),
-        Arm("coe-2_8-64_shared-gate_inner-outer", "CoE-2(8/64), one router, both residuals"),
+        Variant("coe-2_8-64_outer", "CoE-2(8/64), residual outside"),
+        Variant("coe-2_8-64_shared-gate", "CoE-2(8/64), one router"),
+        Variant("coe-2_8-64_inner-outer", "CoE-2(8/64), residual inside and outside"),
+        Variant("coe-2_8-64_shared-gate_inner-outer", "CoE-2(8/64), one router, both residuals"),
         MOE_8,
     ),
     (
@@ -196,10 +196,10 @@ RESIDUAL = Experiment(
     "Of the ways to join iterations, `inner` is best, `addinit` next, `outer` last.",
     (
         COE_4,
-        Arm("coe-2_4-64_addinit", "CoE-2(4/64), from x(0)"),
-        Arm("coe-2_4-64_outer", "CoE-2(4/64), residual outside"),
+        Variant("coe-2_4-64_addinit", "CoE-2(4/64), from x(0)"),
+        Variant("coe-2_4-64_outer", "CoE-2(4/64), residual outside"),
         MOE_8,
-        Arm("moe_8-64_outer", "MoE(8/64), residual outside"),
+        Variant("moe_8-64_outer", "MoE(8/64), residual outside"),
     ),
     (
         lower("`inner` is better than `outer`.", "coe-2_4-64", "coe-2_4-64_outer"),
@@ -226,10 +226,10 @@ DENSE = Experiment(
     "dense",
     "Where all experts are active, a second iteration gains nothing.",
     (
-        Arm("moe_8-8", "MoE(8/8), none shared"),
-        Arm("coe-2_8-8", "CoE-2(8/8), none shared"),
-        Arm("moe_7-8", "MoE(7/8)"),
-        Arm("coe-2_7-8", "CoE-2(7/8)"),
+        Variant("moe_8-8", "MoE(8/8), none shared"),
+        Variant("coe-2_8-8", "CoE-2(8/8), none shared"),
+        Variant("moe_7-8", "MoE(7/8)"),
+        Variant("coe-2_7-8", "CoE-2(7/8)"),
     ),
     (
         no_worse("MoE(8/8) is no worse than CoE-2(8/8).", "moe_8-8", "coe-2_8-8"),
@@ -245,10 +245,10 @@ ITERATIONS = Experiment(
     "iterations",
     "A second iteration helps; a third and a fourth give less, or are unstable.",
     (
-        Arm("moe_8-64", "CoE-1(8/64)", longer="coe-1_8-64_10k"),
-        Arm("coe-2_8-64", "CoE-2(8/64)", longer="coe-2_8-64_10k"),
-        Arm("coe-3_8-64", "CoE-3(8/64)", longer="coe-3_8-64_10k"),
-        Arm("coe-4_8-64", "CoE-4(8/64)", longer="coe-4_8-64_10k"),
+        Variant("moe_8-64", "CoE-1(8/64)", longer="coe-1_8-64_10k"),
+        Variant("coe-2_8-64", "CoE-2(8/64)", longer="coe-2_8-64_10k"),
+        Variant("coe-3_8-64", "CoE-3(8/64)", longer="coe-3_8-64_10k"),
+        Variant("coe-4_8-64", "CoE-4(8/64)", longer="coe-4_8-64_10k"),
     ),
     (
         lower("Two iterations are better than one.", "coe-2_8-64", "moe_8-64"),
@@ -268,9 +268,9 @@ SHARED = Experiment(
     "What the shared expert does is mixed: it helps one of MoE and CoE-2 and hurts the other.",
     (
         MOE_8,
-        Arm("moe_8-64_no-shared", "MoE(8/64), none shared"),
+        Variant("moe_8-64_no-shared", "MoE(8/64), none shared"),
         COE_4,
-        Arm("coe-2_4-64_no-shared", "CoE-2(4/64), none shared"),
+        Variant("coe-2_4-64_no-shared", "CoE-2(4/64), none shared"),
     ),
     (
         Mixed(

@@ -34,7 +34,7 @@ class Outcome:
     seeds: Sequence[int]
     sizes: Mapping[str, Sizes]
     runs: Mapping[str, Sequence[Path]]
-    """Folders of an arm's runs, one for each seed."""
+    """Folders of a variant's runs, one for each seed."""
     losses: Mapping[str, Sequence[float]]
 
     def findings(self) -> list[Finding]:
@@ -60,8 +60,8 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     groups = [
-        Group(arm.title, tuple(Run.read(path) for path in outcome.runs[arm.name]))
-        for arm in outcome.experiment.arms
+        Group(variant.title, tuple(Run.read(path) for path in outcome.runs[variant.name]))
+        for variant in outcome.experiment.variants
     ]
     title = f"{outcome.experiment.name}, {outcome.scale}: {len(outcome.seeds)} seed(s) each"
     figure = plot_losses(groups, "steps", ["validation"], title)
@@ -70,54 +70,54 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
 
 
 def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
-    """What the arms are, before anything is trained."""
-    head = ["arm", "preset", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
+    """What the variants are, before anything is trained."""
+    head = ["variant", "preset", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     rows = [
         [
-            arm.title,
-            arm.name,
-            *(f"{n:,}" for n in (sizes[arm.name].params, sizes[arm.name].active_params)),
-            f"{sizes[arm.name].flops_per_token / 1e6:,.2f}",
-            *(f"{n / 2**20:,.1f}" for n in (sizes[arm.name].state, sizes[arm.name].memory)),
+            variant.title,
+            variant.name,
+            *(f"{n:,}" for n in (sizes[variant.name].params, sizes[variant.name].active_params)),
+            f"{sizes[variant.name].flops_per_token / 1e6:,.2f}",
+            *(f"{n / 2**20:,.1f}" for n in (sizes[variant.name].state, sizes[variant.name].memory)),
         ]
-        for arm in experiment.arms
+        for variant in experiment.variants
     ]
     return markdown_table(head, rows)
 
 
 def table(outcome: Outcome) -> str:
-    """Markdown: what each arm costs and reaches."""
-    head = ["arm", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
+    """Markdown: what each variant costs and reaches."""
+    head = ["variant", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     head += [*(f"seed {seed}" for seed in outcome.seeds), "mean ± std", "paper"]
     rows = []
-    for arm in outcome.experiment.arms:
-        sizes, losses = outcome.sizes[arm.name], outcome.losses[arm.name]
+    for variant in outcome.experiment.variants:
+        sizes, losses = outcome.sizes[variant.name], outcome.losses[variant.name]
         costs = [f"{sizes.params / 1e6:,.3f} M", f"{sizes.active_params / 1e6:,.3f} M"]
         costs += [
             f"{sizes.flops_per_token / 1e6:,.2f}",
             *(f"{n / 2**20:,.1f}" for n in (sizes.state, sizes.memory)),
         ]
-        reported = outcome.experiment.reported.get(arm.name, "")
+        reported = outcome.experiment.reported.get(variant.name, "")
         rows.append(
-            [arm.title, *costs, *(f"{loss:.4f}" for loss in losses), spread(losses), reported]
+            [variant.title, *costs, *(f"{loss:.4f}" for loss in losses), spread(losses), reported]
         )
     return markdown_table(head, rows) + "\n"
 
 
 def table_csv(outcome: Outcome) -> str:
-    """The same for programs: one line for each arm."""
+    """The same for programs: one line for each variant."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"loss_seed_{seed}" for seed in outcome.seeds]
-    names = ["arm", "title", "params", "active_params", "flops_per_token", "tokens"]
+    names = ["variant", "title", "params", "active_params", "flops_per_token", "tokens"]
     names += ["state_bytes", "memory_bytes"]
     writer.writerow([*names, *seeds, "loss_mean", "loss_std"])
-    for arm in outcome.experiment.arms:
-        sizes, losses = outcome.sizes[arm.name], outcome.losses[arm.name]
+    for variant in outcome.experiment.variants:
+        sizes, losses = outcome.sizes[variant.name], outcome.losses[variant.name]
         deviation = statistics.stdev(losses) if len(losses) > 1 else ""
         costs = vars(sizes).values()
         mean = statistics.mean(losses)
-        writer.writerow([arm.name, arm.title, *costs, *losses, mean, deviation])
+        writer.writerow([variant.name, variant.title, *costs, *losses, mean, deviation])
     return text.getvalue()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.data import Data
-from experiments.plans import Arm
+from experiments.plans import Variant
 from megatron_coe.analysis.comparison import run_name
 from megatron_coe.config.run_config import Settings, load_settings
 from megatron_coe.config.validation import check_files_named, check_values
@@ -42,18 +42,18 @@ class Scale:
     def shrinks(self) -> bool:
         return self.expert_size is not None
 
-    def run_name(self, arm: Arm, seed: int) -> str:
+    def run_name(self, variant: Variant, seed: int) -> str:
         """The same for all experiments that could share the run."""
-        return run_name(arm.name if self.shrinks else arm.longer or arm.name, seed)
+        return run_name(variant.name if self.shrinks else variant.longer or variant.name, seed)
 
     def settings_of(
-        self, arm: Arm, seed: int, run: Path, data: Data, overrides: Sequence[str]
+        self, variant: Variant, seed: int, run: Path, data: Data, overrides: Sequence[str]
     ) -> Settings:
-        """Of the run of an arm with a seed, in folder `run`.
+        """Of the run of a variant with a seed, in folder `run`.
 
         Raises: ValueError for overrides that cannot be; OSError if the preset is missing.
         """
-        preset = PRESETS / f"{arm.longer or arm.name}.yaml"
+        preset = PRESETS / f"{variant.longer or variant.name}.yaml"
         own = [*self._shrink(load_settings(preset)), *self.settings] if self.shrinks else []
         settings = load_settings(preset, [*own, *overrides])
         settings.train.seed = seed

@@ -4,7 +4,7 @@
     python tools/benchmark.py --what step layer --vary model.bias_activation_fusion=on,off
     torchrun --nproc-per-node 2 tools/benchmark.py --what parallel
 
-Arms of a subject take turns in one process; docs/performance.md says what is measured and how.
+Variants of a benchmark take turns in one process; docs/performance.md says what is measured.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from megatron_coe.cli.command_line import run
 from megatron_coe.utils.files import check_writable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SUBJECTS = (
+BENCHMARKS = (
     *("kernels", "experts", "layer", "head", "step", "matched", "transformers", "memory"),
-    *("synchronisations", "parallel", "long"),
+    *("host_syncs", "parallel", "long"),
 )
+FORMER_NAMES = {"synchronisations": "host_syncs"}
 SCALES = ("paper", "paper-32k", "cpu", "cpu-32k", "tiny")
 SWITCH = {"on": "true", "off": "false"}
 
@@ -37,8 +38,8 @@ def main() -> None:
     import torch.distributed as dist
 
     from benchmarks import report
-    from benchmarks.subjects import ALL
-    from benchmarks.subjects import SUBJECTS as MEASURE
+    from benchmarks.suite import ALL
+    from benchmarks.suite import BENCHMARKS as MEASURE
     from megatron_coe.config.run_config import ParallelSettings
     from megatron_coe.distributed import setup
     from megatron_coe.model import backends
@@ -47,8 +48,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = backends.prepare()
-    bench = bench_of(options, device)
-    bench.check()
+    harness = harness_of(options, device)
+    harness.check()
     outcomes = []
     ranks = setup.world_size()
     with setup.process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
@@ -61,8 +62,8 @@ def main() -> None:
         }
         if speaks:
             print("\n".join(f"{name}: {value}" for name, value in heading.items()), flush=True)
-        for subject in ALL if "all" in options.what else options.what:
-            outcomes.append(MEASURE[subject](bench))
+        for benchmark in ALL if "all" in options.what else options.what:
+            outcomes.append(MEASURE[FORMER_NAMES.get(benchmark, benchmark)](harness))
             if speaks:
                 print("\n" + outcomes[-1].markdown(), flush=True)
                 if options.output:
@@ -79,17 +80,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         *("--what", "-w"),
         nargs="+",
-        choices=("all", *SUBJECTS),
+        choices=("all", *BENCHMARKS, *FORMER_NAMES),
         default=["all"],
-        help="subjects; all: those of one process that take minutes",
+        help="benchmarks; all: those of one process that take minutes",
     )
     parser.add_argument(
         "--scale", choices=SCALES, help="sizes (default: paper on a GPU, cpu without)"
     )
     parser.add_argument("--rounds", type=int, default=None, help="default: 50 on a GPU, else 10")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
-    parser.add_argument("--profiles", type=int, default=3, help="profiled runs of each arm")
-    parser.add_argument("--steps", type=int, default=1000, help="of the subject long")
+    parser.add_argument("--profiles", type=int, default=3, help="profiled runs of each variant")
+    parser.add_argument("--steps", type=int, default=1000, help="of the benchmark long")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument(
         "--clock",
@@ -109,7 +110,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="settings for every arm, as pretrain_coe.py takes them",
+        help="settings for every variant, as pretrain_coe.py takes them",
     )
     for name in ("sequences", "seq-length", "num-layers", "vocab-size"):
         parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
@@ -118,7 +119,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="JSON file with every sample")
     options = parser.parse_args()
-    options.vary = variants_of(options.vary)
+    options.vary = setting_variants_of(options.vary)
     least = {
         **dict.fromkeys(("warmup", "profiles"), 0),
         **dict.fromkeys(("rounds", "steps", "threads"), 1),
@@ -139,21 +140,21 @@ def parse() -> argparse.Namespace:
     if (ranks > 1) != (options.what == ["parallel"]):
         raise ValueError(
             f"--what {' '.join(options.what)} on {ranks} process(es): 'parallel' needs several "
-            "(torchrun), by itself, and every other subject needs one"
+            "(torchrun), by itself, and every other benchmark needs one"
         )
     return options
 
 
-def bench_of(options: argparse.Namespace, device):
+def harness_of(options: argparse.Namespace, device):
     """Sizes and counts as the options and the machine say."""
     from benchmarks.scale import SCALES
-    from benchmarks.subjects import Bench
+    from benchmarks.suite import Harness
 
     on_gpu = device.type == "cuda"
     scale = SCALES[options.scale or ("paper" if on_gpu else "cpu")]
     sizes = ("sequences", "seq_length", "num_layers", "vocab_size")
     given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
-    return Bench(
+    return Harness(
         presets=options.presets,
         scale=dataclasses.replace(scale, **given),
         device=device,
@@ -162,12 +163,12 @@ def bench_of(options: argparse.Namespace, device):
         clock=options.clock,
         profiles=options.profiles,
         steps=options.steps,
-        variants=options.vary,
+        setting_variants=options.vary,
         changes=tuple(options.set),
     )
 
 
-def variants_of(varied: list[str]) -> tuple[tuple[str, ...], ...]:
+def setting_variants_of(varied: list[str]) -> tuple[tuple[str, ...], ...]:
     """Every combination of the values given, as overrides of settings."""
     choices = []
     for text in varied:

@@ -37,7 +37,7 @@ if ((SMALL)); then
         train.eval_samples=4 train.global_batch_size=2 train.micro_batch_size=2)
     PROBLEMS=200 VOCABULARY=400
 else
-    BENCHMARK=(--what step synchronisations experts layer matched memory --rounds 10 --profiles 2)
+    BENCHMARK=(--what step host_syncs experts layer matched memory --rounds 10 --profiles 2)
     RUN=(model.vocab_size=8192 train.steps=300 train.eval_interval=100 train.eval_samples=256
         train.micro_batch_size=64 train.deterministic=false)
     PROBLEMS=20000 VOCABULARY=8192
@@ -85,13 +85,13 @@ data() {
 
 pairs() {
     data || return
-    local seed arm
+    local seed variant
     for seed in ${SEEDS:-1 2}; do
-        for arm in coe-2_4-64 moe_8-64; do
-            "$PYTHON" -W ignore pretrain_coe.py --config "examples/paper/$arm.yaml" "${RUN[@]}" \
+        for variant in coe-2_4-64 moe_8-64; do
+            "$PYTHON" -W ignore pretrain_coe.py --config "examples/paper/$variant.yaml" "${RUN[@]}" \
                 "data.tokenizer=$DATA/tokenizer.model" "data.train=[$DATA/train]" \
                 "data.valid=[$DATA/valid]" "train.seed=$seed" checkpoint.save=null \
-                "log.dir=$OUT/pairs/$arm-seed-$seed" || return
+                "log.dir=$OUT/pairs/$variant-seed-$seed" || return
         done
     done
 }

@@ -1,4 +1,4 @@
-"""Run one of the paper's experiments: train its arms, and say whether its claim holds.
+"""Run one of the paper's experiments: train its variants, and say whether its claim holds.
 
     python tools/run_experiment.py main --scale tiny --seeds 3
     python tools/run_experiment.py memory --scale small --seeds 5 --dry-run
@@ -6,7 +6,7 @@
         --valid-data gsm8k/test.parquet --qa-keys question answer
 
 Leaves a table (Markdown and CSV), a picture and a verdict (Markdown and JSON) in
-DIRECTORY/DATA/SCALE/EXPERIMENT/. Runs stand beside it and belong to all experiments: an arm that
+DIRECTORY/DATA/SCALE/EXPERIMENT/. Runs stand beside it and belong to all experiments: a variant that
 another one trained is not trained again. Ctrl-C, SIGTERM or a crash lose nothing that is saved: the
 same command goes on.
 """
@@ -48,7 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a core or GPU)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the arms, their sizes and a time, and stop"
+        "--dry-run",
+        action="store_true",
+        help="print the variants, their sizes and a time, and stop",
     )
     return parser.parse_args()
 
@@ -74,17 +76,17 @@ def main() -> None:
     seeds = list(range(1, options.seeds + 1))
     data = Data.at(folder / "data")
     runs = []
-    for seed in seeds:  # all arms of a seed first, so that what is there early is paired
-        for arm in experiment.arms:
-            name = scale.run_name(arm, seed)
-            settings = scale.settings_of(arm, seed, runs_folder / name, data, options.set)
+    for seed in seeds:  # all variants of a seed first, so that what is there early is paired
+        for variant in experiment.variants:
+            name = scale.run_name(variant, seed)
+            settings = scale.settings_of(variant, seed, runs_folder / name, data, options.set)
             runs.append(Run(name, settings))
-    arms = [arm.name for arm in experiment.arms]
-    of_arms = {name: runs[number :: len(arms)] for number, name in enumerate(arms)}
+    variants = [variant.name for variant in experiment.variants]
+    of_arms = {name: runs[number :: len(variants)] for number, name in enumerate(variants)}
     firsts = {name: own[0].settings for name, own in of_arms.items()}
     sizes, machine = sizes_of(firsts, source.vocab_size)
     jobs = options.jobs or machine.jobs
-    total = sum(sizes[name].flops for name in arms) * len(seeds)
+    total = sum(sizes[name].flops for name in variants) * len(seeds)
     minutes = total / machine.speed / jobs / 60
     print(f"{experiment.name}: {experiment.claim}\n\n{sizes_table(experiment, sizes)}\n")
     print(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_coe.analysis.plotting import COLOURS, colours, new_figure
+from megatron_coe.analysis.plotting import COLORS, colors, new_figure
 from megatron_coe.analysis.routing import Floats, Ints, expected_coactivation
 from megatron_coe.analysis.routing_tables import DISTANCES, Row
 
@@ -129,7 +129,7 @@ def information_plot(rows: Sequence[Row]) -> Figure:
             of_model = [row for row in rows if row["model"] == model]
             at = np.arange(len(places)) + (number - (len(models) - 1) / 2) * width
             heights = [row[f"{null}_excess"] for row in of_model]
-            axes.bar(at, heights, width, label=model, color=COLOURS[number % len(COLOURS)])
+            axes.bar(at, heights, width, label=model, color=COLORS[number % len(COLORS)])
             levels = [
                 row[f"{null}_largest_by_chance"] - row[f"{null}_by_chance"] for row in of_model
             ]
@@ -183,12 +183,12 @@ def training_plot(
 def _over_checkpoints(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
     models = list(dict.fromkeys(str(row["model"]) for row in rows))
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    for layer, colour in zip(layers, colours(len(layers)), strict=True):
+    for layer, color in zip(layers, colors(len(layers)), strict=True):
         means = [
             np.mean([value(row) for row in rows if (row["model"], row["layer"]) == (model, layer)])
             for model in models
         ]
-        style = {"color": colour, "marker": "o", "markersize": 3}
+        style = {"color": color, "marker": "o", "markersize": 3}
         axes.plot(range(len(models)), means, label=f"layer {layer}", **style)
     axes.set_xticks(
         range(len(models)), [model.removeprefix("step_").lstrip("0") or "0" for model in models]
@@ -204,8 +204,8 @@ def _panel_per_iteration(rows: Sequence[Row], draw: Callable[[Axes, Row, dict], 
     panels = np.atleast_1d(figure.subplots(1, len(iterations), sharey=True))
     for axes, t in zip(panels, iterations, strict=True):
         of_iteration = [row for row in rows if row["iteration"] == t]
-        for row, colour in zip(of_iteration, colours(len(of_iteration)), strict=True):
-            draw(axes, row, {"color": colour, "label": f"layer {row['layer']}"})
+        for row, color in zip(of_iteration, colors(len(of_iteration)), strict=True):
+            draw(axes, row, {"color": color, "label": f"layer {row['layer']}"})
         axes.set_title(f"iteration {t}", fontsize="medium")
         axes.grid(alpha=0.3)
     _legend_of_layers(panels[0])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_coe.analysis.plotting import COLOURS, new_figure
+from megatron_coe.analysis.plotting import COLORS, new_figure
 from megatron_coe.analysis.runs import Run, axis_label
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ def plot_losses(
     drawn = 0
     for loss in losses or (LOSSES if len(groups) == 1 else _first_there(groups)):
         for number, group in enumerate(groups):
-            # One group's losses are told apart by colour, several groups' by line.
-            colour = COLOURS[(number if len(groups) > 1 else drawn) % len(COLOURS)]
+            # One group's losses are told apart by color, several groups' by line.
+            color = COLORS[(number if len(groups) > 1 else drawn) % len(COLORS)]
             label = loss if len(groups) == 1 else f"{group.name}, {loss}" if losses else group.name
-            drawn += _draw(axes, group.curve(LOSSES[loss], axis), loss, colour, label)
+            drawn += _draw(axes, group.curve(LOSSES[loss], axis), loss, color, label)
     if not drawn:
         named = ", ".join(str(run.metrics) for group in groups for run in group.runs)
         raise ValueError(f"{named}: holds no losses to draw")
@@ -105,7 +105,7 @@ def _first_there(groups: Sequence[Group]) -> list[str]:
 
 
 def _draw(
-    axes: Axes, curve: list[tuple[float, float, float]], loss: str, colour: str, label: str
+    axes: Axes, curve: list[tuple[float, float, float]], loss: str, color: str, label: str
 ) -> bool:
     if not curve:
         return False
@@ -115,10 +115,10 @@ def _draw(
         if loss == "validation"
         else {"linewidth": 1, "alpha": 0.8}
     )
-    axes.plot(places, means, color=colour, label=label, **style)
+    axes.plot(places, means, color=color, label=label, **style)
     if any(spreads):
         low, high = zip(*((m - s, m + s) for m, s in zip(means, spreads, strict=True)), strict=True)
-        axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
     return True
 
 

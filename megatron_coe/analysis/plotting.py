@@ -16,14 +16,14 @@ from megatron_coe.utils.files import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#2a78d0", "#d9730d", "#2f9e5b", "#b0489b", "#8a6fd1", "#a17c1b", "#c9444a", "#2f98a3")
-"""Of curves: legible on white and on black, neighbours also to people who see few colours."""
+COLORS = ("#2a78d0", "#d9730d", "#2f9e5b", "#b0489b", "#8a6fd1", "#a17c1b", "#c9444a", "#2f98a3")
+"""Of curves: legible on white and on black, neighbours also to people who see few colors."""
 
 
-def colours(count: int) -> list[str]:
-    """So many colours for curves in their order; past `COLOURS` they shade into one another."""
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
+def colors(count: int) -> list[str]:
+    """So many colors for curves in their order; past `COLORS` they shade into one another."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -56,7 +56,7 @@ def save(figure: Figure, output: Path) -> None:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """An `<svg>` to stand in HTML: text and lines in the colour of the text around it (`color`),
+    """An `<svg>` to stand in HTML: text and lines in the color of the text around it (`color`),
     what is white in `--paper`, no reference to anything outside.
 
     Args:

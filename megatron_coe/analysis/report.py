@@ -13,7 +13,7 @@ from megatron_coe.analysis.loss_curves import Group, describe_end, plot_losses
 from megatron_coe.analysis.plotting import inline_svg
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.runs import Run
-from megatron_coe.analysis.training_curves import course_pictures
+from megatron_coe.analysis.training_curves import training_plots
 from megatron_coe.utils.environment import read_machine
 from megatron_coe.utils.files import atomic_path
 
@@ -63,7 +63,7 @@ def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> No
         analysis=analysis and analysis.about,
         transitions=analysis.shown(analysis.transitions) if analysis else [],
         routers=analysis.shown(analysis.routers) if analysis else [],
-        maps=list(_maps(analysis)) if analysis else [],
+        maps=list(_heatmaps(analysis)) if analysis else [],
         last=_last_figures(run),
         machine=read_machine(run.metrics.parent),
         config=run.settings.to_yaml(),
@@ -96,11 +96,11 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
 def _curves(run: Run) -> Iterator[Picture]:
     losses = plot_losses([Group(run.name, (run,))])
     yield _picture(losses, "losses", "Training and validation loss over steps.")
-    for name, figure, caption in course_pictures(run):
+    for name, figure, caption in training_plots(run):
         yield _picture(figure, name, caption)
 
 
-def _maps(analysis: Analysis) -> Iterator[Picture]:
+def _heatmaps(analysis: Analysis) -> Iterator[Picture]:
     for name, figure in analysis.pictures():
         yield _picture(figure, name, _caption(name))
 

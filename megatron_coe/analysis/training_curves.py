@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_coe.analysis.plotting import colours, new_figure
+from megatron_coe.analysis.plotting import colors, new_figure
 from megatron_coe.analysis.runs import Run
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Panel:
     is_logarithmic: bool = False
 
 
-def course_pictures(run: Run) -> Iterator[tuple[str, Figure, str]]:
+def training_plots(run: Run) -> Iterator[tuple[str, Figure, str]]:
     """Name, picture and caption of everything there is to show.
 
     Raises: ValueError: matplotlib is missing.
@@ -61,7 +61,7 @@ def course_pictures(run: Run) -> Iterator[tuple[str, Figure, str]]:
         yield "course_of_routing", draw(run, routing), caption
     if loads := [name for name in there if name.startswith("load/")]:
         caption = "Load of each expert over the mean, in the course of training."
-        yield "loads", load_maps(run, loads), caption
+        yield "loads", load_heatmaps(run, loads), caption
 
 
 def draw(run: Run, panels: Sequence[Panel]) -> Figure:
@@ -71,10 +71,10 @@ def draw(run: Run, panels: Sequence[Panel]) -> Figure:
     figure = new_figure(max(3.4 * columns, 6.0), 2.8 * rows)
     for number, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
-        shades = colours(len(panel.names))
-        for (label, name), colour in zip(panel.names.items(), shades, strict=True):
+        shades = colors(len(panel.names))
+        for (label, name), color in zip(panel.names.items(), shades, strict=True):
             places, values = zip(*run.values(name), strict=True)
-            axes.plot(places, values, color=colour, label=label, linewidth=1)
+            axes.plot(places, values, color=color, label=label, linewidth=1)
         if panel.is_logarithmic:
             axes.set_yscale("log")
         axes.set(xlabel="step")
@@ -85,7 +85,7 @@ def draw(run: Run, panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def load_maps(run: Run, names: Sequence[str]) -> Figure:
+def load_heatmaps(run: Run, names: Sequence[str]) -> Figure:
     """N times the load of every expert (rows) at every report (columns): a panel per layer and
     iteration. 1 is the mean; white.
 

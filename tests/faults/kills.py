@@ -169,6 +169,8 @@ def _kill(bench: Bench, case: Kill, folder: Path, launch: Launch, draw: random.R
     if case.everyone:
         launch.kill()
     else:
-        pids = launch.pids()
-        os.kill(draw.choice(pids), signal.SIGKILL)
+        try:
+            os.kill(draw.choice(launch.pids()), signal.SIGKILL)
+        except ProcessLookupError:  # it ended meanwhile
+            return False
     return True

@@ -13,23 +13,23 @@ def benchmark(*arguments: object, **how: bool) -> CompletedProcess[str]:
 
 
 def test_every_subject_of_one_process(tmp_path):
-    """Arms that must agree are held to it by the tool itself: it would end with an error."""
-    subjects = (
-        *("experts", "layer", "head", "step", "transformers", "memory", "synchronisations"),
+    """Variants that must agree are held to it by the tool itself: it would end with an error."""
+    benchmarks = (
+        *("experts", "layer", "head", "step", "transformers", "memory", "host_syncs"),
         "long",
     )
     output = tmp_path / "benchmark.json"
     result = benchmark(
         *("--scale", "tiny", "--rounds", 2, "--warmup", 1, "--profiles", 1, "--steps", 2),
-        *("--threads", 1, "--clock", "processor", "--output", output, "--what", *subjects),
+        *("--threads", 1, "--clock", "processor", "--output", output, "--what", *benchmarks),
         forked=False,
     )
     assert result.returncode == 0, result.stderr
     document = json.loads(output.read_text())
-    found = {outcome["subject"]: outcome for outcome in document["outcomes"]}
-    assert tuple(found) == subjects
+    found = {outcome["benchmark"]: outcome for outcome in document["outcomes"]}
+    assert tuple(found) == benchmarks
 
-    for name, arms in {
+    for name, variants in {
         "experts": {"coe-2_4-64", "moe_8-64", "SequentialMLP", "dense matmul"},
         "layer": {"coe-2_4-64", "moe_8-64", "stock MoELayer, C times"},
         "head": {"linear, then Megatron's loss", "linear_cross_entropy", "products alone"},
@@ -37,7 +37,7 @@ def test_every_subject_of_one_process(tmp_path):
         "transformers": {"moe_8-64", "transformers deepseek_v2"},
     }.items():
         samples = found[name]["samples"]
-        assert set(samples) == arms
+        assert set(samples) == variants
         for parts in samples.values():
             assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in parts.values())
             total = [sum(values) for values in zip(*_parts(parts), strict=True)]
@@ -55,7 +55,7 @@ def test_every_subject_of_one_process(tmp_path):
     assert all(of_chain[phase][1] > 0 for phase in expected)  # backward, too
     memory = found["memory"]["details"]
     assert memory["coe-2_4-64"]["held"] > memory["moe_8-64"]["held"]  # a router more
-    for figure in ("step", "layer", "experts", "transformers", "memory", "synchronisations"):
+    for figure in ("step", "layer", "experts", "transformers", "memory", "host_syncs"):
         assert f"`--what {figure}`" in result.stdout
     assert result.stdout.count("not measured (needs a GPU)") == 2
 
@@ -68,8 +68,8 @@ def test_values_of_a_setting_are_arms(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     (outcome,) = json.loads(output.read_text())["outcomes"]
-    arms = {f"coe-2_4-64 {setting}={value}" for value in ("true", "false")}
-    assert arms < set(outcome["samples"])
+    variants = {f"coe-2_4-64 {setting}={value}" for value in ("true", "false")}
+    assert variants < set(outcome["samples"])
 
 
 def _parts(parts: dict[str, list[float]]) -> list[list[float]]:

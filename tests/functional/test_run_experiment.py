@@ -81,8 +81,8 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
 
     told = json.loads((runs / "shared" / "verdict.json").read_text())
     assert told["verdict"] == "cannot be told at this size"
-    for arm, (loss,) in told["losses"].items():
-        (last,) = [r["valid_loss"] for r in records(runs / f"{arm}_seed-1") if r["step"] == 6]
+    for variant, (loss,) in told["losses"].items():
+        (last,) = [r["valid_loss"] for r in records(runs / f"{variant}_seed-1") if r["step"] == 6]
         assert loss == last
         assert f"{loss:.4f}" in (runs / "shared" / "table.md").read_text()
     assert (runs / "shared" / "plot.png").read_bytes().startswith(b"\x89PNG")

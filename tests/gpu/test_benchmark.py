@@ -1,4 +1,4 @@
-"""The benchmark's clocks and counters on a GPU; arms hold one another to agreement there too."""
+"""The benchmark's clocks and counters on a GPU; variants agree there too."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from benchmarks.host_syncs import count_synchronisations
+from benchmarks.host_syncs import count_host_syncs
 from benchmarks.memory import footprint
 from benchmarks.phases import measure_phases
-from benchmarks.subjects import ALL
+from benchmarks.suite import ALL
 from benchmarks.timing import Stopwatch
 from tests.functional.test_benchmark import benchmark
 
@@ -51,8 +51,8 @@ def test_memory_and_synchronisations(device):
     found = footprint([held], run, device)
     assert found.held == 2**22
     assert 2**24 <= found.passing["sum"] < 2**24 + 2**21
-    assert count_synchronisations(lambda: product(device), device).total() == 0
-    counts = count_synchronisations(lambda: held.sum().item(), device)
+    assert count_host_syncs(lambda: product(device), device).total() == 0
+    counts = count_host_syncs(lambda: held.sum().item(), device)
     assert counts.total() == 1
     assert "test_benchmark.py" in next(iter(counts))
 

@@ -83,9 +83,9 @@ FAULTS = [
         OF_BENCHMARK,
     ),
     Fault(
-        "one arm always runs first",
+        "one variant always runs first",
         "benchmarks/timing.py",
-        "first = index % len(arms)",
+        "first = index % len(variants)",
         "first = 0",
         OF_BENCHMARK,
     ),
@@ -871,7 +871,7 @@ FAULTS = [
         ("tests/functional/test_run_experiment.py",),
     ),
     Fault(
-        "arms in bf16 held to the precision of their fp32 gradients",
+        "variants in bf16 held to the precision of their fp32 gradients",
         "benchmarks/agreement.py",
         "tolerance = TOLERANCES[dtype]",
         "tolerance = TOLERANCES[ours[name].dtype]",

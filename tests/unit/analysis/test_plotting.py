@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from megatron_coe.analysis.heatmaps import CoactivationScale, coactivation_map
-from megatron_coe.analysis.plotting import colours, inline_svg
+from megatron_coe.analysis.plotting import colors, inline_svg
 
 
 def picture(name: str) -> str:
@@ -70,4 +70,4 @@ def test_pictures_of_one_page_have_ids_of_their_own():
 
 def test_curves_have_colours_of_their_own():
     for count in (1, 8, 9, 61):
-        assert len(set(colours(count))) == count
+        assert len(set(colors(count))) == count

@@ -25,7 +25,7 @@ def both_layers(provider, device):
     stock.share_weights(layer)
     batch = layers.random_batch(provider, SEQUENCES, device)
     return [
-        layers.layer_arm(name, module, provider, batch)
+        layers.layer_variant(name, module, provider, batch)
         for name, module in (("ours", layer), ("stock", stock))
     ]
 
@@ -66,11 +66,11 @@ def test_flops_of_the_experts_and_of_their_ceiling(single_rank, gated):
     provider = tiny_provider(coe_iterations=3, moe_router_topk=2, gated_linear_unit=gated)
     stock = layers.build_stock(provider, single_rank)
     tokens = 40
-    arm = layers.experts_arm("stock", stock.layer.experts, provider, tokens, single_rank)
-    dense = layers.dense_arm(provider, tokens, single_rank)
+    variant = layers.experts_variant("stock", stock.layer.experts, provider, tokens, single_rank)
+    dense = layers.dense_variant(provider, tokens, single_rank)
     with FlopCounterMode(display=False) as counter:
-        arm.work()
-    assert counter.get_total_flops() == arm.flops == dense.flops
+        variant.work()
+    assert counter.get_total_flops() == variant.flops == dense.flops
     with FlopCounterMode(display=False) as counter:
         dense.run(lambda part: None)
     assert counter.get_total_flops() == dense.flops

@@ -1,4 +1,4 @@
-"""Memory, synchronisations, exposed communication and the table of targets."""
+"""Memory, host_syncs, exposed communication and the table of targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks import communication, report
 from benchmarks.agreement import check_agreement
-from benchmarks.host_syncs import count_synchronisations
+from benchmarks.host_syncs import count_host_syncs
 from benchmarks.memory import footprint, storage_bytes
 from benchmarks.timing import Spread
 from megatron_coe.utils.environment import versions
@@ -55,7 +55,7 @@ def test_synchronisations_are_counted_where_they_happen():
         x.detach()[x.detach() > 0]
         torch.nonzero(x.detach())
 
-    counts = count_synchronisations(work, CPU)
+    counts = count_host_syncs(work, CPU)
     assert counts.total() == 4
     assert all(place.startswith("benchmarks/test_measures.py:") for place in counts)
     assert len(counts) == 4
@@ -100,7 +100,7 @@ def test_agreement(factor, fails):
         assert set(check_agreement(("a", "b"), ours, theirs, torch.float32)) == {"y"}
 
 
-def test_arms_in_bf16_may_differ_by_whole_tokens_also_in_gradients_kept_in_fp32():
+def test_variants_in_bf16_may_differ_by_whole_tokens_also_in_gradients_kept_in_fp32():
     ours, theirs = {"y": torch.ones(100)}, {"y": torch.ones(100)}
     theirs["y"][:2] = 2  # ||a - b|| / ||b|| = 0.14
     check_agreement(("a", "b"), ours, theirs, torch.bfloat16)
@@ -130,11 +130,11 @@ def test_targets_name_every_ratio_and_judge_it():
 
 def test_a_report_has_commit_versions_and_every_sample(tmp_path):
     outcome = report.Outcome("step", "A step", ["a"], [["1"]], {"step": Spread.of([1.0, 2.0])})
-    outcome.samples = {"arm": {"total": [1.0, 2.0]}}
+    outcome.samples = {"variant": {"total": [1.0, 2.0]}}
     heading = {"machine": report.machine(CPU), "versions": versions()}
     report.write_json(tmp_path / "deep" / "out.json", heading, [outcome])
     document = json.loads((tmp_path / "deep" / "out.json").read_text())
-    assert document["outcomes"][0]["samples"] == {"arm": {"total": [1.0, 2.0]}}
+    assert document["outcomes"][0]["samples"] == {"variant": {"total": [1.0, 2.0]}}
     assert document["outcomes"][0]["figures"]["step"]["median"] == 1.5
     assert document["versions"]["torch"] == torch.__version__
     assert document["machine"]["cores"] == os.cpu_count()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.timing import TOTAL, Arm, Spread, interleave, rate, ratio
+from benchmarks.timing import TOTAL, Spread, Variant, interleave, rate, ratio
 
 CPU = torch.device("cpu")
 
@@ -29,12 +29,12 @@ def test_no_samples_are_refused():
         Spread.of([])
 
 
-def test_arms_take_turns_and_warm_up(monkeypatch):
-    """Every round runs each arm once, begins with the next one, and only counted rounds remain."""
+def test_variants_take_turns_and_warm_up(monkeypatch):
+    """Every round runs each variant once and begins with the next; only counted rounds remain."""
     now, calls = [0.0], []
     monkeypatch.setitem(timing.CLOCKS, "wall", lambda: now[0])
 
-    def arm(name: str, seconds: float) -> Arm:
+    def variant(name: str, seconds: float) -> Variant:
         def run(lap):
             calls.append(name)
             now[0] += seconds
@@ -47,10 +47,10 @@ def test_arms_take_turns_and_warm_up(monkeypatch):
         def prepare():
             now[0] += 100.0  # never counted
 
-        return Arm(name, run, prepare, flops=int(12e9))
+        return Variant(name, run, prepare, flops=int(12e9))
 
-    arms = [arm("a", 1.0), arm("b", 2.0), arm("c", 4.0)]
-    samples = interleave(arms, rounds=4, warmup=2, device=CPU)
+    variants = [variant("a", 1.0), variant("b", 2.0), variant("c", 4.0)]
+    samples = interleave(variants, rounds=4, warmup=2, device=CPU)
     rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
     assert len(rounds) == 6
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
@@ -58,7 +58,7 @@ def test_arms_take_turns_and_warm_up(monkeypatch):
     assert samples["a"] == {"first": [4.0] * 4, "second": [2.0] * 4, TOTAL: [6.0] * 4}
     assert ratio(samples, "b", "a").median == 2.0
     assert ratio(samples, "c", "b", "second").upper == 2.0
-    assert rate(samples, arms[2]).median == pytest.approx(0.5)
+    assert rate(samples, variants[2]).median == pytest.approx(0.5)
 
 
 def test_a_ratio_is_formed_within_each_round():

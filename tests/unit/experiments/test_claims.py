@@ -22,7 +22,7 @@ from experiments.claims import (
     overall,
 )
 from experiments.measure import Sizes
-from experiments.plans import RESIDUAL, Arm, Experiment
+from experiments.plans import RESIDUAL, Experiment, Variant
 from experiments.report import Outcome, table, table_csv, verdict, verdict_json
 from megatron_coe.analysis import intervals
 from megatron_coe.analysis.intervals import Interval, spread
@@ -83,9 +83,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     ],
 )
 def test_lower_is_decided_by_pairs(differences, verdict):
-    bases = [3.0, 5.0, 1.0][: len(differences)]  # seeds differ far more than arms
-    arms = [base + difference for base, difference in zip(bases, differences, strict=True)]
-    finding = lower("", "a", "b").judge(results(a=arms, b=bases))
+    bases = [3.0, 5.0, 1.0][: len(differences)]  # seeds differ far more than variants
+    variants = [base + difference for base, difference in zip(bases, differences, strict=True)]
+    finding = lower("", "a", "b").judge(results(a=variants, b=bases))
     assert finding.verdict is verdict
     assert finding.figures["values"] == pytest.approx(differences)
     assert finding.figures["bound"] == 0
@@ -96,8 +96,8 @@ def test_lower_is_decided_by_pairs(differences, verdict):
 )
 def test_no_worse_allows_a_sixtieth(difference, verdict):
     base = [1.2, 1.2, 1.2]  # the margin is 0.02
-    arm = [1.2 + 0.02 * difference + noise for noise in (-0.001, 0.0, 0.001)]
-    finding = no_worse("", "a", "b").judge(results(a=arm, b=base))
+    variant = [1.2 + 0.02 * difference + noise for noise in (-0.001, 0.0, 0.001)]
+    finding = no_worse("", "a", "b").judge(results(a=variant, b=base))
     assert finding.verdict is verdict
     assert finding.figures["bound"] == pytest.approx(0.02) == pytest.approx(1.2 * MARGIN)
     assert "0.0200" in finding.criterion
@@ -149,7 +149,10 @@ def test_controls_do_not_decide():
 
 def outcome(losses: dict[str, list[float]]) -> Outcome:
     experiment = Experiment(
-        "it", "A is better.", (Arm("a", "A(1/2)"), Arm("b", "B(1/2)")), (lower("So.", "a", "b"),)
+        "it",
+        "A is better.",
+        (Variant("a", "A(1/2)"), Variant("b", "B(1/2)")),
+        (lower("So.", "a", "b"),),
     )
     sizes = {name: Sizes(2_000_000, 1_000_000, 3_000_000, 10, 1 << 20, 1 << 21) for name in losses}
     seeds = range(1, len(losses["a"]) + 1)
@@ -175,6 +178,6 @@ def test_of_one_seed_json_stays_json():
 
 
 def test_a_tie_is_no_order():
-    losses = {arm.name: [1.0, 1.0, 1.0] for arm in RESIDUAL.arms}
+    losses = {variant.name: [1.0, 1.0, 1.0] for variant in RESIDUAL.variants}
     findings = [claim.judge(Results(losses, {}, {})) for claim in RESIDUAL.claims]
     assert overall(findings) is UNKNOWN

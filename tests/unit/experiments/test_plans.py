@@ -1,4 +1,4 @@
-"""Arms match in what their experiment says they match in, at the paper's size and made smaller."""
+"""Variants match in what their experiment says they match in, at any scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from experiments.claims import MemorySaving
 from experiments.data import Data
-from experiments.plans import EXPERIMENTS, MEMORY, Arm
+from experiments.plans import EXPERIMENTS, MEMORY, Variant
 from experiments.scales import PAPER, SCALES, TINY, Scale
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
@@ -23,15 +23,15 @@ PAIRS = [(scale, experiment) for scale in SCALES.values() for experiment in EXPE
 
 
 @cache  # the tests read the same few hundred settings, and change none
-def settings_of(scale: Scale, arm: Arm, seed: int = 1) -> Settings:
-    return scale.settings_of(arm, seed, Path("runs") / arm.name, DATA, [])
+def settings_of(scale: Scale, variant: Variant, seed: int = 1) -> Settings:
+    return scale.settings_of(variant, seed, Path("runs") / variant.name, DATA, [])
 
 
 def models(scale: Scale, experiment: str):
-    """The arms' models, by name."""
+    """The variants' models, by name."""
     return {
-        arm.name: build_provider(settings_of(scale, arm), torch.device("cpu"))
-        for arm in EXPERIMENTS[experiment].arms
+        variant.name: build_provider(settings_of(scale, variant), torch.device("cpu"))
+        for variant in EXPERIMENTS[experiment].variants
     }
 
 
@@ -45,26 +45,26 @@ def names_and_figures(text) -> set[str]:
     """What a claim is about."""
     contrasts = [text.first, text.second] if hasattr(text, "first") else [text]
     if isinstance(text, MemorySaving):
-        return {text.arm, text.than}
+        return {text.variant, text.than}
     return {name for contrast in contrasts for name in contrast.weights}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda e: e.name)
 def test_claims_are_about_the_arms(experiment):
-    arms = [arm.name for arm in experiment.arms]
-    assert len(set(arms)) == len(arms)
+    variants = [variant.name for variant in experiment.variants]
+    assert len(set(variants)) == len(variants)
     named = set.union(*(names_and_figures(claim) for claim in experiment.claims))
-    assert named == set(arms)
-    assert set(experiment.reported) <= set(arms)
+    assert named == set(variants)
+    assert set(experiment.reported) <= set(variants)
     assert any(not claim.control for claim in experiment.claims)
 
 
 @pytest.mark.parametrize(("scale", "experiment"), PAIRS, ids=lambda x: x.name)
-def test_arms_of_a_seed_differ_by_their_model_alone(scale, experiment):
+def test_variants_of_a_seed_differ_by_their_model_alone(scale, experiment):
     """So data, their order, steps and learning rate are the same."""
     described = []
-    for arm in experiment.arms:
-        settings = asdict(settings_of(scale, arm, seed=7))
+    for variant in experiment.variants:
+        settings = asdict(settings_of(scale, variant, seed=7))
         del settings["model"], settings["log"]["dir"], settings["checkpoint"]["save"]
         described.append(settings)
     assert all(settings == described[0] for settings in described)
@@ -77,7 +77,7 @@ def test_arms_of_a_seed_differ_by_their_model_alone(scale, experiment):
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
-def test_main_arms_are_as_large_and_the_controls_work_as_much(scale):
+def test_main_variants_are_as_large_and_the_controls_work_as_much(scale):
     main = models(scale, "main")
     size = main["moe_8-64"]
     router = size.num_layers * 63 * size.hidden_size
@@ -95,7 +95,7 @@ def test_main_arms_are_as_large_and_the_controls_work_as_much(scale):
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
-def test_other_arms_match_as_named(scale):
+def test_other_variants_match_as_named(scale):
     compute = {name: passes(model) for name, model in models(scale, "compute").items()}
     assert compute == {"moe_24-64": 25, "moe_16-64": 17, "coe-2_8-64": 18}
     memory = models(scale, "memory")
@@ -127,10 +127,10 @@ def test_other_arms_match_as_named(scale):
         ("ablation", {"coe_residual", "coe_independent_gate", "coe_iterations"}),
     ],
 )
-def test_arms_differ_in_nothing_else(scale, experiment, changes):
+def test_variants_differ_in_nothing_else(scale, experiment, changes):
     described = []
-    for arm in EXPERIMENTS[experiment].arms:
-        model = dict(settings_of(scale, arm).model)
+    for variant in EXPERIMENTS[experiment].variants:
+        model = dict(settings_of(scale, variant).model)
         described.append({key: value for key, value in model.items() if key not in changes})
     assert all(model == described[0] for model in described)
     C = [model.coe_iterations for model in models(scale, experiment).values()]
@@ -150,11 +150,11 @@ def test_smaller_models_keep_the_papers_counts_and_are_small():
 def test_the_papers_memory_is_counted_as_its_authors_do():
     """Their figures, in what they call GB; the paper's 17.6% for the smaller number of experts."""
     state = {}
-    for arm in (*EXPERIMENTS["layers"].arms, *MEMORY.arms):
-        settings = settings_of(PAPER, arm)
+    for variant in (*EXPERIMENTS["layers"].variants, *MEMORY.variants):
+        settings = settings_of(PAPER, variant)
         provider = build_provider(settings, torch.device("cpu"))
         memory = rank_memory(plan_of(settings, provider, 1, on_gpu=True))
-        state[arm.name] = memory.weights + memory.gradients + memory.optimizer
+        state[variant.name] = memory.weights + memory.gradients + memory.optimizer
     for name, reported in EXPERIMENTS["layers"].reported.items():
         assert state[name] / 2**30 == pytest.approx(float(reported.split()[0]), rel=0.01)
     assert 1 - state["coe-2_4-48"] / state["moe_8-64"] == pytest.approx(0.176, abs=0.002)

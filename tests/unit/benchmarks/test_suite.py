@@ -7,13 +7,13 @@ import torch
 
 from benchmarks.scale import SCALES, preset_settings
 from benchmarks.steps import build_step, share_memory
-from benchmarks.subjects import COE, MOE, Bench, layer, step
+from benchmarks.suite import COE, MOE, Harness, layer, step
 
 PRESETS = Path(__file__).parents[3] / "examples/paper"
 
 
-def make_bench(device, *variants: str) -> Bench:
-    return Bench(
+def make_bench(device, *setting_variants: str) -> Harness:
+    return Harness(
         presets=PRESETS,
         scale=SCALES["tiny"],
         device=device,
@@ -21,16 +21,16 @@ def make_bench(device, *variants: str) -> Bench:
         warmup=0,
         clock="wall",
         profiles=0,
-        variants=tuple((variant,) for variant in variants),
+        setting_variants=tuple((variant,) for variant in setting_variants),
     )
 
 
-@pytest.mark.parametrize("subject", [layer, step])
-def test_a_setting_is_compared_with_itself_changed(single_rank, subject):
-    bench = make_bench(
+@pytest.mark.parametrize("benchmark", [layer, step])
+def test_a_setting_is_compared_with_itself_changed(single_rank, benchmark):
+    harness = make_bench(
         single_rank, "model.coe_own_dispatchers=true", "model.coe_own_dispatchers=false"
     )
-    outcome = subject(bench)
+    outcome = benchmark(harness)
     names = [f"coe-2_4-64 model.coe_own_dispatchers={value}" for value in ("true", "false")]
     assert [row[0] for row in outcome.rows][:2] == names
     assert set(names) <= set(outcome.samples)
@@ -51,11 +51,11 @@ def test_a_scale_changes_sizes_and_nothing_else(device):
 
 
 def test_steps_share_memory_and_no_gradients(single_rank):
-    """Each arm's update is still its own: of its own gradients, on the weights that all share."""
-    bench = make_bench(single_rank)
-    arms = [build_step(name, bench.settings(name), single_rank) for name in (COE, MOE)]
-    share_memory(arms)
-    of_chain, of_mixture = (dict(arm.model.named_parameters()) for arm in arms)
+    """Each variant's update is its own: of its own gradients, on the weights that all share."""
+    harness = make_bench(single_rank)
+    variants = [build_step(name, harness.settings(name), single_rank) for name in (COE, MOE)]
+    share_memory(variants)
+    of_chain, of_mixture = (dict(variant.model.named_parameters()) for variant in variants)
     shared = {
         name for name in of_mixture if of_chain[name].data_ptr() == of_mixture[name].data_ptr()
     }
@@ -64,10 +64,10 @@ def test_steps_share_memory_and_no_gradients(single_rank):
     expert = "module.decoder.layers.0.mlp.experts.linear_fc1.weight"
     assert of_chain[expert].main_grad.data_ptr() != of_mixture[expert].main_grad.data_ptr()
     before = of_chain[expert].detach().clone()
-    arms[0].trainer.step()  # the first has a learning rate of 0
-    assert arms[0].trainer.step().grad_norm > 0
+    variants[0].trainer.step()  # the first has a learning rate of 0
+    assert variants[0].trainer.step().grad_norm > 0
     between = of_mixture[expert].detach().clone()
     assert not torch.equal(before, between)
     for _ in range(2):
-        arms[1].trainer.step()
+        variants[1].trainer.step()
     assert not torch.equal(between, of_chain[expert].detach())

@@ -1,0 +1,421 @@
+"""What can be measured: each benchmark builds its variants, times them in turns and reports."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from benchmarks import head, kernels, layers, memory, phases, steps, transformers_baseline
+from benchmarks.agreement import check_agreement
+from benchmarks.communication import exposed_share
+from benchmarks.host_syncs import count_host_syncs
+from benchmarks.layers import BACKWARD, FORWARD, PassVariant
+from benchmarks.report import Outcome
+from benchmarks.scale import Scale, preset_settings
+from benchmarks.steps import GRADIENTS, PARTS, StepVariant
+from benchmarks.timing import TOTAL, Samples, Spread, Variant, interleave, rate, ratio
+from megatron_coe.config.model_section import build_provider
+from megatron_coe.config.run_config import Settings
+from megatron_coe.distributed import setup
+from megatron_coe.model.provider import CoEModelProvider
+
+COE, MOE = "coe-2_4-64", "moe_8-64"
+MATCHED_COE, MATCHED_MOE = "coe-2_3-64", "moe_7-64"
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What the benchmarks share: the machine, the sizes and how often to measure."""
+
+    presets: Path
+    """Folder of the paper's models."""
+    scale: Scale
+    device: torch.device
+    rounds: int
+    warmup: int
+    clock: str
+    profiles: int = 3
+    """How many steps are profiled for the table of phases; 0: none is shown."""
+    steps: int = 1000
+    """Of the benchmark `long`."""
+    setting_variants: tuple[tuple[str, ...], ...] = ()
+    """Settings to compare, each a tuple of `section.key=value`; empty: CoE with MoE."""
+    changes: tuple[str, ...] = ()
+    """`section.key=value` for every variant."""
+
+    def check(self) -> None:
+        """Raises: ValueError, OSError: no such preset, or what is laid over it cannot be."""
+        for preset, changes in self.models((COE, MOE)).values():
+            build_provider(self.settings(preset, *changes), self.device)
+
+    def settings(self, preset: str, *changes: str) -> Settings:
+        return preset_settings(self.presets / f"{preset}.yaml", self.scale, *changes, *self.changes)
+
+    def provider(self, preset: str, *changes: str) -> CoEModelProvider:
+        """Of a layer by itself: its balance losses weigh as they are."""
+        settings = self.settings(preset, *changes)
+        setup.seed_everything(settings.train.seed)
+        provider = build_provider(settings, self.device)
+        return replace(provider, calculate_per_token_loss=False)
+
+    def time(self, variants: Sequence[Variant]) -> Samples:
+        return interleave(variants, self.rounds, self.warmup, self.device, self.clock)
+
+    def models(self, pair: tuple[str, str]) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Name -> (preset, changes) of the variants: the pair, or variants of its first."""
+        if self.setting_variants:
+            return {f"{pair[0]} {' '.join(v)}": (pair[0], v) for v in self.setting_variants}
+        return {preset: (preset, ()) for preset in pair}
+
+
+def experts(harness: Harness) -> Outcome:
+    """Routed experts, forward and backward, beside Megatron's and the dense ceiling."""
+    models = harness.models((COE, MOE))
+    variants: list[PassVariant] = []
+    providers = []
+    for name, (preset, changes) in models.items():
+        provider = harness.provider(preset, *changes)
+        experts = layers.build_layer(provider, harness.device).experts
+        variants.append(
+            layers.experts_variant(name, experts, provider, harness.scale.tokens, harness.device)
+        )
+        providers.append(provider)
+    stock = _stock_experts(harness, providers[0], variants[0])
+    differences = _agreement(variants[0], stock, providers[0])
+    timed = [variant.variant() for variant in (*variants, stock)]
+    dense = layers.dense_variant(providers[0], harness.scale.tokens, harness.device)
+    samples = harness.time([*timed, dense])
+    outcome = _pass_table(harness, "experts", "Routed experts", [*timed, dense], samples)
+    outcome.header.append("rate / dense")
+    for variant, row in zip([*timed, dense], outcome.rows, strict=True):
+        row.append(_rate_over(samples, variant, dense).text())
+    outcome.figures["experts"] = _rate_over(samples, timed[0], dense)
+    outcome.details["differences"] = differences
+    _discard(variant.module for variant in (*variants, stock))
+    return outcome
+
+
+def layer(harness: Harness) -> Outcome:
+    """The whole layer: CoE, MoE, and Megatron's own called C times."""
+    variants: list[PassVariant] = []
+    providers: list[CoEModelProvider] = []
+    batch = None
+    for name, (preset, changes) in harness.models((COE, MOE)).items():
+        provider = harness.provider(preset, *changes)
+        batch = batch or layers.random_batch(provider, harness.scale.sequences, harness.device)
+        module = layers.build_layer(provider, harness.device)
+        if not variants:
+            stock = layers.build_stock(provider, harness.device)
+            stock.share_weights(module)
+        variants.append(layers.layer_variant(name, module, provider, batch))
+        providers.append(provider)
+    variants.append(layers.layer_variant("stock MoELayer, C times", stock, providers[0], batch))
+    differences = _agreement(variants[0], variants[-1], providers[0])
+    timed = [variant.variant() for variant in variants]
+    samples = harness.time(timed)
+    outcome = _pass_table(harness, "layer", "One layer", timed, samples)
+    outcome.header.append(f"time / {timed[0].name}")
+    for variant, row in zip(timed, outcome.rows, strict=True):
+        row.append(ratio(samples, variant.name, timed[0].name).text())
+    outcome.figures["layer"] = ratio(samples, timed[-1].name, timed[0].name)
+    if not harness.setting_variants:
+        outcome.figures["layer coe / moe"] = ratio(samples, timed[0].name, timed[1].name)
+    outcome.details["differences"] = differences
+    if harness.profiles:
+        work = {
+            variant.name: (variant.work, list(phases.targets(variant.module)))
+            for variant in variants
+        }
+        outcome.further.append(_phase_table(harness, work))
+    _discard(variant.module for variant in variants)
+    return outcome
+
+
+def step(harness: Harness) -> Outcome:
+    """A whole training step: CoE-2(4/64) and MoE(8/64)."""
+    return _steps(harness, "step", (COE, MOE))
+
+
+def matched(harness: Harness) -> Outcome:
+    """A whole training step of the pair with exactly equal expert passes."""
+    return _steps(harness, "matched", (MATCHED_COE, MATCHED_MOE))
+
+
+def output_head(harness: Harness) -> Outcome:
+    """The output head with its loss, which is the same for CoE and MoE."""
+    benchmark = head.random_head(harness.provider(MOE), harness.scale.tokens, harness.device)
+    variants = benchmark.variants()
+    names = head.MEGATRON, head.FUSED
+    differences = check_agreement(
+        names, *(benchmark.result(name) for name in names), benchmark.x.dtype
+    )
+    samples = harness.time(variants)
+    outcome = _pass_table(harness, "head", "Output head and loss", variants, samples)
+    outcome.header.append(f"time / {head.PRODUCTS}")
+    for variant, row in zip(variants, outcome.rows, strict=True):
+        row.append(ratio(samples, variant.name, head.PRODUCTS).text())
+    outcome.details["differences"] = differences
+    return outcome
+
+
+def transformers(harness: Harness) -> Outcome:
+    """Forward and backward of MoE(8/64) here and in transformers, with the same weights."""
+    pair = transformers_baseline.build_pair(
+        harness.settings(MOE, *transformers_baseline.CHANGES), harness.device
+    )
+    variants = pair.variants()
+    differences = check_agreement(
+        (variants[0].name, variants[1].name), *pair.results(), pair.provider.params_dtype
+    )
+    samples = harness.time(variants)
+    title = "MoE(8/64), a step without the update, transformers with `grouped_mm`"
+    outcome = _pass_table(harness, "transformers", title, variants, samples)
+    outcome.header.append("tokens/s")
+    for variant, row in zip(variants, outcome.rows, strict=True):
+        row.append(_tokens_per_second(samples, variant).text(0))
+    outcome.figures["transformers"] = ratio(samples, variants[1].name, variants[0].name)
+    outcome.details["differences"] = differences
+    _discard([pair.ours])
+    return outcome
+
+
+def peak_memory(harness: Harness) -> Outcome:
+    """Bytes held and bytes passing through in a training step, one model after the other."""
+    outcome = Outcome("memory", f"Memory of a training step, {_sizes(harness)}")
+    outcome.header = ["model", "held", *(f"passing, {part}" for part in PARTS), "peak"]
+    found = {}
+    for name, (preset, changes) in harness.models((COE, MOE)).items():
+        variant = steps.build_step(name, harness.settings(preset, *changes), harness.device)
+        variant.trainer.step()
+        held = memory.held_by(variant.trainer.train_state)
+        found[name] = memory.footprint(held, variant.variant().run, harness.device)
+        passing = [found[name].passing[part] for part in PARTS]
+        figures = (found[name].held, *passing, found[name].peak)
+        outcome.rows.append([name, *(f"{value / 2**20:,.0f} MiB" for value in figures)])
+        outcome.details[name] = dict(zip(outcome.header[1:], figures, strict=True))
+        _discard(variant.trainer.train_state.chunks)
+        del variant, held
+    if not harness.setting_variants:
+        ours, theirs = found.values()
+        passing = ours.passing[GRADIENTS] / theirs.passing[GRADIENTS]
+        outcome.figures["memory"] = Spread.of([ours.peak / theirs.peak])
+        outcome.figures["memory passing"] = Spread.of([passing])
+    return outcome
+
+
+def host_syncs(harness: Harness) -> Outcome:
+    """How often a training step makes the host wait for the device."""
+    how = "waits" if harness.device.type == "cuda" else "calls that would wait on a GPU"
+    outcome = Outcome("host_syncs", f"Host syncs of a training step ({how})")
+    outcome.header = ["model", "in all", "by place"]
+    for name, (preset, changes) in harness.models((COE, MOE)).items():
+        variant = steps.build_step(name, harness.settings(preset, *changes), harness.device)
+        variant.trainer.step()
+        counts = count_host_syncs(lambda variant=variant: variant.trainer.step(), harness.device)
+        places = ", ".join(f"{place} {count}" for place, count in counts.most_common())
+        outcome.rows.append([name, str(counts.total()), places])
+        outcome.figures.setdefault("host_syncs", Spread.of([counts.total()]))
+        _discard(variant.trainer.train_state.chunks)
+    return outcome
+
+
+def parallel(harness: Harness) -> Outcome:
+    """The share of a step that this rank waits for others, experts divided over all ranks."""
+    ranks = torch.distributed.get_world_size()
+    if ranks < 2:
+        raise ValueError("--what parallel needs several ranks: start it with torchrun")
+    layout = (f"model.num_moe_experts={63 - 63 % ranks}",)  # the preset's 63 divide by 1, 3, 7 only
+    outcome = Outcome("parallel", f"Experts over {ranks} ranks, {_sizes(harness)}")
+    outcome.header = ["model", "seconds per step", "exposed share of communication"]
+    variants: list[StepVariant] = []
+    for name, (preset, changes) in harness.models((COE, MOE)).items():
+        settings = harness.settings(preset, *layout, *changes)
+        settings.train.global_batch_size *= ranks
+        settings.parallel.expert_model_parallel_size = ranks
+        variants.append(steps.build_step(name, settings, harness.device))
+    steps.share_memory(variants)
+    outcome.samples = harness.time([variant.variant() for variant in variants])
+    shares: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    for _ in range(harness.rounds):
+        for variant in variants:
+            shares[variant.name].append(exposed_share(variant.trainer.step, harness.device))
+    for variant in variants:
+        seconds = Spread.of(outcome.samples[variant.name][TOTAL])
+        outcome.rows.append([variant.name, seconds.text(), Spread.of(shares[variant.name]).text()])
+    outcome.figures["parallel"] = Spread.of(shares[variants[0].name])
+    _discard(chunk for variant in variants for chunk in variant.trainer.train_state.chunks)
+    return outcome
+
+
+def long(harness: Harness) -> Outcome:
+    """Many steps of CoE-2(4/64) in a row, without validation or checkpoints."""
+    variant = steps.build_step(COE, harness.settings(COE), harness.device)
+
+    def run(lap: Callable[[str], None]) -> None:
+        for _ in range(harness.steps):
+            variant.trainer.step()
+        lap("steps")
+
+    timed = Variant(COE, run, tokens=variant.tokens * harness.steps)
+    samples = interleave([timed], 1, 0, harness.device, harness.clock)
+    seconds = Spread.of(samples[COE][TOTAL])
+    outcome = Outcome(
+        "long", f"{harness.steps:,} steps of {COE}, {_sizes(harness)}", samples=samples
+    )
+    outcome.header = ["steps", "seconds", "tokens/s"]
+    rates = _tokens_per_second(samples, timed).text(0)
+    outcome.rows = [[f"{harness.steps:,}", seconds.text(1), rates]]
+    if harness.steps == 1000:
+        outcome.figures["long"] = seconds
+    _discard(variant.trainer.train_state.chunks)
+    return outcome
+
+
+def linear_kernels(harness: Harness) -> Outcome:
+    """One linear layer per expert: the loop, `grouped_mm` and the dense product."""
+    outcome = Outcome("kernels", "GFLOP/s of one linear layer per expert, forward and backward")
+    outcome.header = ["experts x (inputs -> outputs), rows each", "loop", "grouped_mm", "dense"]
+    dtype = torch.bfloat16 if harness.device.type == "cuda" else torch.float32
+    for shape in kernels.SHAPES:
+        variants = kernels.kernel_variants(shape, harness.device, dtype)
+        samples = harness.time(variants)
+        experts, inputs, outputs, rows = shape
+        name = f"{experts} x ({inputs} -> {outputs}), {rows}"
+        outcome.rows.append([name, *(rate(samples, variant).text(0) for variant in variants)])
+        outcome.samples |= {f"{name} {variant.name}": samples[variant.name] for variant in variants}
+    return outcome
+
+
+BENCHMARKS: dict[str, Callable[[Harness], Outcome]] = {
+    "kernels": linear_kernels,
+    "experts": experts,
+    "layer": layer,
+    "head": output_head,
+    "step": step,
+    "matched": matched,
+    "transformers": transformers,
+    "memory": peak_memory,
+    "host_syncs": host_syncs,
+    "parallel": parallel,
+    "long": long,
+}
+
+ALL = tuple(name for name in BENCHMARKS if name not in ("parallel", "long"))
+"""What `--what all` measures: what one process can, in minutes."""
+
+
+def _steps(harness: Harness, benchmark: str, pair: tuple[str, str]) -> Outcome:
+    variants: list[StepVariant] = [
+        steps.build_step(name, harness.settings(preset, *changes), harness.device)
+        for name, (preset, changes) in harness.models(pair).items()
+    ]
+    steps.share_memory(variants)
+    timed = [variant.variant() for variant in variants]
+    samples = harness.time(timed)
+    last = timed[-1]
+    outcome = Outcome(benchmark, f"Training step, {_sizes(harness)}", samples=samples)
+    parts = (*PARTS, TOTAL)
+    outcome.header = ["model", *(f"{part}, s" for part in parts), "fastest, s"]
+    outcome.header += ["tokens/s", "GFLOP/s", f"time / {last.name}", "of gradients", "FLOPs"]
+    for variant in timed:
+        times = [Spread.of(samples[variant.name][part]).text() for part in parts]
+        compared = [ratio(samples, variant.name, last.name, part) for part in (TOTAL, GRADIENTS)]
+        outcome.rows.append(
+            [
+                variant.name,
+                *times,
+                f"{min(samples[variant.name][TOTAL]):.3f}",
+                _tokens_per_second(samples, variant).text(0),
+                rate(samples, variant, GRADIENTS).text(0),
+                *(spread.text() for spread in compared),
+                f"{variant.flops / last.flops:.3f}",
+            ]
+        )
+    outcome.figures[benchmark] = ratio(samples, timed[0].name, last.name)
+    outcome.figures[f"{benchmark} gradients"] = ratio(samples, timed[0].name, last.name, GRADIENTS)
+    if harness.profiles:
+        work = {variant.name: (variant.trainer.step, variant.calls()) for variant in variants}
+        outcome.further.append(_phase_table(harness, work))
+    _discard(variant.model for variant in variants)
+    return outcome
+
+
+def _pass_table(
+    harness: Harness, benchmark: str, title: str, variants: Sequence[Variant], samples: Samples
+) -> Outcome:
+    """Seconds forward and backward, and the rate, of each variant."""
+    outcome = Outcome(benchmark, f"{title}, {_sizes(harness)}", samples=samples)
+    outcome.header = ["variant", "forward, s", "backward, s", "fastest, s", "GFLOP/s"]
+    for variant in variants:
+        times = [Spread.of(samples[variant.name][part]).text() for part in (FORWARD, BACKWARD)]
+        fastest = f"{min(samples[variant.name][TOTAL]):.3f}"
+        outcome.rows.append([variant.name, *times, fastest, rate(samples, variant).text(0)])
+    return outcome
+
+
+def _phase_table(
+    harness: Harness, work: dict[str, tuple[Callable[[], None], Sequence[phases.Target]]]
+) -> Outcome:
+    """Seconds of each phase, the least of several profiled runs."""
+    found = {}
+    for name, (run, calls) in work.items():
+        profiles = [
+            phases.measure_phases(run, calls, harness.device) for _ in range(harness.profiles)
+        ]
+        found[name] = phases.smallest(profiles)
+    title = f"Phases: forward + backward, s, the least of {harness.profiles} profiled runs (wall)"
+    outcome = Outcome("phases", title, ["phase", *found], details={"phases": found})
+    for phase in phases.largest_first(found.values()):
+        cells = [found[name].get(phase, (0.0, 0.0)) for name in found]
+        outcome.rows.append([phase, *(f"{there:.3f} + {back:.3f}" for there, back in cells)])
+    return outcome
+
+
+def _stock_experts(harness: Harness, provider: CoEModelProvider, ours: PassVariant) -> PassVariant:
+    """Megatron's `SequentialMLP` with the weights of our experts."""
+    stock = layers.build_stock(provider, harness.device)
+    stock.share_experts(ours.module.module)
+    return layers.experts_variant(
+        "SequentialMLP", stock.layer.experts, provider, harness.scale.tokens, harness.device
+    )
+
+
+def _agreement(
+    ours: PassVariant, theirs: PassVariant, provider: CoEModelProvider
+) -> dict[str, float]:
+    names = ours.name, theirs.name
+    return check_agreement(names, ours.result(), theirs.result(), provider.params_dtype)
+
+
+def _rate_over(samples: Samples, variant: Variant, dense: Variant) -> Spread:
+    """A variant's rate over the dense one's, formed within each round."""
+    pairs = zip(samples[variant.name][TOTAL], samples[dense.name][TOTAL], strict=True)
+    return Spread.of([variant.flops / ours / (dense.flops / theirs) for ours, theirs in pairs])
+
+
+def _tokens_per_second(samples: Samples, variant: Variant) -> Spread:
+    return Spread.of([variant.tokens / seconds for seconds in samples[variant.name][TOTAL]])
+
+
+def _sizes(harness: Harness) -> str:
+    scale = harness.scale
+    layers = f"{scale.num_layers} layer" + "s" * (scale.num_layers > 1)
+    tokens = f"T = {scale.tokens:,} ({scale.sequences} x {scale.seq_length})"
+    return f"{tokens}, {layers}, V = {scale.vocab_size:,}"
+
+
+def _discard(modules: Iterator[torch.nn.Module] | Sequence[torch.nn.Module]) -> None:
+    """Let models go: a dispatcher remembers tensors of its last pass, and by their graph the
+    model's gradient hooks, a circle that Python's collector cannot see."""
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, MoELayer):
+                vars(part.token_dispatcher).clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
