@@ -97,13 +97,14 @@ def prepare(options: argparse.Namespace, stack: ExitStack, stop: StopRequest) ->
     Raises ValueError or OSError for whatever the user can mend.
     """
     # Megatron and torch are imported only after what can be said without them: they take seconds.
+    from megatron_coe.checkpoint.directory import check_start
     from megatron_coe.config import validation
     from megatron_coe.config.run_config import load_settings, settings_files
 
     settings = load_settings(options.config, options.overrides)
     validation.check_values(settings)
     validation.check_files_named(settings, held_out=options.eval_only)
-    validation.check_start(settings.checkpoint)
+    check_start(settings.checkpoint)
     world_size = validation.world_size()
     if options.dry_run:  # one process can look at a layout for many
         world_size = max(world_size, validation.smallest_world_size(settings))

@@ -25,10 +25,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     warnings.filterwarnings("ignore", module="megatron.*")
     # These import Megatron, which takes seconds.
-    from megatron_coe.checkpoint.directory import FORMAT_FILE, find_checkpoints
+    from megatron_coe.checkpoint.directory import find_checkpoints
     from megatron_coe.checkpoint.errors import BadCheckpointError
     from megatron_coe.checkpoint.manifest import sign
     from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
+    from megatron_coe.utils.run_files import FORMAT_FILE
 
     folder: Path = options.load
     found = [folder] if (folder / FORMAT_FILE).is_file() else find_checkpoints(folder)

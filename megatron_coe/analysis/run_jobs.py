@@ -20,12 +20,12 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.config.run_config import Settings
 from megatron_coe.fault_tolerance.exit_codes import DONE
 from megatron_coe.megatron_compat import transformer_engine
-from megatron_coe.training.metrics_logger import METRICS_FILE, read_records
 from megatron_coe.utils.files import atomic_path, check_writable
+from megatron_coe.utils.metrics_file import read_records
+from megatron_coe.utils.run_files import CONFIG_FILE, METRICS_FILE
 
 ENTRY_POINT = Path(__file__).resolve().parents[2] / "pretrain_coe.py"
 

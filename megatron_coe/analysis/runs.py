@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.config.run_config import Settings, load_settings
-from megatron_coe.training.metrics_logger import METRICS_FILE, read_records
+from megatron_coe.utils.metrics_file import read_records
+from megatron_coe.utils.run_files import CONFIG_FILE, METRICS_FILE
 
 
 @dataclass(frozen=True)

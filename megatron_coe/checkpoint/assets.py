@@ -16,21 +16,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_coe.checkpoint.directory import step_of
 from megatron_coe.data.tokenizer import tokenizer_files
 from megatron_coe.utils.fsynced import FileDigest, sync, write_file
-
-TOKENIZER_MODEL = "tokenizer.model"
-TOKENIZER_FOLDER = "tokenizer"
-DOCUMENTS_FILE = "documents.json"
-KEPT_FOLDER = "hf"
-
-
-def own_tokenizer(step: Path) -> Path | None:
-    """Return a checkpoint's copy of its tokenizer, for `load_tokenizer`; None if it has none."""
-    if (step / TOKENIZER_FOLDER).is_dir():
-        return step / TOKENIZER_FOLDER
-    return step / TOKENIZER_MODEL if (step / TOKENIZER_MODEL).is_file() else None
+from megatron_coe.utils.run_files import (
+    DOCUMENTS_FILE,
+    KEPT_FOLDER,
+    TOKENIZER_FOLDER,
+    TOKENIZER_MODEL,
+    step_of,
+)
 
 
 def kept_folder(step: Path) -> Path:

@@ -41,6 +41,7 @@ from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
 from megatron_coe.config.run_config import CheckpointSettings
 from megatron_coe.distributed.setup import TrainState
 from megatron_coe.utils.fsynced import digest_of, in_background, write_file
+from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_name, step_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Checkpointer:
 
     def resume_from(self, checkpoint: Path) -> None:
         """Take note of the checkpoint that the run resumes from: none after it was valid."""
-        self._resumed_from = folders.step_of(checkpoint)
+        self._resumed_from = step_of(checkpoint)
         self._loadable[checkpoint] = True
 
     def keep_content_of(self, checkpoint: Path) -> None:
@@ -136,9 +137,9 @@ class Checkpointer:
             plan,
             in_background(plan.write, hashed=self.options.verify),
             {
-                folders.COMMON_FILE: _serialised(common),
-                folders.CONFIG_FILE: self.config.encode(),
-                folders.FORMAT_FILE: json.dumps(FORMAT).encode(),
+                COMMON_FILE: _serialised(common),
+                CONFIG_FILE: self.config.encode(),
+                FORMAT_FILE: json.dumps(FORMAT).encode(),
                 VERSIONS_FILE: versions_text().encode(),
                 **self.content,
             },
@@ -218,7 +219,7 @@ class Checkpointer:
         """Return whether this run could load a checkpoint; each is looked at once."""
         if checkpoint not in self._loadable:
             last = self._resumed_from
-            was_refused = last is not None and folders.step_of(checkpoint) > last
+            was_refused = last is not None and step_of(checkpoint) > last
             self._loadable[checkpoint] = not was_refused and is_loadable(checkpoint)
         return self._loadable[checkpoint]
 
@@ -226,7 +227,7 @@ class Checkpointer:
         """`write_together`, with nothing partial left behind when it fails."""
         folder = Path(self.options.save)
         try:
-            return write_together(f"{folder / folders.step_name(step)} was not written", action)
+            return write_together(f"{folder / step_name(step)} was not written", action)
         except CheckpointWriteError:
             if dist.get_rank() == 0:
                 shutil.rmtree(folders.partial_folder(folder, step), ignore_errors=True)

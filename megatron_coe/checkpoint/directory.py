@@ -11,38 +11,25 @@ two instructions leaves a folder that the next one can use.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_coe.utils.fsynced import replace_file, sync
+from megatron_coe.utils.run_files import FORMAT_FILE, LATEST_FILE, step_name, step_of
 
-CONFIG_FILE = "config.yaml"
-LATEST_FILE = "latest"
-COMMON_FILE = "common.pt"
-FORMAT_FILE = "metadata.json"
-MACHINE_FILE = "machine.json"
-"""In a run's folder: what it ran on, of its latest start."""
-_STEP = re.compile(r"step_(\d{8,})")
+if TYPE_CHECKING:
+    from megatron_coe.config.run_config import CheckpointSettings
+
 _PARTIAL, _REMOVED = ".partial_", ".removed_"
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def step_of(path: Path) -> int | None:
-    """The step that a folder's name says; None for another name."""
-    found = _STEP.fullmatch(path.name)
-    return int(found[1]) if found else None
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the newest first; whether they are good remains to be seen."""
     if not folder.is_dir():
         return []
-    named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    named = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
     return sorted(named, key=step_of, reverse=True)
 
 
@@ -57,6 +44,25 @@ def find_step(checkpoint: Path) -> Path:
     if not found:
         raise ValueError(f"{checkpoint}: neither a checkpoint nor a folder of checkpoints")
     return found[0]
+
+
+def check_start(options: CheckpointSettings) -> None:
+    """Raise ValueError when a run is to start from weights, and there are none."""
+    own = find_checkpoints(Path(options.save)) if options.save else []
+    if options.load is None or any((path / FORMAT_FILE).is_file() for path in own):
+        return
+    try:
+        find_step(Path(options.load))
+    except ValueError as error:
+        is_exported = Path(options.load, "config.json").is_file()
+        raise ValueError(
+            f"checkpoint.load={options.load}: "
+            + (
+                "a Hugging Face folder becomes a checkpoint by tools/convert_checkpoint.py from-hf"
+                if is_exported
+                else "there is no checkpoint to start from; name one, or null for initial weights"
+            )
+        ) from error
 
 
 def partial_folder(folder: Path, step: int) -> Path:

@@ -13,9 +13,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from megatron_coe.checkpoint.assets import KEPT_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.utils.fsynced import FileDigest, digest_of, sync, write_file
+from megatron_coe.utils.run_files import KEPT_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
 
 MANIFEST_FILE = "manifest.json"
 _FOLDERS = (TOKENIZER_FOLDER, KEPT_FOLDER)

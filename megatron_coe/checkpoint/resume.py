@@ -14,13 +14,10 @@ import torch.distributed as dist
 
 from megatron_coe.checkpoint.collective import check_together
 from megatron_coe.checkpoint.directory import (
-    CONFIG_FILE,
-    LATEST_FILE,
     doubts_about_pointer,
     find_checkpoints,
     find_step,
     restore,
-    step_of,
 )
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.resume_policy import DATA, changes, data_change, tokenizer_change
@@ -28,6 +25,7 @@ from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
 from megatron_coe.config.run_config import CheckpointSettings, Settings, load_settings
 from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.utils.run_files import CONFIG_FILE, LATEST_FILE, step_of
 
 T = TypeVar("T")
 

@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 
-from megatron_coe.checkpoint.directory import COMMON_FILE, FORMAT_FILE
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.versions import explain
 from megatron_coe.megatron_compat.checkpoints import COMMON_OBJECT
+from megatron_coe.utils.run_files import COMMON_FILE, FORMAT_FILE
 
 INDEX_FILE = ".metadata"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

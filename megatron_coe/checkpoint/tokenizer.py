@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_coe.checkpoint.assets import own_tokenizer
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_coe.utils.run_files import own_tokenizer
 
 Identity = dict[str, Any]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_coe.checkpoint.directory import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_of
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -17,6 +16,7 @@ from megatron_coe.checkpoint.manifest import (
 )
 from megatron_coe.checkpoint.safe_unpickle import INDEX_FILE, Contents, check_pickles, read_contents
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
+from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_of
 
 
 def check_checkpoint(

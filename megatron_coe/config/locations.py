@@ -9,8 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_coe.checkpoint.assets import KEPT_FOLDER, TOKENIZER_FOLDER, own_tokenizer
-from megatron_coe.checkpoint.directory import CONFIG_FILE, FORMAT_FILE, MACHINE_FILE, step_of
+from megatron_coe.utils.run_files import (
+    CONFIG_FILE,
+    FORMAT_FILE,
+    KEPT_FOLDER,
+    MACHINE_FILE,
+    TOKENIZER_FOLDER,
+    own_tokenizer,
+    step_of,
+)
 
 Sections = dict[str, dict[str, Any]]
 

@@ -6,11 +6,8 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from pathlib import Path
 
-from megatron_coe.checkpoint.directory import FORMAT_FILE, find_checkpoints, find_step
 from megatron_coe.config.run_config import (
-    CheckpointSettings,
     DataSettings,
     LogSettings,
     ParallelSettings,
@@ -85,25 +82,6 @@ def check_files_named(settings: Settings, held_out: bool = False) -> None:
             raise ValueError(f"data.{key}={getattr(data, key)}: holds an empty name")
     if held_out and not data.valid:
         raise ValueError("data.valid is empty: name the held-out data to validate on")
-
-
-def check_start(options: CheckpointSettings) -> None:
-    """Raise ValueError when a run is to start from weights, and there are none."""
-    own = find_checkpoints(Path(options.save)) if options.save else []
-    if options.load is None or any((path / FORMAT_FILE).is_file() for path in own):
-        return
-    try:
-        find_step(Path(options.load))
-    except ValueError as error:
-        is_exported = Path(options.load, "config.json").is_file()
-        raise ValueError(
-            f"checkpoint.load={options.load}: "
-            + (
-                "a Hugging Face folder becomes a checkpoint by tools/convert_checkpoint.py from-hf"
-                if is_exported
-                else "there is no checkpoint to start from; name one, or null for initial weights"
-            )
-        ) from error
 
 
 def check_layout(settings: Settings, world_size: int) -> None:

@@ -8,13 +8,13 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_coe.checkpoint.directory import step_of
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
 from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion.tokenizer import Usage, describe_tokenizer
 from megatron_coe.model.provider import CoEModelProvider
-from megatron_coe.training.metrics_logger import METRICS_FILE, read_records
+from megatron_coe.utils.metrics_file import read_records
+from megatron_coe.utils.run_files import METRICS_FILE, step_of
 
 _CARD = """\
 ---

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_coe.checkpoint.assets import kept_folder, prepends_bos
-from megatron_coe.checkpoint.directory import find_step, step_of
+from megatron_coe.checkpoint.directory import find_step
 from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion import config as hf_config
 from megatron_coe.conversion.card import model_card
@@ -39,6 +39,7 @@ from megatron_coe.conversion.tokenizer import Usage, check_tokenizer, write_toke
 from megatron_coe.conversion.transfer import export, match_checkpoint
 from megatron_coe.hf.weight_names import weights
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.utils.run_files import step_of
 
 MODEL_CODE = ("configuration_coe.py", "modeling_coe.py")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

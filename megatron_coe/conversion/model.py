@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from megatron_coe.checkpoint.assets import (
-    KEPT_FOLDER,
     documents_content,
     kept_folder,
-    own_tokenizer,
     prepends_bos,
     tokenizer_content,
     write_content,
 )
-from megatron_coe.checkpoint.directory import CONFIG_FILE, LATEST_FILE, find_step
+from megatron_coe.checkpoint.directory import find_step
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.manifest import sign
 from megatron_coe.checkpoint.tokenizer import find_tokenizer
@@ -51,6 +49,7 @@ from megatron_coe.conversion.transfer import (
 from megatron_coe.data.tokenizer import load_tokenizer, tokenizer_files
 from megatron_coe.hf.weight_names import Weight, weights
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.utils.run_files import CONFIG_FILE, KEPT_FOLDER, LATEST_FILE, own_tokenizer
 
 STEP_0 = "step_00000000"
 LONGEST = 4096

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_coe.checkpoint.directory import COMMON_FILE, FORMAT_FILE
 from megatron_coe.checkpoint.safe_unpickle import FORMAT
 from megatron_coe.checkpoint.state import MODEL_ONLY
 from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
@@ -22,6 +21,7 @@ from megatron_coe.conversion.folders import HF_CONFIG
 from megatron_coe.conversion.shards import ShardReader, ShardWriter
 from megatron_coe.hf.weight_names import LAYERS, Weight
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.utils.run_files import COMMON_FILE, FORMAT_FILE
 
 
 def match_checkpoint(reader: CheckpointReader, table: list[Weight]) -> dict[Weight, str]:

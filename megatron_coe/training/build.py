@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from megatron_coe.checkpoint.assets import documents_content, tokenizer_content
 from megatron_coe.checkpoint.checkpointer import Checkpointer
-from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.checkpoint.errors import CheckpointWriteError
 from megatron_coe.checkpoint.resume import Start, check_changes, choose_start
 from megatron_coe.checkpoint.safe_unpickle import read_common
@@ -42,6 +41,7 @@ from megatron_coe.training.preflight import (
 )
 from megatron_coe.training.trainer import Trainer, Validation
 from megatron_coe.utils.environment import write_machine
+from megatron_coe.utils.run_files import CONFIG_FILE
 
 
 def describe(settings: Settings, world_size: int) -> str:

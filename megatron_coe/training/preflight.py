@@ -22,8 +22,9 @@ from megatron_coe.data.indexed import IndexedFile
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.model import backends
 from megatron_coe.model.provider import CoEModelProvider
-from megatron_coe.training.metrics_logger import METRICS_FILE, check_wandb
+from megatron_coe.training.metrics_logger import check_wandb
 from megatron_coe.utils.environment import refuse_unused_gpus
+from megatron_coe.utils.run_files import METRICS_FILE
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_coe.model.moe.aux_loss import collect_balance
 from megatron_coe.model.moe.expert_usage import usage
 from megatron_coe.model.moe.routing_stats import RoutingStats
 from megatron_coe.planning.hardware import peak_flops
-from megatron_coe.training.metrics_logger import Record
+from megatron_coe.utils.metrics_file import Record
 
 
 @dataclass(frozen=True)

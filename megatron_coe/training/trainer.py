@@ -31,7 +31,7 @@ from megatron_coe.training.loss import (
     count_valid_tokens,
     loss_scale,
 )
-from megatron_coe.training.metrics_logger import MetricsLogger, Record
+from megatron_coe.training.metrics_logger import MetricsLogger
 from megatron_coe.training.optimizer_step import (
     StepStart,
     agreed_loss,
@@ -42,6 +42,7 @@ from megatron_coe.training.optimizer_step import (
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.step import forward_backward
 from megatron_coe.training.step_metrics import MetricsCollector, StepMetrics
+from megatron_coe.utils.metrics_file import Record
 
 VALIDATED_AT_ONCE = 4
 """Micro-batches of a validation, per pipeline stage, between two looks at the signals."""

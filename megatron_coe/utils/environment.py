@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_coe.checkpoint.directory import MACHINE_FILE
 from megatron_coe.utils.files import atomic_path
+from megatron_coe.utils.run_files import MACHINE_FILE
 
 PACKAGES = (
     "megatron-coe",

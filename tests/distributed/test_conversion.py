@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_coe.checkpoint.checkpointer import Checkpointer
-from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.config.run_config import CheckpointSettings, ParallelSettings, load_settings
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.conversion.model import STEP_0
 from megatron_coe.distributed.setup import parallel_groups
+from megatron_coe.utils.run_files import CONFIG_FILE
 from tests.distributed.launch import launch
 from tests.unit.conversion.models import write_random_model
 from tests.unit.training.runs import make_trainer

@@ -20,7 +20,7 @@ from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR
-from megatron_coe.training.metrics_logger import read_records
+from megatron_coe.utils.metrics_file import read_records
 from tests import zygote
 from tests.functional.test_convert import convert
 from tests.unit.conversion.models import write_random_model

@@ -28,8 +28,8 @@ from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.fault_tolerance.exit_codes import PREEMPTED, RANK_FAILURE
 from megatron_coe.model.moe.layer import CoELayer
-from megatron_coe.training.metrics_logger import read_records
 from megatron_coe.utils.environment import read_machine
+from megatron_coe.utils.metrics_file import read_records
 
 REPO = Path(__file__).parents[2]
 

@@ -15,13 +15,14 @@ import torch
 
 from megatron_coe.checkpoint import shard_writer
 from megatron_coe.checkpoint.assets import write_content
-from megatron_coe.checkpoint.directory import LATEST_FILE, find_checkpoints
+from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.errors import CheckpointWriteError
 from megatron_coe.checkpoint.manifest import describe_folder, read_manifest, write_manifest
 from megatron_coe.checkpoint.resume import choose_checkpoint
 from megatron_coe.checkpoint.state import load_checkpoint, state_size
 from megatron_coe.checkpoint.verify import check_checkpoint
 from megatron_coe.utils import fsynced
+from megatron_coe.utils.run_files import LATEST_FILE
 from tests.unit.checkpoint.test_state import assert_same, optimizer_state
 from tests.unit.training.runs import make_settings, make_trainer, weights
 

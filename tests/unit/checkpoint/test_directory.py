@@ -11,7 +11,6 @@ import pytest
 
 from megatron_coe.checkpoint import directory as folders
 from megatron_coe.checkpoint.directory import (
-    LATEST_FILE,
     clean,
     doubts_about_pointer,
     find_checkpoints,
@@ -19,9 +18,9 @@ from megatron_coe.checkpoint.directory import (
     prune,
     publish,
     restore,
-    step_of,
     update_latest,
 )
+from megatron_coe.utils.run_files import LATEST_FILE, step_of
 
 
 def write(folder: Path, step: int, content: str) -> None:

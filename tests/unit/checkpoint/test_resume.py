@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_coe.checkpoint.directory import LATEST_FILE, find_checkpoints
+from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -27,6 +27,7 @@ from megatron_coe.checkpoint.safe_unpickle import read_index
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
 from megatron_coe.config.run_config import CheckpointSettings
+from megatron_coe.utils.run_files import LATEST_FILE
 from tests.unit.training.runs import make_settings, make_trainer
 
 STEPS = (1, 2)

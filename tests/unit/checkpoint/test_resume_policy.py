@@ -8,13 +8,14 @@ from dataclasses import asdict, fields
 import pytest
 
 from megatron_coe.checkpoint.checkpointer import Checkpointer
-from megatron_coe.checkpoint.directory import CONFIG_FILE, find_checkpoints
+from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.resume import check_changes
 from megatron_coe.checkpoint.resume_policy import Policy, changes, data_change, policy_of
 from megatron_coe.checkpoint.tokenizer import identity_of
 from megatron_coe.config.run_config import Settings
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.utils.run_files import CONFIG_FILE
 from tests.unit.training.runs import make_settings, make_trainer
 
 

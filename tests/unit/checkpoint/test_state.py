@@ -10,10 +10,11 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
-from megatron_coe.checkpoint.directory import CONFIG_FILE, LATEST_FILE, find_checkpoints
+from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.config.run_config import load_settings
 from megatron_coe.distributed import setup
+from megatron_coe.utils.run_files import CONFIG_FILE, LATEST_FILE
 from tests.unit.training.runs import make_settings, make_trainer, weights
 
 # Dropout draws from the generators at each step: a lost RNG state shows. (`outer`, because the

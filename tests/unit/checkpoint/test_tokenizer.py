@@ -10,13 +10,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_coe.checkpoint.assets import (
-    kept_content,
-    own_tokenizer,
-    tokenizer_content,
-    write_content,
-)
-from megatron_coe.checkpoint.directory import COMMON_FILE
+from megatron_coe.checkpoint.assets import kept_content, tokenizer_content, write_content
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.manifest import (
     describe_folder,
@@ -33,6 +27,7 @@ from megatron_coe.checkpoint.tokenizer import (
 from megatron_coe.conversion.tokenizer import write_tokenizer
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
+from megatron_coe.utils.run_files import COMMON_FILE, own_tokenizer
 
 TEXTS = {
     "t.model": "one two three four five six seven\n",

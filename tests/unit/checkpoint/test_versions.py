@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 import megatron_coe
-from megatron_coe.checkpoint.directory import CONFIG_FILE, find_checkpoints
+from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.errors import BadCheckpointError, NewerCheckpointError
 from megatron_coe.checkpoint.manifest import describe_folder, write_manifest
 from megatron_coe.checkpoint.resume import choose_checkpoint
@@ -25,6 +25,7 @@ from megatron_coe.checkpoint.state import load_checkpoint, run_state
 from megatron_coe.checkpoint.verify import check_checkpoint, is_loadable
 from megatron_coe.checkpoint.versions import VERSIONS_FILE, explain, read_versions
 from megatron_coe.config.run_config import CheckpointSettings
+from megatron_coe.utils.run_files import CONFIG_FILE
 from tests import saved_checkpoints
 from tests.unit.training.runs import make_trainer
 

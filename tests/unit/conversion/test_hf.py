@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.checkpoint.manifest import describe_folder, write_manifest
 from megatron_coe.checkpoint.safe_unpickle import read_index
 from megatron_coe.checkpoint.state import load_checkpoint
@@ -24,6 +23,7 @@ from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.hf import CoeForCausalLM
+from megatron_coe.utils.run_files import CONFIG_FILE
 from tests.golden import CASES, GOLDEN
 from tests.unit.conversion.models import megatron_logits, megatron_loss, write_random_model
 from tests.unit.data.texts import random_texts, write_jsonl

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_coe.checkpoint.directory import CONFIG_FILE
 from megatron_coe.config.run_config import load_settings
 from megatron_coe.conversion.hf import from_hf, to_hf
 from megatron_coe.conversion.upcycle import upcycle
 from megatron_coe.hf import CoeForCausalLM
+from megatron_coe.utils.run_files import CONFIG_FILE
 from tests.unit.conversion.models import megatron_logits, write_random_model
 from tests.unit.training.runs import make_settings, make_trainer
 

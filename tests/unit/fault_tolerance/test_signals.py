@@ -16,8 +16,9 @@ from megatron_coe.fault_tolerance import signals
 from megatron_coe.fault_tolerance.exceptions import StoppedError
 from megatron_coe.fault_tolerance.exit_codes import PREEMPTED
 from megatron_coe.fault_tolerance.signals import STOP_SIGNALS, StopRequest
-from megatron_coe.training.metrics_logger import MetricsLogger, read_records
+from megatron_coe.training.metrics_logger import MetricsLogger
 from megatron_coe.training.trainer import VALIDATED_AT_ONCE, Validation
+from megatron_coe.utils.metrics_file import read_records
 from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights
 
 

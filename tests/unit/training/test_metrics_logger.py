@@ -9,13 +9,8 @@ from importlib.util import find_spec
 import pytest
 
 from megatron_coe.config.run_config import LogSettings
-from megatron_coe.training.metrics_logger import (
-    MetricsLogger,
-    check_wandb,
-    console_line,
-    drop_records_after,
-    read_records,
-)
+from megatron_coe.training.metrics_logger import MetricsLogger, check_wandb, console_line
+from megatron_coe.utils.metrics_file import drop_records_after, read_records
 
 
 def test_records_go_to_file_console_and_tensorboard(tmp_path):

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from megatron_coe.utils import environment
-from megatron_coe.utils.environment import (
-    MACHINE_FILE,
-    commit,
-    read_machine,
-    refuse_unused_gpus,
-    write_machine,
-)
+from megatron_coe.utils.environment import commit, read_machine, refuse_unused_gpus, write_machine
+from megatron_coe.utils.run_files import MACHINE_FILE
 
 
 def test_it_is_read_as_it_was_written(tmp_path) -> None:
