@@ -17,7 +17,7 @@ from benchmarks.steps import RandomTokens
 from benchmarks.timing import Lap, Variant
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
-from megatron_coe.conversion.config import to_deepseek_v2_config
+from megatron_coe.conversion.hf_config import to_deepseek_v2_config
 from megatron_coe.distributed import setup
 from megatron_coe.model.provider import CoEModelProvider
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_coe.conversion.config import Config
+from megatron_coe.conversion.hf_config import Config
 from megatron_coe.utils.files import naming_errors, partial_path
 
 HF_CONFIG = "config.json"

@@ -16,7 +16,7 @@ import torch
 from megatron_coe.checkpoint.assets import kept_folder, prepends_bos
 from megatron_coe.checkpoint.directory import find_step
 from megatron_coe.config.run_config import Settings
-from megatron_coe.conversion import config as hf_config
+from megatron_coe.conversion import hf_config
 from megatron_coe.conversion.card import model_card
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import (
@@ -27,6 +27,7 @@ from megatron_coe.conversion.folders import (
     read_json,
     write_json,
 )
+from megatron_coe.conversion.hf_config.keys import IDENTITY, OTHER_SPELLINGS, OWN, OWN_YARN
 from megatron_coe.conversion.model import (
     open_folder,
     provider_of,
@@ -153,11 +154,11 @@ def _write_description(
     if settings.data.tokenizer:
         ids = write_tokenizer(Path(settings.data.tokenizer), folder, usage)
     config = {"max_position_embeddings": length, **config}
-    described = {*config, *hf_config.IDENTITY, *hf_config.OWN, *hf_config.OTHER_SPELLINGS}
+    described = {*config, *IDENTITY, *OWN, *OTHER_SPELLINGS}
     config |= {key: value for key, value in original.items() if key not in described}
     config = ids | config
     if config["model_type"] == hf_config.MODEL_TYPE and config["rope_scaling"]:
-        config["rope_scaling"] |= {"rope_type": hf_config.OWN_YARN}
+        config["rope_scaling"] |= {"rope_type": OWN_YARN}
     write_json(folder / HF_CONFIG, config)
     ids = {key: config[key] for key in _SPECIAL_IDS if config.get(key) is not None}
     write_json(folder / GENERATION_CONFIG, ids | _read_kept(kept / GENERATION_CONFIG))

@@ -29,7 +29,6 @@ from megatron_coe.checkpoint.verify import check_checkpoint
 from megatron_coe.config.locations import run_folder
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import ParallelSettings, Settings, TrainSettings, load_settings
-from megatron_coe.conversion.config import Config, import_notices, to_model_fields
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import (
     GENERATION_CONFIG,
@@ -38,6 +37,7 @@ from megatron_coe.conversion.folders import (
     new_folder,
     read_json,
 )
+from megatron_coe.conversion.hf_config import Config, import_notices, to_model_fields
 from megatron_coe.conversion.shards import ShardReader
 from megatron_coe.conversion.transfer import (
     assemble,

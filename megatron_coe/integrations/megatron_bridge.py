@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 import megatron_coe.hf.auto  # noqa: F401 - lets AutoConfig read a folder without its remote code
-from megatron_coe.conversion import config as hf_config
+from megatron_coe.conversion import hf_config
 from megatron_coe.hf.weight_names import LAYERS, Weight, weights
 from megatron_coe.model.provider import CoEModelProvider
 

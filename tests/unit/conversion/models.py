@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.config.run_config import load_settings
-from megatron_coe.conversion.config import to_hf_config
+from megatron_coe.conversion.hf_config import to_hf_config
 from megatron_coe.hf.weight_names import weights
 from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.utils.run_files import CONFIG_FILE

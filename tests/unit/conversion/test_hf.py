@@ -605,6 +605,6 @@ def test_what_transformers_class_cannot_be_is_refused(tmp_path, changes, told):
     changes = {"coe_iterations": 1, "coe_residual": "outer"} | changes
     write_random_model(tmp_path / "hf", seed=9, **changes)
     from_hf(tmp_path / "hf", tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match=rf"{told} cannot be had as deepseek_v2"):
+    with pytest.raises(ValueError, match=rf"{told} cannot be expressed as deepseek_v2"):
         to_hf(tmp_path / "checkpoints", tmp_path / "native", family="deepseek_v2")
     assert not (tmp_path / "native").exists()

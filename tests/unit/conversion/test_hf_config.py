@@ -7,15 +7,15 @@ import math
 import pytest
 from transformers import DeepseekV2Config
 
-from megatron_coe.conversion.config import (
-    OWN,
+from megatron_coe.conversion.hf_config import (
     deepseek_v2_notes,
     import_notices,
-    read_residual,
+    residual,
     to_deepseek_v2_config,
     to_hf_config,
     to_model_fields,
 )
+from megatron_coe.conversion.hf_config.keys import OWN
 from megatron_coe.hf import CoeConfig
 from megatron_coe.hf.configuration_coe import OWN_KEYS
 from tests.builders import tiny_config, tiny_provider
@@ -36,11 +36,11 @@ def test_residual_modes_are_written_and_read_in_both_spellings(mode):
     assert written.get("inner_residual") == inner
     assert written.get("outer_residual") == outer
     assert written.get("residual") == named
-    assert read_residual(written) == mode
+    assert residual.read(written) == mode
     if named:
-        assert read_residual({"residual": named}) == mode
+        assert residual.read({"residual": named}) == mode
     if inner is not None:
-        assert read_residual({"inner_residual": inner, "outer_residual": outer}) == mode
+        assert residual.read({"inner_residual": inner, "outer_residual": outer}) == mode
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_residual_modes_are_written_and_read_in_both_spellings(mode):
 )
 def test_spellings_that_disagree_or_say_nothing_known(keys):
     with pytest.raises(ValueError, match="residual"):
-        read_residual(keys)
+        residual.read(keys)
 
 
 FIELDS = [
@@ -86,7 +86,7 @@ def test_fields_survive_the_way_there_and_back(changes):
     assert again.moe_layer_pattern == config.moe_layer_pattern
 
 
-def test_a_plain_chain_needs_no_key_of_ours():
+def test_a_plain_coe_model_needs_no_key_of_ours():
     own = {"attention_type", "use_qk_norm", "qkv_bias", "latent_norm_eps", "use_expert_bias"}
     assert not own & to_hf_config(tiny_config()).keys()
 
@@ -163,11 +163,24 @@ def test_a_key_that_is_missing_or_null_is_named(key):
 NATIVE = {"coe_iterations": 1, "coe_residual": "outer"}
 # What DeepSeek's own code knows, with its defaults (configuration_deepseek.py of DeepSeek-V2).
 OF_DEEPSEEK = {
-    **{"ep_size": 1, "pretraining_tp": 1, "topk_method": "gready", "scoring_func": "softmax"},
-    **{"n_group": None, "topk_group": None, "moe_layer_freq": 1, "norm_topk_prob": False},
-    **{"seq_aux": True, "aux_loss_alpha": 0.001, "attention_bias": False, "use_cache": True},
-    **{"attention_dropout": 0.0, "pad_token_id": None, "bos_token_id": 100000},
-    **{"eos_token_id": 100001, "auto_map": {}, "_name_or_path": "deepseek-ai/DeepSeek-V2"},
+    "ep_size": 1,
+    "pretraining_tp": 1,
+    "topk_method": "gready",
+    "scoring_func": "softmax",
+    "n_group": None,
+    "topk_group": None,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "seq_aux": True,
+    "aux_loss_alpha": 0.001,
+    "attention_bias": False,
+    "use_cache": True,
+    "attention_dropout": 0.0,
+    "pad_token_id": None,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "auto_map": {},
+    "_name_or_path": "deepseek-ai/DeepSeek-V2",
 }
 
 
@@ -175,7 +188,7 @@ def native(**changes):
     return to_deepseek_v2_config(tiny_config(**NATIVE)) | changes
 
 
-def test_every_key_of_a_plain_mixture_has_a_decision():
+def test_every_key_of_a_standard_moe_has_a_decision():
     """Of transformers, whichever version, as it writes and as it holds them; and of DeepSeek."""
     written = native()
     expected = to_model_fields(written, "config.json")
@@ -197,7 +210,7 @@ def test_every_key_of_a_plain_mixture_has_a_decision():
         ({"use_expert_bias": True}, "use_expert_bias=True"),
     ],
 )
-def test_what_a_plain_mixture_does_not_read_is_refused(changes, told):
+def test_what_a_standard_moe_does_not_read_is_refused(changes, told):
     with pytest.raises(ValueError, match=rf"^config\.json: .*{told}"):
         to_model_fields(native(**changes), "config.json")
 
@@ -249,8 +262,11 @@ def test_programs_that_differ_about_normalized_weights_are_told():
         ),
         (
             {
-                **{"num_moe_experts": 8, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
-                **{"moe_router_group_score": "max", "mscale_all_dim": 0.0},
+                "num_moe_experts": 8,
+                "moe_router_num_groups": 4,
+                "moe_router_group_topk": 2,
+                "moe_router_group_score": "max",
+                "mscale_all_dim": 0.0,
             },
             2,
             ["5.0 to 5.12"],
