@@ -6,7 +6,6 @@
     sentences.py     sentence splitting with NLTK's Punkt, offline
     corpus.py        the generated maths corpus
     tokenizer.py     one small interface over SentencePiece and Hugging Face tokenizers
-    progress.py      how far a long job is
     preprocess.py    records -> Megatron's .bin/.idx, in parallel
     command_line.py  what the command lines over this package share
     indexed.py       what is in a .bin/.idx pair, checked before Megatron maps it

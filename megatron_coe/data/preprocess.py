@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.records import (
@@ -32,10 +34,10 @@ from megatron_coe.data.records import (
 from megatron_coe.data.sentences import SentenceSplitter, load_splitter
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.utils.files import naming_errors, partial_path
-from megatron_coe.utils.progress import Progress
 
 CHUNKS_PER_WORKER = 4  # in flight, which bounds the memory
 BAD_LINES_SHOWN = 10
+SECONDS_BETWEEN_LINES = 15.0
 
 
 @dataclass
@@ -222,25 +224,47 @@ def preprocess(
     summary = Summary(dict.fromkeys(names, 0), dict.fromkeys(names, 0), splitter=origin)
     chunks = _encode(read_chunks(inputs, fields), encoder, workers)
     with (
-        Progress(sum(map(os.path.getsize, inputs)), quiet=quiet) as progress,
+        _progress_bar(sum(map(os.path.getsize, inputs)), quiet) as bar,
         _writers(names, encoder.dtype) as writers,
         closing(chunks),
     ):
         if warning := export_warning(tokenizer):
-            progress.note(warning)
+            tqdm.write(warning, file=sys.stderr)
         for encoded in chunks:
             if encoded.bad_lines and not skip_bad_lines:
                 raise ValueError(f"{encoded.bad_lines[0]} (--skip-bad-lines leaves such lines out)")
             for line in encoded.bad_lines[: max(0, BAD_LINES_SHOWN - summary.bad_lines)]:
-                progress.note(f"skipped {line}")
+                tqdm.write(f"skipped {line}", file=sys.stderr)
             _account(encoded, names, summary)
             for writer, ids, documents in zip(writers, encoded.ids, encoded.documents, strict=True):
                 writer.add(ids, documents)
-            progress.advance(encoded.position, f"{max(summary.documents.values()):,} documents")
+            documents = max(summary.documents.values())
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            bar.update(encoded.position - bar.n)
         if not all(summary.documents.values()):
             nothing = [name for name, count in summary.documents.items() if count == 0]
             raise ValueError(f"nothing to write to {nothing[0]}: the input holds no text for it")
     return summary
+
+
+def _progress_bar(total: int, quiet: bool) -> tqdm:
+    """Return a progress bar over bytes: live on a terminal, else a line every few seconds."""
+    piped = {}
+    if not sys.stderr.isatty():
+        intervals = dict.fromkeys(("delay", "mininterval", "maxinterval"), SECONDS_BETWEEN_LINES)
+        piped = {"file": _Lines(), **intervals}
+    return tqdm(total=total, unit="B", unit_scale=True, disable=quiet, **piped)
+
+
+class _Lines:
+    """A file for tqdm that puts each state of a bar on a line of its own, on stderr."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def _account(encoded: _Encoded, names: list[str], summary: Summary) -> None:

@@ -188,6 +188,20 @@ def test_skipped_lines_are_counted_and_the_first_ones_shown(
     assert shown[1].startswith(f"skipped {path}:4: not JSON")
 
 
+def test_a_log_file_gets_plain_lines_of_progress(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, capfd, monkeypatch
+) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in random_texts(900, 11)])
+    arguments = ([path], tmp_path / "out", tokenizer.path)
+    preprocess(*arguments, fields=Fields())
+    assert capfd.readouterr().err == "", "a short job has nothing to say"
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
+    preprocess(*arguments, fields=Fields())
+    *_, last = lines = capfd.readouterr().err.split("\n")[:-1]
+    assert last.startswith("100%|") and "900 documents" in last
+    assert all("%|" in line and line.isprintable() for line in lines)
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32)])
 def test_ids_are_stored_as_megatron_would(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, vocab_size: int, dtype: type[np.integer]
