@@ -20,6 +20,7 @@
 #   VENV_ARGS=--system-site-packages     use a torch that is installed already
 #   OVERRIDES="train.steps=50"           settings passed on to pretrain_coe.py by quickstart
 #   JOBS=2                               test processes at once
+#   SHARD=1/4                            the share of test-mutants' faults
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,6 +33,7 @@ VERSION ?=
 PYTEST_ARGS ?=
 TE_PATH ?=
 COMMIT ?=
+SHARD ?= 1/1
 
 # Threads that wait for others sleep, instead of keeping busy a core that another process could use.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -137,7 +139,7 @@ test-slurm: $(VENV)/.installed-test
 	$(PY) -m pytest tests/slurm
 
 test-mutants: $(VENV)/.installed-test
-	$(PY) tests/mutants/run.py
+	$(PY) tests/mutants/run.py --shard $(SHARD)
 
 test-faults: $(VENV)/.installed-test
 	$(PY) -W ignore tests/faults/run.py

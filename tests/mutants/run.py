@@ -1,14 +1,16 @@
 """Plant one fault at a time in a copy of the package and see the tests catch it.
 
-    python tests/mutants/run.py [NAME ...]
+    python tests/mutants/run.py [--shard I/N] [NAME ...]
 
-Exit status 0 when the tests pass without a fault and fail with each; 1 otherwise. A fault counts as
+A shard is every Nth fault, from the Ith on; N of them, on as many machines, are all faults. Exit status 0 when the tests pass without a fault and fail with each; 1 otherwise. A fault counts as
 caught when tests *fail*: a run that could not even be collected proves nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +65,7 @@ def plant(fault: Fault, tree: Path) -> None:
     if text.count(fault.old) != 1:
         raise SystemExit(
             f"{fault.name}: {fault.file} has {text.count(fault.old)} places like {fault.old!r}, "
-            "not one: the source has changed, write the fault anew"
+            "not one: the source has changed, write the fault again"
         )
     path.write_text(text.replace(fault.old, fault.new))
 
@@ -83,12 +85,13 @@ def survives(fault: Fault) -> bool:
     return status != FAILED
 
 
-def main(names: list[str]) -> int:
-    unknown = set(names) - {fault.name for fault in FAULTS}
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    unknown = set(options.names) - {fault.name for fault in FAULTS}
     if unknown:
         print(f"unknown faults: {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    faults = [fault for fault in FAULTS if not names or fault.name in names]
+    faults = select(options.names, options.shard)
     tests = tuple(sorted({test for fault in faults for test in fault.tests}))
     status, tail = run_tests(REPO, tests, "-n", "2", "--dist", "loadfile")
     if status != PASSED:
@@ -99,5 +102,27 @@ def main(names: list[str]) -> int:
     return 1 if missed else 0
 
 
+def select(names: list[str], shard: tuple[int, int]) -> list[Fault]:
+    """Return the faults of these names (all without one) that belong to a shard."""
+    index, count = shard
+    return [fault for fault in FAULTS if not names or fault.name in names][index - 1 :: count]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults; all without one")
+    parser.add_argument("--shard", type=shard_of, default=(1, 1), metavar="I/N")
+    return parser.parse_args(arguments)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: give I/N with 1 <= I <= N, such as 1/4")
+    return int(match[1]), int(match[2])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.mutants.faults import FAULTS, Fault
+from tests.mutants.run import select, shard_of
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -21,3 +23,15 @@ def test_it_stands_in_one_place_and_changes_it(fault: Fault):
 
 def test_names_are_of_one_fault_each():
     assert max(Counter(fault.name for fault in FAULTS).values()) == 1
+
+
+def test_shards_are_all_faults_once():
+    shards = [select([], shard_of(f"{index}/4")) for index in range(1, 5)]
+    assert sorted(f.name for shard in shards for f in shard) == sorted(f.name for f in FAULTS)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0"])
+def test_a_shard_that_cannot_be_is_refused(text: str):
+    with pytest.raises(ArgumentTypeError, match="such as 1/4"):
+        shard_of(text)
