@@ -2,7 +2,8 @@
 
     python tests/mutants/run.py [--shard I/N] [NAME ...]
 
-A shard is every Nth fault, from the Ith on; N of them, on as many machines, are all faults. Exit status 0 when the tests pass without a fault and fail with each; 1 otherwise. A fault counts as
+A shard is every Nth fault, from the Ith on; N of them, on as many machines, are all faults. Exit
+status 0 when the tests pass without a fault and fail with each; 1 otherwise. A fault counts as
 caught when tests *fail*: a run that could not even be collected proves nothing.
 """
 
