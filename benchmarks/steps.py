@@ -92,7 +92,7 @@ class StepVariant:
 
 
 def build_step(name: str, settings: Settings, device: torch.device) -> StepVariant:
-    """A freshly initialised model in training; Megatron's parallel groups must be there."""
+    """A freshly initialized model in training; Megatron's parallel groups must be there."""
     setup.seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
     train_state = setup.build_train_state(provider, settings, device)

@@ -82,7 +82,7 @@ def _train(**values: int | float | str) -> tuple[str, ...]:
     return tuple(f"train.{name}={value}" for name, value in values.items())
 
 
-_OPTIMISATION = _train(
+_OPTIMIZATION = _train(
     lr=3e-3, min_lr=3e-4, lr_decay_style="cosine", lr_warmup_fraction=0.1, eval_samples=256
 )
 
@@ -97,7 +97,7 @@ TINY = Scale(
             **{"qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 32},
             **{"seq_length": 128, "vocab_size": 1024, "original_max_position_embeddings": 128},
         ),
-        *_OPTIMISATION,
+        *_OPTIMIZATION,
         *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
         *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep=1"),
     ),
@@ -115,7 +115,7 @@ SMALL = Scale(
             **{"qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 32},
             **{"seq_length": 256, "vocab_size": 2048, "original_max_position_embeddings": 256},
         ),
-        *_OPTIMISATION,
+        *_OPTIMIZATION,
         *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
         *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep=1"),
     ),

@@ -138,7 +138,7 @@ def reference_of(layer: CoELayer) -> tuple[ReferenceCoE, list[tuple[str, Callabl
     return reference, pairs
 
 
-def randomise(module: torch.nn.Module, generator: torch.Generator, std: float = 0.3) -> None:
+def randomize(module: torch.nn.Module, generator: torch.Generator, std: float = 0.3) -> None:
     """Fresh weights, large enough that every part of the layer shows in its output."""
     with torch.no_grad():
         for parameter in module.parameters():

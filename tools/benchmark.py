@@ -26,7 +26,7 @@ BENCHMARKS = (
     *("kernels", "experts", "layer", "head", "step", "matched", "transformers", "memory"),
     *("host_syncs", "parallel", "long"),
 )
-FORMER_NAMES = {"synchronisations": "host_syncs"}
+FORMER_NAMES = {"synchronisations": "host_syncs"}  # codespell:ignore synchronisations
 SCALES = ("paper", "paper-32k", "cpu", "cpu-32k", "tiny")
 SWITCH = {"on": "true", "off": "false"}
 

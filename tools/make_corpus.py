@@ -1,4 +1,4 @@
-"""Generates a maths corpus: OUTPUT_DIR/train.jsonl and valid.jsonl with keys query and response.
+"""Generates a math corpus: OUTPUT_DIR/train.jsonl and valid.jsonl with keys query and response.
 
 python tools/make_corpus.py --output-dir runs/quickstart/data
 """

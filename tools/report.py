@@ -5,7 +5,7 @@
 
 It shows losses and other curves, routing maps, the settings, samples (answers.txt) and the last
 figures. Routing comes from RUN/analysis, where tools/analyze_routing.py has left it; without that
-the run's checkpoints are analysed on its held-out data, into that folder.
+the run's checkpoints are analyzed on its held-out data, into that folder.
 
 Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
 """
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     found = None
     if (folder / ANALYSIS / SUMMARY).is_file():
         found = Analysis.read(folder / ANALYSIS)
-    elif options.analysis and can_be_analysed(the_run):
-        found = analyse(the_run, folder / ANALYSIS)
+    elif options.analysis and can_be_analyzed(the_run):
+        found = analyze(the_run, folder / ANALYSIS)
     write_report(the_run, output, found)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
 
 
-def can_be_analysed(the_run: Run) -> bool:
+def can_be_analyzed(the_run: Run) -> bool:
     """Whether there are checkpoints beside the metrics, and held-out data where it was."""
     from megatron_coe.checkpoint.directory import find_checkpoints
 
@@ -57,7 +57,7 @@ def can_be_analysed(the_run: Run) -> bool:
     return there and bool(find_checkpoints(the_run.metrics.parent / "checkpoints"))
 
 
-def analyse(the_run: Run, output: Path):
+def analyze(the_run: Run, output: Path):
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")
     try:
@@ -94,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="its .html may be left out; default: RUN/report.html",
     )
     parser.add_argument(
-        "--no-analysis", dest="analysis", action="store_false", help="do not analyse checkpoints"
+        "--no-analysis", dest="analysis", action="store_false", help="do not analyze checkpoints"
     )
     return parser.parse_args(arguments)
 

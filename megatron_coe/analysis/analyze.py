@@ -109,7 +109,7 @@ def _about(
 def as_table(analysis: Analysis) -> str:
     """What matters most, as Markdown: dependence of iterations, or use of experts where C = 1."""
     if not analysis.transitions:
-        head = ["model", "layer", "entropy of use", "max / mean", "dead", "neighbours in common"]
+        head = ["model", "layer", "entropy of use", "max / mean", "dead", "neighbors in common"]
         rows = [
             [
                 f"{row['model']}",

@@ -1,4 +1,4 @@
-"""Pictures of routing: co-activation, use of experts, neighbours, dependence, training."""
+"""Pictures of routing: co-activation, use of experts, neighbors, dependence, training."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def consistency_plot(name: str, rows: Sequence[Row]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(DISTANCES, [str(distance) for distance in DISTANCES])
         axes.set(xlabel="tokens apart")
-        axes.axhline(1, color="grey", linestyle="--", linewidth=1)
+        axes.axhline(1, color="gray", linestyle="--", linewidth=1)
     figure.axes[0].set(ylabel="experts in common / by chance")
     figure.suptitle(f"{name}: local routing consistency", fontsize="medium")
     return figure
@@ -155,7 +155,7 @@ _INFORMATION = {
 def training_plot(
     routers: Sequence[Row], transitions: Sequence[Row], training: Sequence[Row]
 ) -> Figure:
-    """Specialisation over checkpoints: a panel per measure, a line per layer, mean of iterations.
+    """Specialization over checkpoints: a panel per measure, a line per layer, mean of iterations.
 
     Args:
         routers, transitions, training: rows of `findings`, of checkpoints in order of time.

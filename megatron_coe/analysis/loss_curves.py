@@ -128,4 +128,4 @@ def _draw_entropy(axes: Axes, group: Group) -> None:
     levels = {record["unigram_entropy"] for record in ends if "unigram_entropy" in record}
     if len(levels) == 1:
         level = levels.pop()
-        axes.axhline(level, color="grey", linestyle="--", linewidth=1, label="unigram entropy")
+        axes.axhline(level, color="gray", linestyle="--", linewidth=1, label="unigram entropy")

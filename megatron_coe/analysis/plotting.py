@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#2a78d0", "#d9730d", "#2f9e5b", "#b0489b", "#8a6fd1", "#a17c1b", "#c9444a", "#2f98a3")
-"""Of curves: legible on white and on black, neighbours also to people who see few colors."""
+"""Of curves: legible on white and on black, neighbors also to people who see few colors."""
 
 
 def colors(count: int) -> list[str]:

@@ -114,7 +114,7 @@ def _caption(name: str) -> str:
         "usage": "Load of every expert over the mean",
         "consistency": "Experts that tokens some way apart have in common, over chance",
         "information": "What the choice at one iteration tells of the next, over shuffled tokens",
-        "training": "Specialisation over the run's checkpoints",
+        "training": "Specialization over the run's checkpoints",
     }[kind]
     return f"{text}: {model}." if model else f"{text}."
 

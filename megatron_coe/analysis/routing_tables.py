@@ -63,7 +63,7 @@ class PermutationTest:
 
 
 def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
-    """One row per layer and iteration: use, weight, neighbours, what the token's id tells."""
+    """One row per layer and iteration: use, weight, neighbors, what the token's id tells."""
     known, ids = np.unique(text.ids, return_inverse=True)
     N, shuffle = routing.experts, any_token(len(ids))
     for place, choices, weights in _routers(routing):

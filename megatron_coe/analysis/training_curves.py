@@ -23,7 +23,7 @@ _SPEED = (
     ("lr", "learning rate"),
     ("grad_norm", "gradient norm"),
     ("tokens_per_second", "tokens per second"),
-    ("mfu", "model FLOP utilisation"),
+    ("mfu", "model FLOP utilization"),
 )
 _ROUTING = (
     ("load_entropy", "entropy of loads / log N"),

@@ -137,7 +137,7 @@ class Checkpointer:
             plan,
             in_background(plan.write, hashed=self.options.verify),
             {
-                COMMON_FILE: _serialised(common),
+                COMMON_FILE: _serialized(common),
                 CONFIG_FILE: self.config.encode(),
                 FORMAT_FILE: json.dumps(FORMAT).encode(),
                 VERSIONS_FILE: versions_text().encode(),
@@ -266,7 +266,7 @@ def _try_to_write(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _serialised(common: dict[str, Any]) -> bytes:
+def _serialized(common: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.save(common, file)
     return file.getvalue()

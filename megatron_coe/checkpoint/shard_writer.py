@@ -175,6 +175,6 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def _copy_of(data: Tensor | io.BytesIO) -> Tensor | io.BytesIO:
     if isinstance(data, io.BytesIO):
-        return data  # was serialised when it was planned
+        return data  # was serialized when it was planned
     copy = torch.empty(data.shape, dtype=data.dtype)
     return copy.copy_(data.detach())

@@ -96,7 +96,7 @@ class DataSettings:
 
 @dataclass
 class TrainSettings:
-    """Optimisation. A step is one update of the weights, by `global_batch_size` sequences."""
+    """Optimization. A step is one update of the weights, by `global_batch_size` sequences."""
 
     steps: int = 1000
     stop_step: int | None = None

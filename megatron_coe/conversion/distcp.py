@@ -1,6 +1,6 @@
 """Single tensors of Megatron's distributed checkpoints, read and written without process groups.
 
-The format is torch.distributed.checkpoint's: files of serialised tensors, and `.metadata`, an index
+The format is torch.distributed.checkpoint's: files of serialized tensors, and `.metadata`, an index
 that says which box of which global tensor stands where. Torch's own reader copies each tensor into
 a target that exists beside it, and its writer keeps all tensors until the end; here there is never
 more in memory than one tensor. Plugs into torch/distributed/checkpoint/filesystem.py.

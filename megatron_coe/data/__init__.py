@@ -4,7 +4,7 @@
     files.py         files that get their name only when they are complete
     records.py       texts out of JSON lines, plain text and parquet, each with its place
     sentences.py     sentence splitting with NLTK's Punkt, offline
-    corpus.py        the generated maths corpus
+    corpus.py        the generated math corpus
     tokenizer.py     one small interface over SentencePiece and Hugging Face tokenizers
     preprocess.py    records -> Megatron's .bin/.idx, in parallel
     command_line.py  what the command lines over this package share

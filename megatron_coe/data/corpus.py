@@ -1,4 +1,4 @@
-"""The generated maths corpus: word problems with worked solutions, and short exercises.
+"""The generated math corpus: word problems with worked solutions, and short exercises.
 
 Made by `reasoning-gym` (extra `data`), so that a first training run needs no download. Its
 generators are seeded per example, and their text does not depend on Python's hash seed: the same
@@ -65,7 +65,7 @@ def _split(split: str, size: int, seed: int, seen: set[str]) -> list[Example]:
     """`size` examples with queries not in `seen` (to which they are added), in random order."""
     examples = []
     for task, count in _counts(size).items():
-        # reasoning-gym makes example i from seed + i: neighbouring seeds would give nearly the same
+        # reasoning-gym makes example i from seed + i: neighboring seeds would give nearly the same
         # examples, hence seeds far apart per split and task.
         task_seed = random.Random(f"{seed}/{split}/{task}").getrandbits(48)
         examples += _distinct(task, count, task_seed, seen)

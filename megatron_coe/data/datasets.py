@@ -177,7 +177,7 @@ def build_datasets(
 ) -> tuple[Dataset, Dataset | None]:
     """The training and the validation set; the same on every rank, whatever the layout.
 
-    With torch.distributed initialised all ranks must call it.
+    With torch.distributed initialized all ranks must call it.
 
     Args:
         train: prefixes of `.bin/.idx` pairs, each with its weight in the blend, or none with one:

@@ -221,7 +221,7 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """Trains a SentencePiece model on all texts of the input files and writes it to `output`.
 
-    Text comes back unchanged from its tokens: nothing is normalised, and characters outside the
+    Text comes back unchanged from its tokens: nothing is normalized, and characters outside the
     vocabulary are spelled in bytes. The digits 0 to 9 are single tokens, which helps with
     arithmetic (SentencePiece splits full-width ones too, but not those of other scripts).
 

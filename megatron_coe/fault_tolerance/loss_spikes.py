@@ -31,10 +31,10 @@ class LossSpikeDetector:
         None when it is no spike. It joins the others."""
         score = None
         if len(self._losses) >= FEWEST:
-            centre = median(self._losses)
-            spread = MAD_TO_SIGMA * median(abs(other - centre) for other in self._losses)
-            spread = max(spread, LEAST_SPREAD * abs(centre), 1e-9)
-            if (distance := (loss - centre) / spread) > THRESHOLD:
+            center = median(self._losses)
+            spread = MAD_TO_SIGMA * median(abs(other - center) for other in self._losses)
+            spread = max(spread, LEAST_SPREAD * abs(center), 1e-9)
+            if (distance := (loss - center) / spread) > THRESHOLD:
                 score = distance
         self._losses.append(loss)
         return score

@@ -136,7 +136,7 @@ class NonFiniteTracer:
     ) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
             if getattr(parameter, "grad_added_to_main_grad", False):
-                gradient = parameter.main_grad  # what autograd got is an uninitialised stand-in
+                gradient = parameter.main_grad  # what autograd got is an uninitialized stand-in
             if not is_finite(gradient):
                 self.note(PARAMETER, place)
 

@@ -2,7 +2,7 @@
 
 A thread of each rank tells the others through a store, every beat, what its rank is doing. It needs
 neither the main thread nor the device, so a rank that hangs in a collective goes on telling. A rank
-that makes no progress for too long, or whose neighbour is no longer heard of, or that raises an
+that makes no progress for too long, or whose neighbor is no longer heard of, or that raises an
 error, draws a verdict; the first verdict counts, and every rank that reads it ends.
 
 Who is to blame: a rank that is not heard of (killed, stopped, its machine gone); among those that
@@ -120,7 +120,7 @@ class Watchdog:
         self._clock_s = 0.0
         """Counts only while this process runs: one that was stopped blames nobody for that time."""
         self._marks, self._progress_s = -1, 0.0
-        self._neighbour_beat, self._neighbour_s = -1, 0.0
+        self._neighbor_beat, self._neighbor_s = -1, 0.0
         self._said_s: float | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -183,7 +183,7 @@ class Watchdog:
             return verdict
         if self._clock_s - self._progress_s > self._patience_s():
             return self._pronounce(self._blame(), RANK_FAILURE)
-        if self._neighbour_is_missing() and (silent := self._silent()):
+        if self._neighbor_is_missing() and (silent := self._silent()):
             return self._pronounce(self._text_of_silence(silent), RANK_FAILURE)
         return None
 
@@ -264,16 +264,16 @@ class Watchdog:
         more = f"; and {len(culprits) - 4} more" if len(culprits) > 4 else ""
         return f"{names}{more} (train.hang_timeout_s={self.timeout_s:g})"
 
-    def _neighbour_is_missing(self) -> bool:
+    def _neighbor_is_missing(self) -> bool:
         """Whether the next rank has not been heard of for too long."""
         if self._world_size == 1:
             return False
         report = self._report_of((self._rank + 1) % self._world_size)
         beat = report.beat if report else 0
-        if beat != self._neighbour_beat or (report and report.phase == DONE):
-            self._neighbour_beat, self._neighbour_s = beat, self._clock_s
+        if beat != self._neighbor_beat or (report and report.phase == DONE):
+            self._neighbor_beat, self._neighbor_s = beat, self._clock_s
         patience = self.timeout_s * (1 if report else LONG)  # it may not have started yet
-        return self._clock_s - self._neighbour_s > patience
+        return self._clock_s - self._neighbor_s > patience
 
     def _silent(self) -> dict[int, Report | None]:
         """The ranks that are not heard of while one listens, with the last word of each."""

@@ -60,7 +60,7 @@ class CoeConfig(PretrainedConfig):
 
     Every key of DeepSeek-V2 keeps its name and meaning. `rope_theta` and `rope_scaling` (`null` or
     `{"type": "yarn", ...}`) are read in the spelling of transformers 5 too (`rope_parameters`), and
-    written as here, like `torch_dtype`. `norm_topk_prob` normalises the weights of the
+    written as here, like `torch_dtype`. `norm_topk_prob` normalizes the weights of the
     chosen experts *instead of* scaling them by `routed_scaling_factor`, as DeepSeek-V2's own code
     does. Layer i has experts if `i >= first_k_dense_replace` and `i % moe_layer_freq == 0`.
 
@@ -77,7 +77,7 @@ class CoeConfig(PretrainedConfig):
 
     Keys of this project, which a plain CoE never needs; none is written while it has its default:
         scoring_func (`str`): `softmax` as in the authors' format, or `sigmoid`: experts are chosen
-            by sigmoid(score) plus bias and weighted by sigmoid(score), normalised over the chosen
+            by sigmoid(score) plus bias and weighted by sigmoid(score), normalized over the chosen
             ones if they are several (whatever `norm_topk_prob` says) and then scaled.
         use_expert_bias (`bool`): with `sigmoid`, each router has the weight
             `e_score_correction_bias` [N] (DeepSeek-V3's name), added where experts are chosen.

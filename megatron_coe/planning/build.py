@@ -46,7 +46,7 @@ def build_rank(plan: Plan, rank: int) -> Built:
     """
     if not 0 <= rank < plan.world_size:
         raise ValueError(f"rank {rank} is none of the {plan.world_size}: give 0 … world size - 1")
-    # Initialising would spend minutes on drawing numbers that nobody can see.
+    # Initializing would spend minutes on drawing numbers that nobody can see.
     model = replace(plan.model, backend="torch", perform_initialization=False)
     stages = model.virtual_pipeline_model_parallel_size
     with _fake_ranks(plan, rank), _OnMeta():

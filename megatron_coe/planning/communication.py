@@ -1,8 +1,8 @@
 """Collectives of a step: which, how many, how many bytes, how long; per rank.
 
-Ranks lie as Megatron's default order "tp-cp-ep-dp-pp" puts them: tensor-parallel neighbours next to
+Ranks lie as Megatron's default order "tp-cp-ep-dp-pp" puts them: tensor-parallel neighbors next to
 each other, then context, then data, and pipeline stages farthest apart; for the experts
-expert-tensor-parallel neighbours first, then expert-parallel ones.
+expert-tensor-parallel neighbors first, then expert-parallel ones.
 
 Axis letters: T tokens of a micro-batch on a rank's heads, t = T / TP its own, H hidden, K experts
 chosen, N experts, C iterations.
@@ -124,14 +124,14 @@ def _of_attention(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
 
 
 def _of_ends(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
-    """Embedding, output head and the neighbouring pipeline stages."""
+    """Embedding, output head and the neighboring pipeline stages."""
     m, part = plan.num_microbatches, _sequence_part(plan)
     if stage == 0:
         yield made("embedding: scatter", "TP", "micro-batch", m, 2, 2 * part)
     if stage == len(plan.chunks) - 1:
         yield made("output head: gather and scatter", "TP", "micro-batch", m, 3, 3 * part)
     times, sent = m * len(plan.chunks[stage]), plan.own_tokens * _row(plan)
-    name = "activations and gradients to neighbours"
+    name = "activations and gradients to neighbors"
     yield made(name, "PP", "micro-batch", times, 2, 2 * sent)
 
 

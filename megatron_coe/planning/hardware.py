@@ -79,7 +79,7 @@ class Cluster:
 
         Args:
             sent: bytes that each rank sends to others in all.
-            size, stride: ranks of the group and the distance of neighbours among all ranks.
+            size, stride: ranks of the group and the distance of neighbors among all ranks.
             to_each: every other rank is sent something else (all-to-all). Otherwise (gather,
                 scatter, reduce) nodes first share what crosses the network among their GPUs.
         """

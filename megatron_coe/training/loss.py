@@ -1,4 +1,4 @@
-"""What training minimises, whatever the micro-batch size or the layout.
+"""What training minimizes, whatever the micro-batch size or the layout.
 
     L = (1/N) * sum of cross-entropy over the N valid tokens of the global batch
       + coefficient * mean over its sequences of the balance loss, summed over layers and iterations

@@ -135,14 +135,14 @@ def console_line(values: Record) -> str:
 
 def _bars(heights: list[float]) -> dict[str, float | list[float]]:
     """A histogram for TensorBoard whose bar number i is as high as `heights[i]`."""
-    centres = range(len(heights))
+    centers = range(len(heights))
     return {
         "min": -0.5,
         "max": len(heights) - 0.5,
         "num": sum(heights),
-        "sum": sum(i * height for i, height in zip(centres, heights, strict=True)),
-        "sum_squares": sum(i * i * height for i, height in zip(centres, heights, strict=True)),
-        "bucket_limits": [i + 0.5 for i in centres],
+        "sum": sum(i * height for i, height in zip(centers, heights, strict=True)),
+        "sum_squares": sum(i * i * height for i, height in zip(centers, heights, strict=True)),
+        "bucket_limits": [i + 0.5 for i in centers],
         "bucket_counts": heights,
     }
 

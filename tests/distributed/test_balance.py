@@ -65,7 +65,7 @@ def _router_gradient(sizes: dict, loss: str, per_token: bool) -> dict:
 
     from megatron_coe.model.moe.aux_loss import collect_balance
     from megatron_coe.model.moe.router import CoERouter
-    from tests.builders import randomise, tiny_config, weigh_balance_losses
+    from tests.builders import randomize, tiny_config, weigh_balance_losses
 
     kind = {"moe_router_load_balancing_type": loss, "moe_aux_loss_coeff": COEFF}
     if loss == "z_loss":
@@ -76,7 +76,7 @@ def _router_gradient(sizes: dict, loss: str, per_token: bool) -> dict:
     )
     router = CoERouter(config, get_default_pg_collection()).train()
     router.set_layer_number(1)
-    randomise(router, torch.Generator().manual_seed(0), std=0.3)
+    randomize(router, torch.Generator().manual_seed(0), std=0.3)
 
     rank, dp_size = torch.distributed.get_rank(), parallel_state.get_data_parallel_world_size()
     cp_size = parallel_state.get_context_parallel_world_size()

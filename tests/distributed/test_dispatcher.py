@@ -78,7 +78,7 @@ def _layer(sizes: dict, C: int, **changes):
     """The same layer on each rank, but for its share of the experts."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from tests.builders import BALANCE_COEFF, build_layer, randomise, tiny_config
+    from tests.builders import BALANCE_COEFF, build_layer, randomize, tiny_config
 
     model_parallel_cuda_manual_seed(5, force_reset_rng=True)
     config = tiny_config(
@@ -91,8 +91,8 @@ def _layer(sizes: dict, C: int, **changes):
         **changes,
     )
     layer = build_layer(config).train()
-    randomise(layer.router, torch.Generator().manual_seed(1), std=0.2)
-    randomise(layer.experts, torch.Generator().manual_seed(torch.distributed.get_rank()), std=0.15)
+    randomize(layer.router, torch.Generator().manual_seed(1), std=0.2)
+    randomize(layer.experts, torch.Generator().manual_seed(torch.distributed.get_rank()), std=0.15)
     return layer
 
 

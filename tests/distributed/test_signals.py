@@ -68,7 +68,7 @@ def interrupt_and_go_on(root: str) -> dict[str, dict]:
     return results
 
 
-def test_all_ranks_stop_where_one_is_signalled_and_resume_bitwise(tmp_path):
+def test_all_ranks_stop_where_one_is_signaled_and_resume_bitwise(tmp_path):
     ranks = launch("tests.distributed.test_signals:interrupt_and_go_on", 2, str(tmp_path))
     for rank, results in enumerate(ranks):
         for layout, result in results.items():

@@ -13,7 +13,7 @@ def cases() -> list[Case]:
     return [
         *_plotting(),
         *_reporting(),
-        *_analysing(),
+        *_analyzing(),
         *_comparing(),
         *_experimenting(),
         *_benchmarking(),
@@ -23,7 +23,7 @@ def cases() -> list[Case]:
 _FULL = {"plant": "tests.faults.commands:small_files"}
 _PLOT = "tools/plot_runs.py {d}/metrics.jsonl --output {d}/x.png"
 _REPORT = "tools/report.py {d}/run --output {d}/x.html"
-_ANALYSE = "tools/analyze_routing.py --output {d}/x --tokens 64 --permutations 1 --device cpu"
+_ANALYZE = "tools/analyze_routing.py --output {d}/x --tokens 64 --permutations 1 --device cpu"
 _COMPARE = "tools/compare.py {d}/run.yaml --directory {d}/x"
 _EXPERIMENT = "tools/run_experiment.py main --seeds 1 --directory {d}/x"
 _BENCHMARK = "tools/benchmark.py --scale tiny --what layer --rounds 1"
@@ -260,16 +260,16 @@ def _reporting() -> Iterator[Case]:
     )
 
 
-def _analysing() -> Iterator[Case]:
+def _analyzing() -> Iterator[Case]:
     keys = "--qa-keys query response"
     texts = f"--data {{d}}/in.jsonl {keys}"
-    yield Case("analyse: no model", f"{_ANALYSE} {texts}", ("--load",))
-    yield Case("analyse: no data", f"{_ANALYSE} --load {{d}}/hf", ("--data",))
-    yield Case("analyse: missing model", f"{_ANALYSE} {texts} --load {{d}}/none", ("{d}/none",))
-    yield Case("analyse: a file", f"{_ANALYSE} {texts} --load {{d}}/in.txt", ("{d}/in.txt",))
-    yield Case("analyse: folder without model", f"{_ANALYSE} {texts} --load {{d}}", ("{d}",))
+    yield Case("analyze: no model", f"{_ANALYZE} {texts}", ("--load",))
+    yield Case("analyze: no data", f"{_ANALYZE} --load {{d}}/hf", ("--data",))
+    yield Case("analyze: missing model", f"{_ANALYZE} {texts} --load {{d}}/none", ("{d}/none",))
+    yield Case("analyze: a file", f"{_ANALYZE} {texts} --load {{d}}/in.txt", ("{d}/in.txt",))
+    yield Case("analyze: folder without model", f"{_ANALYZE} {texts} --load {{d}}", ("{d}",))
     model: dict = {"needs": ("hf",)}
-    known, config, weights = f"{_ANALYSE} --load {{d}}/hf", "hf/config.json", "hf/model.safetensors"
+    known, config, weights = f"{_ANALYZE} --load {{d}}/hf", "hf/config.json", "hf/model.safetensors"
     for option, value, says in (
         ("tokens", "0", "tokens=0"),
         ("tokens", "some", "some"),
@@ -282,51 +282,51 @@ def _analysing() -> Iterator[Case]:
         ("mode", "whole", "whole"),
     ):
         yield Case(
-            f"analyse: --{option} {value}", f"{known} {texts} --{option} {value}", (says,), **model
+            f"analyze: --{option} {value}", f"{known} {texts} --{option} {value}", (says,), **model
         )
     yield Case(
-        "analyse: sequences longer than the model's",
+        "analyze: sequences longer than the model's",
         f"{known} {texts} --seq-length 17",
         ("seq_length=17", "max_position_embeddings=16"),
         edit_json(config, max_position_embeddings=16),
         **model,
     )
-    yield Case("analyse: missing data", f"{known} --data {{d}}/none", ("{d}/none",), **model)
-    yield Case("analyse: data is a folder", f"{known} --data {{d}}", ("{d}",), **model)
+    yield Case("analyze: missing data", f"{known} --data {{d}}/none", ("{d}/none",), **model)
+    yield Case("analyze: data is a folder", f"{known} --data {{d}}", ("{d}",), **model)
     yield Case(
-        "analyse: empty data",
+        "analyze: empty data",
         f"{known} --data {{d}}/e.txt",
         ("{d}/e.txt", "too little text"),
         write("e.txt", ""),
         **model,
     )
     yield Case(
-        "analyse: broken data",
+        "analyze: broken data",
         f"{known} --data {{d}}/b.jsonl",
         ("{d}/b.jsonl:1",),
         write("b.jsonl", "{\n"),
         **model,
     )
     yield Case(
-        "analyse: broken data set", f"{known} --data {{d}}/a", ("{d}/a.idx",), cut("a.idx", 0.5),
+        "analyze: broken data set", f"{known} --data {{d}}/a", ("{d}/a.idx",), cut("a.idx", 0.5),
         **model,
     )  # fmt: skip
     yield Case(
-        "analyse: data of another tokenizer",
+        "analyze: data of another tokenizer",
         f"{known} --data {{d}}/b",
         ("{d}/b", "another tokenizer"),
         _data_of_another_tokenizer,
         **model,
     )
     yield Case(
-        "analyse: output is a file",
+        "analyze: output is a file",
         f"tools/analyze_routing.py --load {{d}}/hf {texts} --output {{d}}/in.txt",
         ("{d}/in.txt",),
         cut(weights, 0.6),  # which is not come to
         **model,
     )
     yield Case(
-        "analyse: output below a file",
+        "analyze: output below a file",
         f"tools/analyze_routing.py --load {{d}}/hf {texts} --output {{d}}/in.txt/x",
         ("{d}/in.txt/x",),
         cut(weights, 0.6),  # which is not come to
@@ -340,23 +340,23 @@ def _analysing() -> Iterator[Case]:
         ("no weights", remove(weights)),
         ("weights cut short", cut(weights, 0.6)),
     ):
-        yield Case(f"analyse: {name}", f"{known} {texts}", ("{d}/hf", *says), make, **model)
-    of_run = f"{_ANALYSE} --load {{d}}/run {texts}"
+        yield Case(f"analyze: {name}", f"{known} {texts}", ("{d}/hf", *says), make, **model)
+    of_run = f"{_ANALYZE} --load {{d}}/run {texts}"
     yield Case(
-        "analyse: run without checkpoints",
+        "analyze: run without checkpoints",
         of_run,
         ("{d}/run", "checkpoints"),
         folder_at("run/checkpoints"),
     )
     yield Case(
-        "analyse: damaged checkpoint",
+        "analyze: damaged checkpoint",
         of_run,
         ("{d}/run/checkpoints/step_00000001", "common.pt"),
         cut("run/checkpoints/step_00000001/common.pt", 0.5),
         needs=("checkpoint",),
     )
     yield Case(
-        "analyse: empty checkpoint",
+        "analyze: empty checkpoint",
         of_run,
         ("{d}/run/checkpoints/step_00000001",),
         folder_at("run/checkpoints/step_00000001"),

@@ -1,6 +1,6 @@
 """Pickles that touch a file when they are opened carelessly: the canary of `hostile.py`.
 
-Each is a way past some defence: names that look harmless, names with dots, what an allow-list of
+Each is a way past some defense: names that look harmless, names with dots, what an allow-list of
 modules lets through, pickles inside pickles, opcodes that few readers think of.
 """
 

@@ -217,9 +217,7 @@ def test_the_page_shows_everything(page: Path) -> None:
         assert heading in parsed.text
     for told in ("Validation loss 0.5000 at step 20", "balance/seq_aux_loss", "coe_iterations: 3"):
         assert told in parsed.text, told
-    assert (
-        len(parsed.pictures) == 5 + 4 + 2 * 2 + 1
-    )  # curves, maps, use and neighbours, information
+    assert len(parsed.pictures) == 5 + 4 + 2 * 2 + 1  # curves, maps, use and neighbors, information
     assert all(parsed.pictures)  # each is described
 
 
@@ -232,14 +230,14 @@ def test_a_run_without_routing_has_a_page_too(home: Path, page: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("bare.html: ")
     parsed = _Page((home / "bare.html").read_text(encoding="utf-8"))
-    assert "Not analysed" in parsed.text and "Samples" not in parsed.text
+    assert "Not analyzed" in parsed.text and "Samples" not in parsed.text
     assert "Not recorded" in parsed.text, "the machine"
     missing = run(home, "report.py", "none")
     assert (missing.returncode, len(missing.stderr.splitlines())) == (2, 1)
     assert "none/metrics.jsonl" in missing.stderr
 
 
-def test_checkpoints_are_analysed_where_there_is_held_out_data(home: Path, page: Path) -> None:
+def test_checkpoints_are_analyzed_where_there_is_held_out_data(home: Path, page: Path) -> None:
     from megatron_coe.config.run_config import load_settings
 
     folder = home / "fresh"
@@ -252,7 +250,7 @@ def test_checkpoints_are_analysed_where_there_is_held_out_data(home: Path, page:
     models = {row["model"] for row in table(folder / "analysis" / "transitions.csv")}
     assert models == {"step_00000000", "random-init"}
     parsed = _Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert "Not analysed" not in parsed.text and "step_00000000" in parsed.text
+    assert "Not analyzed" not in parsed.text and "step_00000000" in parsed.text
     for title in ("fresh, step 0, layer 1", "fresh, initial weights, layer 2"):
         assert title in parsed.text
 

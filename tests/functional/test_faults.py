@@ -57,7 +57,7 @@ def test_killed_runs_end_where_the_unbroken_one_does(runs, case):
     ],
     ids=lambda case: f"{case.kind}, {case.signal}",
 )
-def test_signalled_runs_go_on_exactly(runs, case):
+def test_signaled_runs_go_on_exactly(runs, case):
     assert signals.run_case(runs, case).failures == ()
 
 

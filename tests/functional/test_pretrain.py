@@ -432,7 +432,7 @@ def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
     assert latest.read_text() == f"step_{stopped:08d}\n"
 
 
-def test_the_launcher_returns_the_status_of_ranks_of_which_one_was_signalled(config, tmp_path):
+def test_the_launcher_returns_the_status_of_ranks_of_which_one_was_signaled(config, tmp_path):
     launcher = (str(REPO / "slurm" / "launch.py"), "--standalone", "--nproc-per-node=2")
     process = start("--config", config, "train.steps=10000", launcher=launcher)
 

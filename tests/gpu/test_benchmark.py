@@ -41,7 +41,7 @@ def test_the_stream_is_timed_not_its_filling(device):
     assert 5 * 2 * SIZE**3 / seconds < 3e15  # no GPU is as fast
 
 
-def test_memory_and_synchronisations(device):
+def test_memory_and_synchronizations(device):
     held = torch.zeros(2**20, device=device)
 
     def run(lap) -> None:

@@ -15,7 +15,7 @@ from megatron_coe.model.moe.expert_activation import SwiGLU
 from megatron_coe.model.moe.grouped_linear import grouping
 from megatron_coe.model.moe.grouped_mlp import Chain, expert_mlp
 from megatron_coe.training.out_of_memory import explained
-from tests.builders import build_layer, randomise, reference_of, tiny_config, weigh_balance_losses
+from tests.builders import build_layer, randomize, reference_of, tiny_config, weigh_balance_losses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,7 +84,7 @@ def test_layer_is_the_reference(single_rank, dispatcher: str, residual: str) -> 
     config = tiny_config(coe_iterations=3, coe_residual=residual, **DISPATCHERS[dispatcher])
     layer = build_layer(config).to(single_rank)
     generator = torch.Generator().manual_seed(1)
-    randomise(layer, generator, std=0.15)
+    randomize(layer, generator, std=0.15)
     x = torch.randn(16, 4, 32, generator=generator).to(single_rank).requires_grad_()
     y_grad = torch.randn(16, 4, 32, generator=generator).to(single_rank)
     weigh_balance_losses(1.0)

@@ -744,7 +744,7 @@ FAULTS = [
         ("tests/unit/analysis/test_routing.py",),
     ),
     Fault(
-        "tokens of two sequences are neighbours",
+        "tokens of two sequences are neighbors",
         ROUTING,
         "together = sequence_T[distance:] == sequence_T[:-distance]",
         "together = sequence_T[distance:] >= sequence_T[:-distance]",

@@ -9,7 +9,7 @@ from megatron.core.transformer.multi_latent_attention import (
 
 
 class LatentAttention(MLASelfAttention):
-    """Queries straight from the hidden state (`q_lora_rank=None`) are not normalised.
+    """Queries straight from the hidden state (`q_lora_rank=None`) are not normalized.
 
     So it is in DeepSeek-V2 and in megatron-core 0.16. Later versions read `qk_layernorm=True` as a
     wish for a norm there as well: they build another model, or without Transformer Engine refuse

@@ -359,7 +359,7 @@ def _forget_extra_states(module: torch.nn.Module, incompatible_keys: object) -> 
 def refuse_unsupported(config: TransformerConfig, expert_tp: int) -> None:
     """
     Raises:
-        ValueError: for the first field found that grouped experts cannot honour.
+        ValueError: for the first field found that grouped experts cannot honor.
     """
 
     def refuse(field: str, mend: str) -> None:

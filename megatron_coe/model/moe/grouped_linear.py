@@ -34,7 +34,7 @@ def grouping(x_TI: Tensor, tokens_per_expert_E: Tensor, widths: tuple[int, ...])
 
     Args:
         tokens_per_expert_E: integer, on the host or the device; sums to T. The loop needs the
-            numbers, so sizes on a GPU cost it a synchronisation; `grouped_mm` needs none.
+            numbers, so sizes on a GPU cost it a synchronization; `grouped_mm` needs none.
         widths: every I and O that the grouping will be used with.
     """
     aligned = all(w * x_TI.element_size() % _GROUPED_MM_ALIGNMENT == 0 for w in widths)

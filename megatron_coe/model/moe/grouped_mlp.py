@@ -125,7 +125,7 @@ class _Entry(torch.autograd.Function):
             dw1, dw2 = made or (dw1, dw2)
         if passed and main_grads:
             # Megatron's convention (tensor_parallel/layers.py): what autograd gets is an
-            # uninitialised stand-in, which nobody reads, to say "there is a gradient".
+            # uninitialized stand-in, which nobody reads, to say "there is a gradient".
             for weight in gradients.parameters:
                 weight.grad_added_to_main_grad = True
             dw1, dw2 = (torch.empty_like(weight) for weight in gradients.parameters)

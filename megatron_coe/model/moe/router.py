@@ -32,7 +32,7 @@ from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.aux_loss import iteration_key
 from megatron_coe.model.moe.capacity import drop_tokens
 
-NORMALISING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
+NORMALIZING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
 
 
 class CoERouter(TopKRouter):
@@ -155,7 +155,7 @@ class CoERouter(TopKRouter):
         """
         scores_TN = self.scores(logits_TN)
         chosen_T = (scores_TN * routing_map).sum(dim=1, dtype=torch.float64)
-        confidence_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALISING_EPS)
+        confidence_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALIZING_EPS)
         if padding_mask is not None:
             routing_map = routing_map & ~padding_mask[:, None]
             confidence_T = confidence_T * ~padding_mask
@@ -212,7 +212,7 @@ class CoERouter(TopKRouter):
         if renormalised:
             probs_TK = self.scores(probs_TK)
         elif self.score_function == "sigmoid" and self.topk > 1:
-            probs_TK = probs_TK / (probs_TK.sum(dim=-1, keepdim=True) + NORMALISING_EPS)
+            probs_TK = probs_TK / (probs_TK.sum(dim=-1, keepdim=True) + NORMALIZING_EPS)
         if self.config.moe_router_topk_scaling_factor:
             probs_TK = probs_TK * self.config.moe_router_topk_scaling_factor
         return probs_TK, chosen_TK, None if renormalised else scores
@@ -263,7 +263,7 @@ class CoERouter(TopKRouter):
         They are about all experts' scores [T, N] and, as `routing_map` [T, N], those of `balanced`.
         """
         if self.score_function == "sigmoid":
-            scores = scores / (scores.sum(dim=-1, keepdim=True) + NORMALISING_EPS)
+            scores = scores / (scores.sum(dim=-1, keepdim=True) + NORMALIZING_EPS)
         if padding_mask is not None:
             routing_map = routing_map & ~padding_mask[:, None]
             scores = scores * ~padding_mask[:, None]

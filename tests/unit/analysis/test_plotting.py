@@ -57,7 +57,7 @@ def test_maps_of_co_activation_have_one_scale_and_show_what_use_does_not_explain
     assert CoactivationScale.of([uneven]).excess < 1e-12
 
 
-def test_text_and_lines_take_the_colour_of_the_page():
+def test_text_and_lines_take_the_color_of_the_page():
     text = picture("a")
     assert "currentColor" in text
     assert "#000000" not in text and "#ffffff" not in text
@@ -68,6 +68,6 @@ def test_pictures_of_one_page_have_ids_of_their_own():
     assert ids[0] and not ids[0] & ids[1]
 
 
-def test_curves_have_colours_of_their_own():
+def test_curves_have_colors_of_their_own():
     for count in (1, 8, 9, 61):
         assert len(set(colors(count))) == count

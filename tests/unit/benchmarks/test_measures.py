@@ -45,7 +45,7 @@ def test_a_storage_counts_once_and_whole():
     assert storage_bytes([whole[:10], whole[50:], torch.zeros(0)]) == 800
 
 
-def test_synchronisations_are_counted_where_they_happen():
+def test_synchronizations_are_counted_where_they_happen():
     x = torch.tensor([1.0, 0.0, 2.0], requires_grad=True)
 
     def work():

@@ -26,12 +26,12 @@ def write_random_model(folder: Path, seed: int, **changes) -> dict[str, Tensor]:
     tensors = {}
     for weight in weights(provider):
         for name, shape in weight.parts.items():
-            tensors[name] = _centre(name) + _spread(name) * torch.randn(shape, generator=generator)
+            tensors[name] = _center(name) + _spread(name) * torch.randn(shape, generator=generator)
     write_folder(folder, {**to_hf_config(provider), "max_position_embeddings": 20}, tensors)
     return tensors
 
 
-def _centre(name: str) -> float:
+def _center(name: str) -> float:
     return 1.0 if "norm" in name else 0.0
 
 

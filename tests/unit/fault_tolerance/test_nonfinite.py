@@ -155,7 +155,7 @@ def test_what_does_not_come_again_is_called_transient(single_rank):
 
 
 def test_no_blame_for_memory_that_nobody_reads(single_rank):
-    """Autograd gets an uninitialised stand-in for what is in Megatron's buffer: a NaN."""
+    """Autograd gets an uninitialized stand-in for what is in Megatron's buffer: a NaN."""
     trainer = small()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills such memory with NaN
     try:

@@ -72,12 +72,12 @@ def small_model(seed: int = 0, **changes: object) -> CoeForCausalLM:
     """A model in evaluation mode; biases, norms and gates are random too."""
     generator = torch.Generator().manual_seed(seed)
     model = CoeForCausalLM(small_config(**changes)).eval()
-    randomise(model, generator)
+    randomize(model, generator)
     return model
 
 
 @torch.no_grad()
-def randomise(module: torch.nn.Module, generator: torch.Generator) -> None:
+def randomize(module: torch.nn.Module, generator: torch.Generator) -> None:
     """Fresh weights: norms around 1, everything else around 0."""
     for name, parameter in module.named_parameters():
         noise = 0.2 * torch.randn(parameter.shape, generator=generator)

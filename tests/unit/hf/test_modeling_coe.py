@@ -35,7 +35,7 @@ from tests.unit.hf.small import (
     KINDS,
     NATIVE_HAS_MSCALE,
     YARN,
-    randomise,
+    randomize,
     small_config,
     small_model,
     tokens,
@@ -89,7 +89,7 @@ def test_the_defaults_are_the_papers_model(C, total, body):
 def chain(seed: int = 0, **changes: object) -> CoeMoE:
     """A layer in fp64: what differs from an oracle is then not rounding."""
     moe = CoeMoE(small_config(**changes)).train().double()
-    randomise(moe, seeded(seed))
+    randomize(moe, seeded(seed))
     return moe
 
 
@@ -261,9 +261,9 @@ def test_sigmoid_chooses_with_bias_and_weighs_without(K):
     assert set(gate(x)[2].flatten().tolist()) <= {4, 5, 6}
 
 
-@pytest.mark.parametrize(("scaling", "normalised"), [(1.0, True), (3.0, False), (3.0, True)])
-def test_groups_go_by_their_best_expert(scaling, normalised):
-    """8 groups, 3 kept, top-6, as DeepSeek-V2 has it; normalised weights are not scaled."""
+@pytest.mark.parametrize(("scaling", "normalized"), [(1.0, True), (3.0, False), (3.0, True)])
+def test_groups_go_by_their_best_expert(scaling, normalized):
+    """8 groups, 3 kept, top-6, as DeepSeek-V2 has it; normalized weights are not scaled."""
     moe = chain(
         inner_iter=1,
         n_routed_experts=16,
@@ -273,7 +273,7 @@ def test_groups_go_by_their_best_expert(scaling, normalised):
         topk_group=3,
         residual="none",
         routed_scaling_factor=scaling,
-        norm_topk_prob=normalised,
+        norm_topk_prob=normalized,
     )
 
     def weights_of(x_H: Tensor) -> list[tuple[int, Tensor]]:
@@ -281,7 +281,7 @@ def test_groups_go_by_their_best_expert(scaling, normalised):
         groups = sorted(range(8), key=lambda g: max(scores[2 * g : 2 * g + 2].tolist()))[-3:]
         chosen = [2 * g + i for g in groups for i in (0, 1)]
         total = sum(scores[i] for i in chosen)
-        return [(i, scores[i] / total if normalised else scaling * scores[i]) for i in chosen]
+        return [(i, scores[i] / total if normalized else scaling * scores[i]) for i in chosen]
 
     compare_with_gradients(moe, lambda x: routed(moe, x, weights_of))
 
@@ -320,7 +320,7 @@ def test_plain_attention(norm):
     config = small_config(**{**KINDS["plain attention"], "use_qk_norm": norm})
     config._attn_implementation = "eager"
     module = CoePlainAttention(config, layer_idx=0).eval()
-    randomise(module, seeded())
+    randomize(module, seeded())
     x_BSH = torch.randn(2, 6, 32, generator=seeded(1))
     positions = torch.arange(6).expand(2, 6)
     mask = torch.full((6, 6), -torch.inf).triu(1).expand(2, 1, 6, 6)

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_coe.megatron_compat.transformer_engine import is_installed
 from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
 from megatron_coe.model.field_rules import _FILLED_IN, NEEDS_TE, UNSUPPORTED
-from tests.builders import build_layer, randomise, tiny_config
+from tests.builders import build_layer, randomize, tiny_config
 
 HERE = {field.name: field for field in fields(MLATransformerConfig)}
 INTERLEAVED = {
@@ -132,7 +132,7 @@ def test_each_iteration_replays_its_own_choice(single_rank, own_dispatcher: bool
     recorders = RouterReplay.global_router_replay_instances
     assert len(recorders) == config.coe_iterations
     x = torch.randn(5, 2, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    randomise(layer, torch.Generator().manual_seed(1))
+    randomize(layer, torch.Generator().manual_seed(1))
     chosen: list[torch.Tensor] = []
     for router in layer.router:
         router.register_forward_hook(lambda _, __, output: chosen.append(experts_of(output)))
@@ -140,7 +140,7 @@ def test_each_iteration_replays_its_own_choice(single_rank, own_dispatcher: bool
         RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
         layer(x)
         recorded = [recorder.get_recorded_indices() for recorder in recorders]
-        randomise(layer, torch.Generator().manual_seed(2))
+        randomize(layer, torch.Generator().manual_seed(2))
         RouterReplay.clear_global_router_replay_action()
         layer(x)
         RouterReplay.set_replay_data(recorded)

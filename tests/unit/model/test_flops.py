@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_coe.megatron_compat.versions import forget_balance_losses
-from tests.builders import randomise, tiny_provider
+from tests.builders import randomize, tiny_provider
 
 PAPER = {
     "num_layers": 4,
@@ -95,7 +95,7 @@ def test_work_is_what_torch_counts(single_rank, shape: dict) -> None:
     forget_balance_losses()  # as long as the model before had layers
     provider = tiny_provider(**shape)
     model = provider.provide().train()
-    randomise(model, torch.Generator().manual_seed(3))
+    randomize(model, torch.Generator().manual_seed(3))
     S = provider.seq_length
     ids = torch.randint(provider.vocab_size, (1, S), generator=torch.Generator().manual_seed(4))
     # Weight gradients are products in place, which torch leaves out.
@@ -113,7 +113,7 @@ def test_active_parameters_are_those_a_token_touches(single_rank) -> None:
         coe_iterations=2, moe_router_topk=2, num_moe_experts=12, moe_aux_loss_coeff=0.0
     )
     model = provider.provide().train()
-    randomise(model, torch.Generator().manual_seed(0))
+    randomize(model, torch.Generator().manual_seed(0))
     ids = torch.zeros(1, 1, dtype=torch.long)
     model(ids, ids, None, labels=ids).sum().backward()
     expert = 3 * provider.hidden_size * provider.moe_ffn_hidden_size

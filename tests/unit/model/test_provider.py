@@ -10,7 +10,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_coe.model.moe.layer import CoELayer
-from tests.builders import randomise, tiny_provider
+from tests.builders import randomize, tiny_provider
 
 
 def token_ids(provider, B: int = 2) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_unknown_backend_is_refused(single_rank) -> None:
 def test_the_model_is_causal(single_rank) -> None:
     provider = tiny_provider()
     model = provider.provide().eval()
-    randomise(model, torch.Generator().manual_seed(2), std=0.2)
+    randomize(model, torch.Generator().manual_seed(2), std=0.2)
     ids = token_ids(provider)
     with torch.no_grad():
         before = model(ids, positions(ids), None)
@@ -86,7 +86,7 @@ def test_recomputing_whole_layers_changes_nothing(single_rank, attention: str) -
     ):
         provider = tiny_provider(coe_iterations=3, **kind, **recompute)
         model = provider.provide().train()
-        randomise(model, torch.Generator().manual_seed(3), std=0.2)
+        randomize(model, torch.Generator().manual_seed(3), std=0.2)
         ids = token_ids(provider)
         model(ids, positions(ids), None, labels=ids).mean().backward()
         results.append({name: p.grad for name, p in model.named_parameters()})

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.builders import randomise, tiny_provider, weigh_balance_losses
+from tests.builders import randomize, tiny_provider, weigh_balance_losses
 from tests.unit.training.runs import make_settings, make_trainer, weights
 
 V, PADDED = 90, 128
@@ -23,7 +23,7 @@ MODELS = {
 def padded_model(**changes) -> torch.nn.Module:
     """Random weights; left to itself the padding would take nearly all of the probability."""
     model = tiny_provider(**PADDING, **changes).provide().train()
-    randomise(model, torch.Generator().manual_seed(3))
+    randomize(model, torch.Generator().manual_seed(3))
     with torch.no_grad():
         model.shared_embedding_or_output_weight()[V:] *= 10
         if model.output_layer.weight is not None:
@@ -92,7 +92,7 @@ def test_steps_are_those_of_a_model_without_padding(single_rank, changes) -> Non
         model = {**changes, "make_vocab_size_divisible_by": multiple}
         trainer = make_trainer(make_settings(model=model, train=train), single_rank)
         (chunk,) = trainer.train_state.chunks
-        randomise(chunk.module, torch.Generator().manual_seed(4), std=0.1)
+        randomize(chunk.module, torch.Generator().manual_seed(4), std=0.1)
         with torch.no_grad():
             for name, weight in runs[0][0].items() if runs else ():
                 chunk.get_parameter(name)[: len(weight)] = weight

@@ -68,7 +68,7 @@ def make_trainer(
     held_out: int = 0,
     metrics_logger: object = None,
 ) -> Trainer:
-    """A trainer at step 0, freshly initialised."""
+    """A trainer at step 0, freshly initialized."""
     setup.seed_everything(settings.train.seed)
     train_state = setup.build_train_state(build_provider(settings, device), settings, device)
     micro = settings.train.micro_batch_size

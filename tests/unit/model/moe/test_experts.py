@@ -247,7 +247,7 @@ def test_parameters_are_marked_for_the_expert_gradient_group():
 
 
 @pytest.mark.parametrize("cpu", [False, True], ids=["tracker", "use_cpu_initialization"])
-def test_initialisation_follows_the_config(cpu):
+def test_initialization_follows_the_config(cpu):
     def init(std):
         return lambda t: torch.nn.init.normal_(t, std=std)
 

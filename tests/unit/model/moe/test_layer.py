@@ -16,7 +16,7 @@ from tests.builders import (
     build_layer,
     clear_of_ties,
     decoder_layer,
-    randomise,
+    randomize,
     reference_of,
     tiny_config,
     weigh_balance_losses,
@@ -85,7 +85,7 @@ def test_layer_is_the_reference(
     )
     seed = SETTINGS.index((C, residual, independent, shared, dispatcher))
     layer = build_layer(config)
-    randomise(layer, torch.Generator().manual_seed(seed), std=0.15)
+    randomize(layer, torch.Generator().manual_seed(seed), std=0.15)
     compare(layer, 1000 + 2 * seed, tolerance)
 
 
@@ -104,14 +104,14 @@ def test_an_upcycled_chain_is_the_reference(single_rank, C, changes, dtype) -> N
         **changes,
     )
     layer = build_layer(config)
-    randomise(layer, torch.Generator().manual_seed(C), std=0.15)
+    randomize(layer, torch.Generator().manual_seed(C), std=0.15)
     compare(layer, 3000 + C, tolerance)
 
 
 def test_closed_gates_leave_the_mixture_as_it_was(single_rank) -> None:
     mixture = build_layer(tiny_config(coe_iterations=1, coe_residual="outer"))
     upcycled = build_layer(tiny_config(coe_iterations=3, coe_residual="outer", coe_upcycled=True))
-    randomise(mixture, torch.Generator().manual_seed(8), std=0.15)
+    randomize(mixture, torch.Generator().manual_seed(8), std=0.15)
     new = upcycled.load_state_dict(mixture.state_dict(), strict=False)
     assert not new.unexpected_keys
     x = random_input(90, torch.float32)
@@ -150,14 +150,14 @@ def test_features_do_not_change_the_numbers(single_rank, feature: str, residual:
         **FEATURES[feature],
     )
     layer = build_layer(config).train()
-    randomise(layer, torch.Generator().manual_seed(5), std=0.15)
+    randomize(layer, torch.Generator().manual_seed(5), std=0.15)
     compare(layer, 50, 1e-5)
 
 
 def test_a_layer_can_be_used_again_before_its_backward(single_rank) -> None:
     """Pipelining holds several micro-batches in flight: the dispatcher must not mix them up."""
     layer = build_layer(tiny_config(coe_iterations=2, moe_aux_loss_coeff=0.0))
-    randomise(layer, torch.Generator().manual_seed(6), std=0.15)
+    randomize(layer, torch.Generator().manual_seed(6), std=0.15)
     inputs = [random_input(seed, torch.float32).requires_grad_() for seed in (60, 61)]
     y_grads = [random_input(seed, torch.float32) for seed in (62, 63)]
     outputs = [layer(x)[0] for x in inputs]  # both forward passes, then both backward passes
@@ -174,7 +174,7 @@ def test_a_layer_can_be_used_again_before_its_backward(single_rank) -> None:
 
 def test_evaluation_gives_the_same_output_without_losses(single_rank) -> None:
     layer = build_layer(tiny_config(coe_iterations=2))
-    randomise(layer, torch.Generator().manual_seed(7), std=0.15)
+    randomize(layer, torch.Generator().manual_seed(7), std=0.15)
     x = random_input(70, torch.float32)
     trained = layer.train()(x)[0].detach()
     before = x.clone()
@@ -202,7 +202,7 @@ def test_one_outer_iteration_is_megatrons_moe_bit_for_bit(
         moe_z_loss_coeff=1e-3,
     )
     ours, theirs = decoder_layer(config, CoELayer), decoder_layer(config, MoELayer)
-    randomise(ours, torch.Generator().manual_seed(8), std=0.15)
+    randomize(ours, torch.Generator().manual_seed(8), std=0.15)
     state = {name.replace("router.0.", "router."): p for name, p in ours.named_parameters()}
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

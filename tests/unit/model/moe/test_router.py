@@ -21,7 +21,7 @@ from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.model.moe.aux_loss import collect_balance
 from megatron_coe.model.moe.router import CoERouter, IterationRouters
 from megatron_coe.model.reference import ReferenceCoE
-from tests.builders import build_layer, randomise, tiny_config, weigh_balance_losses
+from tests.builders import build_layer, randomize, tiny_config, weigh_balance_losses
 
 S, B, H, N = 6, 4, 32, 7
 
@@ -82,7 +82,7 @@ def test_groups_can_go_by_their_best_expert(groups, biased: bool) -> None:
         **kind,
     )
     router = CoERouter(config, groups)
-    randomise(router, torch.Generator().manual_seed(5), std=0.3)
+    randomize(router, torch.Generator().manual_seed(5), std=0.3)
     if biased:
         router.expert_bias.copy_(torch.linspace(0.2, -0.2, 160))
     x = random_input(6)
@@ -106,7 +106,7 @@ def test_groups_can_go_by_their_best_expert(groups, biased: bool) -> None:
 def test_one_router_is_megatrons_bit_for_bit(groups, kind: str) -> None:
     config = tiny_config(coe_iterations=1, **SCORES[kind])
     ours, theirs = CoERouter(config, groups), TopKRouter(config, groups)
-    randomise(ours, torch.Generator().manual_seed(0), std=0.2)
+    randomize(ours, torch.Generator().manual_seed(0), std=0.2)
     theirs.weight.data.copy_(ours.weight)
     if config.moe_router_enable_expert_bias:
         bias = torch.linspace(-0.3, 0.3, config.num_moe_experts)
@@ -136,7 +136,7 @@ def test_the_first_tokens_stay_where_position_decides(groups, pads: bool) -> Non
     )
     free = tiny_config(moe_router_load_balancing_type="none")
     router, unbounded = CoERouter(config, groups), CoERouter(free, groups)
-    randomise(router, torch.Generator().manual_seed(3), std=0.5)
+    randomize(router, torch.Generator().manual_seed(3), std=0.5)
     unbounded.weight.data.copy_(router.weight)
     x = torch.randn(32, 2, H, generator=torch.Generator().manual_seed(4)) + 0.5
     (probs, routing_map), (all_probs, chosen) = router(x), unbounded(x)
@@ -188,7 +188,7 @@ def test_loss_weight_does_not_depend_on_the_micro_batch(
     if loss == "z_loss":
         kind = {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": coeff}
     router = CoERouter(tiny_config(calculate_per_token_loss=per_token, **kind), groups).train()
-    randomise(router, torch.Generator().manual_seed(4), std=0.2)
+    randomize(router, torch.Generator().manual_seed(4), std=0.2)
     micro_batches = [x.contiguous() for x in random_input(5).split(micro_batch, dim=1)]
 
     weigh_balance_losses(1 if per_token else 1 / len(micro_batches))
@@ -245,7 +245,7 @@ def test_balance_losses_count_the_experts_of_the_groups_kept(
         **SCORES_OF_GROUPS[kind],
     )
     router = CoERouter(config, groups).train()
-    randomise(router, torch.Generator().manual_seed(20), std=0.3)
+    randomize(router, torch.Generator().manual_seed(20), std=0.3)
     if config.moe_router_enable_expert_bias:
         router.expert_bias.copy_(torch.linspace(3, -3, 12))  # the choice is that of the bias
     x = random_input(21, torch.float64)
@@ -290,7 +290,7 @@ def test_losses_are_logged_by_layer_and_iteration(groups) -> None:
     layers = {1: IterationRouters(config, groups), 3: IterationRouters(config, groups)}
     expected = torch.zeros(2, 2, 3)
     for seed, ((number, routers), t) in enumerate(itertools.product(layers.items(), range(2))):
-        randomise(routers[t], torch.Generator().manual_seed(seed), std=0.2)
+        randomize(routers[t], torch.Generator().manual_seed(seed), std=0.2)
         routers.set_layer_number(number)
         x = random_input(seed)
         for micro_batch in x.split(2, dim=1):
@@ -319,7 +319,7 @@ def test_expert_bias_is_updated_for_each_router(single_rank, independent: bool) 
         moe_router_load_balancing_type="none",
     )
     layer = build_layer(config).train()
-    randomise(layer, torch.Generator().manual_seed(10), std=0.3)
+    randomize(layer, torch.Generator().manual_seed(10), std=0.3)
     seen = []
     for router in layer.router if independent else [layer.router]:
         router.register_forward_hook(lambda _, __, out: seen.append(out[1].flatten().bincount()))
@@ -345,7 +345,7 @@ def test_padding_may_be_left_out_of_bias_and_balance(groups) -> None:
         moe_router_load_balancing_type="aux_loss",
     )
     router = CoERouter(config, groups).train()
-    randomise(router, torch.Generator().manual_seed(12), std=0.3)
+    randomize(router, torch.Generator().manual_seed(12), std=0.3)
     padding = torch.zeros(S, B, dtype=torch.bool)
     padding[-2:] = True
     _, routing_map = router(random_input(13), padding)
@@ -361,7 +361,7 @@ def test_padding_is_left_out_of_each_loss(groups, loss: str) -> None:
     if loss == "z_loss":
         kind = {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": coeff}
     router = CoERouter(tiny_config(**kind), groups).train()
-    randomise(router, torch.Generator().manual_seed(15), std=0.2)
+    randomize(router, torch.Generator().manual_seed(15), std=0.2)
     x = random_input(16)
     padding_SB = torch.arange(S)[:, None] >= torch.tensor(lengths)
     weigh_balance_losses(1)

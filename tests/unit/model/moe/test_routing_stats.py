@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_coe.model.moe.router import CoERouter, IterationRouters
 from megatron_coe.model.moe.routing_stats import RoutingStats
-from tests.builders import build_layer, randomise, tiny_config, tiny_provider
+from tests.builders import build_layer, randomize, tiny_config, tiny_provider
 
 S, B, H = 6, 3, 32
 CHOICES = {
@@ -32,7 +32,7 @@ def build(changes: dict, seed: int = 0):
     config = tiny_config(**{"num_layers": 1, "coe_iterations": 2, **changes})
     layer = build_layer(config).train()
     layer.set_layer_number(1)
-    randomise(layer, torch.Generator().manual_seed(seed), std=0.1)  # no score underflows
+    randomize(layer, torch.Generator().manual_seed(seed), std=0.1)  # no score underflows
     seen: list[tuple[CoERouter, torch.Tensor]] = []
     routers = layer.router if isinstance(layer.router, IterationRouters) else [layer.router]
     for router in routers:
@@ -129,7 +129,7 @@ def test_biases_decide_the_choice_but_not_the_confidence(single_rank) -> None:
         moe_router_load_balancing_type="none",
     )
     router = CoERouter(config, get_default_pg_collection()).train()
-    randomise(router, torch.Generator().manual_seed(0))
+    randomize(router, torch.Generator().manual_seed(0))
     router.expert_bias.copy_(torch.tensor([9.0, 9.0, 0, 0, 0, 0, 0]))
     router.tally = torch.zeros(config.coe_iterations, 8, dtype=torch.float64)
     x = random_input(6)
