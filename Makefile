@@ -2,7 +2,8 @@
 #                   folder and some of its answers, in runs/quickstart
 # make test         the fast tests           make test-all      the slow ones too
 # make test-line    those of the fast tests that another Megatron-Core can change
-# make lint         style                    make test-mutants  does the suite catch planted faults?
+# make lint         style, spelling, imports, types, words      make test-mutants  does the suite catch
+#                   planted faults?
 # make test-faults  kills, signals, damaged checkpoints, hangs, hostile and malformed input, injected
 #                   into real runs; prints the table of docs/reliability.md
 # make test-gpu     what only a GPU can show
@@ -186,3 +187,5 @@ resharding: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/lint-imports --no-logo

@@ -32,6 +32,9 @@ setup(
         "plot": ["matplotlib", "jinja2"],
         "test": [
             "accelerate",  # transformers' Trainer asks for it
+            "codespell",
+            "import-linter",
+            "mypy",
             "pytest",
             "pytest-xdist",
             "ruff",

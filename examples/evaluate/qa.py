@@ -6,7 +6,8 @@ from __future__ import annotations
 def likelihood(
     doc: dict[str, str], results: list[tuple[float, bool]]
 ) -> dict[str, bool | tuple[float, int]]:
-    """
+    """Return an answer's accuracy and likelihood, the latter with its length in bytes.
+
     Args:
         doc: a row of the parquet file.
         results: the answer's log-likelihood in nats; whether its every token is the likeliest.
