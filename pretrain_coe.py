@@ -37,6 +37,7 @@ from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, DONE, NOT_WRIT
 from megatron_coe.fault_tolerance.signals import StopRequest, unblock
 from megatron_coe.megatron_compat.transformer_engine import broken_by
 from megatron_coe.utils.errors import DataError
+from megatron_coe.utils.ranks import is_local_rank_0, is_rank_0
 
 if TYPE_CHECKING:
     from megatron_coe.training.trainer import Trainer
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\npretrain_coe.py: stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except StoppedError as end:
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank_0():
             print(end, flush=True)
         return end.status
     except DeviceMemoryError as error:
@@ -140,7 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def complain(error: Exception, status: int) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
+    if is_local_rank_0():  # one message per machine
         print(f"pretrain_coe.py: error: {error}", file=sys.stderr)
     return status
 

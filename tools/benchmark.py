@@ -35,7 +35,6 @@ def main() -> None:
     options = parse()
     # Only now, because they take seconds.
     import torch
-    import torch.distributed as dist
 
     from benchmarks import report
     from benchmarks.suite import ALL
@@ -44,6 +43,7 @@ def main() -> None:
     from megatron_coe.distributed import setup
     from megatron_coe.model import backends
     from megatron_coe.utils.environment import commit, versions
+    from megatron_coe.utils.ranks import is_rank_0
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -53,7 +53,7 @@ def main() -> None:
     outcomes = []
     ranks = setup.world_size()
     with setup.process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
-        speaks = dist.get_rank() == 0
+        speaks = is_rank_0()
         heading = {
             "commit": commit(REPOSITORY),
             "machine": report.machine(device),

@@ -41,6 +41,7 @@ from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
 from megatron_coe.config.run_config import CheckpointSettings
 from megatron_coe.distributed.setup import TrainState
 from megatron_coe.utils.fsynced import digest_of, in_background, write_file
+from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_name, step_of
 
 
@@ -95,7 +96,7 @@ class Checkpointer:
 
     def keep_content_of(self, checkpoint: Path) -> None:
         """Hand on what the checkpoint that the run starts from keeps of an imported model."""
-        if dist.get_rank() == 0:
+        if is_rank_0():
             self.content = {**kept_content(checkpoint), **self.content}
 
     def check(self, train_state: TrainState) -> None:
@@ -167,8 +168,7 @@ class Checkpointer:
             return
         pending, self._pending = self._pending, None
         share = self._together(pending.step, pending.written.result)
-        is_first = dist.get_rank() == 0
-        shares: list[Written] | None = [Written()] * dist.get_world_size() if is_first else None
+        shares = [Written()] * dist.get_world_size() if is_rank_0() else None
         dist.gather_object(share, shares)
         self._together(pending.step, partial(_on_rank_0, self._complete, pending, shares))
 
@@ -229,13 +229,13 @@ class Checkpointer:
         try:
             return write_together(f"{folder / step_name(step)} was not written", action)
         except CheckpointWriteError:
-            if dist.get_rank() == 0:
+            if is_rank_0():
                 shutil.rmtree(folders.partial_folder(folder, step), ignore_errors=True)
             raise
 
 
 def _on_rank_0(action: Callable[..., None], *args: object) -> None:
-    if dist.get_rank() == 0:
+    if is_rank_0():
         action(*args)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
 from megatron_coe.config.run_config import CheckpointSettings, Settings, load_settings
 from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.utils.ranks import call_on_rank_0, log_rank_0
 from megatron_coe.utils.run_files import CONFIG_FILE, LATEST_FILE, step_of
 
 T = TypeVar("T")
@@ -94,13 +94,13 @@ def choose_checkpoint(
         f"checkpoint.save={folder}", partial(_look, folder, mend=mend and not must_resume)
     )
     if doubts:
-        _say(doubts)
+        log_rank_0(doubts)
     for path in found:
         try:
             _verify(path, options.verify)
             return path
         except BadCheckpointError as error:
-            _say(f"checkpoint {path} is {error.verdict} and not used: {error}")
+            log_rank_0(f"checkpoint {path} is {error.verdict} and not used: {error}")
     if found:
         raise ValueError(
             f"checkpoint.save={folder}: none of its {len(found)} checkpoints is good; to start "
@@ -121,7 +121,7 @@ def _verify(path: Path, verify: bool) -> None:
     part = partial(check_checkpoint, path, verify)
     check_together(partial(part, dist.get_rank(), dist.get_world_size()))
     if verify and (strange := strange_files(path)):
-        _say(strange)
+        log_rank_0(strange)
 
 
 def check_changes(
@@ -173,25 +173,13 @@ def _look(folder: Path, mend: bool) -> tuple[list[Path], str | None]:
 
 
 def _from_rank_0(what: str, look: Callable[[], T]) -> T:
-    """What rank 0 sees, on every rank: others may see an older state of a network's disk.
+    """Return what rank 0 sees, on every rank: others may see an older state of a network disk.
 
-    Raises: ValueError, on every rank, for an error of rank 0's.
+    Raises: ValueError on every rank, for an error on rank 0.
     """
-    seen: list[tuple[T | None, str | None]] = [(None, None)]
-    if dist.get_rank() == 0:
-        try:
-            seen = [(look(), None)]
-        except OSError as error:
-            seen = [(None, f"{what}: cannot be read ({error.strerror})")]
-        except ValueError as error:
-            seen = [(None, f"{what}: {error}")]
-    dist.broadcast_object_list(seen)
-    ((found, failure),) = seen
-    if failure:
-        raise ValueError(failure)
-    return found
-
-
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+    try:
+        return call_on_rank_0(look)
+    except OSError as error:
+        raise ValueError(f"{what}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error

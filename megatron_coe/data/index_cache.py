@@ -14,7 +14,6 @@ every use, has a folder of its own, which is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,12 +24,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_coe.utils.files import naming_errors, partial_path
+from megatron_coe.utils.fsynced import digest_of
+from megatron_coe.utils.ranks import call_on_rank_0
 
 SEAL = "sha256.json"
-_CHUNK_BYTES = 1 << 22
 _ABANDONED_S = 24 * 3600
 """An unfinished folder that nobody has touched for so long is of a run that was killed."""
 
@@ -44,20 +43,7 @@ def prepare(folder: Path, make: Callable[[Path], object]) -> None:
 
     Raises: OSError on every rank when it cannot be written; ValueError when `make` does.
     """
-    together = dist.is_initialized()
-    error: ValueError | OSError | None = None
-    if not together or dist.get_rank() == 0:
-        try:
-            _prepare_alone(folder, make)
-        except (ValueError, OSError) as caught:
-            error = caught
-    if together:
-        outcome = [error and (isinstance(error, OSError), str(error))]
-        dist.broadcast_object_list(outcome)
-        if outcome[0] and error is None:
-            error = (OSError if outcome[0][0] else ValueError)(outcome[0][1])
-    if error:
-        raise error
+    call_on_rank_0(lambda: _prepare_alone(folder, make))
 
 
 def fault(folder: Path) -> str | None:
@@ -126,12 +112,9 @@ def _seal(folder: Path) -> None:
 
 
 def _digest(path: Path) -> list[int | str]:
-    """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return [path.stat().st_size, digest.hexdigest()]
+    """Return size and SHA-256 of a file."""
+    digest = digest_of(path)
+    return [digest.size, digest.sha256]
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_coe.fault_tolerance.exceptions import StoppedError
+from megatron_coe.utils.ranks import is_local_rank_0
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def _say(self) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_local_rank_0():
             text = f"{self.received.name}: ends before the next step (Ctrl-C once more: at once)\n"
             os.write(2, text.encode())  # not print, which this may have interrupted
 

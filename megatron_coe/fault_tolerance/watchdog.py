@@ -43,6 +43,7 @@ from megatron_coe.fault_tolerance.heartbeat import (
     Heartbeat,
 )
 from megatron_coe.utils.errors import DataError
+from megatron_coe.utils.ranks import is_local_rank_0
 
 STARTING = (START, DATA, MODEL, LOADING)
 LONG_PHASES = (*STARTING, SAVING)
@@ -386,7 +387,7 @@ def _line_of(frame: FrameType) -> str:
 
 def _say_verdict(verdict: Verdict, rank: int) -> None:
     """Once per machine, and by whoever knows it first, for the others may not live to."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or verdict.giver == rank:
+    if is_local_rank_0() or verdict.giver == rank:
         _say(f"pretrain_coe.py: error: {verdict.text}")
 
 

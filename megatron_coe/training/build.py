@@ -41,6 +41,7 @@ from megatron_coe.training.preflight import (
 )
 from megatron_coe.training.trainer import Trainer, Validation
 from megatron_coe.utils.environment import write_machine
+from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import CONFIG_FILE
 
 
@@ -132,7 +133,7 @@ def trainer(
         if valid_set is not None:
             validation = Validation(_source(valid_set, settings, device), len(valid_set))
         metrics_logger = None
-        if dist.get_rank() == 0:
+        if is_rank_0():
             metrics_logger, machine = _open_reports(settings, progress, device)
             plan = plan_of(settings, provider, dist.get_world_size(), device.type == "cuda")
             reads = _summarize_data(settings, found.files, per_epoch, validation)

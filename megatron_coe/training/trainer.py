@@ -43,6 +43,7 @@ from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.step import forward_backward
 from megatron_coe.training.step_metrics import MetricsCollector, StepMetrics
 from megatron_coe.utils.metrics_file import Record
+from megatron_coe.utils.ranks import is_rank_0
 
 VALIDATED_AT_ONCE = 4
 """Micro-batches of a validation, per pipeline stage, between two looks at the signals."""
@@ -113,7 +114,7 @@ class Trainer:
             NotFiniteError: on all ranks; the step before is saved.
         """
         train, last = self.settings.train, self.last_step
-        profiler = StepProfiler(self.settings.log, enabled=dist.get_rank() == 0)
+        profiler = StepProfiler(self.settings.log, enabled=is_rank_0())
         if self.metrics_logger is not None:
             self._seconds = self.metrics_logger.latest("seconds") or 0.0
         stop = stop or StopRequest()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
+
+from megatron_coe.utils.files import atomic_path
 
 Record = dict[str, float | list[float]]
 """Metrics of a step by name: numbers, and the lists of numbers that `LISTS` are."""
@@ -14,14 +15,17 @@ LISTS = re.compile(r"load/.*")
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a metrics.jsonl; ValueError names file and line of a broken one."""
+    """Read all records of a `metrics.jsonl`.
+
+    Raises: ValueError naming file and line of a malformed record; OSError.
+    """
     records = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
                 is_record = type(record["step"]) is int and all(
-                    _is_figure(name, value) for name, value in record.items()
+                    _is_metric(name, value) for name, value in record.items()
                 )
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 is_record = False
@@ -32,7 +36,7 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def _is_figure(name: str, value: object) -> bool:
+def _is_metric(name: str, value: object) -> bool:
     if LISTS.fullmatch(name):
         return isinstance(value, list) and all(map(_is_number, value))
     return _is_number(value)
@@ -43,7 +47,10 @@ def _is_number(value: object) -> bool:
 
 
 def drop_records_after(path: Path, step: int) -> None:
-    """Keeps the records up to and including `step`; a last line cut short by a crash goes too."""
+    """Drop the records of steps after `step`, and a last line that a crash cut short.
+
+    Raises: OSError.
+    """
     if not path.exists():
         return
     kept = []
@@ -54,6 +61,5 @@ def drop_records_after(path: Path, step: int) -> None:
         except (ValueError, TypeError, KeyError, RecursionError):
             break
         kept.append(line + b"\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
