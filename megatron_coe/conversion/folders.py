@@ -1,15 +1,12 @@
-"""Folders that appear when they are whole, and the JSON in them."""
+"""New folders, and the JSON in them."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_coe.conversion.hf_config import Config
-from megatron_coe.utils.files import naming_errors, partial_path
 
 HF_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -19,20 +16,6 @@ def check_absent(folder: Path) -> None:
     """Raises: ValueError if there is something that would be overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: give a new folder")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that gets its name on success and is removed on any failure."""
-    partial = partial_path(folder)
-    try:
-        with naming_errors(folder):
-            partial.mkdir(parents=True)
-        yield partial
-        with naming_errors(folder):
-            partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_json(path: Path) -> Config:

@@ -23,7 +23,6 @@ from megatron_coe.conversion.folders import (
     GENERATION_CONFIG,
     HF_CONFIG,
     check_absent,
-    new_folder,
     read_json,
     write_json,
 )
@@ -40,6 +39,7 @@ from megatron_coe.conversion.tokenizer import Usage, check_tokenizer, write_toke
 from megatron_coe.conversion.transfer import export, match_checkpoint
 from megatron_coe.hf.weight_names import weights
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.utils.files import atomic_folder
 from megatron_coe.utils.run_files import step_of
 
 MODEL_CODE = ("configuration_coe.py", "modeling_coe.py")
@@ -84,7 +84,7 @@ def to_hf(
     reader = CheckpointReader(step)
     found = match_checkpoint(reader, weights(provider))
     stored = dtype or reader.dtype(next(iter(found.values())))
-    with new_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         config["torch_dtype"] = _DTYPE_NAMES[stored]
         config, usage = _write_description(config, step, settings, provider, partial)
         if settings.data.tokenizer:

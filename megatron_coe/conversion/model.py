@@ -34,7 +34,6 @@ from megatron_coe.conversion.folders import (
     GENERATION_CONFIG,
     HF_CONFIG,
     check_absent,
-    new_folder,
     read_json,
 )
 from megatron_coe.conversion.hf_config import Config, import_notices, to_model_fields
@@ -49,6 +48,7 @@ from megatron_coe.conversion.transfer import (
 from megatron_coe.data.tokenizer import load_tokenizer, tokenizer_files
 from megatron_coe.hf.weight_names import Weight, weights
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.utils.files import atomic_folder
 from megatron_coe.utils.run_files import CONFIG_FILE, KEPT_FOLDER, LATEST_FILE, own_tokenizer
 
 STEP_0 = "step_00000000"
@@ -159,7 +159,7 @@ def write_model(model: StoredModel, checkpoint: Path) -> Path:
             content[f"{KEPT_FOLDER}/{path.name}"] = path.read_bytes()
     if model.prepends_bos is not None:
         content |= documents_content(model.prepends_bos)
-    with new_folder(checkpoint) as partial:
+    with atomic_folder(checkpoint) as partial:
         partial_step = partial / STEP_0
         partial_step.mkdir()
         write_checkpoint(partial_step, model.table, model.read, model.provider)

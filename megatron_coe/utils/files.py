@@ -1,35 +1,41 @@
-"""Files that appear under their name only when they are complete."""
+"""Files and folders that appear under their names only when they are complete."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written until it is complete; machine and process keep two writers apart."""
+    """Return where `path` is written until it is complete.
+
+    The names of the machine and the process keep two writers apart.
+    """
     return path.with_name(f".{path.name}.partial-{platform.node()}-{os.getpid()}")
 
 
 @contextmanager
-def naming_errors(path: Path, mend: str = "") -> Iterator[None]:
-    """An OSError inside says that `path` cannot be written, and why (a full disk does not).
+def naming_errors(path: Path, fix: str = "") -> Iterator[None]:
+    """Name `path` in each OSError raised inside: that of a full disk, for one, names no file.
 
     Args:
-        mend: what could be done about it, unless the reason speaks for itself.
+        fix: what to do about it, unless the reason says enough.
+
+    Raises: OSError.
     """
     try:
         yield
     except OSError as error:
         reason = f"cannot write {path}: {error.strerror or error}"
-        raise OSError(f"{reason}; {mend}" if mend else reason) from error
+        raise OSError(f"{reason}; {fix}" if fix else reason) from error
 
 
 def check_writable(path: Path) -> None:
-    """See before long work that a file could be written at `path`; nothing is made.
+    """Check before long work that a file could be written at `path`; nothing is created.
 
     Raises: OSError naming it.
     """
@@ -43,7 +49,10 @@ def check_writable(path: Path) -> None:
 
 
 def give_default_mode(path: Path) -> None:
-    """Give a file the mode of a new one; some libraries write through private temporary files."""
+    """Give a file the mode of a new one; some libraries write through private temporary files.
+
+    Raises: OSError.
+    """
     probe = path.with_name(f".{path.name}.mode-{os.getpid()}")
     probe.touch()
     try:
@@ -54,7 +63,7 @@ def give_default_mode(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, renamed to it on success and removed on any failure.
+    """Yield a temporary path beside `path`, renamed to it on success and removed on any failure.
 
     Raises: OSError naming `path`, e.g. when the disk is full.
     """
@@ -67,3 +76,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, renamed to `folder` on success and removed on any failure.
+
+    Raises: OSError naming `folder`.
+    """
+    temporary = partial_path(folder)
+    try:
+        with naming_errors(folder):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with naming_errors(folder):
+            temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
