@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--outcomes")
     if path and not hasattr(config, "workerinput"):  # xdist's controller sees every report
         config.pluginmanager.register(Outcomes(Path(path)))
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage pass over what has been imported: half a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 class Outcomes:
@@ -39,6 +50,16 @@ class Outcomes:
         self.path.write_text(json.dumps(self.outcomes, indent=0, sort_keys=True))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def released() -> Iterator[None]:
+    """No thread of a file's process groups is left to those that come after it."""
+    yield
+    if "megatron.core.parallel_state" in sys.modules:
+        from tests.threads import release_groups
+
+        release_groups()
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Megatron-Core made ready for this machine, once; the device to test on."""
@@ -53,13 +74,13 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
 
     The rendezvous is in memory: no port, no file.
     """
+    import torch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from megatron_coe.megatron_compat.versions import forget_balance_losses
-    from tests.threads import release_groups
 
     forget_balance_losses()  # sized by the first model of other tests
     MTPLossLoggingHelper.tracker.clear()  # likewise
@@ -74,4 +95,3 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
         MoEAuxLossAutoScaler.main_loss_backward_scale = None  # set by a training step, for good
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
-        release_groups()
