@@ -118,7 +118,7 @@ def test_an_older_export_runs_by_the_package_and_is_refreshed_by_two_files(impor
     generate = ("--prompt", "one two", "--max-new-tokens", 8)
     texts = []
     for folder in ("hf", "old"):
-        done = run(imported, ROOT / "tools" / "generate.py", "--load", folder, *generate)
+        done = zygote.run("tools/generate.py", "--load", folder, *generate, cwd=imported)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
     assert texts[0] == texts[1] != ""

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,6 @@ from tests.unit.conversion.models import write_random_model
 
 ROOT = Path(__file__).parents[2]
 POSITIONS = 4000
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / "generate.py"), *map(str, arguments)]
 
 
 def environment(home: Path, temporary: Path) -> dict[str, str]:
@@ -127,24 +124,35 @@ def test_a_seed_makes_sampling_repeatable(home: Path, generate) -> None:
     assert texts[0] == texts[1] != expected(home, "one", 30) + "\n"
 
 
-def test_text_comes_while_more_is_made_and_ctrl_c_ends_it(home: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command("--load", "hf", "--prompt", "one", "--max-new-tokens", POSITIONS),
+@contextmanager
+def piped(home: Path, tmp_path: Path) -> Iterator[tuple[zygote.Process, int]]:
+    """The command while it writes into a pipe, and the pipe's other end."""
+    files, temporary = tmp_path / "files", tmp_path / "temporary"
+    files.mkdir()
+    temporary.mkdir()
+    os.mkfifo(files / "out0")
+    process = zygote.shared().start(
+        "tools/generate.py",
+        ["--load", "hf", "--prompt", "one", "--max-new-tokens", POSITIONS],
+        files,
+        environment(home, temporary),
         cwd=home,
-        env=environment(home, tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
     )
-    with process:
-        assert process.stdout is not None
-        pieces = [os.read(process.stdout.fileno(), 1 << 16) for _ in range(6)]
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate()
+    try:
+        yield process, os.open(files / "out0", os.O_RDONLY)
+    finally:
+        process.end()
+
+
+def test_text_comes_while_more_is_made_and_ctrl_c_ends_it(home: Path, tmp_path: Path) -> None:
+    with piped(home, tmp_path) as (process, out):
+        pieces = [os.read(out, 1 << 16) for _ in range(6)]
+        assert process.send(signal.SIGINT)
+        rest = b"".join(iter(lambda: os.read(out, 1 << 16), b""))
+        assert (process.wait(120), process.complained()) == (130, "interrupted\n")
     assert all(pieces)
     assert b"".join(pieces).startswith(b"one")
     assert not rest.endswith(b"\n")  # which follows the last token
-    assert (process.returncode, errors.decode()) == (130, "interrupted\n")
 
 
 def test_ctrl_c_leaves_no_temporary_folder(home: Path, tmp_path: Path) -> None:
@@ -167,19 +175,10 @@ def test_ctrl_c_leaves_no_temporary_folder(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_has_enough_is_no_error(home: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command("--load", "hf", "--prompt", "one", "--max-new-tokens", POSITIONS),
-        cwd=home,
-        env=environment(home, tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    with process:
-        assert process.stdout is not None and process.stderr is not None
-        assert os.read(process.stdout.fileno(), 10)
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
+    with piped(home, tmp_path) as (process, out):
+        assert os.read(out, 10)
+        os.close(out)
+        assert (process.wait(120), process.complained()) == (141, "")
 
 
 @pytest.mark.parametrize(
