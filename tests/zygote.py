@@ -114,14 +114,20 @@ class Zygote:
     Args:
         tree: a checkout of this repository, whose modules are imported.
         environment: additional variables for the interpreter, such as PYTHONOPTIMIZE.
+        imports: the modules to import.
     """
 
-    def __init__(self, tree: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        tree: Path,
+        environment: Mapping[str, str] | None = None,
+        imports: Sequence[str] = IMPORTS,
+    ) -> None:
         self._tree = tree
         # Threads that libraries start while they are imported would not survive a fork.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(tree)],
+            [sys.executable, str(Path(__file__).resolve()), str(tree), *imports],
             cwd=tree,
             env={
                 **os.environ,
@@ -312,7 +318,7 @@ def _become(job: dict) -> None:
 
 def _main() -> None:
     sys.path[0:1] = [sys.argv[1], str(REPO)]  # the script's folder as ever, and that of plants
-    for name in IMPORTS:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     gc.freeze()  # so that collections of garbage in a fork leave the shared memory alone
     threads = os.listdir("/proc/self/task")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
@@ -16,15 +15,17 @@ import pytest
 import torch
 
 from tests.faults import hangs, kills, mutations, signals
-from tests.faults.runs import REPO, Bench, bench, checkpoints, differences, read_state, same
+from tests.faults.runs import REPO, Bench, checkpoints, differences, make_data, read_state, same
 from tests.faults.table import Outcome, render, rows
+from tests.zygote import shared
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Iterator[Bench]:
-    with bench(tmp_path_factory.mktemp("faults") / "work") as place:
-        place.unbroken("one rank")
-        yield place
+def runs(tmp_path_factory) -> Bench:
+    work = tmp_path_factory.mktemp("faults") / "work"
+    place = Bench(work, shared(), make_data(work / "data"), REPO)
+    place.unbroken("one rank")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_nothing_outlives_a_harness_that_is_killed(tmp_path):
     code = (
         "import sys; from pathlib import Path; from tests.zygote import Zygote\n"
         "folder = Path(sys.argv[1])\n"
-        "with Zygote(Path.cwd()) as zygote:\n"
+        "with Zygote(Path.cwd(), imports=()) as zygote:\n"
         "    process = zygote.start(folder / 'endless.py', [], folder, {})\n"
         "    print(zygote.pid, process.pid, flush=True)\n"
         "    sys.stdin.read()\n"
