@@ -50,14 +50,14 @@ DATA := $(RUN)/data
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
 
-# The line of Megatron-Core that the environment's Python has (setup.py).
+# The line of Megatron-Core that the environment's Python has (pyproject.toml).
 LINE = import sys; print("0.19" if sys.version_info >= (3, 12) else "0.16")
 
 $(VENV)/.installed-quickstart: EXTRAS = data,hf,plot
 $(VENV)/.installed-test: EXTRAS = data,hf,plot,test
 $(VENV)/.installed-eval: EXTRAS = data,test,eval
 $(VENV)/.installed-bridge: EXTRAS = hf,test
-$(VENV)/.installed-%: setup.py constraints-0.16.txt constraints-0.19.txt
+$(VENV)/.installed-%: pyproject.toml setup.py constraints-0.16.txt constraints-0.19.txt
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
 	@# A torch that is there already (--system-site-packages) is kept, whatever its version.
 	@$(PY) -c 'import torch' 2>/dev/null && there=torch; \

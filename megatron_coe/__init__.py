@@ -2,7 +2,7 @@
 
 import logging
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Megatron-Core imports torch's builder of C++ extensions, which warns on every machine with a CUDA
 # toolkit and no GPU, such as a login node.

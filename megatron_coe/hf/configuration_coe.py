@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`CoeConfig`: the configuration of a Chain-of-Experts model, in the format of the paper's authors.
 
 This file and `modeling_coe.py` are shipped inside every exported model. They need torch and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Chain-of-Experts model for transformers (4.57 and 5.x), with the authors' weight names.
 
 A layer sends every token C times through its experts, each time by a router of that iteration

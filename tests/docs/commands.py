@@ -41,6 +41,8 @@ def invocation_of(root: Path, command: Command) -> Invocation | None:
         return Invocation(rest[0], tuple(rest[1:])) if rest else None
     if launcher == "torchrun":
         return Invocation("torchrun", tuple(rest))
+    if launcher == "coe":
+        return Invocation("megatron_coe/cli/main.py", tuple(rest))
     if launcher == "sbatch":
         for number, word in enumerate(rest):
             if word.endswith(".sbatch"):
@@ -91,9 +93,11 @@ def _files_missing(root: Path, command: Command) -> list[str]:
             if not re.search(pattern, makefile, flags=re.MULTILINE):
                 missing.append(f"the Makefile has no {name}")
     if launcher == "pip":
-        setup = (root / "setup.py").read_text(encoding="utf-8")
+        project = (root / "pyproject.toml").read_text(encoding="utf-8")
         extras = [e for word in rest for e in re.findall(r"(?<=[\[,])\w+", word) if "[" in word]
-        missing += [f"setup.py has no extra {e}" for e in extras if f'"{e}": [' not in setup]
+        missing += [
+            f"pyproject.toml has no extra {e}" for e in extras if f"\n{e} = [" not in project
+        ]
     return missing
 
 

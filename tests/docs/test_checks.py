@@ -39,7 +39,7 @@ def root(tmp_path: Path) -> Path:
     files = {
         "tools/tool.py": TOOL,
         "Makefile": "JOBS ?= 2\nall test: .done\n\ttrue\n",
-        "setup.py": 'extras_require={"eval": []}',
+        "pyproject.toml": "[project.optional-dependencies]\neval = []\n",
         str(TEST): "",
         "README.md": "# Start here\n\n## What `it` is: a test\n\n## Twice\n\n## Twice\n",
         "CONTRIBUTING.md": "",
@@ -151,7 +151,7 @@ def test_marks_are_read(text, mark):
         ("make tests", "the Makefile has no tests"),
         ("make test JOB=3", "the Makefile has no JOB"),
         ('pip install -e ".[eval]"', None),
-        ('pip install -e ".[evil]"', "setup.py has no extra evil"),
+        ('pip install -e ".[evil]"', "pyproject.toml has no extra evil"),
         ("pythn tools/tool.py --load a", "pythn is no program that is known"),
     ],
 )

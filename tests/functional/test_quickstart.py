@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("megatron_coe", "tools", "examples", "pretrain_coe.py", "Makefile", "setup.py")
+COPIED = (
+    "megatron_coe",
+    "tools",
+    "examples",
+    "pretrain_coe.py",
+    "Makefile",
+    "pyproject.toml",
+    "setup.py",
+)
 
 
 @pytest.fixture
