@@ -1,57 +1,11 @@
-"""Parameters, work per token and memory of the model of a configuration; nothing is built.
+"""Launch `coe estimate`, from a clone that is not installed too."""
 
-python tools/estimate.py --config examples/paper/coe-2_4-64.yaml [section.key=value …]
-
-The vocabulary is model.vocab_size or, as in training, that of the tokenizer at data.tokenizer.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_coe.cli.command_line import required, run
-
-with required():
-    from megatron_coe.config.run_config import load_settings
-    from megatron_coe.config.validation import check_layout, check_values, smallest_world_size
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument(
-        "--world-size", type=int, help="processes; by default the fewest that hold the layout"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda", help="decides train.precision=auto"
-    )
-    options = parser.parse_intermixed_args()
-    settings = load_settings(options.config, options.overrides)
-    check_values(settings)
-    world_size = options.world_size
-    if world_size is None:
-        world_size = smallest_world_size(settings)
-    if world_size < 1:
-        raise ValueError(f"--world-size={world_size}: give 1 or more")
-    check_layout(settings, world_size)
-    # Only now, because they take seconds.
-    import torch
-
-    from megatron_coe.config.model_section import build_provider
-    from megatron_coe.planning.run_summary import describe_sizes, plan_of, tokenizer_vocab_size
-
-    device = torch.device(options.device)
-    provider = build_provider(settings, device, tokenizer_vocab_size(settings))
-    on_gpu = options.device == "cuda"
-    print(describe_sizes(plan_of(settings, provider, world_size, on_gpu)))
-
+from megatron_coe.cli.estimate import main
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

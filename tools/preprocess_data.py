@@ -1,74 +1,11 @@
-"""Tokenises text files into Megatron's .bin/.idx, the same bytes for any number of workers.
+"""Launch `coe preprocess`, from a clone that is not installed too."""
 
-    python tools/preprocess_data.py --input train.jsonl --qa-keys query response \\
-        --tokenizer tokenizer.model --output-prefix data/train --workers 2
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_coe.cli.command_line import add_text_arguments, fields_of, required, run
-
-with required():
-    from megatron_coe.data.preprocess import preprocess
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_text_arguments(parser)
-    parser.add_argument(
-        "--output-prefix",
-        type=Path,
-        required=True,
-        help="--qa-keys writes PREFIX.bin/.idx, --json-keys PREFIX_KEY_document.bin/.idx",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        required=True,
-        help="SentencePiece .model file, or folder of a Hugging Face tokenizer",
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
-    parser.add_argument(
-        "--append-eod", action="store_true", help="end each document with the tokenizer's token"
-    )
-    parser.add_argument(
-        "--prepend-bos", action="store_true", help="begin each document with the tokenizer's token"
-    )
-    parser.add_argument(
-        "--split-sentences", action="store_true", help="each sentence a sequence of its own (NLTK)"
-    )
-    parser.add_argument(
-        "--skip-bad-lines", action="store_true", help="count broken records instead of stopping"
-    )
-    options = parser.parse_args()
-    summary = preprocess(
-        options.input,
-        options.output_prefix,
-        options.tokenizer,
-        fields=fields_of(options),
-        workers=options.workers,
-        append_eod=options.append_eod,
-        prepend_bos=options.prepend_bos,
-        split_sentences=options.split_sentences,
-        skip_bad_lines=options.skip_bad_lines,
-    )
-    for prefix, tokens in summary.tokens.items():
-        print(f"{prefix}.bin/.idx: {summary.documents[prefix]:,} documents, {tokens:,} tokens")
-    if summary.splitter:
-        print(f"sentences split by {summary.splitter}")
-    if summary.empty:
-        print(f"{summary.empty:,} empty texts left out")
-    if summary.bad_lines:
-        print(f"{summary.bad_lines:,} broken records skipped")
-
+from megatron_coe.cli.preprocess import main
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Runs of pretrain_coe.py, some at a time, in processes that share the import of Megatron.
+"""Training runs, some at a time, in processes that share the import of Megatron.
 
 A server imports it once and forks a process for each run, which saves the seconds that the import
 takes (and leaves this process without threads or a GPU's context that a fork would inherit).
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import runpy
 import signal
 import sys
 import threading
@@ -23,11 +22,10 @@ from pathlib import Path
 from megatron_coe.config.run_config import Settings
 from megatron_coe.fault_tolerance.exit_codes import DONE
 from megatron_coe.megatron_compat import transformer_engine
+from megatron_coe.training.pretrain import Request, pretrain
 from megatron_coe.utils.files import atomic_path, check_writable
 from megatron_coe.utils.metrics_file import read_records
 from megatron_coe.utils.run_files import CONFIG_FILE, METRICS_FILE
-
-ENTRY_POINT = Path(__file__).resolve().parents[2] / "pretrain_coe.py"
 
 SETTINGS_FILE = "settings.yaml"
 CONSOLE_FILE = "console.log"
@@ -176,7 +174,7 @@ def _check_end(run: Run, status: int | None) -> None:
 
 
 def _train(folder: str, threads: int) -> None:
-    """In a process of its own: pretrain_coe.py, with its messages in a file."""
+    """Train in a process of its own, with its messages in a file."""
     log = os.open(Path(folder, CONSOLE_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -187,8 +185,7 @@ def _train(folder: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_starter, daemon=True).start()
-    script = runpy.run_path(str(ENTRY_POINT))
-    sys.exit(script["main"](["--config", str(Path(folder, SETTINGS_FILE))]))
+    sys.exit(pretrain(Request(Path(folder, SETTINGS_FILE), is_process=False)))
 
 
 def _end_with_starter() -> None:

@@ -1,24 +1,22 @@
-"""What the command lines over this package share."""
+"""Arguments, errors and exit statuses that the commands share."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from megatron_coe.config.presets import find_settings
 from megatron_coe.data.records import Fields
 from megatron_coe.megatron_compat.transformer_engine import broken_by
+from megatron_coe.utils.imports import missing_package, quiet_imports
 
 USER_ERROR = 2
 INTERRUPTED = 130
-
-_INSTALLED_AS = {"google": "protobuf", "megatron": "megatron-core", "yaml": "pyyaml"}
-"""Modules whose package has another name."""
 
 
 def add_text_arguments(
@@ -69,6 +67,25 @@ def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the settings of a run (`megatron_coe.config.presets`)."""
+    parser.add_argument(
+        "--config",
+        type=settings_file,
+        required=True,
+        metavar="FILE|PRESET",
+        help="YAML file of the run, or a preset such as paper/coe-2_4-64",
+    )
+
+
+def settings_file(text: str) -> Path:
+    """Find the file of settings that an option names, for argparse."""
+    try:
+        return find_settings(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def fields_of(options: argparse.Namespace) -> Fields:
     """Raises: ValueError for keys that cannot be."""
     if options.qa_keys:
@@ -108,29 +125,6 @@ def required() -> Iterator[None]:
             raise
         print(f"error: {told}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from error
-
-
-def missing_package(error: BaseException) -> ValueError | None:
-    """What to say of an import that lacks a package; None of any other error."""
-    if not isinstance(error, ModuleNotFoundError):
-        return None
-    module = (error.name or "").partition(".")[0]
-    if module == "megatron_coe":  # a mistake of ours
-        return None
-    if not module:  # a library's own words
-        return ValueError(" ".join(str(error).split()))
-    package = _INSTALLED_AS.get(module, module.replace("_", "-"))
-    return ValueError(
-        f"the package {package} is not installed for {sys.executable}: `pip install {package}`, or "
-        "in the repository `pip install -e '.[data,hf,plot]'` for all that commands need "
-        "(docs/installation.md)"
-    )
-
-
-def quiet_imports() -> None:
-    """Let Megatron-Core be imported without its warnings about what this package does not use."""
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

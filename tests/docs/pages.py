@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAUNCHERS = {"python", "python3", "torchrun", "make", "pytest", "sbatch", "pip", "bash", "lm_eval"}
-LAUNCHERS |= {"tensorboard", "apptainer"}
+LAUNCHERS |= {"coe", "tensorboard", "apptainer"}
 SHELL = {"for", "done", "export", "cd", "mkdir"}
 """What may stand between commands of a fenced block of shell."""
 

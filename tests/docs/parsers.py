@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_coe.config.presets import find_settings
+
 ANY_FILE = "examples/quickstart.yaml"
 """Whose place a settings file takes that only the reader has."""
 
@@ -83,7 +85,8 @@ def parsed(root: Path, program: str, arguments: list[str]) -> argparse.Namespace
             parse_args(arguments)
         else:
             path = root / program
-            if "argparse" not in path.read_text(encoding="utf-8"):
+            text = path.read_text(encoding="utf-8")
+            if not re.search(r"argparse|import main$", text, flags=re.MULTILINE):
                 return None
             runpy.run_path(str(path), run_name="__main__")
     except ParsedError as end:
@@ -95,10 +98,12 @@ def parsed(root: Path, program: str, arguments: list[str]) -> argparse.Namespace
 
 def check_settings(root: Path, options: argparse.Namespace, ranks: int) -> None:
     """Raise ValueError where settings that are named, or overridden, cannot be."""
-    named = getattr(options, "configs", None) or [getattr(options, "config", None)]
+    configs = getattr(options, "configs", [])
+    named = [find_settings(text) for text in configs if "=" not in text]
+    named = named or [getattr(options, "config", None)]
     files = [path for path in map(root.joinpath, filter(None, named)) if path.exists()]
     placeholders = len(files) < len([path for path in named if path])
-    overrides = [*getattr(options, "overrides", []), *getattr(options, "set", [])]
+    overrides = [*getattr(options, "overrides", []), *(text for text in configs if "=" in text)]
     overrides += [f"{key}={value}" for key, value in varied(getattr(options, "vary", []))]
     if not (files or overrides):
         return

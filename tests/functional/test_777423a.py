@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 import pretrain_coe
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import load_checkpoint
+from megatron_coe.cli import generate
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import load_settings
 from megatron_coe.conversion.hf import from_hf, to_hf
@@ -230,9 +230,9 @@ def test_the_export_becomes_a_checkpoint_and_comes_back(folder):
 
 @pytest.mark.parametrize("load", ["export", "run/checkpoints"])
 def test_the_same_text_is_generated(load, capsys):
-    main = runpy.run_path(str(REPO / "tools" / "generate.py"))["main"]
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    main(["--load", load, *prompts, "--max-new-tokens", str(NEW_TOKENS)])
+    options = ["--load", load, *prompts, "--max-new-tokens", str(NEW_TOKENS)]
+    generate.command(generate.parse(options, None))
     assert capsys.readouterr().out == EXPECTED["generated"]
 
 

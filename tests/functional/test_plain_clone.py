@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coe.cli.command_line import missing_package
+from megatron_coe.utils.imports import missing_package
 
 REPO = Path(__file__).parents[2]
 COMMANDS = [*sorted((REPO / "tools").glob("*.py")), REPO / "pretrain_coe.py"]

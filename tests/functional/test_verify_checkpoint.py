@@ -10,10 +10,14 @@ import pytest
 
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.cli.verify import command, parse
 from tests.unit.training.runs import make_settings, make_trainer
-from tools.verify_checkpoint import main
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "verify_checkpoint.py"
+
+
+def main(arguments: list[str]) -> None:
+    command(parse(arguments, None))
 
 
 @pytest.fixture

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import torch
 
-from tools.convert_checkpoint import main as convert
+from megatron_coe.cli.convert import command, parse
+
+
+def convert(arguments: list[str]) -> None:
+    command(parse(arguments, None))
 
 
 def resident(field: str) -> int:
@@ -26,7 +30,7 @@ def main(small: str, *arguments: str) -> None:
     with tempfile.TemporaryDirectory() as folder:  # brings in what is imported on first use
         convert(["from-hf", "--load", small, "--save", f"{folder}/checkpoint"])
         convert(["to-hf", "--load", f"{folder}/checkpoint", "--save", f"{folder}/hf"])
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before = resident("VmRSS")
     convert(list(arguments))
     print(resident("VmHWM") - before)

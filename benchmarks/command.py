@@ -1,0 +1,180 @@
+"""Time and memory of CoE, beside a standard MoE's, other frameworks' and the ceiling.
+
+    python tools/benchmark.py --what all --threads 1 --clock processor --output runs/benchmark.json
+    python tools/benchmark.py --what step layer --vary model.bias_activation_fusion=on,off
+    torchrun --nproc-per-node 2 tools/benchmark.py --what parallel
+
+Variants of a benchmark take turns in one process; docs/performance.md says what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from itertools import product
+from pathlib import Path
+
+from megatron_coe.cli.command_line import run
+from megatron_coe.utils.files import check_writable
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BENCHMARKS = (
+    *("kernels", "experts", "layer", "head", "step", "matched", "transformers", "memory"),
+    *("host_syncs", "parallel", "long"),
+)
+FORMER_NAMES = {"synchronisations": "host_syncs"}  # codespell:ignore synchronisations
+SCALES = ("paper", "paper-32k", "cpu", "cpu-32k", "tiny")
+SWITCH = {"on": "true", "off": "false"}
+
+
+def main() -> int:
+    """Run the benchmarks that the command line names; return an exit status."""
+    return run(lambda: command(parse()), interrupted="interrupted")
+
+
+def command(options: argparse.Namespace) -> None:
+    # Only now, because they take seconds.
+    import torch
+
+    from benchmarks import report
+    from benchmarks.suite import ALL
+    from benchmarks.suite import BENCHMARKS as MEASURE
+    from megatron_coe.config.run_config import ParallelSettings
+    from megatron_coe.distributed import setup
+    from megatron_coe.model import backends
+    from megatron_coe.utils.environment import commit, versions
+    from megatron_coe.utils.ranks import is_rank_0
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = backends.prepare()
+    harness = harness_of(options, device)
+    harness.check()
+    outcomes = []
+    ranks = setup.world_size()
+    with setup.process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
+        speaks = is_rank_0()
+        heading = {
+            "commit": commit(REPOSITORY),
+            "machine": report.machine(device),
+            "versions": versions(),
+            "options": vars(options),
+        }
+        if speaks:
+            print("\n".join(f"{name}: {value}" for name, value in heading.items()), flush=True)
+        for benchmark in ALL if "all" in options.what else options.what:
+            outcomes.append(MEASURE[FORMER_NAMES.get(benchmark, benchmark)](harness))
+            if speaks:
+                print("\n" + outcomes[-1].markdown(), flush=True)
+                if options.output:
+                    report.write_json(options.output, heading, outcomes)
+        if speaks and not options.vary:
+            figures = {k: v for outcome in outcomes for k, v in outcome.figures.items()}
+            print("\n" + report.target_table(figures, device.type == "cuda"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        *("--what", "-w"),
+        nargs="+",
+        choices=("all", *BENCHMARKS, *FORMER_NAMES),
+        default=["all"],
+        help="benchmarks; all: those of one process that take minutes",
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, help="sizes (default: paper on a GPU, cpu without)"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="default: 50 on a GPU, else 10")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
+    parser.add_argument("--profiles", type=int, default=3, help="profiled runs of each variant")
+    parser.add_argument("--steps", type=int, default=1000, help="of the benchmark long")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "processor"),
+        default="wall",
+        help="on a CPU; processor: this process's own time, for one thread on a shared machine",
+    )
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=A,B",
+        help="compare CoE-2(4/64) with these values of a setting (on and off are true and false)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="settings for every variant, as coe train takes them",
+    )
+    parser.add_argument("--set", nargs="+", default=[], help=argparse.SUPPRESS)
+    for name in ("sequences", "seq-length", "num-layers", "vocab-size"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
+    parser.add_argument(
+        "--presets", type=Path, default=REPOSITORY / "examples/paper", help="the paper's models"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file with every sample")
+    options = parser.parse_intermixed_args()
+    options.vary = setting_variants_of(options.vary)
+    least = {
+        **dict.fromkeys(("warmup", "profiles"), 0),
+        **dict.fromkeys(("rounds", "steps", "threads"), 1),
+        **dict.fromkeys(("sequences", "num_layers", "vocab_size"), 1),
+        "seq_length": 2,
+    }
+    for name, lowest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {lowest}")
+    if options.output:
+        check_writable(options.output)
+    if options.clock == "processor" and options.threads != 1:
+        raise ValueError(
+            "--clock processor counts the time of all threads together: add --threads 1"
+        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if (ranks > 1) != (options.what == ["parallel"]):
+        raise ValueError(
+            f"--what {' '.join(options.what)} on {ranks} process(es): 'parallel' needs several "
+            "(torchrun), by itself, and every other benchmark needs one"
+        )
+    return options
+
+
+def harness_of(options: argparse.Namespace, device):
+    """Sizes and counts as the options and the machine say."""
+    from benchmarks.scale import SCALES
+    from benchmarks.suite import Harness
+
+    on_gpu = device.type == "cuda"
+    scale = SCALES[options.scale or ("paper" if on_gpu else "cpu")]
+    sizes = ("sequences", "seq_length", "num_layers", "vocab_size")
+    given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    return Harness(
+        presets=options.presets,
+        scale=dataclasses.replace(scale, **given),
+        device=device,
+        rounds=options.rounds or (50 if on_gpu else 10),
+        warmup=options.warmup,
+        clock=options.clock,
+        profiles=options.profiles,
+        steps=options.steps,
+        setting_variants=options.vary,
+        changes=(*options.overrides, *options.set),
+    )
+
+
+def setting_variants_of(varied: list[str]) -> tuple[tuple[str, ...], ...]:
+    """Every combination of the values given, as overrides of settings."""
+    choices = []
+    for text in varied:
+        key, equals, values = text.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"--vary {text!r}: must have the form section.key=A,B")
+        choices.append([f"{key}={SWITCH.get(value, value)}" for value in values.split(",")])
+    return tuple(product(*choices)) if choices else ()

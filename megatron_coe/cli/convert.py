@@ -1,0 +1,84 @@
+"""Convert a training checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
+
+    coe convert to-hf --input runs/quickstart/checkpoints --output my-model
+    coe convert to-hf --input my-moe/checkpoints --output moe --as deepseek_v2
+    coe convert from-hf --input my-model --output runs/mine/checkpoints
+
+Exit status: 0 done, 2 a mistake or a damaged input (said in one line; nothing is left behind).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+from pathlib import Path
+
+from megatron_coe.cli.command_line import add_tokenizer_argument, run
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run(lambda: command(parse(arguments, prog)))
+
+
+def command(options: argparse.Namespace) -> None:
+    # Megatron says so in every module; for a conversion it does not matter.
+    warnings.filterwarnings("ignore", module="megatron.*")
+    from megatron_coe.conversion import hf  # imports Megatron, which takes seconds
+    from megatron_coe.conversion.memory import give_back_what_is_freed
+
+    give_back_what_is_freed()
+    if options.direction == "to-hf":
+        dtype = hf.DTYPES[options.dtype] if options.dtype else None
+        source = hf.to_hf(
+            options.input,
+            options.output,
+            dtype,
+            options.max_shard_size,
+            options.family,
+            options.tokenizer,
+        )
+        print(f"{source} -> {options.output}")
+    else:
+        step = hf.from_hf(options.input, options.output)
+        print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
+
+
+def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    to_hf = directions.add_parser("to-hf", help="training checkpoint -> Hugging Face folder")
+    from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> training checkpoint")
+    for direction in (to_hf, from_hf):
+        direction.add_argument("--input", "--load", type=Path, required=True, metavar="FOLDER")
+        direction.add_argument("--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
+    add_tokenizer_argument(to_hf)
+    to_hf.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as in the checkpoint")
+    to_hf.add_argument(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file of weights, such as 500MB (default: 5GB)",
+    )
+    to_hf.add_argument(
+        "--as",
+        dest="family",
+        choices=("coe_deepseekv2", "deepseek_v2"),
+        default="coe_deepseekv2",
+        help="deepseek_v2: for transformers' own class; only one iteration with residual outer",
+    )
+    return parser.parse_args(arguments)
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 500MB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if not match or match[2] not in UNITS or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write, for example, 500MB or 5GB")
+    return int(float(match[1]) * UNITS[match[2]])

@@ -1,0 +1,100 @@
+"""Write one page about a run: an HTML file that opens anywhere, without a network.
+
+    coe report runs/quickstart
+    coe report runs/quickstart --output quickstart.html --no-analysis
+
+It shows losses and other curves, routing maps, the settings, samples (answers.txt) and the last
+figures. Routing comes from RUN/analysis, where tools/analyze_routing.py has left it; without that
+the run's checkpoints are analyzed on its held-out data, into that folder.
+
+Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from megatron_coe.cli.command_line import missing_package, required, run
+from megatron_coe.utils.files import check_writable
+
+with required():
+    from megatron_coe.analysis.runs import Run
+
+ANALYSIS = "analysis"
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run(lambda: command(parse(arguments, prog)), interrupted="interrupted")
+
+
+def command(options: argparse.Namespace) -> None:
+    the_run = Run.read(options.run)
+    folder = the_run.metrics.parent
+    output = options.output or folder / "report.html"
+    if output.suffix.lower() not in (".html", ".htm"):
+        output = output.with_name(f"{output.name}.html")
+    check_writable(output)
+    from megatron_coe.analysis.report import write_report  # imports torch: seconds
+    from megatron_coe.analysis.results import SUMMARY, Analysis
+
+    found = None
+    if (folder / ANALYSIS / SUMMARY).is_file():
+        found = Analysis.read(folder / ANALYSIS)
+    elif options.analysis and can_be_analyzed(the_run):
+        found = analyze(the_run, folder / ANALYSIS)
+    write_report(the_run, output, found)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def can_be_analyzed(the_run: Run) -> bool:
+    """Whether there are checkpoints beside the metrics, and held-out data where it was."""
+    from megatron_coe.checkpoint.directory import find_checkpoints
+
+    data = the_run.settings.data.valid
+    there = bool(data) and all(Path(f"{prefix}.idx").is_file() for prefix in data)
+    return there and bool(find_checkpoints(the_run.metrics.parent / "checkpoints"))
+
+
+def analyze(the_run: Run, output: Path):
+    # Megatron says so in every module; for a conversion it does not matter.
+    warnings.filterwarnings("ignore", module="megatron.*")
+    try:
+        from transformers.utils import logging
+
+        from megatron_coe import generation
+        from megatron_coe.analysis.analyze import analyze
+        from megatron_coe.analysis.heldout import Source
+        from megatron_coe.analysis.routing_tables import PermutationTest
+    except ModuleNotFoundError as error:
+        if (told := missing_package(error)) is None:
+            raise
+        raise ValueError(f"{told}; or give --no-analysis") from error
+    from megatron_coe.data.records import Fields
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = Source(tuple(map(Path, the_run.settings.data.valid)), Fields())
+    device = generation.choose_device("auto")
+    found = analyze(the_run.metrics.parent, source, PermutationTest(), device=device, control=True)
+    found.write(output)
+    return found
+
+
+def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="its .html may be left out; default: RUN/report.html",
+    )
+    parser.add_argument(
+        "--no-analysis", dest="analysis", action="store_false", help="do not analyze checkpoints"
+    )
+    return parser.parse_args(arguments)

@@ -1,0 +1,61 @@
+"""Train a Chain-of-Experts model.
+
+    coe train --config quickstart train.steps=100
+    torchrun --nproc-per-node 8 pretrain_coe.py --config paper/coe-2_4-64
+
+Run again, the same command resumes from its latest checkpoint. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1
+end it before the next step, saved; a second Ctrl-C ends it at once.
+
+Exit status: 0 done; 2 a mistake in settings, data or checkpoint, said in one line (also: there are
+checkpoints, and none is good); 65 loss or gradients were not finite, nothing was updated; 70 a rank
+hung, died or failed, and is named; 74 a checkpoint could not be written, earlier ones are intact;
+75 ended by a signal, resumed by the same command; 128 + number of the signal (130 for
+Ctrl-C) that ended it without a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_coe.cli.command_line import add_config_argument
+from megatron_coe.training.pretrain import Request, pretrain
+
+NAME = "pretrain_coe.py"
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = parse(arguments, prog)
+    return pretrain(
+        Request(
+            options.config,
+            options.overrides,
+            dry_run=options.dry_run,
+            eval_only=options.eval_only,
+            name=prog or NAME,
+            is_process=arguments is None or prog is not None,
+        )
+    )
+
+
+def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_argument(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--dry-run", action="store_true", help="print settings, sizes and data, and stop"
+    )
+    mode.add_argument(
+        "--eval-only", action="store_true", help="validate the latest checkpoint, and stop"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Start a CoE model from a pretrained MoE, to be trained further.
+
+    coe upcycle --input deepseek-v2-lite --iterations 2 --output runs/mine/checkpoints
+    coe upcycle --input runs/moe/checkpoints --output runs/coe/checkpoints
+
+Exit status: 0 done, 2 a mistake or a damaged input (said in one line; nothing is left behind).
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from megatron_coe.cli.command_line import add_tokenizer_argument, run
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run(lambda: command(parse(arguments, prog)))
+
+
+def command(options: argparse.Namespace) -> None:
+    # Megatron says so in every module; for a conversion it does not matter.
+    warnings.filterwarnings("ignore", module="megatron.*")
+    from megatron_coe.conversion.memory import give_back_what_is_freed
+    from megatron_coe.conversion.upcycle import upcycle  # imports Megatron, which takes seconds
+
+    give_back_what_is_freed()
+    step = upcycle(options.input, options.output, options.iterations, options.tokenizer)
+    print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
+
+
+def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        "--load",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="Hugging Face folder, or training checkpoint, of a model with one iteration",
+    )
+    add_tokenizer_argument(parser)
+    parser.add_argument(
+        "--iterations", type=int, default=2, metavar="C", help="of the CoE model (default: 2)"
+    )
+    parser.add_argument("--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
+    return parser.parse_args(arguments)

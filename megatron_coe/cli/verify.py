@@ -1,0 +1,73 @@
+"""Verify checkpoints without loading them: each file's SHA-256, and that nothing is executed.
+
+    coe verify --input runs/quickstart/checkpoints
+    coe verify --input runs/old/checkpoints/step_00001000 --write-manifest
+
+The second writes the manifest of a checkpoint that has none, because an earlier version wrote it or
+`checkpoint.verify=false` did: whoever runs it vouches for the content.
+
+Exit status: 0 all are good, 2 one is not (each is named), or there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from megatron_coe.cli.command_line import run
+
+
+def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run(lambda: command(parse(arguments, prog)))
+
+
+def command(options: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore", module="megatron.*")
+    # These import Megatron, which takes seconds.
+    from megatron_coe.checkpoint.directory import find_checkpoints
+    from megatron_coe.checkpoint.errors import BadCheckpointError
+    from megatron_coe.checkpoint.manifest import sign
+    from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
+    from megatron_coe.utils.run_files import FORMAT_FILE
+
+    folder: Path = options.input
+    found = [folder] if (folder / FORMAT_FILE).is_file() else find_checkpoints(folder)
+    if not found:
+        raise ValueError(f"{folder}: neither a checkpoint nor a folder of checkpoints")
+    bad = 0
+    for path in found:
+        try:
+            if options.write_manifest:
+                sign(path, check_checkpoint(path, verify=False)["progress"]["step"])
+            step = check_checkpoint(path)["progress"]["step"]
+            print(f"{path}: good, step {step}")
+            if strange := strange_files(path):
+                print(strange, file=sys.stderr)
+        except BadCheckpointError as error:
+            bad += 1
+            print(f"{path}: {error.verdict}: {error}")
+    if bad:
+        raise ValueError(f"{bad} of {len(found)} checkpoint(s) in {folder} are bad")
+
+
+def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        "--load",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a checkpoint step_…, or the folder of several",
+    )
+    parser.add_argument(
+        "--write-manifest",
+        action="store_true",
+        help="write the manifest of a checkpoint that has none",
+    )
+    return parser.parse_args(arguments)

@@ -1,0 +1,139 @@
+"""A training run from its settings to its exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_coe.checkpoint.errors import CheckpointWriteError
+from megatron_coe.fault_tolerance.exceptions import (
+    DeviceMemoryError,
+    NotFiniteError,
+    StoppedError,
+    stopped,
+)
+from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, DONE, NOT_WRITTEN, RANK_FAILURE
+from megatron_coe.fault_tolerance.signals import StopRequest, unblock
+from megatron_coe.megatron_compat.transformer_engine import broken_by
+from megatron_coe.utils.errors import DataError
+from megatron_coe.utils.imports import missing_package, quiet_imports
+
+if TYPE_CHECKING:
+    from megatron_coe.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a training command asks for.
+
+    Attributes:
+        config: YAML file of the run, or a preset's name.
+        overrides: `section.key=value`, which win over the file.
+        dry_run: print settings, sizes and data, and stop.
+        eval_only: validate the latest checkpoint, and stop.
+        name: of the program, in messages.
+        is_process: whether the process ends with the run; a signal may then end it.
+    """
+
+    config: Path
+    overrides: Sequence[str] = ()
+    dry_run: bool = False
+    eval_only: bool = False
+    name: str = "pretrain_coe.py"
+    is_process: bool = True
+
+
+def pretrain(request: Request) -> int:
+    """Train, resume, validate or describe a run; print errors.
+
+    Returns: exit status (`megatron_coe.fault_tolerance.exit_codes`).
+    """
+    # Threads that wait for others sleep, instead of keeping busy a core that another could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    stop = StopRequest()
+    try:
+        with ExitStack() as stack:
+            if request.dry_run or request.eval_only:  # nothing to save: signals do what they do
+                unblock()
+            else:
+                stack.enter_context(stop.listening(process_ends=request.is_process))
+            try:
+                trainer = _prepare(request, stack, stop)
+            except CheckpointWriteError:
+                raise
+            except Exception as error:
+                told = broken_by(error) or missing_package(error) or error
+                if not isinstance(told, ValueError | OSError):
+                    raise
+                return _complain(request, told, CONFIG_ERROR)
+            if trainer is None:
+                return DONE
+            if request.eval_only:
+                trainer.validate()
+                return DONE
+            reason = trainer.run(stop)
+            if reason is None:
+                return DONE
+            return stopped(reason, saves=trainer.settings.checkpoint.save is not None)
+    except KeyboardInterrupt:
+        print(f"\n{request.name}: stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except StoppedError as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(end, flush=True)
+        return end.status
+    except DeviceMemoryError as error:
+        return _complain(request, error, RANK_FAILURE)
+    except NotFiniteError as end:
+        return _complain(request, end, end.status)
+    except DataError as error:
+        return _complain(request, error, CONFIG_ERROR)
+    except OSError as error:  # of a checkpoint or a record of the run
+        return _complain(request, error, NOT_WRITTEN)
+    except Exception:
+        traceback.print_exc()
+        return RANK_FAILURE
+
+
+def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer | None:
+    """Return the trainer, ready for its first step; None after a dry run.
+
+    Raises: ValueError, OSError: whatever the user can fix.
+    """
+    # Megatron and torch are imported only after what can be said without them: they take seconds.
+    from megatron_coe.checkpoint.directory import check_start
+    from megatron_coe.config import validation
+    from megatron_coe.config.run_config import load_settings, settings_files
+
+    settings = load_settings(request.config, request.overrides)
+    validation.check_values(settings)
+    validation.check_files_named(settings, held_out=request.eval_only)
+    check_start(settings.checkpoint)
+    world_size = validation.world_size()
+    if request.dry_run:  # one process can look at a layout for many
+        world_size = max(world_size, validation.smallest_world_size(settings))
+    validation.check_layout(settings, world_size)
+    # Megatron says so in every module; the setting `model.backend` says what stands in.
+    quiet_imports()
+    warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")
+    from megatron_coe.training import build
+
+    if request.dry_run:
+        print(build.describe(settings, world_size))
+        return None
+    sources = settings_files(request.config)
+    return stack.enter_context(build.trainer(settings, request.eval_only, stop, sources))
+
+
+def _complain(request: Request, error: Exception, status: int) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
+        print(f"{request.name}: error: {error}", file=sys.stderr)
+    return status

@@ -1,0 +1,101 @@
+"""The wheel by itself: what is in it, and that its commands do without the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from megatron_coe import __version__
+from megatron_coe.cli.main import COMMANDS
+
+REPO = Path(__file__).parents[2]
+SMALL = (
+    *("model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2"),
+    *("model.seq_length=16", "train.steps=2", "train.global_batch_size=2"),
+    *("train.micro_batch_size=2", "train.eval_samples=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of what a checkout tracks, without a network."""
+    pytest.importorskip("setuptools", "77")
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("megatron_coe", "examples"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / name, folder / "source" / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, folder / "source" / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+    subprocess.run(command, check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what pip would put into site-packages."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def coe(installed: Path, cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `coe` as its console script does, with the wheel's package and no other."""
+    start = (
+        "import sys; from megatron_coe.cli import main; "
+        f"assert main.__file__.startswith({str(installed)!r}); sys.exit(main.main())"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", start, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_it_holds_the_package_its_presets_and_the_license(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    presets = {
+        f"megatron_coe/presets/{path.relative_to(REPO / 'examples')}"
+        for folder in ("", "paper", "scale", "compare")
+        for path in (REPO / "examples" / folder).glob("*.yaml")
+    }
+    assert presets <= names and len(presets) > 40
+    assert "megatron_coe/analysis/report.html" in names
+    assert f"megatron_coe-{__version__}.dist-info/licenses/LICENSE" in names
+    roots = {name.split("/")[0] for name in names}
+    assert roots == {"megatron_coe", f"megatron_coe-{__version__}.dist-info"}
+    modules = {f"megatron_coe/cli/{name.replace('-', '_')}.py" for name in COMMANDS}
+    assert modules <= names
+
+
+def test_it_trains_converts_and_generates(installed: Path, tmp_path: Path) -> None:
+    """The whole way in an empty folder, the presets by their names."""
+    (tmp_path / "text.txt").write_text("".join(f"{n} + {n} = {2 * n}\n" for n in range(400)))
+    data = ("data.tokenizer=t.model", "data.train=[t]", "data.valid=[t]", "log.dir=run")
+    for arguments in (
+        ("train-tokenizer", "--input", "text.txt", "--output", "t.model", "--vocab-size", 274),
+        *[("preprocess", "--input", "text.txt", "--tokenizer", "t.model", "--output-prefix", "t")],
+        ("train", "--config", "quickstart", *SMALL, *data),
+        ("convert", "to-hf", "--input", "run/checkpoints", "--output", "hf"),
+        ("generate", "--load", "hf", "--prompt", "2 + 2", "--max-new-tokens", 2),
+    ):
+        done = coe(installed, tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+        if arguments[0] == "preprocess":
+            for suffix in ("bin", "idx"):
+                (tmp_path / f"t_text_document.{suffix}").rename(tmp_path / f"t.{suffix}")
+    assert done.stdout.startswith("2 + 2")
+
+
+def test_presets_go_by_name(installed: Path, tmp_path: Path) -> None:
+    done = coe(installed, tmp_path, "estimate", "--config", "paper/coe-2_4-64")
+    assert "780,930,048" in done.stdout, done.stderr
+    done = coe(installed, tmp_path, "estimate", "--config", "paper/coe-2_4-46")
+    assert done.returncode == 2 and "did you mean the preset 'paper/coe-2_4-64'" in done.stderr
