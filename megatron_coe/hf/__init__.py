@@ -1,14 +1,13 @@
-"""The Hugging Face model of a Chain of Experts and the table of its weight names, without Megatron.
+"""The CoE model for transformers and the table of its weight names, without Megatron.
 
-Importing one of its classes makes the model known to transformers' Auto classes, so that no remote
+Importing one of its classes registers the model with transformers' Auto classes, so that no remote
 code is needed:
 
     from megatron_coe.hf import CoeForCausalLM
     model = CoeForCausalLM.from_pretrained(folder)
 
 A folder that `save_pretrained` writes has the two files of model code beside the weights. The
-table, `megatron_coe.hf.weight_names`, needs torch only: transformers is loaded with the first
-class.
+table, `megatron_coe.hf.weight_names`, needs torch only: the first class imports transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make the model known to transformers' Auto classes, so that no remote code is needed."""
+"""Registration with transformers' Auto classes on import, so that no remote code is needed."""
 
 from __future__ import annotations
 

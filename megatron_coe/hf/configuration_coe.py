@@ -22,10 +22,18 @@ KEY_MODES = ("inner", "outer", "addinit", "none")
 
 ROPE_TYPES = ("default", "yarn")
 ROPE_KEYS = {
-    *("rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
-    *("original_max_position_embeddings", "attention_factor", "truncate"),
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "truncate",
 }
-"""DeepSeek-V2's, and the two that transformers' own YaRN has besides."""
+"""DeepSeek-V2's keys, and the two more of transformers' own YaRN."""
 OWN_YARN = "deepseek_yarn"
 """`rope_type` of DeepSeek's YaRN in an export's `config.json`, beside the `type` that code for it
 reads: without this file transformers 5 would take `yarn` for its own, and load no tokenizer."""
@@ -39,10 +47,10 @@ OWN_KEYS = {
     "use_expert_bias": False,
     "coe_upcycled": False,
 }
-"""Keys that the authors' format does not have, and their defaults, which are never written."""
+"""Keys that the authors' format lacks, and their defaults, which are never written."""
 
 OPTIONAL_KEYS = ("residual", "inner_residual", "outer_residual", "pad_token_id")
-"""Keys that are written only if there is something to say."""
+"""Keys that are written only if they are set."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_coe.CoeConfig",
@@ -50,38 +58,38 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_coe.CoeForCausalLM",
     "AutoModelForSequenceClassification": "modeling_coe.CoeForSequenceClassification",
 }
-"""Where transformers and vLLM find the code in an exported folder."""
+"""The classes in an exported folder's code, for transformers and vLLM."""
 
 LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 class CoeConfig(PretrainedConfig):
-    r"""DeepSeek-V2's configuration with a chain of experts (arXiv 2506.18945); the defaults are
-    the paper's model.
+    r"""Configuration of a CoE model (arXiv 2506.18945): DeepSeek-V2's with iterations of experts.
 
-    Every key of DeepSeek-V2 keeps its name and meaning. `rope_theta` and `rope_scaling` (`null` or
-    `{"type": "yarn", ...}`) are read in the spelling of transformers 5 too (`rope_parameters`), and
-    written as here, like `torch_dtype`. `norm_topk_prob` normalizes the weights of the
-    chosen experts *instead of* scaling them by `routed_scaling_factor`, as DeepSeek-V2's own code
-    does. Layer i has experts if `i >= first_k_dense_replace` and `i % moe_layer_freq == 0`.
+    The defaults are the paper's model. Every key of DeepSeek-V2 keeps its name and meaning.
+    `rope_theta` and `rope_scaling` (`null` or `{"type": "yarn", ...}`) are also read in the
+    spelling of transformers 5 (`rope_parameters`), and written as here, like `torch_dtype`.
+    `norm_topk_prob` normalizes the top-k probabilities *instead of* scaling them by
+    `routed_scaling_factor`, as in DeepSeek-V2's own code. Layer i has experts if
+    `i >= first_k_dense_replace` and `i % moe_layer_freq == 0`.
 
-    Keys of the chain:
+    Keys of the iterations:
         inner_iter (`int`): C, how often a token passes through a layer's experts.
         inner_residual, outer_residual (`bool`) and residual (`str`): how the iterations are joined,
-            in the authors' older and newer spelling. Either is read, both are written where both
-            can express the mode (`addinit` has no booleans, `inner_outer` no key). See
-            `residual_mode`. Neither given: `inner`.
+            in the authors' older and newer spelling. Either is read, and each is written if it can
+            express the mode (`addinit` has no booleans, `inner_outer` no key). See
+            `residual_mode`. Default: `inner`.
         use_igate (`bool`): a router per iteration, `mlp.gate.{t}`, or one for all, `mlp.gate`.
-        aux_loss_alpha (`float`), seq_aux (`bool`): coefficient of the balance loss, and whether it
-            is taken per sequence or over the batch. It acts on the gradient in training mode; the
-            reported loss is the cross-entropy alone.
+        aux_loss_alpha (`float`), seq_aux (`bool`): coefficient of the auxiliary load-balancing
+            loss, and whether it is taken per sequence or over the batch. It acts on the gradient in
+            training mode; the reported loss is the cross-entropy alone.
 
-    Keys of this project, which a plain CoE never needs; none is written while it has its default:
-        scoring_func (`str`): `softmax` as in the authors' format, or `sigmoid`: experts are chosen
-            by sigmoid(score) plus bias and weighted by sigmoid(score), normalized over the chosen
-            ones if they are several (whatever `norm_topk_prob` says) and then scaled.
+    Keys of this project, which the paper's models do not need; a default is never written:
+        scoring_func (`str`): `softmax` as in the authors' format, or `sigmoid`: experts are
+            selected by sigmoid(logit) plus bias and weighted by sigmoid(logit), normalized if K > 1
+            (whatever `norm_topk_prob` is) and then scaled.
         use_expert_bias (`bool`): with `sigmoid`, each router has the weight
-            `e_score_correction_bias` [N] (DeepSeek-V3's name), added where experts are chosen.
+            `e_score_correction_bias` [N] (DeepSeek-V3's name), added for the selection only.
         attention_type (`str`): `mla`, multi-head latent attention, or `mha`, plain attention with
             `num_key_value_heads`, `head_dim` (null: hidden_size / num_attention_heads) and
             half-rotation rope; weights `q_proj`, `k_proj`, `v_proj`, `o_proj`.
@@ -89,12 +97,12 @@ class CoeConfig(PretrainedConfig):
             head of q and k (`q_norm`, `k_norm`).
         latent_norm_eps (`float`): epsilon of the norms inside latent attention, which DeepSeek-V2
             fixes at 1e-6, whatever `rms_norm_eps` is.
-        coe_upcycled (`bool`): the chain grew out of a mixture of experts. Iteration t >= 1 (counted
-            from 0) enters through the weight `mlp.coe_weights.{t}` [H]:
+        coe_upcycled (`bool`): upcycled from a standard MoE model. Iteration t >= 1 (counted from 0)
+            is scaled by the weight `mlp.coe_weights.{t}` [H]:
             x(1) = f_1(x(0)), x(t+1) = x(t) + a_t * f_{t+1}(x(t)); the layer's output is h + x(C).
 
     Raises:
-        ValueError: a value is illegal or does not fit another; the message names the key.
+        ValueError: a value is invalid or does not fit another; the message names the key.
     """
 
     model_type = "coe_deepseekv2"
@@ -218,7 +226,7 @@ class CoeConfig(PretrainedConfig):
         self.use_expert_bias = use_expert_bias
         self.coe_upcycled = coe_upcycled
         self.use_cache = use_cache
-        # What other software takes for the width of a head: the larger of the two MLA has.
+        # Other software reads it as the width of a head: the larger of MLA's two.
         latent_head = qk_nope_head_dim + qk_rope_head_dim
         plain_head = head_dim or hidden_size // num_attention_heads
         self.head_dim = latent_head if attention_type == "mla" else plain_head
@@ -237,11 +245,11 @@ class CoeConfig(PretrainedConfig):
             **kwargs,
         )
 
-    # -- what it describes -------------------------------------------------------------------
+    # -- derived values ----------------------------------------------------------------------
 
     @property
     def residual_mode(self) -> str:
-        """How iterations and layers are joined, for x(0) = norm(h), f_t the experts' update:
+        """The way iterations and layers are joined, for x(0) = norm(h), f_t the experts' update:
 
         | mode          | x(t)                 | layer output |
         |---------------|----------------------|--------------|
@@ -268,7 +276,7 @@ class CoeConfig(PretrainedConfig):
 
     @property
     def rope_scaling(self) -> dict | None:
-        """The rotary scaling as the authors' format has it, None if there is none."""
+        """The rotary scaling in the authors' format, None if there is none."""
         rope = dict(self.rope_parameters)
         kind = rope.pop("rope_type")
         rope.pop("rope_theta")
@@ -288,24 +296,24 @@ class CoeConfig(PretrainedConfig):
         self.dtype = value
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer (counted from 0) is a chain of experts, or a plain dense one."""
+        """Return whether a layer (counted from 0) is a CoE layer, not a dense one."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     # -- writing -------------------------------------------------------------------------------
 
     def to_dict(self) -> dict:
-        """All keys in the authors' spelling; keys of this project only where they say something."""
+        """Return all keys in the authors' spelling, those of this project unless default."""
         result = super().to_dict()
         result.pop("rope_parameters", None)
         result |= {"rope_theta": self.rope_theta, "rope_scaling": self.rope_scaling}
         if "dtype" in result:
             result["torch_dtype"] = result.pop("dtype")
-        left_out = {
+        omitted = {
             *(key for key, default in OWN_KEYS.items() if result.get(key) == default),
             *(key for key in OPTIONAL_KEYS if result.get(key) is None),
             *(LATENT_KEYS if self.attention_type == "mha" else ["head_dim"]),
         }
-        return {key: value for key, value in result.items() if key not in left_out}
+        return {key: value for key, value in result.items() if key not in omitted}
 
     # -- checks --------------------------------------------------------------------------------
 
@@ -338,15 +346,15 @@ class CoeConfig(PretrainedConfig):
         if self.coe_upcycled and self.residual_mode != "outer":
             raise ValueError(
                 f"coe_upcycled=True with the residual mode {self.residual_mode!r}: an upcycled "
-                "layer adds the residual stream, as the mixture it came from. Set residual: outer."
+                "layer adds the residual stream, as its MoE model does. Set residual: outer."
             )
 
 
 def residual_mode(residual: str | None, inner: bool | None, outer: bool | None) -> str:
-    """The mode that either spelling, or both, give; `inner` if neither is there.
+    """Return the residual mode that either spelling gives; `inner` without both.
 
     Raises:
-        ValueError: the key is unknown, or the spellings disagree.
+        ValueError: the mode is unknown, or the spellings disagree.
     """
     if residual is not None:
         _one_of("residual", residual, KEY_MODES)
@@ -357,7 +365,7 @@ def residual_mode(residual: str | None, inner: bool | None, outer: bool | None) 
     if residual is not None and residual != mode:
         raise ValueError(
             f"residual={residual!r} disagrees with inner_residual={inner}, outer_residual={outer}, "
-            f"which say {mode!r}: drop one spelling, or make them agree."
+            f"which mean {mode!r}: remove one spelling, or make them agree."
         )
     return mode
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Chain-of-Experts model for transformers (4.57 and 5.x), with the authors' weight names.
 
-A layer sends every token C times through its experts, each time by a router of that iteration
-(paper: arXiv 2506.18945, section 3); everything around it is DeepSeek-V2. `CoeConfig` documents
-the variants.
+A layer passes every token C times through its experts, each time routed by the router of that
+iteration (paper: arXiv 2506.18945, section 3); everything else is DeepSeek-V2. `CoeConfig`
+documents the variants.
 
 Axis letters: B batch, S sequence, T = B * S tokens, H hidden, N routed experts, K chosen per token
 and iteration, C iterations, D width of an attention head, L layers, V vocabulary.
@@ -46,7 +46,7 @@ except ImportError:  # transformers 4
 __all__ = ["CoeForCausalLM", "CoeForSequenceClassification", "CoeModel", "CoePreTrainedModel"]
 
 CACHE = "cache" if hasattr(MoeModelOutputWithPast, "cache") else "past_key_values"
-"""The cache's name in outputs; transformers 5.24 renamed it."""
+"""Name of the cache in outputs; transformers 5.24 renamed it."""
 
 KEYWORDS = frozenset(
     {
@@ -54,20 +54,20 @@ KEYWORDS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "output_balance_losses",
-        "num_items_in_batch",  # the loss reads these three
+        "num_items_in_batch",  # this and the next two: the loss
         "shift_labels",
         "ignore_index",
-        "cu_seq_lens_q",  # and flash attention these, of packed sequences
+        "cu_seq_lens_q",  # this and the next three: flash attention, packed sequences
         "cu_seq_lens_k",
         "max_length_q",
         "max_length_k",
     }
 )
-"""What `forward` takes besides its named arguments."""
+"""Keywords of `forward` besides its named arguments."""
 
 
 class CoeRMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean in fp32."""
+    """RMS norm: x / rms(x) * weight, the mean in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class CoeRMSNorm(nn.Module):
 
 
 class CoeMLP(nn.Module):
-    """SwiGLU without biases: a dense layer, a shared expert or a routed one."""
+    """SwiGLU without biases: a dense layer, a shared expert or a routed expert."""
 
     def __init__(self, config: CoeConfig, intermediate_size: int) -> None:
         super().__init__()
@@ -95,26 +95,26 @@ class CoeMLP(nn.Module):
         return self.down_proj(gated)
 
 
-# --- the chain of experts -------------------------------------------------------------------------
+# --- CoE layer ------------------------------------------------------------------------------------
 
 
 class CoeGate(nn.Module):
-    """A router: chooses K of N experts for each token, in fp32 at least."""
+    """Router: assigns K of N experts to each token, in fp32 at least."""
 
     def __init__(self, config: CoeConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        if config.use_expert_bias:  # moved by the trainer's count of tokens, not by gradients
+        if config.use_expert_bias:  # updated from token counts by the trainer, not by gradients
             bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
             self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Routes x [B, S, H].
+        """Route x [B, S, H].
 
         Returns:
-            logits [T, N], weights [T, K] and indices [T, K] of the chosen experts, and in training
-            mode the balance losses without coefficient [B], or [1] of the whole batch, else None.
+            Logits [T, N], top-k probabilities [T, K], expert indices [T, K], and in training mode
+            the auxiliary losses without coefficient [B] (or [1] for the batch), else None.
         """
         config = self.config
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -123,26 +123,26 @@ class CoeGate(nn.Module):
             logits_TN = F.linear(x_TH, self.weight.to(dtype))
         sigmoid = config.scoring_func == "sigmoid"
         scores_TN = logits_TN.sigmoid() if sigmoid else logits_TN.softmax(dim=-1)
-        choice_TN = (
+        biased_TN = (
             scores_TN + self.e_score_correction_bias if config.use_expert_bias else scores_TN
         )
-        indices_TK = self._top_k(choice_TN)
-        weights_TK = scores_TN.gather(1, indices_TK)
+        indices_TK = self._top_k(biased_TN)
+        probs_TK = scores_TN.gather(1, indices_TK)
         if config.num_experts_per_tok > 1 and (sigmoid or config.norm_topk_prob):
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+            probs_TK = probs_TK / (probs_TK.sum(dim=-1, keepdim=True) + 1e-20)
         if sigmoid or config.num_experts_per_tok == 1 or not config.norm_topk_prob:
-            weights_TK = weights_TK * config.routed_scaling_factor
+            probs_TK = probs_TK * config.routed_scaling_factor
         losses = None
         if self.training:
-            # A bias evens the choice out by itself: the balance loss leaves it aside.
+            # The bias balances the experts by itself: the auxiliary loss leaves it out.
             counted_TK = self._top_k(scores_TN) if config.use_expert_bias else indices_TK
-            losses = self._balance_losses(scores_TN, counted_TK, hidden_states.shape[0])
-        return logits_TN, weights_TK, indices_TK, losses
+            losses = self._aux_losses(scores_TN, counted_TK, hidden_states.shape[0])
+        return logits_TN, probs_TK, indices_TK, losses
 
     def _top_k(self, scores_TN: Tensor) -> Tensor:
-        """The best K experts, of the best groups only if routing is limited to groups [T, K].
+        """Indices of the K highest scores [T, K], within the best groups if routing is limited.
 
-        A group is as good as its best expert (DeepSeek-V2, section 2.2.2).
+        A group is ranked by its best expert (DeepSeek-V2, section 2.2.2).
         """
         config = self.config
         if config.topk_method == "group_limited_greedy":
@@ -153,13 +153,13 @@ class CoeGate(nn.Module):
             scores_TN = groups_TGn.masked_fill(dropped_TG.unsqueeze(-1), -torch.inf).flatten(1)
         return scores_TN.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
-    def _balance_losses(self, scores_TN: Tensor, indices_TK: Tensor, batch: int) -> Tensor:
-        """DeepSeek's balance loss of each sequence: sum_i count_i / (S K / N) * mean_s score_i [B].
+    def _aux_losses(self, scores_TN: Tensor, indices_TK: Tensor, batch: int) -> Tensor:
+        """DeepSeek's loss of each sequence [B]: sum_i count_i / (S K / N) * mean_s score_i.
 
         Padding counts, as in the authors' code. Without `seq_aux` the batch is one long sequence.
         """
         N = self.config.n_routed_experts
-        if self.config.scoring_func == "sigmoid":  # made to sum to 1
+        if self.config.scoring_func == "sigmoid":  # normalized to sum to 1
             scores_TN = scores_TN / (scores_TN.sum(dim=-1, keepdim=True) + 1e-20)
         sequences = batch if self.config.seq_aux else 1
         scores_BSN = scores_TN.unflatten(0, (sequences, -1))
@@ -176,9 +176,9 @@ class CoeExperts(nn.ModuleList):
     """The routed experts of a layer, which all its iterations share."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of each token's experts [T, H], for x [T, H], index and weights [T, K]."""
+        """Sum each token's experts [T, H], weighted, for x [T, H], index and weights [T, K]."""
         result_TH = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-        # In training every expert takes part, so that each has a gradient in each step (DDP).
+        # In training every expert runs, so that each has a gradient in each step (DDP needs it).
         for expert in range(len(self)) if self.training else top_k_index.unique().tolist():
             token, rank = torch.where(top_k_index == expert)
             update = self[expert](hidden_states[token])
@@ -187,7 +187,7 @@ class CoeExperts(nn.ModuleList):
 
 
 class CoeMoE(nn.Module):
-    """The chain: x(0) -> x(C), one choice of experts per iteration, one pool of experts."""
+    """CoE layer: C iterations x(0) -> x(C), each with its own routing over the same experts."""
 
     def __init__(self, config: CoeConfig) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class CoeMoE(nn.Module):
             )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """x(C) [B, S, H] of x(0) [B, S, H], the normed stream."""
+        """Run all iterations: x(C) [B, S, H] from the normed residual stream x(0) [B, S, H]."""
         x_0 = x = hidden_states
         mode = self.config.residual_mode
         for t in range(self.config.inner_iter):
@@ -223,9 +223,9 @@ class CoeMoE(nn.Module):
 
     def _update(self, x: Tensor, t: int) -> Tensor:
         """f_t(x): routed and shared experts of one iteration."""
-        gate = self.gate[t] if self.config.use_igate else self.gate
-        _, weights_TK, indices_TK, _ = gate(x)
-        update = self.experts(x.flatten(0, -2), indices_TK, weights_TK).view_as(x)
+        router = self.gate[t] if self.config.use_igate else self.gate
+        _, probs_TK, indices_TK, _ = router(x)
+        update = self.experts(x.flatten(0, -2), indices_TK, probs_TK).view_as(x)
         return update + self.shared_experts(x) if self.config.n_shared_experts else update
 
 
@@ -233,10 +233,10 @@ class CoeMoE(nn.Module):
 
 
 class CoeRotaryEmbedding(nn.Module):
-    """Angles of the rotary embedding, without or with YaRN as DeepSeek-V2 has it.
+    """Angles of the rotary embedding, with or without DeepSeek-V2's YaRN.
 
-    They are computed in every pass: a few small operations, and no buffer that a narrower
-    dtype or a model built without memory could spoil.
+    They are computed in every pass: a few small operations, and no buffer that a cast to a narrower
+    dtype or the meta device could corrupt.
     """
 
     def __init__(self, config: CoeConfig) -> None:
@@ -246,7 +246,7 @@ class CoeRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, S, D / 2] in fp32, for positions [B, S]."""
+        """Return cos and sin [B, S, D / 2] in fp32, for positions [B, S]."""
         device = hidden_states.device
         frequencies, magnitude = self.frequencies(device)
         with torch.autocast(device.type, enabled=False):
@@ -254,49 +254,50 @@ class CoeRotaryEmbedding(nn.Module):
             return angles.cos() * magnitude, angles.sin() * magnitude
 
     def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
-        """Frequency of each pair [D / 2] and the factor on cos and sin."""
+        """Return the frequency of each pair [D / 2] and the factor on cos and sin."""
         rope = self.config.rope_parameters
         pair = torch.arange(0, self.size, 2, device=device, dtype=torch.float32)
         plain = 1.0 / rope["rope_theta"] ** (pair / self.size)
         if rope["rope_type"] == "default":
             return plain, 1.0
-        low, high = (self._pair_that_turns(rope.get(*key)) for key in YARN_TURNS)
+        low, high = (self._pair_of_rotations(rope.get(*key)) for key in YARN_ROTATIONS)
         if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.size - 1)
         ramp = (pair / 2 - low) / max(high - low, 0.001)
-        stretched = ramp.clamp(0, 1)  # 0: turns often, kept; 1: turns rarely, interpolated
+        stretched = ramp.clamp(0, 1)  # 0: high frequency, kept; 1: low frequency, interpolated
         frequencies = plain * (1 - stretched) + plain / rope["factor"] * stretched
         mscales = (rope.get("mscale", 1.0), rope.get("mscale_all_dim", 0.0))
         over, under = (yarn_mscale(rope["factor"], mscale) for mscale in mscales)
         return frequencies, rope.get("attention_factor", over / under)
 
-    def _pair_that_turns(self, turns: float) -> float:
-        """The (fractional) pair that makes so many turns over the original context."""
+    def _pair_of_rotations(self, rotations: float) -> float:
+        """The (fractional) pair that makes so many rotations over the original context."""
         rope = self.config.rope_parameters
-        wavelengths = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)
+        wavelengths = rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return self.size * math.log(wavelengths) / (2 * math.log(rope["rope_theta"]))
 
 
-YARN_TURNS = (("beta_fast", 32), ("beta_slow", 1))
+YARN_ROTATIONS = (("beta_fast", 32), ("beta_slow", 1))
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """How much sharper attention is made on a context `factor` times as long (YaRN, eq. 22)."""
+    """Return the attention scale for a context `factor` times as long (YaRN, eq. 22)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding of x [B, heads, S, D] by cos and sin [B, S, D / 2], in fp32.
+    """Apply the rotary embedding to x [B, heads, S, D] by cos and sin [B, S, D / 2], in fp32.
 
-    interleaved: pairs are (0, 1), (2, 3), ... as DeepSeek stores them, else (0, D/2), (1, D/2 + 1).
+    Args:
+        interleaved: pairs are (0, 1), (2, 3), … as DeepSeek stores them; else (0, D/2), …
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     even, odd = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     even, odd = even.float(), odd.float()
-    turned = (even * cos - odd * sin, even * sin + odd * cos)
-    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return joined.to(x.dtype)
+    pair = (even * cos - odd * sin, even * sin + odd * cos)
+    rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return rotated.to(x.dtype)
 
 
 def eager_attention_forward(
@@ -309,7 +310,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T + mask) v by its definition; returns [B, S, heads, D] and the probabilities."""
+    """Compute softmax(q k^T + mask) v [B, S, heads, D]; return it and the probabilities."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -323,7 +324,7 @@ def eager_attention_forward(
 
 
 class CoeAttention(nn.Module):
-    """What both kinds of attention do with queries, keys and values."""
+    """Base of both kinds of attention, which differ in how they project."""
 
     is_causal = True
 
@@ -338,7 +339,7 @@ class CoeAttention(nn.Module):
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, each [B, heads, S, D], of x [B, S, H]."""
+        """Project x [B, S, H] to query, key and value, each [B, heads, S, D]."""
         raise TypeError(f"{type(self).__name__} has no projections of its own.")
 
     def forward(
@@ -353,13 +354,13 @@ class CoeAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.project(hidden_states, position_embeddings)
         if cache is not None:
-            where = {"cache_position": cache_position}  # only transformers 4 has to be told
+            where = {"cache_position": cache_position}  # only transformers 4 needs it
             key, value = cache.update(key, value, self.layer_idx, where)
-            # A static cache returns the room of later tokens too.
+            # A static cache returns the slots of later tokens too.
             key, value = key[:, :, :key_length], value[:, :, :key_length]
-        kind, width = self.config._attn_implementation, value.shape[-1]
-        if width < self.head_dim and kind not in ("eager", "sdpa", "flex_attention"):
-            # Fused kernels want one width; columns of zeros add nothing, and are cut off below.
+        implementation, width = self.config._attn_implementation, value.shape[-1]
+        if width < self.head_dim and implementation not in ("eager", "sdpa", "flex_attention"):
+            # Fused kernels need one width; columns of zeros add nothing, and are cut off below.
             value = F.pad(value, (0, self.head_dim - width))
         output, weights = self._interface()(
             self,
@@ -376,14 +377,14 @@ class CoeAttention(nn.Module):
         return self.o_proj(output), weights
 
     def _interface(self) -> Callable:
-        """The chosen implementation of attention.
+        """The configured implementation of attention.
 
-        Both calls are spelled as transformers 5 and 4 search them in a model's source, to find out
-        whether `set_attn_implementation` may be used with it.
+        transformers 5 and 4 search a model's source for the spelling of these calls to find out
+        whether it supports `set_attn_implementation`.
         """
         if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            kind = self.config._attn_implementation
-            return ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+            implementation = self.config._attn_implementation
+            return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if self.config._attn_implementation == "eager":
             return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -422,22 +423,22 @@ class CoeLatentAttention(CoeAttention):
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         query = query.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_plain, q_turned = query.split(self.widths, dim=-1)
+        q_nope, q_rope = query.split(self.widths, dim=-1)
         latent = self.kv_a_proj_with_mqa(hidden_states)
-        latent, k_turned = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        latent, k_rope = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         key_value = self.kv_b_proj(self.kv_a_layernorm(latent))
         widths = (config.qk_nope_head_dim, config.v_head_dim)
         key_value = key_value.unflatten(-1, (-1, sum(widths))).transpose(1, 2)
-        k_plain, value = key_value.split(widths, dim=-1)
-        q_turned = rotate(q_turned, *position_embeddings, interleaved=True)
-        k_turned = rotate(k_turned.unsqueeze(1), *position_embeddings, interleaved=True)
-        k_turned = k_turned.expand(-1, k_plain.shape[1], -1, -1)  # one for all heads
-        query = torch.cat((q_plain, q_turned), dim=-1)
-        return query, torch.cat((k_plain, k_turned), dim=-1), value
+        k_nope, value = key_value.split(widths, dim=-1)
+        q_rope = rotate(q_rope, *position_embeddings, interleaved=True)
+        k_rope = rotate(k_rope.unsqueeze(1), *position_embeddings, interleaved=True)
+        k_rope = k_rope.expand(-1, k_nope.shape[1], -1, -1)  # shared by all heads
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        return query, torch.cat((k_nope, k_rope), dim=-1), value
 
 
 class CoePlainAttention(CoeAttention):
-    """Attention with as many heads of keys and values as `num_key_value_heads` says."""
+    """Multi-head attention with grouped queries: `num_key_value_heads` heads of keys and values."""
 
     def __init__(self, config: CoeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -474,15 +475,15 @@ class CoePlainAttention(CoeAttention):
 
 
 class CoeDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a chain of experts or, in a dense layer, one feed-forward network."""
+    """Attention, then the experts' iterations or, in a dense layer, one feed-forward network."""
 
     def __init__(self, config: CoeConfig, layer_idx: int) -> None:
         super().__init__()
         attention = CoeLatentAttention if config.attention_type == "mla" else CoePlainAttention
         self.self_attn = attention(config, layer_idx)
-        chain = config.has_experts(layer_idx)
-        self.mlp = CoeMoE(config) if chain else CoeMLP(config, config.intermediate_size)
-        self.adds_stream = config.adds_stream if chain else True
+        has_experts = config.has_experts(layer_idx)
+        self.mlp = CoeMoE(config) if has_experts else CoeMLP(config, config.intermediate_size)
+        self.adds_residual = config.adds_stream if has_experts else True
         self.input_layernorm = CoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = CoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -499,13 +500,13 @@ class CoeDecoderLayer(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             **kwargs,
         )
-        stream = hidden_states + attended
-        output = self.mlp(self.post_attention_layernorm(stream))
-        return stream + output if self.adds_stream else output
+        residual = hidden_states + attended
+        output = self.mlp(self.post_attention_layernorm(residual))
+        return residual + output if self.adds_residual else output
 
 
 class CoePreTrainedModel(PreTrainedModel):
-    """What transformers has to know of the model."""
+    """Base of the models: what they support, and how weights are initialized."""
 
     config_class = CoeConfig
     base_model_prefix = "model"
@@ -537,20 +538,20 @@ class CoePreTrainedModel(PreTrainedModel):
             if self.config.use_expert_bias:
                 nn.init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, CoeMoE) and self.config.coe_upcycled:
-            for gate in module.coe_weights.values():
-                nn.init.zeros_(gate)
+            for iteration_scale in module.coe_weights.values():
+                nn.init.zeros_(iteration_scale)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs: object
     ) -> None:
-        # The reentrant kind, the default of transformers 4, would cut the balance loss off from
-        # the layers that it comes from.
+        # The reentrant variant, the default of transformers 4, would detach the auxiliary loss
+        # from the layers.
         function = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, function, **kwargs)
 
 
 class CoeModel(CoePreTrainedModel):
-    """Token ids to final hidden states."""
+    """The layers: token ids to final hidden states."""
 
     def __init__(self, config: CoeConfig) -> None:
         super().__init__(config)
@@ -583,20 +584,20 @@ class CoeModel(CoePreTrainedModel):
         Args:
             attention_mask: [B, past + S], 1: token, 0: padding; or for attention itself,
                 [B, 1, S, keys]: True, or 0.0 where a mask is added to the scores, for a key that is
-                seen. Without `position_ids`, one of the first kind says where each sequence begins,
-                so that padding on the left changes nothing.
-            past_key_values, cache: the same argument, under its name before transformers 5.24 and
-                since.
-            token_type_ids: ignored; tokenizers of transformers 4 give it.
+                attended to. Without `position_ids`, one of the first kind determines where each
+                sequence begins, so that padding on the left changes nothing.
+            past_key_values, cache: the same argument under its old name and that of transformers
+                5.24.
+            token_type_ids: ignored; tokenizers of transformers 4 pass it.
 
         Raises:
-            TypeError: a keyword is unknown, or the cache is given twice or is none.
+            TypeError: a keyword is unknown, or the cache is given twice or of another type.
             ValueError: the tokens are given twice or not at all, the mask does not fit them, or a
                 cache would be written twice because layers are recomputed.
         """
-        kwargs.pop("cache_position", None)  # transformers 4 gives what is counted below
+        kwargs.pop("cache_position", None)  # transformers 4 passes what is computed below
         check_keywords(kwargs, self.config._attn_implementation)
-        cache = one_cache(past_key_values, cache)
+        cache = resolve_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -617,8 +618,8 @@ class CoeModel(CoePreTrainedModel):
             mask, key_length = attention_mask, attention_mask.shape[-1]
             attention_mask = None
         else:
-            kind = self.config._attn_implementation
-            mask = causal_mask(kind, inputs_embeds, past, attention_mask, position_ids)
+            implementation = self.config._attn_implementation
+            mask = causal_mask(implementation, inputs_embeds, past, attention_mask, position_ids)
         if position_ids is None:
             position_ids = cache_position.unsqueeze(0)
             if attention_mask is not None:
@@ -639,23 +640,28 @@ class CoeModel(CoePreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
 
-def check_keywords(kwargs: dict[str, object], kind: str) -> None:
-    """Refuse what nothing would read: a cache under a newer name would be lost without a word.
+def check_keywords(kwargs: dict[str, object], implementation: str) -> None:
+    """Refuse keywords that nothing reads: a cache under a newer name would be silently lost.
 
     An implementation of attention that is not transformers' own may have keywords of its own.
+
+    Raises: TypeError naming them.
     """
     unknown = {key for key, value in kwargs.items() if value is not None} - KEYWORDS
-    if not kind.startswith(("eager", "sdpa", "flash_attention", "flex_attention")):
+    if not implementation.startswith(("eager", "sdpa", "flash_attention", "flex_attention")):
         unknown = {key for key in unknown if isinstance(kwargs[key], Cache)}
     if unknown:
         raise TypeError(
             f"forward() got unknown keywords: {', '.join(sorted(unknown))}. Leave them out; "
-            "a cache is given as past_key_values or cache."
+            "pass a cache as past_key_values or cache."
         )
 
 
-def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache under whichever of its two names it is given."""
+def resolve_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """Return the cache, passed under either of its two names.
+
+    Raises: TypeError when both are given, or it is no `Cache`.
+    """
     if past_key_values is not None and cache is not None:
         raise TypeError("past_key_values and cache are the same argument: give one of them.")
     cache = past_key_values if cache is None else cache
@@ -668,26 +674,26 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 
 def causal_mask(
-    kind: str,
+    implementation: str,
     inputs_embeds: Tensor,
     past: int,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
 ) -> Tensor | BlockMask | None:
-    """Which tokens each of S new ones sees, the `past` cached ones included.
+    """Build the mask of the tokens that each of S new ones attends to, `past` cached ones included.
 
     Args:
-        kind: `attn_implementation`; it decides what is returned.
+        implementation: `attn_implementation`; it decides what is returned.
         inputs_embeds: [B, S, H], for its shape and device.
         attention_mask: [B, past + S], 1: token, 0: padding.
-        position_ids: [B or 1, S] as the caller gave them. Where they do not go on by one, another
-            sequence begins, if there is neither mask nor cache: packed sequences do not see each
-            other.
+        position_ids: [B or 1, S] as passed by the caller. Without mask and cache, a position that
+            is not its predecessor plus one begins another packed sequence, and packed sequences do
+            not attend to each other.
 
     Returns:
-        `eager`, `sdpa`: booleans [B, 1, S, past + S], True: is seen. `flex_attention`: its own kind
-        of mask. Others: `attention_mask`, as flash attention takes it. None where causal order,
-        which `sdpa` and flash attention know of themselves, is all.
+        `eager`, `sdpa`: booleans [B, 1, S, past + S], True: attended to. `flex_attention`: a
+        `BlockMask`. Others: `attention_mask`, as flash attention takes it. None where `sdpa` or
+        flash attention needs causal order only.
     """
     B, S = inputs_embeds.shape[:2]
     L, device = past + S, inputs_embeds.device
@@ -701,28 +707,28 @@ def causal_mask(
         attention_mask = attention_mask.to(device, torch.bool)
         if attention_mask.all():
             attention_mask = None
-    if kind not in ("eager", "sdpa", "flex_attention"):
+    if implementation not in ("eager", "sdpa", "flex_attention"):
         return attention_mask
     if packed:
         begins_BS = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
         packed = bool(begins_BS.any())
-    if kind == "sdpa" and attention_mask is None and not packed and (past == 0 or S == 1):
+    if implementation == "sdpa" and attention_mask is None and not packed and (past == 0 or S == 1):
         return None
     key_L = torch.arange(L, device=device)
     query_S1 = key_L[past:, None]
-    seen = (key_L <= query_S1).expand(B, 1, S, L)
+    attended = (key_L <= query_S1).expand(B, 1, S, L)
     if packed:
         sequence_BS = begins_BS.to(device).cumsum(-1)
-        seen = seen & (sequence_BS[:, None, :, None] == sequence_BS[:, None, None, :])
+        attended = attended & (sequence_BS[:, None, :, None] == sequence_BS[:, None, None, :])
     if attention_mask is not None:
-        # Padding sees itself: of a row without any key some kernels make NaN.
-        seen = seen & (attention_mask[:, None, None, :] | (key_L == query_S1))
-    if kind == "flex_attention":
-        return create_block_mask(lambda b, h, q, k: seen[b, 0, q, k], B, None, S, L, device)
-    return seen
+        # Padding attends to itself: some kernels return NaN for a row without any key.
+        attended = attended & (attention_mask[:, None, None, :] | (key_L == query_S1))
+    if implementation == "flex_attention":
+        return create_block_mask(lambda b, h, q, k: attended[b, 0, q, k], B, None, S, L, device)
+    return attended
 
 
-def share_of_batch(
+def reduce_aux_losses(
     losses_B: Tensor,
     labels: Tensor | None,
     num_items_in_batch: Tensor | int | None = None,
@@ -730,11 +736,10 @@ def share_of_batch(
     ignore_index: int = -100,
     **kwargs: object,
 ) -> Tensor:
-    """The sequences' losses [B] as one: their mean, or their share of a batch of which these
-    sequences are a part, each weighed by its tokens with a label.
+    """Reduce the sequences' losses [B] to their mean, or to their share of a larger batch.
 
-    A part does not know of how many sequences the batch is, only of how many such tokens, by which
-    the cross-entropy is divided too.
+    A micro-batch knows only the number of labeled tokens of its batch, `num_items_in_batch`, by
+    which the cross-entropy is divided too: each sequence is weighted by its own such tokens.
     """
     if num_items_in_batch is None or labels is None:
         return losses_B.mean()
@@ -747,7 +752,7 @@ def share_of_batch(
 
 
 class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
-    """The language model: token ids to logits, and a loss if there are labels."""
+    """Language model: token ids to logits, and a loss if there are labels."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_rep"}  # noqa: RUF012
@@ -776,23 +781,23 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         **kwargs: object,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits [B, S, V] of tokens [B, S].
+        """Compute the logits [B, S, V] of tokens [B, S].
 
         Args (others as in `CoeModel.forward`):
             labels: [B, S], the tokens themselves (they are shifted here); -100 is left out. The
                 loss is the mean cross-entropy. In training mode its *gradient* is also that of
                 `aux_loss`, whose value is not added, as in the authors' code.
-            num_items_in_batch: tokens with a label of the batch that this one is a part of
-                (`Trainer` gives it): the loss and `aux_loss` are then this part's shares of that
-                batch's, which add up to the same however it is split.
+            num_items_in_batch: labeled tokens of the batch that this one is a micro-batch of
+                (`Trainer` passes it): the loss and `aux_loss` are then shares of that batch's,
+                which add up to the same however it is split.
             output_router_logits: also return the logits of every router call, a tuple of L * C
                 tensors [T, N]: layer by layer, and in each its iterations in order.
-            logits_to_keep: only the logits of the last so many positions (0: all), or of these.
+            logits_to_keep: compute logits of the last n positions only (0: all), or of these.
 
         Returns:
             transformers' output; `aux_loss`, in training mode only, is `aux_loss_alpha` times the
-            balance loss summed over layers and iterations, with its graph: the sequences' mean, or
-            with `num_items_in_batch` each sequence's by its share of these tokens.
+            auxiliary loss summed over layers and iterations, with its graph: the sequences' mean,
+            or with `num_items_in_batch` weighted by their shares of these tokens.
         """
         config = self.config
         if output_router_logits is None:
@@ -815,7 +820,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         loss = aux_loss = None
         if balanced:
             losses_B = sum(value.to(logits.device) for value in outputs["balance_losses"])
-            aux_loss = config.aux_loss_alpha * share_of_batch(losses_B, labels, **kwargs)
+            aux_loss = config.aux_loss_alpha * reduce_aux_losses(losses_B, labels, **kwargs)
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **kwargs)
             if balanced:
@@ -832,10 +837,10 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
 
 
 class CoeForSequenceClassification(GenericForSequenceClassification, CoePreTrainedModel):
-    """A classifier or regressor: `config.num_labels` scores of each sequence's last token.
+    """Classifier or regressor: `config.num_labels` scores of each sequence's last token.
 
     The last token is the last one that is not `pad_token_id`, on whichever side the padding is.
-    The balance loss is not part of its gradient.
+    The auxiliary loss is not part of its gradient.
     """
 
     def __init__(self, config: CoeConfig) -> None:

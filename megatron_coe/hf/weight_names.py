@@ -1,9 +1,9 @@
 """One table of weight names, Megatron's and Hugging Face's, read both ways.
 
-A row says which Hugging Face weights (names of `coe_reference.md`: DeepSeek-V2's, with a gate per
-iteration) make up one tensor of a Megatron checkpoint. `weights` unrolls the table for a model: one
-`Weight` per Megatron tensor of each layer, with the exact shapes of its parts. The layout over
-ranks plays no part: Megatron's distributed checkpoints hold whole tensors, whoever wrote them.
+A row names the Hugging Face weights (DeepSeek-V2's names, with a router `gate` per iteration) that
+make up one tensor of a Megatron checkpoint. `weights` unrolls the table for a model: one `Weight`
+per Megatron tensor of each layer, with the exact shapes of its parts. It does not depend on the
+layout over ranks: Megatron's distributed checkpoints hold unsharded tensors.
 
 Axis letters: H hidden, V vocabulary, N routed experts, F feed-forward size of an expert.
 """
@@ -65,36 +65,36 @@ class Weight:
     """Hugging Face names and shapes, in the order of `split`."""
     split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[Tensor]], Tensor]
-    """The inverse of `split`. Both also serve a tensor-parallel rank, whose tensor is the join of
-    its piece of every part (of a padded one: once it is padded)."""
+    """The inverse of `split`. Both also work on a tensor-parallel rank, whose tensor is the join of
+    its shards of all parts (of a padded one: after padding)."""
     experts: int = 0
-    """How many experts are stacked in it; 0: it is no expert's."""
+    """Number of experts stacked in it; 0 if it belongs to none."""
     padded: bool = False
-    """It has a row per token id, and further rows of padding in the checkpoint."""
+    """Whether it has a row per token id, and in the checkpoint further rows of padding."""
     keeps_fp32: bool = False
-    """It is never stored in a narrower type."""
+    """Whether it is never stored in a narrower dtype."""
 
     def of_experts(self, first: int, count: int) -> Weight:
-        """The part of a stacked weight that belongs to `count` experts from `first` on."""
+        """Return the part of a stacked weight for `count` experts from `first` on."""
         each = len(self.parts) // self.experts
         names = list(self.parts)[first * each : (first + count) * each]
         return replace(self, parts={name: self.parts[name] for name in names}, experts=count)
 
 
 def weights(config: ModelShape) -> list[Weight]:
-    """Every weight of a model, embedding first, then layer by layer."""
+    """List every weight of a model: embedding, layer by layer, output layer."""
     model = _Names(config, None, "", "")
     result = [*_embedding(model)]
-    for layer, is_chain in enumerate(config.moe_layer_pattern):
+    for layer, has_experts in enumerate(config.moe_layer_pattern):
         names = _Names(config, layer, LAYERS, f"model.layers.{layer}.")
         result += _latent_attention(names) if config.multi_latent_attention else _attention(names)
-        result += _chain(names) if is_chain else _dense(names)
-    return [*result, *_head(model)]
+        result += _coe_layer(names) if has_experts else _dense(names)
+    return [*result, *_output_layer(model)]
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Makes the rows of one layer, or of what stands outside the layers."""
+    """Builder of the rows of one layer, or of what is outside the layers."""
 
     config: ModelShape
     layer: int | None
@@ -102,15 +102,15 @@ class _Names:
     hf: str
 
     def same(self, keys: str, name: str, *shape: int, **traits: bool) -> Weight:
-        """One weight under two names; `keys` may hold several spellings, separated by |."""
+        """Return one weight with two names; `keys` may hold several spellings, separated by |."""
         return self._row(keys, {name: shape}, lambda whole: [whole], lambda parts: parts[0], traits)
 
     def rows(self, keys: str, parts: dict[str, Shape]) -> Weight:
-        """Parts of one shape that stand one over the other."""
+        """Return a weight of parts of one shape, concatenated along the first axis."""
         return self._row(keys, parts, lambda whole: whole.chunk(len(parts)), torch.cat)
 
     def vocabulary(self, keys: str, name: str) -> Weight:
-        """A table with a row per token id, padded with zeros in Megatron."""
+        """Return a weight with a row per token id, padded with zeros in Megatron."""
         size, padding = self.config.vocab_size, self.config.padded_vocab_size
         return self._row(
             keys,
@@ -121,7 +121,7 @@ class _Names:
         )
 
     def query_groups(self, keys: str, kind: str, *inputs: int) -> Weight:
-        """q, k and v, which Megatron interleaves: per group its queries, its key, its value."""
+        """Return q, k and v, which Megatron interleaves by group: its queries, key and value."""
         config = self.config
         groups, width = config.num_query_groups, config.kv_channels
         queries = config.num_attention_heads // groups
@@ -145,7 +145,7 @@ class _Names:
         return self._row(keys, parts, split, join)
 
     def experts(self, keys: str, matrices: Sequence[str], shape: Shape) -> Weight:
-        """A tensor [N, rows, columns]: per expert, one or more matrices over one another."""
+        """Return a tensor [N, rows, columns]: per expert, matrices concatenated by rows."""
         count, each = self.config.num_moe_experts, len(matrices)
         parts = {
             f"mlp.experts.{expert}.{matrix}.weight": shape
@@ -181,7 +181,7 @@ def _embedding(at: _Names) -> list[Weight]:
     return [at.vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
 
 
-def _head(at: _Names) -> list[Weight]:
+def _output_layer(at: _Names) -> list[Weight]:
     norm = at.same("decoder.final_layernorm.weight", "model.norm.weight", at.config.hidden_size)
     if at.config.share_embeddings_and_output_weights:
         return [norm]
@@ -254,7 +254,7 @@ def _feed_forward(at: _Names, keys: str, name: str, size: int) -> list[Weight]:
 
 
 def _norm(at: _Names, modules_have_it: bool) -> Weight:
-    """The norm before the layer's second half; local plain attention gives it TE's fused name."""
+    """The norm before the MLP; with local plain attention it has TE's fused name."""
     spellings = ["pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"]
     keys = "|".join(spellings if modules_have_it else reversed(spellings))
     return at.same(keys, "post_attention_layernorm.weight", at.config.hidden_size)
@@ -265,7 +265,7 @@ def _dense(at: _Names) -> list[Weight]:
     return [norm, *_feed_forward(at, "mlp.", "mlp.", at.config.ffn_hidden_size)]
 
 
-def _chain(at: _Names) -> list[Weight]:
+def _coe_layer(at: _Names) -> list[Weight]:
     c = at.config
     H, N, F = c.hidden_size, c.num_moe_experts, c.moe_ffn_hidden_size
     rows = [_norm(at, modules_have_it=c.multi_latent_attention)]
@@ -276,8 +276,8 @@ def _chain(at: _Names) -> list[Weight]:
             bias = f"mlp.gate.{t}e_score_correction_bias"
             rows += [at.same(f"mlp.router.{t}expert_bias", bias, N, keeps_fp32=True)]
     if c.coe_upcycled:
-        gates = [f"mlp.coe_weights.{t}" for t in range(1, c.coe_iterations)]
-        rows += [at.same(gate, gate, H) for gate in gates]
+        scales = [f"mlp.coe_weights.{t}" for t in range(1, c.coe_iterations)]
+        rows += [at.same(scale, scale, H) for scale in scales]
     experts = "mlp.experts.experts."
     rows += [
         at.experts(f"{experts}linear_fc1.weight", ("gate_proj", "up_proj"), (F, H)),

@@ -396,7 +396,7 @@ FAULTS = [
     Fault(
         "exported model: dense layers without the stream",
         HF_MODEL,
-        "config.adds_stream if chain else True",
+        "config.adds_stream if has_experts else True",
         "config.adds_stream",
         OF_HF,
     ),

@@ -83,10 +83,10 @@ def test_the_defaults_are_the_papers_model(C, total, body):
     assert sum(weight.numel() for weight in model.model.layers.parameters()) + 1024 == body
 
 
-# --- the chain ------------------------------------------------------------------------------------
+# --- the CoE layer --------------------------------------------------------------------------------
 
 
-def chain(seed: int = 0, **changes: object) -> CoeMoE:
+def coe_layer(seed: int = 0, **changes: object) -> CoeMoE:
     """A layer in fp64: what differs from an oracle is then not rounding."""
     moe = CoeMoE(small_config(**changes)).train().double()
     randomize(moe, seeded(seed))
@@ -134,10 +134,10 @@ def compare_with_gradients(moe: CoeMoE, expected_of) -> None:
 @pytest.mark.parametrize("changes", [{}, {"use_igate": False, "n_shared_experts": None}])
 @pytest.mark.parametrize("C", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_chain_is_the_specification(mode, C, changes):
+def test_iterations_are_the_specification(mode, C, changes):
     booleans = {"inner_residual": True, "outer_residual": True}
     residual = booleans if mode == "inner_outer" else {"residual": mode}
-    moe = chain(inner_iter=C, routed_scaling_factor=1.7, **residual, **changes)
+    moe = coe_layer(inner_iter=C, routed_scaling_factor=1.7, **residual, **changes)
     reference = oracle(moe)
     compare_with_gradients(moe, lambda x: reference.forward(x.transpose(0, 1))[0].transpose(0, 1))
 
@@ -159,7 +159,7 @@ def test_balance_loss_is_the_specification():
 
 
 def test_balance_loss_over_the_batch_is_that_of_one_long_sequence():
-    moe, x = chain(), activations(3, 4, 32)
+    moe, x = coe_layer(), activations(3, 4, 32)
     (expected,) = moe.gate[0](x.reshape(1, 12, 32))[3]
     moe.config.seq_aux = False
     close(moe.gate[0](x)[3], expected.view(1))
@@ -169,7 +169,7 @@ def test_balance_loss_over_the_batch_is_that_of_one_long_sequence():
 def test_balance_losses_count_the_experts_of_the_groups_kept(scoring):
     """The authors' definition by plain loops: 12 experts in 4 groups, 2 kept, top-4."""
     biased, scoring = scoring == "sigmoid with bias", scoring.split()[0]
-    gate = chain(
+    gate = coe_layer(
         n_routed_experts=12,
         num_experts_per_tok=4,
         topk_method="group_limited_greedy",
@@ -194,7 +194,7 @@ def test_balance_losses_count_the_experts_of_the_groups_kept(scoring):
 
 
 def test_balance_loss_of_sigmoid_scores_ignores_the_bias():
-    moe, x = chain(scoring_func="sigmoid", use_expert_bias=True), activations(3, 5, 32)
+    moe, x = coe_layer(scoring_func="sigmoid", use_expert_bias=True), activations(3, 5, 32)
     scores_BSN = torch.sigmoid(x @ moe.gate[0].weight.T)
     chosen = scores_BSN.topk(2, dim=-1).indices
     count_BN = F.one_hot(chosen, 7).sum(dim=(1, 2)) / (5 * 2 / 7)
@@ -236,7 +236,7 @@ def routed(moe: CoeMoE, x_BSH: Tensor, weights_of) -> Tensor:
 
 @pytest.mark.parametrize("K", [1, 3])
 def test_sigmoid_chooses_with_bias_and_weighs_without(K):
-    moe = chain(
+    moe = coe_layer(
         inner_iter=1,
         num_experts_per_tok=K,
         scoring_func="sigmoid",
@@ -264,7 +264,7 @@ def test_sigmoid_chooses_with_bias_and_weighs_without(K):
 @pytest.mark.parametrize(("scaling", "normalized"), [(1.0, True), (3.0, False), (3.0, True)])
 def test_groups_go_by_their_best_expert(scaling, normalized):
     """8 groups, 3 kept, top-6, as DeepSeek-V2 has it; normalized weights are not scaled."""
-    moe = chain(
+    moe = coe_layer(
         inner_iter=1,
         n_routed_experts=16,
         num_experts_per_tok=6,
@@ -286,8 +286,8 @@ def test_groups_go_by_their_best_expert(scaling, normalized):
     compare_with_gradients(moe, lambda x: routed(moe, x, weights_of))
 
 
-def test_upcycled_chain():
-    moe = chain(inner_iter=3, coe_upcycled=True, residual="outer")
+def test_upcycled_layer():
+    moe = coe_layer(inner_iter=3, coe_upcycled=True, residual="outer")
     reference = oracle(moe)
 
     def forward(x_BSH: Tensor) -> Tensor:
