@@ -1,4 +1,4 @@
-"""The old name of `megatron_coe.integrations.megatron_lm`, which scripts of users import."""
+"""Old name of `megatron_coe.integrations.megatron_lm`, which users' scripts import."""
 
 from megatron_coe.integrations.megatron_lm import add_coe_args, coe_builder
 

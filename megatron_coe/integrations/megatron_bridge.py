@@ -1,8 +1,7 @@
 """CoE models in Megatron-Bridge: a model provider, and Hugging Face folders by its `AutoBridge`.
 
-Needs Megatron-Bridge (`megatron.bridge`), which nothing else of the package imports. Importing this
-module registers `CoEBridge` for `coe_deepseekv2` folders. How to use it is in
-docs/megatron_bridge.md.
+Needs Megatron-Bridge (`megatron.bridge`), which no other module of the package imports. Importing
+this module registers `CoEBridge` for `coe_deepseekv2` folders. See docs/megatron_bridge.md.
 """
 
 from __future__ import annotations
@@ -32,38 +31,38 @@ from megatron_coe.conversion import hf_config
 from megatron_coe.hf.weight_names import LAYERS, Weight, weights
 from megatron_coe.model.provider import CoEModelProvider
 
-# A checkpoint's run_config.yaml names its provider, which Bridge makes of allowed modules only.
+# A checkpoint's run_config.yaml names its provider, which Bridge builds from allowed modules only.
 register_allowed_target_prefix(f"{__name__}.")
 
 
 @dataclass
 class CoEBridgeProvider(CoEModelProvider, ModelProviderMixin[GPTModel]):
-    """`CoEModelProvider` with what Megatron-Bridge's training adds to a provider.
+    """`CoEModelProvider` with the fields that Megatron-Bridge's training adds to a provider.
 
-    As with Bridge's own providers nothing is checked or derived when one is made: recipes and
+    As with Bridge's own providers, nothing is checked or derived on construction: recipes and
     command lines change fields first, and `finalize` follows.
     """
 
     vocab_size: int | None = None
-    """Number of token ids; None for the tokenizer's, which Bridge fills in."""
+    """Number of token ids; None: the tokenizer's, filled in by Bridge."""
 
     should_pad_vocab: bool = False
-    """Whether the embedding tables are padded. Bridge pads where it has filled in `vocab_size`."""
+    """Whether embedding tables are padded, which Bridge sets when it fills in `vocab_size`."""
 
     init_model_with_meta_device: bool = False
-    """Bridge's: the model is built on the meta device, which Bridge makes the default for it."""
+    """Bridge's: build the model on the meta device."""
 
     tp_comm_overlap_cfg: str | dict | None = None
     """Bridge's: user buffers of `tp_comm_overlap`, a file or its content."""
 
     hf_model_id: str | None = None
-    """Bridge's: where an export finds the tokenizer and what else goes with the weights."""
+    """Bridge's: where an export finds the tokenizer and other files beside the weights."""
 
     def __post_init__(self) -> None:
         self._pg_collection: ProcessGroupCollection | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> CoEBridgeProvider:
-        """A copy on the same process groups: Megatron's modules copy configurations."""
+        """Copy on the same process groups: Megatron's modules copy configurations."""
         memo[id(self._pg_collection)] = self._pg_collection
         memo[id(self)] = other = copy(self)
         other.__dict__ = {name: deepcopy(value, memo) for name, value in vars(self).items()}
@@ -88,45 +87,48 @@ class CoEBridgeProvider(CoEModelProvider, ModelProviderMixin[GPTModel]):
 
 
 class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
-    """One parameter of a model and the Hugging Face weights that it is made of, by the table.
+    """One parameter of a model and the Hugging Face weights that it consists of, by the table.
 
-    A tensor-parallel rank's parameter is made of a piece of each of them, cut along the axis in
-    which it is shorter than the whole one. Every rank reads what it needs and cuts it itself, so
-    nothing is sent on the way in. On the way out a parameter is gathered whole: for experts of one
-    tensor, that tensor for all experts of a layer.
+    A tensor-parallel rank's parameter consists of a shard of each of them, along the axis in which
+    it is shorter than the unsharded one. Every rank reads and shards the weights itself, so import
+    needs no communication. Export gathers a parameter in full: for stacked experts, the tensor of
+    all experts of a layer.
     """
 
     def __init__(self, name: str, weight: Weight, expert: int | None = None) -> None:
         """
         Args:
             name: of the parameter in a model, with the layer's number.
-            expert: whose it is, counted over all ranks, where each expert has its own; None where
-                one holds all experts of a rank, or none.
+            expert: its number over all ranks, where each expert has a parameter of its own; None
+                where one holds all experts of a rank, or none.
         """
         self.weight, self.expert = weight, expert
         super().__init__(name, {})
 
     @property
     def hf_param(self) -> str | dict[str, str]:
-        """Names of the weights that this rank's parameter is made of."""
+        """Names of the weights that this rank's parameter consists of."""
         names = list(self._part(self.ep_rank).parts)
         return names[0] if len(names) == 1 else {name: name for name in names}
 
     @hf_param.setter
     def hf_param(self, _: object) -> None:
-        """Set by the base class; the table and the expert-parallel rank decide."""
+        """Ignored: the table and the expert-parallel rank determine it, the base class sets it."""
 
     def _validate_patterns(self) -> None:
-        """Nothing to compare: the table's names hold no wildcards."""
+        """Nothing to check: the table's names have no wildcards."""
 
     def resolve(self, captures: tuple[str, ...]) -> TableMapping:
-        """Another one of the same parameter; there are no wildcards to fill in."""
+        """Return a mapping of the same parameter; there are no wildcards to fill in."""
         return TableMapping(self.megatron_param, self.weight, self.expert)
 
     def hf_to_megatron(
         self, hf_weights: Tensor | dict[str, Tensor], megatron_module: torch.nn.Module
     ) -> Tensor:
-        """Make this rank's parameter; it has the shape, dtype and device of the one in place."""
+        """Build this rank's parameter, with the shape, dtype and device of the module's own.
+
+        Raises: ValueError when an embedding table has too few rows.
+        """
         parts = list(hf_weights.values()) if isinstance(hf_weights, dict) else [hf_weights]
         name = self.megatron_param.rpartition(".")[2]
         if self.expert is not None:  # Transformer Engine's number the experts of a rank from 0
@@ -141,7 +143,7 @@ class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
                 )
             parts = [F.pad(parts[0], (0, 0, 0, missing))]
         part = self._part(self.ep_rank)
-        axis = _cut_axis(part, target)
+        axis = _sharded_axis(part, target)
         if axis is not None:
             parts = [each.chunk(self.tp_size, axis)[self.tp_rank] for each in parts]
         joined = part.join(parts)
@@ -150,28 +152,28 @@ class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
     def megatron_to_hf(
         self, megatron_weights: Tensor | None, megatron_module: torch.nn.Module | None
     ) -> dict[str, Tensor]:
-        """Gather the parameter over all ranks, by name of the weights that it is made of."""
+        """Gather the parameter over all ranks, by name of the weights that it consists of."""
         if megatron_weights is not None:
             megatron_weights = self.maybe_dequantize(megatron_weights)
-        piece = self.broadcast_from_pp_rank(megatron_weights, cache_key=self.megatron_param)
+        shard = self.broadcast_from_pp_rank(megatron_weights, cache_key=self.megatron_param)
         part = self._part(self.ep_rank)
-        axis = _cut_axis(part, piece)
+        axis = _sharded_axis(part, shard)
         if self.expert is not None:
-            piece = piece[None]
+            shard = shard[None]
         if axis is None:
-            whole = piece
+            full = shard
         else:
-            pieces = zip(*map(part.split, self.gather_from_tp_ranks(piece)), strict=True)
-            whole = part.join([torch.cat(list(each), axis) for each in pieces])
+            shards = zip(*map(part.split, self.gather_from_tp_ranks(shard)), strict=True)
+            full = part.join([torch.cat(list(each), axis) for each in shards])
         if not self.weight.experts:
-            return _named(part, whole)
+            return _named(part, full)
         result = {}
-        for rank, experts in enumerate(self._gather_from_ep_ranks(whole)):
+        for rank, experts in enumerate(self._gather_from_ep_ranks(full)):
             result |= _named(self._part(rank), experts)
         return result
 
     def _part(self, ep_rank: int) -> Weight:
-        """What of the table's weight an expert-parallel rank holds in this parameter."""
+        """The part of the table's weight that an expert-parallel rank holds in this parameter."""
         if not self.weight.experts:
             return self.weight
         count = self.weight.experts // self.ep_size
@@ -189,7 +191,7 @@ class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
 
 
 class TableRegistry(MegatronMappingRegistry):
-    """The table of weight names for one model, found by the name of a parameter."""
+    """The table of weight names for one model, looked up by the name of a parameter."""
 
     def __init__(self, table: Iterable[Weight]) -> None:
         self.table = list(table)
@@ -202,13 +204,13 @@ class TableRegistry(MegatronMappingRegistry):
         self._by_name = {mapping.megatron_param: mapping for mapping in mappings}
 
     def megatron_to_hf_lookup(self, megatron_param_name: str) -> TableMapping | None:
-        """As the base class, which compares with every mapping in turn."""
+        """Look a parameter up as the base class does, which tries every mapping in turn."""
         mapping = self._by_name.get(megatron_param_name)
         return mapping and self._prepare_mapping(mapping)
 
 
 def _parameters(weight: Weight) -> Iterator[tuple[str, int | None]]:
-    """The parameters that hold a weight, whatever modules a model is built of: (name, expert)."""
+    """Parameters that hold a weight, for every backend: (name, expert)."""
     for key in weight.keys:
         name = key.replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
         if not weight.experts:
@@ -221,15 +223,15 @@ def _parameters(weight: Weight) -> Iterator[tuple[str, int | None]]:
             yield name.replace(".experts.", f".experts.local_experts.{expert}."), expert
 
 
-def _cut_axis(weight: Weight, piece: Tensor) -> int | None:
-    """Along which axis, counted from the last, tensor-parallel ranks have divided a weight."""
-    whole = weight.join([torch.empty(shape, device="meta") for shape in weight.parts.values()])
-    axes = range(-piece.ndim, 0)
-    return next((axis for axis in axes if whole.shape[axis] != piece.shape[axis]), None)
+def _sharded_axis(weight: Weight, shard: Tensor) -> int | None:
+    """Axis, counted from the last, along which a weight is sharded over tensor-parallel ranks."""
+    full = weight.join([torch.empty(shape, device="meta") for shape in weight.parts.values()])
+    axes = range(-shard.ndim, 0)
+    return next((axis for axis in axes if full.shape[axis] != shard.shape[axis]), None)
 
 
-def _named(weight: Weight, whole: Tensor) -> dict[str, Tensor]:
-    return dict(zip(weight.parts, weight.split(whole), strict=True))
+def _named(weight: Weight, full: Tensor) -> dict[str, Tensor]:
+    return dict(zip(weight.parts, weight.split(full), strict=True))
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -242,16 +244,16 @@ def _named(weight: Weight, whole: Tensor) -> dict[str, Tensor]:
     model_type=hf_config.MODEL_TYPE,
 )
 class CoEBridge(MegatronModelBridge):
-    """CoE models between Hugging Face's format and `CoEBridgeProvider`, for `AutoBridge`.
+    """Bridge of CoE models between Hugging Face's format and `CoEBridgeProvider`.
 
     Stricter than Bridge's own: a weight that is missing, left over or unknown is an error, where
     those log a warning and leave the parameter as it was.
     """
 
     def provider_bridge(self, hf_pretrained: PreTrainedCausalLM) -> CoEBridgeProvider:
-        """The provider of a Hugging Face configuration.
+        """Return the provider for a Hugging Face configuration.
 
-        Raises: ValueError for a key that is missing, contradicts another or cannot be had.
+        Raises: ValueError for a key that is missing, contradicts another or is not supported.
         """
         config = hf_pretrained.config
         dtype = self.dtype_from_hf(config, default=torch.float32)
@@ -266,7 +268,7 @@ class CoEBridge(MegatronModelBridge):
 
     @classmethod
     def megatron_to_hf_config(cls, provider: CoEModelProvider) -> hf_config.Config:
-        """`config.json` of a model, without what only a tokenizer knows.
+        """Return `config.json` of a model, without what only a tokenizer knows.
 
         Raises: ValueError naming a field that the format cannot express.
         """
@@ -276,7 +278,7 @@ class CoEBridge(MegatronModelBridge):
     _describe = staticmethod(hf_config.to_hf_config)
 
     def mapping_registry(self) -> TableRegistry:
-        """The table of weight names for the model of `hf_config`."""
+        """Return the table of weight names for the model of `hf_config`."""
         return TableRegistry(weights(CoEBridgeProvider(**_model_fields(self.hf_config))))
 
     def build_conversion_tasks(
@@ -285,7 +287,7 @@ class CoEBridge(MegatronModelBridge):
         megatron_model: list[GPTModel],
         weight_dtype: torch.dtype | None = None,
     ) -> list[WeightConversionTask]:
-        """As the base class, once all weights of both sides are accounted for.
+        """List the tasks of the base class, once all weights of both sides are accounted for.
 
         Raises: ValueError naming the first weight that is missing, left over or unknown.
         """
@@ -306,20 +308,20 @@ class CoEBridge(MegatronModelBridge):
 
 
 class CoEDeepseekV2Bridge(CoEBridge):
-    """CoE models of one iteration and the residual mode `outer`, as transformers' DeepSeek-V2."""
+    """Bridge of standard MoE models (one iteration, residual mode `outer`), as DeepSeek-V2."""
 
     _describe = staticmethod(hf_config.to_deepseek_v2_config)
 
     def mapping_registry(self) -> TableRegistry:
-        """As the base class; a model with a router per iteration numbers its only one."""
+        """Return the base class's table; a model with independent routers numbers its only one."""
         table = super().mapping_registry().table
         return TableRegistry([*table, *filter(None, map(_with_numbered_router, table))])
 
 
 def register_deepseek_v2() -> None:
-    """Let `AutoBridge` give folders of DeepSeek-V2 to `CoEDeepseekV2Bridge`, for this process.
+    """Register `CoEDeepseekV2Bridge` for folders of DeepSeek-V2, in this process.
 
-    A call of its own, since it takes them from Bridge's own bridge for the family.
+    A call of its own, since it replaces Bridge's own bridge for the family.
     """
     MegatronModelBridge.register_bridge(
         source="DeepseekV2ForCausalLM",

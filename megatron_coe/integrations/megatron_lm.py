@@ -1,10 +1,10 @@
-"""The CoE model in Megatron's own training loop: from its arguments to our model.
+"""The CoE model in Megatron's own training loop, built from its arguments.
 
-`coe_builder` goes where a Megatron-LM checkout's `gpt_builder` does, as the first argument of its
-`model_provider`; `add_coe_args` is the `extra_args_provider`. `megatron.training` is that of such a
-checkout on the path, or of the megatron-core wheel, which lacks what
-`megatron_coe.integrations.megatron_lm_pretrain` has. The script in `examples/megatron_lm/` puts it
-all together.
+`coe_builder` replaces a Megatron-LM checkout's `gpt_builder`, as the first argument of its
+`model_provider`; `add_coe_args` is the `extra_args_provider`. `megatron.training` comes from such a
+checkout on the path, or from the megatron-core wheel, for which
+`megatron_coe.integrations.megatron_lm_pretrain` has the rest. The script in `examples/megatron_lm/`
+is complete.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def add_coe_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--coe-upcycled",
         action="store_true",
-        help="made of a pretrained MoE model: gates let in later iterations",
+        help="upcycled from an MoE model: later iterations have a scale, initially zero",
     )
     group.add_argument(
         "--coe-megatron-dispatcher",
@@ -109,10 +109,10 @@ def coe_builder(
 
 
 def provider_from_args(args: Namespace) -> CoEModelProvider:
-    """Translate Megatron's arguments into a configuration of our model.
+    """Translate Megatron's arguments into a `CoEModelProvider`.
 
-    Megatron-LM's own function translates them; every field is then ours by its name. One differs:
-    output projections start with the std of all other linear layers, as the paper's do, not with
+    Megatron-LM's own function translates them; fields keep their names. One default differs: output
+    projections are initialized with the std of all other linear layers, as in the paper, not with
     one scaled down by the depth.
 
     Raises:
@@ -125,7 +125,7 @@ def provider_from_args(args: Namespace) -> CoEModelProvider:
     values = {f.name: getattr(megatron, f.name) for f in fields(megatron) if f.init}
     if not args.init_method_xavier_uniform:
         values["output_layer_init_method"] = None
-    # What only our configuration has, where add_coe_args has put it among the arguments.
+    # Fields that only our configuration has come from the arguments of add_coe_args.
     own = {f.name for f in fields(CoEModelProvider)} - values.keys()
     values.update(
         {
@@ -151,20 +151,20 @@ def provider_from_args(args: Namespace) -> CoEModelProvider:
 
 
 def _vocab_size(args: Namespace) -> int:
-    """Number of ids, which is the tokenizer's: the arguments hold what it was padded to.
+    """Number of token ids, from the tokenizer: the arguments hold the padded number.
 
-    Without a tokenizer, as in programs that only convert weights, every row counts as a token's.
+    Without a tokenizer, as in programs that only convert weights, every row counts as a token.
     """
     from megatron.training import get_tokenizer
 
     try:
         return min(get_tokenizer().vocab_size, args.padded_vocab_size)
-    except AssertionError:  # Megatron's, for what was not initialized
+    except AssertionError:  # Megatron's, if the tokenizer was not initialized
         return args.padded_vocab_size
 
 
 def _refuse_other_models(args: Namespace) -> None:
-    """Refuse arguments that describe a model of another kind, which would be ignored."""
+    """Refuse arguments of other models, which would be ignored."""
     if args.transformer_impl not in BACKENDS:
         raise ValueError(
             f"--transformer-impl {args.transformer_impl}: a CoE model is built of "
@@ -182,8 +182,8 @@ def _refuse_other_models(args: Namespace) -> None:
         "experimental_attention_variant": "attention is latent or grouped-query attention",
         "heterogeneous_layers_config_path": "all layers are of one kind",
         "use_legacy_models": "the model is Megatron-Core's",
-        "use_rope_scaling": "what scales rotary positions is --rope-type yarn",
-        "rotary_seq_len_interpolation_factor": "what scales rotary positions is --rope-type yarn",
+        "use_rope_scaling": "rotary positions are scaled by --rope-type yarn",
+        "rotary_seq_len_interpolation_factor": "rotary positions are scaled by --rope-type yarn",
     }
     for name, reason in ignored.items():
         if getattr(args, name, None):
@@ -194,7 +194,7 @@ def _refuse_other_models(args: Namespace) -> None:
 
 
 def _with_flag(error: ValueError) -> ValueError:
-    """The same complaint, with Megatron-LM's argument for the field it begins with."""
+    """The same error, with Megatron-LM's argument for the field it begins with."""
     field = str(error).partition("=")[0]
     flag = FLAGS.get(field, f"--{field.replace('_', '-')}" if field.isidentifier() else None)
     return ValueError(f"{error} (Megatron-LM's argument: {flag})" if flag else str(error))

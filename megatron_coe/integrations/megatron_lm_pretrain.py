@@ -1,11 +1,11 @@
-"""What Megatron's own `pretrain` asks of a program besides a model: batches, loss, data sets.
+"""Batches, loss and datasets for Megatron's own `pretrain`, which takes them from the program.
 
-A Megatron-LM checkout has them in its `pretrain_gpt.py`. The megatron-core wheel has
-`megatron.training` alone, and these complete it: `forward_step` and
-`train_valid_test_datasets_provider` are what `pretrain` is called with, under the same names.
+A Megatron-LM checkout has them in its `pretrain_gpt.py`. The megatron-core wheel has only
+`megatron.training`: pass `forward_step` and `train_valid_test_datasets_provider` of this module to
+its `pretrain`.
 
-Every rank of a replica reads the same sequences, so nothing is broadcast. (Pipeline stages in the
-middle read none.)
+Every rank of a model-parallel group reads the same sequences, so nothing is broadcast. (Pipeline
+stages in the middle read none.)
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Te
 
 
 def loss_function(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, dict]:
-    """Sum the cross-entropy of the valid positions: (sum, number of them, what is logged of it).
+    """Sum the cross-entropy of the valid positions: (sum, number of them, logged values).
 
     Megatron divides: by the positions of the micro-batch or, with `--calculate-per-token-loss`,
     the sum of all gradients by those of the global batch.
@@ -107,7 +107,7 @@ def loss_function(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tens
 def train_valid_test_datasets_provider(
     train_val_test_num_samples: list[int | None], vp_stage: int | None = None
 ) -> list[Dataset | None]:
-    """Build Megatron's GPT data sets (training, validation, test) that the arguments describe."""
+    """Build Megatron's GPT datasets (training, validation, test) that the arguments describe."""
     args = get_args()
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
@@ -118,7 +118,7 @@ def train_valid_test_datasets_provider(
 
 
 train_valid_test_datasets_provider.is_distributed = True
-"""Has Megatron call it on every rank, not only on the first one of a tensor-parallel group."""
+"""Makes Megatron call it on every rank, not only on the first of a tensor-parallel group."""
 
 
 def dataset_config_from_args(args: Namespace) -> GPTDatasetConfig:
