@@ -1,8 +1,8 @@
-"""Text from a model, token by token: a Hugging Face folder, or a training checkpoint.
+"""Text generation, token by token, from a Hugging Face folder or a training checkpoint.
 
-A checkpoint is exported into a temporary folder, which is gone as soon as the model is in memory.
-transformers does the rest; a chain of experts runs by this package's own classes (`hf`), without
-remote code. Axis letters: S sequence.
+A checkpoint is exported into a temporary folder, which is removed once the model is in memory.
+transformers does the rest; a CoE model runs by this package's own classes (`hf`), without remote
+code. Axis letters: S sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import megatron_coe.hf.auto  # noqa: F401 - makes the model known to the Auto classes
+import megatron_coe.hf.auto  # noqa: F401 - registers the model with the Auto classes
 from megatron_coe.data.tokenizer import tokenizer_files
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -31,14 +31,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest one, unless a field other than the first is set.
+    """Options of sampling; by default the most likely token is taken (greedy).
 
     Args:
         max_new_tokens: at most so many, and no more than the model has positions for.
-        temperature: divides the logits; 0 takes the likeliest. None: 1 if `top_k` or `top_p` is
-            set, else 0.
-        top_k: choose among so many of the likeliest; None: among all.
-        top_p: choose among the likeliest that together have this probability; None: among all.
+        temperature: divides the logits; 0 is greedy. None: 1 if `top_k` or `top_p` is set, else 0.
+        top_k: sample from the k most likely tokens; None: from all.
+        top_p: sample from the most likely tokens of this total probability; None: from all.
+
+    Raises: ValueError naming a field with an invalid value.
     """
 
     max_new_tokens: int = 128
@@ -50,14 +51,14 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1 is needed")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: give 0 (the likeliest) or more")
+            raise ValueError(f"temperature={self.temperature}: give 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: at least 1 is needed")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: give a probability above 0 and up to 1")
 
     def arguments(self) -> dict[str, bool | int | float]:
-        """For `generate`; every one is named, so that none comes from the folder's own defaults."""
+        """Return all arguments of `generate`, so that no default of the folder applies."""
         narrowed = self.top_k is not None or self.top_p is not None
         temperature = float(narrowed) if self.temperature is None else self.temperature
         if temperature == 0:
@@ -78,7 +79,7 @@ class TextGenerator:
     tokenizer: PreTrainedTokenizerBase
 
     def stream(self, prompt: Tensor, sampling: Sampling, write: Callable[[str], object]) -> None:
-        """Continue a prompt, ids [S], and hand on each piece of text as soon as it is known."""
+        """Continue a prompt, ids [S], and write each part of the text as soon as it is complete."""
         config, special = self.model.config, self.model.generation_config
         room = _positions(config) - len(prompt)
         padding = special.pad_token_id
@@ -86,7 +87,7 @@ class TextGenerator:
         self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            streamer=_Pieces(self.tokenizer, write),
+            streamer=_TextStreamer(self.tokenizer, write),
             max_new_tokens=min(sampling.max_new_tokens, room),
             pad_token_id=0 if padding is None else padding,  # one sequence is never padded
             **sampling.arguments(),
@@ -102,18 +103,20 @@ def load(
     trust_remote_code: bool = False,
     tokenizer: Path | None = None,
 ) -> tuple[TextGenerator, list[Tensor]]:
-    """A model, and the ids [S] of each prompt, which are checked before any weight is read.
+    """Load a model, after all prompts have been tokenized and checked.
 
     Args:
         folder: of a Hugging Face model and its tokenizer, or a checkpoint `step_…`, or one that
             holds such checkpoints: then the newest.
         dtype: of the weights; None: as they are stored.
-        trust_remote_code: run the code that a Hugging Face folder of another family brings along.
+        trust_remote_code: run the code in a Hugging Face folder of another family.
         tokenizer: that of a checkpoint without a copy of its own.
 
+    Returns: the generator, and the ids [S] of each prompt.
+
     Raises:
-        ValueError: the folder is of no such kind, has no tokenizer or is damaged, or a prompt is
-            empty or too long.
+        ValueError: the folder is neither, has no tokenizer or is damaged, or a prompt is empty or
+            too long.
         OSError: a file cannot be read, or the temporary folder (of TMPDIR) cannot be written.
     """
     if (folder / "config.json").is_file():
@@ -123,27 +126,27 @@ def load(
         model = _load_model(folder, folder, dtype, trust_remote_code)
         return TextGenerator(model.to(device), encoder), ids
     if not (folder / "metadata.json").is_file() and not any(folder.glob("step_*/metadata.json")):
-        is_there = "is no model" if folder.is_dir() else "does not exist"
+        reason = "is no model" if folder.is_dir() else "does not exist"
         raise ValueError(
-            f"{folder} {is_there}: give a Hugging Face folder (with config.json), a training "
+            f"{folder} {reason}: give a Hugging Face folder (with config.json), a training "
             "checkpoint (step_…), or a folder of checkpoints"
         )
-    from megatron_coe.conversion import hf  # imports Megatron, which takes seconds
+    from megatron_coe.conversion.export_hf import describe, to_hf  # imports Megatron: seconds
 
     with TemporaryDirectory(prefix="megatron_coe-") as temporary:
         described, exported = Path(temporary, "description"), Path(temporary, "model")
         described.mkdir()
-        hf.describe(folder, described, tokenizer)
+        describe(folder, described, tokenizer)
         encoder, ids = _encode(described, folder, prompts)
-        hf.to_hf(folder, exported, tokenizer=tokenizer)
+        to_hf(folder, exported, tokenizer=tokenizer)
         model = _load_model(exported, folder, dtype)
         return TextGenerator(model.to(device), encoder), ids
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one.
+    """Return a device by its name; `auto` is a GPU if there is one.
 
-    Raises: ValueError for a device that is not here.
+    Raises: ValueError for a device that cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,38 +156,39 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name} cannot be used ({_first_line(error)})") from error
 
 
-class _Pieces(BaseStreamer):
-    """Ids to text, piece by piece; the pieces together are the text of all ids.
+class _TextStreamer(BaseStreamer):
+    """Ids to text, part by part; the parts together are the text of all ids.
 
-    transformers' TextStreamer waits for whole words and starts afresh after each line, where
+    transformers' own TextStreamer waits for complete words and restarts after each line, where
     tokenizers with a mark for spaces lose the first one. Here a window of ids is decoded with and
-    without the new ones, and the difference is the new text, once it ends in no half character.
+    without the new ones, and the difference is the new text, once it ends in a complete character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
         self._tokenizer = tokenizer
         self._write = write
         self._ids: list[int] = []
-        self._start = self._told = 0  # the window; up to where its text has been handed on
+        self._start = self._written = 0  # begin of the window; end of the ids whose text is written
 
     def put(self, value: Tensor) -> None:
-        """The prompt's ids first, [1, S]; then every new one, [1]."""
+        """Take the prompt's ids first, [1, S]; then every new one, [1]."""
         prompt = not self._ids
         self._ids += value.flatten().tolist()
         if prompt:
-            self._told = len(self._ids)
+            self._written = len(self._ids)
         else:
-            self._tell(whole=False)
+            self._flush(final=False)
 
     def end(self) -> None:
-        self._tell(whole=True)
+        """Write the rest of the text."""
+        self._flush(final=True)
 
-    def _tell(self, whole: bool) -> None:
-        before = self._decode(self._ids[self._start : self._told])
+    def _flush(self, final: bool) -> None:
+        before = self._decode(self._ids[self._start : self._written])
         text = self._decode(self._ids[self._start :])
-        if len(text) > len(before) and (whole or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+        if len(text) > len(before) and (final or not text.endswith("\N{REPLACEMENT CHARACTER}")):
             self._write(text[len(before) :])
-            self._start, self._told = self._told, len(self._ids)
+            self._start, self._written = self._written, len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(
@@ -202,7 +206,7 @@ def _encode(
     try:
         config = AutoConfig.from_pretrained(str(folder), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    except Exception as error:  # whatever the files make their parsers raise
+    except Exception as error:  # whatever parsers raise on damaged files
         raise _failure(named, error) from error
     encoded = []
     for number, prompt in enumerate(prompts, start=1):
@@ -246,12 +250,12 @@ def _load_model(
 
 def _failure(named: Path, error: Exception) -> ValueError:
     if "trust_remote_code" in str(error):
-        return ValueError(f"{named} brings its own code, which only runs with trust_remote_code")
+        return ValueError(f"{named} has its own code, which only runs with trust_remote_code")
     return ValueError(f"{named} cannot be loaded ({_first_line(error)})")
 
 
 def _positions(config: AutoConfig) -> int:
-    """How many tokens a sequence may have; a model that does not say takes any number."""
+    """Maximum tokens of a sequence; no limit for a model whose configuration names none."""
     return getattr(config, "max_position_embeddings", None) or 1 << 62
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from megatron_coe.checkpoint.resume import choose_checkpoint
 from megatron_coe.checkpoint.state import load_checkpoint, run_state
 from megatron_coe.config.run_config import CheckpointSettings, Settings
-from megatron_coe.conversion.hf import to_hf
+from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.training.trainer import Trainer
 from tests.unit.training.runs import make_settings, make_trainer
 

@@ -43,7 +43,8 @@ REPO = Path(__file__).resolve().parents[1]
 # All that a run imports, also late: what is missing here only takes longer.
 IMPORTS = (
     "megatron_coe.training.build",
-    "megatron_coe.conversion.hf",
+    "megatron_coe.conversion.export_hf",
+    "megatron_coe.conversion.import_hf",
     "megatron_coe.generation",
     "matplotlib.pyplot",
     "megatron_coe.config.validation",

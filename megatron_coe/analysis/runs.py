@@ -77,7 +77,7 @@ class Run:
 
     @cached_property
     def _provider(self):
-        from megatron_coe.conversion.model import provider_of  # imports Megatron: seconds
+        from megatron_coe.conversion.stored_model import provider_of  # imports Megatron: seconds
 
         return provider_of(self.settings)
 

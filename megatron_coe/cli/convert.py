@@ -27,13 +27,15 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def command(options: argparse.Namespace) -> None:
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")
-    from megatron_coe.conversion import hf  # imports Megatron, which takes seconds
-    from megatron_coe.conversion.memory import give_back_what_is_freed
+    # Imports Megatron, which takes seconds.
+    from megatron_coe.conversion.export_hf import DTYPES, to_hf
+    from megatron_coe.conversion.import_hf import from_hf
+    from megatron_coe.conversion.malloc import release_freed_memory
 
-    give_back_what_is_freed()
+    release_freed_memory()
     if options.direction == "to-hf":
-        dtype = hf.DTYPES[options.dtype] if options.dtype else None
-        source = hf.to_hf(
+        dtype = DTYPES[options.dtype] if options.dtype else None
+        source = to_hf(
             options.input,
             options.output,
             dtype,
@@ -43,7 +45,7 @@ def command(options: argparse.Namespace) -> None:
         )
         print(f"{source} -> {options.output}")
     else:
-        step = hf.from_hf(options.input, options.output)
+        step = from_hf(options.input, options.output)
         print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
 
 

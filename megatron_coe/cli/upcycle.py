@@ -23,10 +23,10 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 def command(options: argparse.Namespace) -> None:
     # Megatron says so in every module; for a conversion it does not matter.
     warnings.filterwarnings("ignore", module="megatron.*")
-    from megatron_coe.conversion.memory import give_back_what_is_freed
+    from megatron_coe.conversion.malloc import release_freed_memory
     from megatron_coe.conversion.upcycle import upcycle  # imports Megatron, which takes seconds
 
-    give_back_what_is_freed()
+    release_freed_memory()
     step = upcycle(options.input, options.output, options.iterations, options.tokenizer)
     print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
 

@@ -13,13 +13,19 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def check_absent(folder: Path) -> None:
-    """Raises: ValueError if there is something that would be overwritten."""
+    """Check that `folder` is new or empty.
+
+    Raises: ValueError if it would be overwritten.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already: give a new folder")
 
 
 def read_json(path: Path) -> Config:
-    """Raises: ValueError for a file that is no JSON, or no object; OSError."""
+    """Read a JSON object.
+
+    Raises: ValueError for a file that is not JSON or not an object; OSError.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -30,5 +36,6 @@ def read_json(path: Path) -> Config:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON object with sorted keys."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")

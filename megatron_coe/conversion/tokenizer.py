@@ -1,8 +1,8 @@
-"""The tokenizer of an exported folder: training's ids, in all versions of transformers.
+"""The tokenizer of an exported folder: the token ids of training, in all versions of transformers.
 
 A SentencePiece model is rebuilt as `tokenizer.json`. A Hugging Face folder's files are copied; the
-copy gets a `tokenizer.json` made of the tokenizer that training used where transformers would put
-other tokens around a text than training did, or would have to build the tokenizer from its
+copy gets a `tokenizer.json` written from the tokenizer that training used where transformers would
+add other special tokens than training did, or would have to build the tokenizer from its
 vocabulary, which its versions do differently.
 """
 
@@ -34,31 +34,31 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-INPUTS = ["input_ids", "attention_mask"]  # what the model takes; some would add token_type_ids
+MODEL_INPUTS = ["input_ids", "attention_mask"]  # some tokenizers would add token_type_ids
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _OF_ONE_CLASS = ("tokenizer_class", "auto_map", "add_bos_token", "add_eos_token", "processor_class")
-"""What says how a tokenizer is built; `tokenizer.json` has it already."""
+"""Keys of how a tokenizer is built, which `tokenizer.json` already contains."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a model's training did with its tokenizer."""
+    """The use of the tokenizer in training."""
 
     max_length: int | None = None
     """Tokens per sequence; None: unknown."""
     prepend_bos: bool | None = None
-    """Whether documents begin with the token for that; None: unknown, the model is not ours."""
+    """Whether documents begin with BOS; None: unknown, the model was not trained here."""
 
 
 UNKNOWN = Usage()
 
 
 def write_tokenizer(source: Path, folder: Path, usage: Usage = UNKNOWN) -> dict[str, int]:
-    """Put the tokenizer at `source` (SentencePiece file or Hugging Face folder) into a folder.
+    """Write the tokenizer at `source` (SentencePiece file or Hugging Face folder) into a folder.
 
     Returns: its special ids, by configuration key (`bos_token_id` and so on).
 
-    Raises: ValueError when no Hugging Face tokenizer gives a SentencePiece model's ids.
+    Raises: ValueError when a SentencePiece model has no Hugging Face form with the same ids.
     """
     tokenizer = load_tokenizer(source)
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -70,19 +70,19 @@ def write_tokenizer(source: Path, folder: Path, usage: Usage = UNKNOWN) -> dict[
 
 
 def describe_tokenizer(source: Path, usage: Usage) -> str:
-    """Say in a few words what a tokenizer is."""
+    """Describe a tokenizer in a few words, for a model card."""
     tokenizer = load_tokenizer(source)
     if isinstance(tokenizer, SentencePieceTokenizer):
         specification = SentencePieceModel(tokenizer.processor).proto.trainer_spec
         kind = f"SentencePiece, {specification.ModelType.Name(specification.model_type).lower()}"
     else:
         kind = f"Hugging Face, {type(tokenizer.tokenizer).__name__}"
-    around = ", documents begin with the token for that" if usage.prepend_bos else ""
-    return f"{kind}, {tokenizer.vocab_size:,} ids{around}"
+    suffix = ", documents begin with BOS" if usage.prepend_bos else ""
+    return f"{kind}, {tokenizer.vocab_size:,} ids{suffix}"
 
 
 def check_tokenizer(source: Path, folder: Path, usage: Usage) -> None:
-    """Compare an exported folder's tokenizer, as transformers reads it, with that of training.
+    """Compare an exported folder's tokenizer, as transformers loads it, with that of training.
 
     Raises: ValueError naming a text with other ids.
     """
@@ -96,10 +96,10 @@ def check_tokenizer(source: Path, folder: Path, usage: Usage) -> None:
         known.tokenizer.encode_special_tokens = True
         encodings = known.tokenizer.encode_batch(texts, add_special_tokens=False)
         expected = [encoding.ids for encoding in encodings]
-        options["split_special_tokens"] = True  # SentencePiece takes their names for text
+        options["split_special_tokens"] = True  # SentencePiece reads their names as text
     else:
-        special = _special_of(trained)
-        texts = list(_texts_of(trained))
+        special = _special_ids(trained)
+        texts = list(_probe_texts(trained))
         expected = [trained.tokenize(text) for text in texts]
     encoded = exported.tokenizer(texts, add_special_tokens=False, verbose=False, **options)
     found = list(zip(texts, expected, encoded["input_ids"], strict=True))
@@ -111,8 +111,8 @@ def check_tokenizer(source: Path, folder: Path, usage: Usage) -> None:
     for text, wanted, ids in found:
         if ids != wanted:
             raise ValueError(
-                f"tokenizer {source}: {text!r} has the ids {wanted} in training, and {ids} as "
-                "transformers would read the exported folder"
+                f"tokenizer {source}: {text!r} has the ids {wanted} in training, and {ids} when "
+                "transformers loads the exported folder"
             )
 
 
@@ -162,8 +162,7 @@ def _write_fast(
     folder: Path,
     usage: Usage,
 ) -> None:
-    """Write a tokenizer that needs nothing but the library, and puts around a text what training
-    did."""
+    """Write a tokenizer that needs only the library `tokenizers`, with BOS as in training."""
     from tokenizers.processors import TemplateProcessing
 
     begin = backend.id_to_token(tokenizer.bos) if usage.prepend_bos else None
@@ -183,17 +182,17 @@ def _write_fast(
 
 def _with_usage(config: dict[str, Any], usage: Usage) -> dict[str, Any]:
     length = {"model_max_length": usage.max_length} if usage.max_length else {}
-    return {"model_input_names": INPUTS, **config, **length}
+    return {"model_input_names": MODEL_INPUTS, **config, **length}
 
 
-def _special_of(tokenizer: HuggingFaceTokenizer) -> dict[str, int]:
-    """Ids of the special tokens that text can spell in training too."""
+def _special_ids(tokenizer: HuggingFaceTokenizer) -> dict[str, int]:
+    """Ids of the special tokens that text can contain in training too."""
     loaded = tokenizer.tokenizer
     ids = dict(zip(loaded.all_special_tokens, loaded.all_special_ids, strict=True))
-    return {piece: number for piece, number in ids.items() if tokenizer.tokenize(piece) == [number]}
+    return {token: number for token, number in ids.items() if tokenizer.tokenize(token) == [number]}
 
 
-def _texts_of(tokenizer: HuggingFaceTokenizer) -> Iterator[str]:
+def _probe_texts(tokenizer: HuggingFaceTokenizer) -> Iterator[str]:
     loaded, size = tokenizer.tokenizer, tokenizer.vocab_size
     odd = {*loaded.all_special_tokens, *loaded.get_added_vocab()}
     step = max(1, size // 2000)

@@ -26,7 +26,8 @@ from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.cli import generate
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import load_settings
-from megatron_coe.conversion.hf import from_hf, to_hf
+from megatron_coe.conversion.export_hf import to_hf
+from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.data.tokenizer import load_tokenizer
 from megatron_coe.distributed.setup import process_groups
 from megatron_coe.hf import CoeForCausalLM

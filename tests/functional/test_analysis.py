@@ -24,7 +24,7 @@ TOKENS = 600
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder `hf-1`, the same model as the checkpoint of `run`, and text."""
-    from megatron_coe.conversion.hf import from_hf
+    from megatron_coe.conversion.import_hf import from_hf
     from megatron_coe.conversion.tokenizer import write_tokenizer
     from megatron_coe.data.preprocess import preprocess
     from megatron_coe.data.records import Fields

@@ -244,7 +244,7 @@ def test_a_damaged_folder_is_one_line(imported, tmp_path, monkeypatch, capfd, da
     import convert_checkpoint
 
     from megatron_coe.cli.command_line import run as run_command
-    from megatron_coe.conversion.hf import to_hf
+    from megatron_coe.conversion.export_hf import to_hf
 
     sys.path.remove(str(ROOT / "tools"))
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ def generate(home: Path, tmp_path: Path):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder `hf`, the same model in `checkpoints`, and questions."""
-    from megatron_coe.conversion.hf import from_hf
+    from megatron_coe.conversion.import_hf import from_hf
     from megatron_coe.conversion.tokenizer import write_tokenizer
     from megatron_coe.data.records import Fields
     from megatron_coe.data.tokenizer import train_tokenizer
@@ -199,7 +199,7 @@ def test_a_mistake_is_one_line(generate, arguments: tuple, told: str) -> None:
 
 
 def test_a_checkpoint_that_lacks_a_tokenizer_is_told(home: Path, generate) -> None:
-    from megatron_coe.conversion.hf import from_hf
+    from megatron_coe.conversion.import_hf import from_hf
 
     bare = home / "bare"
     bare.mkdir()

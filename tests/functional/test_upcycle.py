@@ -69,7 +69,8 @@ def test_a_mixture_is_upcycled_trained_and_exported(home, single_rank, monkeypat
     assert list(gates) == [f"model.layers.{layer}.mlp.coe_weights.1" for layer in (0, 1)]
     assert all(gate.ne(0).all() for gate in gates.values())
 
-    from megatron_coe.conversion.hf import from_hf, to_hf
+    from megatron_coe.conversion.export_hf import to_hf
+    from megatron_coe.conversion.import_hf import from_hf
     from megatron_coe.hf import CoeForCausalLM
 
     monkeypatch.chdir(home)

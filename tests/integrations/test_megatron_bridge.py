@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_coe.conversion.hf import from_hf, to_hf
+from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.conversion.hf_config import MODEL_TYPE
-from megatron_coe.conversion.model import STEP_0
+from megatron_coe.conversion.import_hf import from_hf
+from megatron_coe.conversion.initial_checkpoint import STEP_0
 from megatron_coe.hf.weight_names import weights
 from tests import golden
 from tests.builders import tiny_provider

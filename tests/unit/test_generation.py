@@ -65,7 +65,7 @@ def greedy(loaded: tuple, count: int) -> list[int]:
 
 def streamed(tokenizer, prompt: list[int], new: list[int]) -> list[str]:
     pieces: list[str] = []
-    streamer = generation._Pieces(tokenizer, pieces.append)
+    streamer = generation._TextStreamer(tokenizer, pieces.append)
     streamer.put(torch.tensor([prompt]))
     for token in new:
         streamer.put(torch.tensor([token]))
@@ -141,10 +141,12 @@ def test_chosen_among_the_likeliest_by_seed(loaded):
     kept: list[torch.Tensor] = []
     hook = generator.model.lm_head.register_forward_hook(lambda *a: kept.append(a[-1][0, -1]))
     chosen: list[int] = []
-    put = generation._Pieces.put
+    put = generation._TextStreamer.put
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            generation._Pieces, "put", lambda s, v: (chosen.extend(v.flatten().tolist()), put(s, v))
+            generation._TextStreamer,
+            "put",
+            lambda s, v: (chosen.extend(v.flatten().tolist()), put(s, v)),
         )
         continued(loaded, Sampling(30, temperature=3.0, top_k=2))
     hook.remove()

@@ -19,7 +19,8 @@ from megatron_coe.checkpoint.manifest import describe_folder, write_manifest
 from megatron_coe.checkpoint.safe_unpickle import read_index
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.config.run_config import load_settings
-from megatron_coe.conversion.hf import from_hf, to_hf
+from megatron_coe.conversion.export_hf import to_hf
+from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.data.records import Fields
 from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.hf import CoeForCausalLM
@@ -138,7 +139,7 @@ def test_both_models_give_the_same_logits(single_rank, tmp_path, name):
 
 @pytest.mark.parametrize("residual", ["inner", "outer", "addinit", "inner_outer", "none"])
 @pytest.mark.parametrize("C", [1, 2, 3, 4])
-def test_every_chain_gives_the_same_logits(single_rank, tmp_path, C, residual):
+def test_every_coe_model_gives_the_same_logits(single_rank, tmp_path, C, residual):
     """With shared and independent gates, with and without a shared expert, both attentions."""
     ids = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(C))
     choices = itertools.product((True, False), (16, None), (True, False))
@@ -351,7 +352,9 @@ def test_a_weight_in_two_files_is_named(imported, tmp_path):
         from_hf(folder, tmp_path / "checkpoints")
     save_file(content, folder / last)
     shutil.copy(imported / "hf" / "model.safetensors", folder)
-    with pytest.raises(ValueError, match=r"model\.safetensors is there, and .*index\.json"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors and .*index\.json, which does not name it"
+    ):
         from_hf(folder, tmp_path / "checkpoints")
 
 

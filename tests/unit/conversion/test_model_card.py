@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_coe.conversion.hf import to_hf
+from megatron_coe.conversion.export_hf import to_hf
 
 MADE = Path(__file__).parents[2] / "data" / "777423a"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coe.conversion.hf import from_hf
+from megatron_coe.conversion.import_hf import from_hf
 from tests.unit.conversion.models import write_random_model
 
 ROOT = Path(__file__).parents[3]

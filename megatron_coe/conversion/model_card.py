@@ -20,7 +20,7 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-license: unknown  # whoever publishes the model says which
+license: unknown  # to be chosen by whoever publishes the model
 tags:
 - chain-of-experts
 - mixture-of-experts
@@ -29,8 +29,8 @@ tags:
 # {name}
 
 A Chain-of-Experts language model ([arXiv 2506.18945](https://arxiv.org/abs/2506.18945)), trained
-with `megatron_coe`: in every layer a token passes {iterations} through the same experts, each time
-by another choice of them.
+with `megatron_coe`: in every layer a token passes {iterations} through the same experts, routed
+separately each time.
 
 | | |
 |---|---|
@@ -41,8 +41,8 @@ by another choice of them.
 ```python
 {example}```
 
-Its code was run with transformers 4.57 to 5.24. It continues text; it was not taught to follow
-instructions unless its data did.
+Tested with transformers 4.57 to 5.24. It continues text; it follows instructions only if it was
+trained on data that does.
 """
 
 _GENERATE = """\
@@ -69,13 +69,14 @@ def model_card(
     usage: Usage,
     remote_code: bool = True,
 ) -> str:
-    """Write a README.md that says what the model is, what it learned from, and how it is used.
+    """Return a README.md with the model, its training and how it is used.
 
     Args:
         settings: of the run, with the tokenizer where it is now.
         step: the checkpoint.
         name: of the model, usually of its folder.
-        remote_code: whether the model's code lies beside it, or transformers has it.
+        usage: the use of the tokenizer in training.
+        remote_code: whether the model's code is in the folder, not in transformers.
     """
     C = provider.coe_iterations
     rows = [*_model_rows(provider, usage), *_training_rows(settings, step)]
@@ -96,8 +97,8 @@ def _model_rows(provider: CoEModelProvider, usage: Usage) -> Iterator[tuple[str,
     yield "parameters", f"{provider.num_params():,}"
     yield "active per token, at most", f"{provider.num_active_params():,}"
     yield "layers, hidden size", f"{provider.num_layers}, {provider.hidden_size}"
-    chosen = f"{provider.num_moe_experts}, {provider.moe_router_topk}"
-    yield "routed experts, chosen per iteration", chosen
+    experts = f"{provider.num_moe_experts}, {provider.moe_router_topk}"
+    yield "routed experts, top-k per iteration", experts
     residual = f"{provider.coe_iterations}, `{provider.coe_residual}`"
     yield "iterations, residual mode", residual
     yield "vocabulary", f"{provider.vocab_size:,}"
@@ -105,7 +106,7 @@ def _model_rows(provider: CoEModelProvider, usage: Usage) -> Iterator[tuple[str,
 
 
 def _training_rows(settings: Settings, step: Path) -> Iterator[tuple[str, str]]:
-    """What a run did; nothing of a model that was imported and not trained since."""
+    """Rows about the run; none for a model that was imported and not trained since."""
     data, train = settings.data, settings.train
     if not step_of(step):
         return
@@ -124,7 +125,7 @@ def _training_rows(settings: Settings, step: Path) -> Iterator[tuple[str, str]]:
 
 
 def _software(step: Path) -> str:
-    """What trained it and what exported it."""
+    """The packages that trained it and that exported it."""
     path = step / VERSIONS_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     trained = [f"{name} {found[name]}" for name in found if found[name]]

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder, one at a time: safetensors files, and an index over several."""
+"""Weights of a Hugging Face folder, one at a time, in one or more safetensors files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_coe.utils.files import give_default_mode
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# How safetensors calls the types that weights may have.
+# The dtypes that weights may have, by their names in safetensors.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -34,20 +34,25 @@ class ShardReader:
             self._read_shapes(path)
 
     def names(self) -> list[str]:
+        """List the names of all weights."""
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight."""
         return self._shapes[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a weight."""
         return self._shapes[name][1]
 
     def file_of(self, name: str) -> Path:
+        """Return the file that holds a weight."""
         return self._file_of[name]
 
     def read(self, name: str) -> Tensor:
+        """Read a weight."""
         path = self._file_of[name]
-        if path != self._open_path:  # the files before it need not stay in memory
+        if path != self._open_path:  # one file at a time is mapped
             self._handle, self._open_path = _open(path), path
         return self._handle.get_tensor(name)
 
@@ -61,10 +66,10 @@ class ShardReader:
                 raise ValueError(f"{index}: not an index of safetensors files") from error
             for file in files.values():
                 if file.is_absolute() or ".." in file.parts:
-                    raise ValueError(f"{index}: names {file}, which lies outside of the folder")
+                    raise ValueError(f"{index}: names {file}, which is outside of the folder")
             if single.is_file() and Path(SINGLE_FILE) not in files.values():
                 raise ValueError(
-                    f"{single} is there, and {index}, which does not name it: take out the one "
+                    f"{single} and {index}, which does not name it, are both there: remove the one "
                     "that is not the model"
                 )
             return {name: self.folder / file for name, file in files.items()}
@@ -84,7 +89,7 @@ class ShardReader:
             dtype = _DTYPES.get(entry.get_dtype())
             if dtype is None:
                 raise ValueError(
-                    f"{path}: {name} has type {entry.get_dtype()}: known are {', '.join(_DTYPES)}"
+                    f"{path}: {name} has dtype {entry.get_dtype()}: known are {', '.join(_DTYPES)}"
                 )
             self._shapes[name] = (tuple(entry.get_shape()), dtype)
         for name in sorted(present):
@@ -96,7 +101,10 @@ class ShardReader:
 
 
 class ShardWriter:
-    """Collects weights and writes a file whenever the next one would make it too large."""
+    """Writer of safetensors files, each as large as `max_bytes` allows.
+
+    Raises: OSError when a file cannot be written.
+    """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
@@ -107,22 +115,23 @@ class ShardWriter:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """
+        """Add a weight to the current file, or to the next one if it does not fit.
+
         Args:
-            tensor: kept as it is until its file is written; it must not be a view, which would
-                keep alive all that it looks into.
+            tensor: kept until its file is written; it must not be a view, which would keep its
+                whole storage in memory.
         """
         self.make_room(tensor.nbytes)
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
 
     def make_room(self, size: int) -> None:
-        """Writes what there is if `size` more bytes would not fit into the same file."""
+        """Write the current file if `size` more bytes would not fit into it."""
         if self._pending and self._pending_bytes + size > self._max_bytes:
             self._flush()
 
     def close(self) -> None:
-        """Writes what is left and, over more than one file, the index."""
+        """Write the last file and, if there are several, the index."""
         self._flush()
         count = len(self._names)
         if count == 1:
@@ -149,7 +158,7 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def _temporary(self, number: int) -> Path:
-        """The name of a file while the number of files is not known."""
+        """Name of a file until the number of files is known."""
         return self.folder / f"part-{number + 1:05d}.safetensors"
 
 
@@ -157,4 +166,4 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error

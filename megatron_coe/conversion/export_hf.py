@@ -1,8 +1,8 @@
-"""A training checkpoint as a Hugging Face folder, and back, exactly.
+"""A training checkpoint as a Hugging Face folder, exactly.
 
-Both directions walk over the table of `hf/names.py` and hold one layer's largest tensor and one
+The export walks over the table of `hf/weight_names.py` and holds one layer's largest tensor and one
 file's worth of weights in memory. Every weight is accounted for before the first one is read, and
-the result appears under its name only when it is whole.
+the folder appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megatron_coe.checkpoint.assets import kept_folder, prepends_bos
 from megatron_coe.checkpoint.directory import find_step
 from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion import hf_config
-from megatron_coe.conversion.card import model_card
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import (
     GENERATION_CONFIG,
@@ -27,16 +26,11 @@ from megatron_coe.conversion.folders import (
     write_json,
 )
 from megatron_coe.conversion.hf_config.keys import IDENTITY, OTHER_SPELLINGS, OWN, OWN_YARN
-from megatron_coe.conversion.model import (
-    open_folder,
-    provider_of,
-    settings_of,
-    verify_step,
-    write_model,
-)
-from megatron_coe.conversion.shards import ShardWriter
+from megatron_coe.conversion.model_card import model_card
+from megatron_coe.conversion.safetensors_shards import ShardWriter
+from megatron_coe.conversion.stored_model import provider_of, settings_of, verify_step
 from megatron_coe.conversion.tokenizer import Usage, check_tokenizer, write_tokenizer
-from megatron_coe.conversion.transfer import export, match_checkpoint
+from megatron_coe.conversion.weight_transfer import export_weight, match_checkpoint
 from megatron_coe.hf.weight_names import weights
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.utils.files import atomic_folder
@@ -60,10 +54,10 @@ def to_hf(
 
     Args:
         checkpoint: a folder `step_…`, or one that holds them: then the newest.
-        dtype: of all weights but the routers' biases, which stay fp32; None: as they are.
+        dtype: of all weights but the expert biases, which stay fp32; None: as they are stored.
         max_shard_size: bytes of weights per file; a larger weight has a file of its own.
-        family: `coe_deepseekv2`, or `deepseek_v2` for transformers' own class, which is a chain of
-            one iteration with the residual mode `outer`.
+        family: `coe_deepseekv2`, or `deepseek_v2` for transformers' own class, which is a CoE model
+            of one iteration with the residual mode `outer`.
         tokenizer: that of a checkpoint without a copy; see `find_tokenizer`.
 
     Returns: the checkpoint that was converted.
@@ -98,15 +92,16 @@ def to_hf(
         writer = ShardWriter(partial, max_shard_size)
         for weight, key in found.items():
             if native:
-                weight = replace(weight, parts=_with_one_gate(weight.parts))
-            export(reader, writer, weight, key, dtype)
+                weight = replace(weight, parts=_with_one_router(weight.parts))
+            export_weight(reader, writer, weight, key, dtype)
         writer.close()
     return step
 
 
 def describe(checkpoint: Path, folder: Path, tokenizer: Path | None = None) -> None:
-    """Write the configuration and tokenizer that `to_hf` would write, into a folder that exists:
-    at once, to check against before the weights are converted.
+    """Write the configuration and tokenizer that `to_hf` would write, into an existing folder.
+
+    It takes no time, so that inputs can be checked before the weights are converted.
 
     Raises: ValueError, OSError: as `to_hf`.
     """
@@ -117,22 +112,11 @@ def describe(checkpoint: Path, folder: Path, tokenizer: Path | None = None) -> N
     _write_description(config, step, settings, provider, folder)
 
 
-def from_hf(folder: Path, checkpoint: Path) -> Path:
-    """Write a Hugging Face folder as a checkpoint at step 0, which training starts from.
-
-    Returns: the folder `step_00000000`, whose `config.yaml` describes the model.
-
-    Raises: ValueError, OSError: as `to_hf`.
-    """
-    check_absent(checkpoint)
-    return write_model(open_folder(folder), checkpoint)
-
-
 # --- configuration and tokenizer ---------------------------------------------------------------
 
 
-def _with_one_gate(parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """A plain mixture of experts does not number its router."""
+def _with_one_router(parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A standard MoE model does not number its router."""
     return {name.replace(".mlp.gate.0.", ".mlp.gate."): shape for name, shape in parts.items()}
 
 
@@ -145,7 +129,7 @@ def _write_description(
 ) -> tuple[hf_config.Config, Usage]:
     """Write configurations and tokenizer.
 
-    Returns: all that is in `config.json`, and what training did with the tokenizer.
+    Returns: the content of `config.json`, and how training used the tokenizer.
     """
     kept, ids = kept_folder(step), {}
     original = _read_kept(kept / HF_CONFIG)
@@ -166,13 +150,13 @@ def _write_description(
 
 
 def _read_kept(path: Path) -> hf_config.Config:
-    """What an imported folder said, if the model comes from one."""
+    """A file of the folder that the model was imported from; empty if it was not imported."""
     return read_json(path) if path.is_file() else {}
 
 
 def _trained_length(
     original: hf_config.Config, provider: CoEModelProvider, is_trained: bool
 ) -> int:
-    """How many positions the model has seen in training, here or before it was imported."""
+    """Positions that the model has seen in training, here or before it was imported."""
     before = original.get("max_position_embeddings") or provider.seq_length
     return max(before, provider.seq_length) if is_trained else before
