@@ -1,15 +1,15 @@
 """Training and validation samples out of `.bin/.idx` files.
 
-Two modes over the same files. Either way a sample has S = seq_length input positions, and is a dict
-of `tokens`, `labels`, `position_ids` (int64 [S]) and `loss_mask` (float32 [S]), as Megatron's
-`GPTDataset` gives it. There is no attention mask: attention is causal in the kernel.
+Two modes over the same files. In both a sample has S = seq_length input positions, and is a dict of
+`tokens`, `labels`, `position_ids` (int64 [S]) and `loss_mask` (float32 [S]), as from Megatron's
+`GPTDataset`. There is no attention mask: attention is causal in the kernel.
 
-    packed      Megatron's `GPTDataset`: documents joined, cut every S tokens; a sample reads S + 1
-                tokens and has S loss terms.
-    examples    one document per sample, the paper's way: the first S tokens, padded on the right.
-                A document of n tokens has min(n, S) - 1 loss terms: the token after a cut is not
-                a target, just as where a model is given S tokens and shifts them itself (the
-                authors' 512 inputs have 511 loss terms). Megatron's S + 1 would add one.
+    packed    Megatron's `GPTDataset`: documents joined, cut every S tokens; a sample reads S + 1
+              tokens and has S loss terms.
+    padded    one document per sample, as in the paper: the first S tokens, padded on the right. A
+              document of n tokens has min(n, S) - 1 loss terms: the token after a cut is not a
+              target, as where a model is given S tokens and shifts them itself (the authors' 512
+              inputs have 511 loss terms). Megatron's S + 1 would add one.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ from megatron_coe.data.indexed import (
 )
 from megatron_coe.data.tokenizer import Tokenizer
 
-Mode = Literal["packed", "examples"]
+Mode = Literal["packed", "padded"]
 
-# Validation samples must not move with the seed of a run.
+# Validation samples must not depend on the seed of a run.
 VALIDATION_SEED = 0
 MAX_SEED = 2**32 - 1  # numpy's
 
 
 class PackedDataset(GPTDataset):
-    """Megatron's, over data whose ids are checked as they are read."""
+    """Megatron's `GPTDataset`, over data whose ids are checked as they are read."""
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        """Open a `.bin/.idx` pair."""
         return CheckedDataset(dataset_path, config.tokenizer, mmap=config.mmap_bin_files)
 
 
-class ExampleDataset(MegatronDataset):
-    """One document per sample, cut on the right at S tokens and padded (see the module's text).
+class PaddedDataset(MegatronDataset):
+    """One document per sample, cut on the right at S tokens and padded (mode `padded`).
 
-    Training visits every document once per epoch, in an order that depends on the seed and the
-    epoch; validation goes through the documents in their order. Takes the arguments of
-    `MegatronDataset`, so that `BlendedMegatronDatasetBuilder` builds and blends it;
-    `indexed_indices` are documents, of which the empty ones are left out, and the length is exactly
-    `num_samples` (None: one epoch).
+    Training reads every document once per epoch, in an order that depends on the seed and the
+    epoch; validation reads the documents in their order. Takes the arguments of `MegatronDataset`,
+    so that `BlendedMegatronDatasetBuilder` builds and blends it; `indexed_indices` are documents,
+    of which the empty ones are left out, and the length is exactly `num_samples` (None: one epoch).
     """
 
     def __init__(
@@ -75,20 +75,21 @@ class ExampleDataset(MegatronDataset):
         index_split: Split,
         config: GPTDatasetConfig,
     ) -> None:
-        whole = non_empty(indexed_dataset.sequence_lengths, indexed_dataset.document_indices)
-        indices = indexed_indices[np.concatenate(list(whole))[indexed_indices]]
+        has_tokens = non_empty(indexed_dataset.sequence_lengths, indexed_dataset.document_indices)
+        indices = indexed_indices[np.concatenate(list(has_tokens))[indexed_indices]]
         super().__init__(indexed_dataset, dataset_path, indices, num_samples, index_split, config)
         self._order = self._document_order()
-        # Embeddings are looked up at padded positions too, so the id has to exist.
+        # Embeddings are looked up at padded positions too, so the id must exist.
         self._padding = max(config.tokenizer.pad, 0)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        """Number of documents, the unit that is split and shuffled."""
+        """Return the number of documents, the unit that is split and shuffled."""
         return len(low_level_dataset.document_indices) - 1
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        """Open a `.bin/.idx` pair."""
         return CheckedDataset(dataset_path, config.tokenizer, mmap=config.mmap_bin_files)
 
     def __len__(self) -> int:
@@ -129,17 +130,17 @@ class ExampleDataset(MegatronDataset):
         for epoch in range(math.ceil(samples / len(self.indices))):
             documents = self.indices.astype(np.int32)
             if self.index_split is Split.train:
-                # RandomState: numpy keeps its streams the same for ever.
+                # RandomState: numpy guarantees that its streams never change.
                 np.random.RandomState([self.config.random_seed, epoch]).shuffle(documents)
             epochs.append(documents)
         return np.concatenate(epochs)[:samples]
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """Megatron's builder without its collectives: ranks meet in `index_cache.prepare`.
+    """Megatron's builder without its collectives: ranks synchronize in `index_cache.prepare`.
 
-    Outside of torch.distributed 0.16.1 cannot blend with a cache (`BlendedDataset` asks for its
-    rank): a blend's index is quickly built again, so it goes without.
+    Without torch.distributed, Megatron-Core 0.16.1 cannot blend with a cache (`BlendedDataset`
+    reads its rank): a blend's index is quickly rebuilt, so it is not cached.
     """
 
     @staticmethod
@@ -175,21 +176,23 @@ def build_datasets(
     seed: int,
     cache_dir: str | Path | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """The training and the validation set; the same on every rank, whatever the layout.
+    """Build the training and the validation dataset, the same on every rank in any layout.
 
-    With torch.distributed initialized all ranks must call it.
+    With torch.distributed initialized it is a collective of all ranks.
 
     Args:
-        train: prefixes of `.bin/.idx` pairs, each with its weight in the blend, or none with one:
-            then each is drawn in proportion to its size (documents for `examples`, otherwise
-            tokens). A set of weight 0 is not read.
-        valid: prefixes of the held-out sets; none: no validation set.
+        train: prefixes of `.bin/.idx` pairs, all with a weight in the blend or none: then each is
+            drawn in proportion to its size (documents in mode `padded`, otherwise tokens). A pair
+            of weight 0 is not read.
+        valid: prefixes of the held-out data; none: no validation dataset.
         seq_length: S, input positions of a sample.
-        num_samples: training samples, for which the data is repeated as often as it takes (the set
-            may come out slightly longer); validation samples, at most one epoch (None: all of it).
+        num_samples: training samples, for which the data is repeated as often as needed (the
+            dataset may be slightly longer); validation samples, at most one epoch (None: all).
         seed: order of the training samples; validation does not depend on it.
         cache_dir: where packed mode and blends keep their indices; None: `index_cache` beside the
-            first data set. Data that is written anew is indexed anew.
+            first data file. Data that has been rewritten is indexed again.
+
+    Returns: the training dataset, and the validation dataset if there is one.
 
     Raises: ValueError naming the argument or the file that cannot be used.
     """
@@ -219,7 +222,7 @@ def build_datasets(
         )
 
     def build(split: Split, chosen: Sequence[IndexedFile], size: int | None, **options: object):
-        kind = PackedDataset if mode == "packed" else ExampleDataset
+        kind = PackedDataset if mode == "packed" else PaddedDataset
         described = config(split, chosen, **options)
         use = (kind.__name__, split.name, size, seq_length, described.random_seed, weights)
         folder = cache / _fingerprint(chosen, (*use, tokenizer.unique_identifiers))
@@ -250,14 +253,14 @@ def check_datasets(
     num_samples: tuple[int, int | None],
     seed: int,
 ) -> tuple[list[IndexedFile], list[float], list[IndexedFile]]:
-    """What `build_datasets` would refuse, said at once and by each process for itself.
+    """Check the arguments of `build_datasets` and its files, on each process by itself.
 
     Returns: the training files, their weights, and the held-out files.
 
     Raises: as `build_datasets`.
     """
-    if mode not in ("packed", "examples"):
-        raise ValueError(f"mode={mode!r}: choose packed or examples")
+    if mode not in ("packed", "padded", "examples"):
+        raise ValueError(f"mode={mode!r}: choose packed or padded")
     if seq_length < 2:
         raise ValueError(f"seq_length={seq_length}: a loss term needs at least 2 tokens")
     if not 0 <= seed <= MAX_SEED:
@@ -273,7 +276,7 @@ def check_datasets(
         if mode == "packed" and file.tokens <= seq_length:
             raise ValueError(
                 f"{file.prefix} has {file.tokens} tokens, too few for one packed sample of "
-                f"seq_length={seq_length} (it takes {seq_length + 1}); shorten it, or use examples"
+                f"seq_length={seq_length} (it needs {seq_length + 1}); shorten it or use padded"
             )
     return files, weights, valid_files
 
@@ -294,10 +297,10 @@ def _training_blend(
     train: Sequence[str | tuple[str, float]], mode: Mode
 ) -> tuple[list[IndexedFile], list[float]]:
     if not train:
-        raise ValueError("data.train is empty: name at least one data set")
+        raise ValueError("data.train is empty: name at least one dataset")
     weighted = [source for source in train if not isinstance(source, str)]
     if len(weighted) not in (0, len(train)):
-        raise ValueError(f"train={list(train)}: give every data set a weight, or none")
+        raise ValueError(f"train={list(train)}: give every dataset a weight, or none")
     for prefix, weight in weighted:
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"train: the weight of {prefix} is {weight}, it must be 0 or more")
@@ -307,29 +310,32 @@ def _training_blend(
             raise ValueError(f"train={list(train)}: give at least one a weight above 0")
         return [inspect(prefix) for prefix, _ in drawn], [weight for _, weight in drawn]
     files = [inspect(prefix) for prefix in train if isinstance(prefix, str)]
-    return files, [float(f.documents if mode == "examples" else f.tokens) for f in files]
+    return files, [float(f.tokens if mode == "packed" else f.documents) for f in files]
 
 
 def _check_fits(file: IndexedFile, mode: Mode) -> None:
     if mode == "packed" and file.split:
         raise ValueError(
             f"{file.prefix} has its sentences split: packed mode would shuffle them one by one; "
-            "preprocess without --split-sentences, or use examples"
+            "preprocess without --split-sentences, or use mode padded"
         )
 
 
 def _surplus(weights: Sequence[float], size: int) -> float:
-    """How many more samples per data set the builder prepares than its share, relatively.
+    """Relative number of samples per dataset that the builder prepares beyond its share.
 
-    The blend has up to len(weights) samples more than asked for, of which it may take one more from
-    a set than its share. Megatron's fixed 0.5% is less than that for small sizes, and fails.
+    The blend has up to len(weights) samples more than requested, and may take one more from a
+    dataset than its share. Megatron's fixed 0.5% is less than that for small sizes, and fails.
     """
     shares = [weight / sum(weights) for weight in weights]
     return max((share * len(weights) + 1) / max(1.0, share * size) for share in shares)
 
 
 def _fingerprint(files: Sequence[IndexedFile], use: tuple[object, ...]) -> str:
-    """Name of the folder for the index of some files in one use. Megatron's own names know the path
-    of the data only: its index would be taken for files written anew under the same name."""
+    """Name of the folder for the index of some files in one use.
+
+    Megatron's own names contain only the path of the data, so that its index would also be used for
+    other data written to the same path.
+    """
     described = repr([(file.prefix, file.stamp) for file in files] + list(use)).encode()
     return hashlib.sha256(described).hexdigest()[:16]

@@ -1,16 +1,16 @@
 """A SentencePiece model as a tokenizer of the library `tokenizers` (extra `hf`) with the same ids.
 
-SentencePiece looks at a whole text at once; the other library normalizes it, splits it and then
-looks at each part. What is exact in all versions of transformers:
+SentencePiece processes a text in full; the library normalizes it, splits it and then processes each
+part. Exact in all versions of transformers are:
 
-- White space is kept but where the model's own normalization removes it, and the space that
-  SentencePiece sets before a text stands before each part between two special tokens, as before
+- White space is kept unless the model's own normalization removes it, and the space that
+  SentencePiece puts before a text is put before each part between two special tokens, as before
   each document of training. Decoding keeps that space, because the text of later tokens alone would
   lose the one between it and the prompt.
-- Control symbols are special tokens. SentencePiece takes text that spells one for text; users of
+- Control symbols are special tokens. SentencePiece reads text that spells one as text; users of
   Hugging Face's tokenizers rely on one id.
-- User-defined symbols are cut out first, each a word of its own.
-- Symbols that text cannot spell (control, byte, unused) are never made of text.
+- User-defined symbols are split off first, each a word of its own.
+- Symbols that text cannot spell (control, byte, unused) never result from text.
 """
 
 from __future__ import annotations
@@ -33,8 +33,27 @@ if TYPE_CHECKING:
 
 SPACE = "▁"  # SentencePiece's mark of a space
 WHITE_SPACE = (
-    *(" ", "  ", "\t", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u1680", "\u2003"),
-    *("\u200b", "\u2028", "\u2029", "\u202f", "\u3000", "\ufeff", " \n ", "\n \n", " \t"),
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x85",
+    "\xa0",
+    "\u1680",
+    "\u2003",
+    "\u200b",
+    "\u2028",
+    "\u2029",
+    "\u202f",
+    "\u3000",
+    "\ufeff",
+    " \n ",
+    "\n \n",
+    " \t",
 )
 _TEXTS = (
     "",
@@ -47,13 +66,13 @@ _TEXTS = (
 _RARE_TEXTS = ("R\u0350", "½\u0301", "\u1112\u1161\u11ab", "\ufffd\u0305")
 _RANDOM_TEXTS = 200
 _PLAIN_PIECES = 500
-_USER_DEFINED = -0.1  # SentencePiece's own score of them, whatever its model says
-_NEVER = 1e4  # so much worse than the worst piece
+_USER_DEFINED = -0.1  # SentencePiece's own score of them, whatever their score in the model
+_NEVER = 1e4  # below the lowest score: never chosen
 _STAND_INS = 0x10F000  # private characters that no text has
 
 
 class SentencePieceModel:
-    """The pieces of a SentencePiece model by what they are for."""
+    """The pieces of a SentencePiece model by their type."""
 
     def __init__(self, processor: SentencePieceProcessor) -> None:
         self.processor = processor
@@ -62,29 +81,30 @@ class SentencePieceModel:
 
     @property
     def special(self) -> dict[str, int]:
-        """Ids by name, of those of unk, bos, eos and pad that there are."""
+        """Ids by name, of unk, bos, eos and pad as far as they exist."""
         names = ("unk", "bos", "eos", "pad")
         ids = {name: getattr(self.processor, f"{name}_id")() for name in names}
         return {name: number for name, number in ids.items() if number >= 0}
 
     @cached_property
     def control(self) -> list[str]:
-        """What is a special token in Hugging Face's form, the token for unknown text included."""
+        """Special tokens in Hugging Face's form, including the one for unknown text."""
         return self._of(ModelProto.SentencePiece.CONTROL, ModelProto.SentencePiece.UNKNOWN)
 
     @cached_property
     def user_defined(self) -> list[str]:
+        """Symbols that the model's author defined."""
         return self._of(ModelProto.SentencePiece.USER_DEFINED)
 
     @cached_property
     def unspellable(self) -> list[str]:
-        """What no text becomes."""
+        """Pieces that never result from text."""
         kinds = ModelProto.SentencePiece
         return self._of(kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE, kinds.UNUSED)
 
     @cached_property
     def plain(self) -> dict[str, float]:
-        """All others, with their scores."""
+        """All other pieces, with their scores."""
         normal = ModelProto.SentencePiece.NORMAL
         return {piece.piece: piece.score for piece in self.proto.pieces if piece.type == normal}
 
@@ -98,14 +118,14 @@ class FastTokenizer:
 
     tokenizer: tokenizers.Tokenizer
     warning: str | None
-    """Which rare texts have other ids in it; None: none is known."""
+    """A rare text that has other ids in it; None: none is known."""
 
 
 def fast_tokenizer(model: SentencePieceModel) -> FastTokenizer:
-    """Rebuild a SentencePiece model, and check it on every odd piece and many texts.
+    """Rebuild a SentencePiece model, and check it on all special pieces and many texts.
 
     Raises:
-        ValueError: no such tokenizer gives its ids; the message says for which text.
+        ValueError: no such tokenizer has its ids; the message names a text.
         ModuleNotFoundError: the library is not installed.
     """
     tokenizer, warning = _convert(model), None
@@ -120,16 +140,16 @@ def fast_tokenizer(model: SentencePieceModel) -> FastTokenizer:
 
 
 def export_warning(tokenizer: Tokenizer) -> str | None:
-    """Say what a Hugging Face folder of this tokenizer would not have; None: nothing that is known.
+    """Describe how this tokenizer would differ in a Hugging Face folder; None: no known difference.
 
-    Before data are preprocessed and before training, when another tokenizer costs nothing yet.
+    For use before preprocessing and training, when another tokenizer can still be chosen.
     """
     try:
         if isinstance(tokenizer, SentencePieceTokenizer):
             reason = fast_tokenizer(SentencePieceModel(tokenizer.processor)).warning
         else:
-            reason = tokenizer.doubt()
-    except ModuleNotFoundError:  # nor can anything be exported here
+            reason = tokenizer.incompatibility()
+    except ModuleNotFoundError:  # then nothing can be exported either
         return None
     except ValueError as error:
         reason = f"{error}; to-hf will refuse it"
@@ -137,7 +157,7 @@ def export_warning(tokenizer: Tokenizer) -> str | None:
 
 
 def probes(model: SentencePieceModel) -> Iterator[str]:
-    """Generate texts on which a model and its copy would differ if they did anywhere."""
+    """Generate texts that expose differences between a model and its rebuilt form."""
     odd = [*model.unspellable, *model.user_defined]
     plain = sorted(piece.replace(SPACE, " ") for piece in model.plain)
     yield from probe_texts(odd, plain, model.processor.decode, len(model.pieces))
@@ -148,10 +168,10 @@ def probes(model: SentencePieceModel) -> Iterator[str]:
 def probe_texts(
     odd: Sequence[str], plain: Sequence[str], decode: Callable[[list[int]], str], size: int
 ) -> Iterator[str]:
-    """Generate texts that name every odd piece, some plain ones, and all kinds of white space.
+    """Generate texts with every odd piece, some plain ones, and all kinds of white space.
 
     Args:
-        decode: text of some of `size` ids.
+        decode: returns the text of ids in [0, size).
     """
     yield from _TEXTS
     for space in WHITE_SPACE:
@@ -171,7 +191,7 @@ def probe_texts(
 def _differences(
     model: SentencePieceModel, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
 ) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Texts with other ids in the rebuilt model: the text, its ids, the others."""
+    """Texts with other ids in the rebuilt tokenizer: (text, ids of the model, other ids)."""
     tokenizer.encode_special_tokens = True  # text that spells them is text, as in SentencePiece
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     tokenizer.encode_special_tokens = False
@@ -181,7 +201,7 @@ def _differences(
 
 
 def _is_tie(model: SentencePieceModel, ids: list[int], other: list[int]) -> bool:
-    """Whether a unigram model finds both equally likely: the sums are rounded otherwise."""
+    """Whether a unigram model finds both equally likely, up to rounding of the sums."""
     if model.proto.trainer_spec.model_type != model.proto.trainer_spec.UNIGRAM:
         return False
     pieces = model.proto.pieces
@@ -222,14 +242,14 @@ def _unigram(model: SentencePieceModel) -> tokenizers.models.Model:
 
 
 def _unigram_splits(model: SentencePieceModel) -> tokenizers.pre_tokenizers.PreTokenizer:
-    """Words of their own for unknown characters, which are part of no other piece.
+    """Split off unknown characters, which are part of no piece.
 
-    Together they would cost more than a piece that text cannot spell.
+    Together they would score lower than a piece that text cannot spell.
     """
     known = {piece for piece in model.plain if len(piece) == 1}
     unknown = f"[^{re.escape(''.join(sorted(known)))}]"
     if not model.proto.trainer_spec.byte_fallback:
-        unknown += "+"  # one token for all in a row
+        unknown += "+"  # one token for consecutive ones
     return _isolated([piece for piece in model.user_defined if set(piece) - known], unknown)
 
 
@@ -242,12 +262,12 @@ def _bpe(model: SentencePieceModel) -> tokenizers.models.Model:
         unk_token=model.pieces[model.special["unk"]],
         fuse_unk=True,
         byte_fallback=model.proto.trainer_spec.byte_fallback,
-        ignore_merges=bool(model.user_defined),  # a word that is a piece is not cut
+        ignore_merges=bool(model.user_defined),  # a word that is a piece is not split
     )
 
 
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the one SentencePiece merges first before others."""
+    """Every pair of pieces that forms a piece, in SentencePiece's order of merging."""
     number = {piece: number for number, piece in enumerate(model.pieces)}
     pairs = []
     for piece, score in model.plain.items():
@@ -260,7 +280,7 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
 
 
 def _bpe_splits(model: SentencePieceModel) -> tokenizers.pre_tokenizers.PreTokenizer | None:
-    """Words of their own for user-defined symbols, and none for what text cannot spell."""
+    """Split off user-defined symbols, and prevent pieces that text cannot spell."""
     if not model.user_defined:
         return None
     from tokenizers import pre_tokenizers
@@ -271,7 +291,7 @@ def _bpe_splits(model: SentencePieceModel) -> tokenizers.pre_tokenizers.PreToken
 
 
 def _isolated(texts: Iterable[str], *patterns: str) -> tokenizers.pre_tokenizers.PreTokenizer:
-    """Cut out texts, of two that begin alike the longer one, and then patterns."""
+    """Split off texts, the longest match first, and then patterns."""
     from tokenizers import Regex, pre_tokenizers
 
     longest_first = sorted(texts, key=len, reverse=True)
@@ -286,7 +306,7 @@ def _normalizer(model: SentencePieceModel) -> tokenizers.normalizers.Normalizer:
 
     specification = model.proto.normalizer_spec
     prefix = SPACE if specification.add_dummy_prefix else ""
-    # The first step: later a text of characters that are mapped to nothing would be empty.
+    # The first step: a text of characters that are mapped to nothing would be empty later.
     steps = [Prepend(prefix)] if prefix else []
     if specification.precompiled_charsmap:
         steps += _charsmap(specification.precompiled_charsmap, model.user_defined)
@@ -300,12 +320,12 @@ def _normalizer(model: SentencePieceModel) -> tokenizers.normalizers.Normalizer:
 
 
 def _charsmap(charsmap: bytes, user_defined: list[str]) -> list[tokenizers.normalizers.Normalizer]:
-    """A map of characters that leaves user-defined symbols as they are."""
+    """Map characters as the model does, except in user-defined symbols."""
     from tokenizers import Regex
     from tokenizers.normalizers import Precompiled, Replace
 
     mapped = Precompiled(charsmap)
-    # It would make one of these two, which are one character in Unicode's sense.
+    # `mapped` would treat these two as one character, a grapheme cluster of Unicode.
     steps = [Replace(Regex("\r(?=\n)"), mapped.normalize_str("\r")), mapped]
     changed = [symbol for symbol in user_defined if mapped.normalize_str(symbol) != symbol]
     for number, symbol in enumerate(sorted(changed, key=len)):

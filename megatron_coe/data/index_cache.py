@@ -1,15 +1,14 @@
-"""Megatron's index files: named when they are whole, and read only as they were written.
+"""Megatron's index files: renamed when they are complete, and read only if they are unchanged.
 
-Megatron 0.16.1 writes the index of a data set (which sample stands where) file by file under the
-final names, and later takes whatever it finds there: half a file, or a pickle, which it would run
-(`numpy.load` with `allow_pickle`, blended_dataset.py and gpt_dataset.py). Here every data set, in
+Megatron-Core 0.16.1 writes the index of a dataset (which sample is where) file by file under the
+final names, and later reads whatever it finds there: half a file, or a pickle, which it would run
+(`numpy.load` with `allow_pickle`, blended_dataset.py and gpt_dataset.py). Here every dataset, in
 every use, has a folder of its own, which is
 
-    made        by one rank, under another name, and renamed when it is complete and sealed;
-    checked     against its seal (size and SHA-256 of every file) before Megatron opens it, and made
-                anew, with a word about it, when it differs: nothing is to be deleted by hand;
-    shared      by the ranks of a run, and by runs at the same time: whoever comes second to the
-                renaming takes what is there.
+    built       by one rank under another name, and renamed when it is complete and has digests;
+    checked     against its digests (size and SHA-256 of every file) before Megatron opens it, and
+                rebuilt, with a message, when it differs: nothing has to be deleted by hand;
+    shared      by the ranks of a run, and by concurrent runs: the first to rename wins.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from megatron_coe.utils.files import naming_errors, partial_path
 from megatron_coe.utils.fsynced import digest_of
 from megatron_coe.utils.ranks import call_on_rank_0
 
-SEAL = "sha256.json"
+DIGESTS_FILE = "sha256.json"
 _ABANDONED_S = 24 * 3600
-"""An unfinished folder that nobody has touched for so long is of a run that was killed."""
+"""A partial folder untouched for so long was left by a run that was killed."""
 
 
 def prepare(folder: Path, make: Callable[[Path], object]) -> None:
-    """See to it that `folder` holds a good index. With torch.distributed a collective of all ranks.
+    """Ensure that `folder` holds a valid index; with torch.distributed a collective of all ranks.
 
     Args:
-        make: writes the index files into a folder, by itself (no collective); called on rank 0, and
-            only if there is no good index.
+        make: writes the index files into a folder, without collectives; called on rank 0, and only
+            if there is no valid index.
 
     Raises: OSError on every rank when it cannot be written; ValueError when `make` does.
     """
@@ -47,19 +46,19 @@ def prepare(folder: Path, make: Callable[[Path], object]) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with an index, in words that name the file; None if it is good."""
+    """Describe what is wrong with an index, naming the file; None if it is valid."""
     try:
-        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        files = {path.name: path for path in folder.iterdir() if path.name != SEAL}
-        if not isinstance(sealed, dict) or sealed.keys() != files.keys():
-            return "holds other files than its seal names"
+        expected = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+        files = {path.name: path for path in folder.iterdir() if path.name != DIGESTS_FILE}
+        if not isinstance(expected, dict) or expected.keys() != files.keys():
+            return f"holds other files than {DIGESTS_FILE} names"
         for name, path in files.items():
             if path.is_symlink() or not path.is_file():
-                return f"{name} is no plain file"
-            if sealed[name] != _digest(path):
-                return f"{name} is not as it was written"
+                return f"{name} is no regular file"
+            if expected[name] != _digest(path):
+                return f"{name} has changed since it was written"
             if path.suffix == ".npy":
-                # A seal can be forged: a file of objects must not reach Megatron in any case.
+                # Digests can be forged: a file of objects must not reach Megatron in any case.
                 np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -73,7 +72,7 @@ def _prepare_alone(folder: Path, make: Callable[[Path], object]) -> None:
         problem = fault(folder)
         if problem is None:
             return
-        print(f"index {folder}: {problem}; it is made anew", file=sys.stderr, flush=True)
+        print(f"index {folder}: {problem}; rebuilding it", file=sys.stderr, flush=True)
     partial = partial_path(folder)
     with naming_errors(folder, "data.cache can name another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +80,14 @@ def _prepare_alone(folder: Path, make: Callable[[Path], object]) -> None:
         try:
             partial.mkdir()
             make(partial)
-            _seal(partial)
-            _give_name(partial, folder)
+            _write_digests(partial)
+            _rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _give_name(partial: Path, folder: Path) -> None:
-    """Rename, unless another run has put a good index there meanwhile."""
+def _rename(partial: Path, folder: Path) -> None:
+    """Rename, unless another run has put a valid index there meanwhile."""
     with suppress(OSError):  # not empty
         os.rename(partial, folder)
         return
@@ -105,9 +104,9 @@ def _give_name(partial: Path, folder: Path) -> None:
             raise
 
 
-def _seal(folder: Path) -> None:
+def _write_digests(folder: Path) -> None:
     digests = {path.name: _digest(path) for path in folder.iterdir()}
-    with (folder / SEAL).open("w", encoding="utf-8") as file:
+    with (folder / DIGESTS_FILE).open("w", encoding="utf-8") as file:
         json.dump(digests, file, indent=1, sort_keys=True)
 
 

@@ -1,9 +1,9 @@
-"""What is in a `.bin/.idx` pair, checked before Megatron maps it into memory.
+"""Checks of a `.bin/.idx` pair before Megatron maps it into memory.
 
-Megatron asserts or fails deep inside on files that are missing, cut short, damaged or of another
-tokenizer, or reads on in the wrong place; here each of these is one error that names the file.
-Sizes, counts and documents are always checked, other contents as far as a quick start allows
-(`_looks`); ids are checked again when they are read (`CheckedDataset`).
+Megatron asserts or fails deep inside on files that are missing, truncated, damaged or of another
+tokenizer, or reads wrong data; here each of these is one error that names the file. Sizes, counts
+and documents are always checked, other contents by samples, for a quick start (`_sampled`); ids are
+checked again when they are read (`CheckedDataset`).
 
 Documents without a token are valid: Megatron-LM's own preprocessing writes them without a sequence,
 other writers as a sequence of length 0.
@@ -31,12 +31,11 @@ _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _BYTES_PER_SEQUENCE = 4 + 8  # length (int32) and offset (int64)
 
-# Of larger files only so much is looked at, in pieces from the first to the last, so that a start
-# stays quick.
+# Of larger files only so much is checked, in slices from the first to the last, for a quick start.
 CHECKED_TOKENS = 1 << 24
 CHECKED_ENTRIES = 1 << 24
-LOOKED_AT_DOCUMENTS = 1000
-_PIECES = 16
+CHECKED_DOCUMENTS = 1000
+_SLICES = 16
 _FINGERPRINTED_BYTES = 1 << 20
 DIGESTED_BYTES = 1 << 22
 
@@ -46,14 +45,14 @@ class IndexedFile:
     """A checked `.bin/.idx` pair.
 
     Attributes:
-        documents: those that hold a token.
-        empty: documents without one, which Megatron-LM writes without a sequence and others as a
-            sequence of length 0.
-        sequences: of all documents, those of length 0 included.
+        documents: number of documents with a token.
+        empty: number of documents without one, which Megatron-LM writes without a sequence and
+            others as a sequence of length 0.
+        sequences: number of sequences of all documents, those of length 0 included.
         split: whether a document has several sequences, as where sentences were split.
         dtype: of a token id in the `.bin`.
-        stamp: changes when the pair is written anew, also within the clock's tick or with the
-            time of the old one.
+        stamp: changes when the pair is rewritten, also within one clock tick or with the old
+            modification time.
     """
 
     prefix: str
@@ -67,14 +66,14 @@ class IndexedFile:
 
 
 def inspect(prefix: str) -> IndexedFile:
-    """Reads the `.idx` and checks the `.bin` against it.
+    """Read the `.idx` and check the `.bin` against it.
 
     Raises: ValueError naming the file that is missing, damaged, empty, or not the other's partner.
     """
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, bin_):
         if not path.is_file():
-            raise ValueError(f"{path} does not exist (data sets are named without .bin and .idx)")
+            raise ValueError(f"{path} does not exist (datasets are named without .bin and .idx)")
     code, sequences, boundaries = _read_header(idx)
     if sequences == 0 or boundaries < 2:
         raise ValueError(f"{prefix} holds no document")
@@ -96,11 +95,11 @@ def inspect(prefix: str) -> IndexedFile:
     _check_offsets(idx, lengths, offsets, dtype.itemsize)
     most = _check_documents(idx, documents, sequences)
     stamp = (idx.stat().st_size, idx.stat().st_mtime_ns, _checksum(content))
-    whole = sum(int(part.sum()) for part in non_empty(lengths, documents))
+    with_tokens = sum(int(part.sum()) for part in non_empty(lengths, documents))
     return IndexedFile(
         prefix,
-        documents=whole,
-        empty=boundaries - 1 - whole,
+        documents=with_tokens,
+        empty=boundaries - 1 - with_tokens,
         sequences=sequences,
         split=most > 1,
         tokens=tokens,
@@ -110,7 +109,7 @@ def inspect(prefix: str) -> IndexedFile:
 
 
 def non_empty(lengths: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield, for some documents after the other, which of them hold a token.
+    """Yield, for consecutive blocks of documents, which of them hold a token (bool).
 
     Args:
         lengths: of the sequences.
@@ -129,16 +128,16 @@ def non_empty(lengths: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray
 
 
 def identify(file: IndexedFile) -> dict[str, Any]:
-    """Return what tells a data set's content from another's, wherever it lies.
+    """Identify a dataset by its content, independent of its path.
 
-    Of large files the digest covers pieces from the first to the last byte, which takes
+    Of large files the digest covers slices from the first to the last byte, which takes
     milliseconds; the counts are of all.
     """
     digest = hashlib.sha256()
     for suffix in ("idx", "bin"):
         content = np.memmap(f"{file.prefix}.{suffix}", mode="r")
-        for piece in _looks(content.size, DIGESTED_BYTES):
-            digest.update(content[piece])
+        for part in _sampled(content.size, DIGESTED_BYTES):
+            digest.update(content[part])
     return {
         "name": Path(file.prefix).name,
         "documents": file.documents,
@@ -148,35 +147,37 @@ def identify(file: IndexedFile) -> dict[str, Any]:
 
 
 def check_token_ids(file: IndexedFile, tokenizer: Tokenizer) -> None:
-    """Raises: ValueError when the file holds ids that the tokenizer has not."""
+    """Check that a file's ids are the tokenizer's, by samples of a large file.
+
+    Raises: ValueError naming the document and the id.
+    """
     ids = np.memmap(f"{file.prefix}.bin", dtype=file.dtype, mode="r", shape=(file.tokens,))
-    for piece in _looks(file.tokens, CHECKED_TOKENS):
-        part = ids[piece]
-        wrong = _first_wrong(part, tokenizer.vocab_size)
+    for part in _sampled(file.tokens, CHECKED_TOKENS):
+        wrong = _first_wrong(ids[part], tokenizer.vocab_size)
         if wrong is not None:
-            place = piece.start + wrong
+            place = part.start + wrong
             raise ValueError(
                 _wrong_id(file.prefix, _document_of(file, place), int(ids[place]), tokenizer)
             )
 
 
 def documents_begin_with(prefixes: Iterable[str], token: int) -> bool:
-    """Return whether all documents begin with a token, by those that are looked at."""
+    """Return whether all documents begin with a token, judging by the first ones of each file."""
     return token >= 0 and all(_begin_with(prefix, token) for prefix in prefixes)
 
 
 def _begin_with(prefix: str, token: int) -> bool:
     data = IndexedDataset(prefix)
-    first = data.document_indices[:-1][:LOOKED_AT_DOCUMENTS]
+    first = data.document_indices[:-1][:CHECKED_DOCUMENTS]
     first = first[data.sequence_lengths[first] > 0]
     return len(first) > 0 and all(data.get(number, length=1)[0] == token for number in first)
 
 
 class CheckedDataset(IndexedDataset):
-    """Megatron's reader of a `.bin/.idx` pair; every id that it gives is one of the tokenizer's.
+    """Megatron's reader of a `.bin/.idx` pair; checks that every id read is one of the tokenizer's.
 
-    An embedding asked for another id fails far from its cause, and on a GPU takes the process with
-    it. Only what is read is looked at, so it costs nothing beside a step.
+    An embedding lookup of another id fails far from its cause, and on a GPU ends the process. Only
+    what is read is checked, so the cost is negligible beside a step.
     """
 
     def __init__(self, prefix: str, tokenizer: Tokenizer, mmap: bool = True) -> None:
@@ -184,7 +185,10 @@ class CheckedDataset(IndexedDataset):
         self._tokenizer = tokenizer
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Ids of sequence `idx`; see Megatron's. Raises: DataError for one that cannot be."""
+        """Read the ids of sequence `idx`, as in Megatron.
+
+        Raises: DataError for an id outside of the vocabulary.
+        """
         ids = super().get(idx, offset, length)
         wrong = _first_wrong(ids, self._tokenizer.vocab_size)
         if wrong is not None:
@@ -194,7 +198,7 @@ class CheckedDataset(IndexedDataset):
 
 
 def _arrays(content: np.ndarray, sequences: int, boundaries: int) -> tuple[np.ndarray, ...]:
-    """Lengths and offsets of the sequences, and boundaries of the documents; modes are left out."""
+    """Lengths and offsets of the sequences, and boundaries of the documents, without modes."""
     middle = _BYTES_PER_SEQUENCE * sequences
     return (
         content[: 4 * sequences].view("<i4"),
@@ -221,12 +225,12 @@ def _read_header(idx: Path) -> tuple[int, int, int]:
 
 
 def _check_offsets(idx: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize: int) -> None:
-    """Each sequence begins where the one before it ends."""
+    """Check that each sequence begins where the one before it ends."""
     if offsets[0] != 0:
         raise ValueError(f"{idx} is damaged: sequence 0 has the offset {offsets[0]}, not 0")
-    for piece in _looks(len(lengths) - 1, CHECKED_ENTRIES):
-        after = slice(piece.start + 1, piece.stop + 1)
-        expected = offsets[piece] + lengths[piece].astype(np.int64) * itemsize
+    for part in _sampled(len(lengths) - 1, CHECKED_ENTRIES):
+        after = slice(part.start + 1, part.stop + 1)
+        expected = offsets[part] + lengths[part].astype(np.int64) * itemsize
         wrong = np.flatnonzero(offsets[after] != expected)
         if wrong.size:
             number = after.start + int(wrong[0])
@@ -237,8 +241,10 @@ def _check_offsets(idx: Path, lengths: np.ndarray, offsets: np.ndarray, itemsize
 
 
 def _check_documents(idx: Path, boundaries: np.ndarray, sequences: int) -> int:
-    """Documents follow one another from the first sequence to the last; returns how many
-    sequences the longest has."""
+    """Check that documents follow one another from the first sequence to the last.
+
+    Returns: the most sequences of a document.
+    """
     damaged = f"{idx} is damaged: the documents "
     if boundaries[0] != 0 or boundaries[-1] != sequences:
         raise ValueError(
@@ -255,27 +261,27 @@ def _check_documents(idx: Path, boundaries: np.ndarray, sequences: int) -> int:
     return most
 
 
-def _looks(size: int, limit: int) -> Iterator[slice]:
-    """Pieces of `size` entries to look at: all, or about `limit` of them, first and last too."""
+def _sampled(size: int, limit: int) -> Iterator[slice]:
+    """Slices of `size` entries to check: all, or about `limit` of them with first and last."""
     if size <= limit:
         if size > 0:
             yield slice(0, size)
         return
-    length = limit // _PIECES
-    for number in range(_PIECES):
-        start = (size - length) * number // (_PIECES - 1)
+    length = limit // _SLICES
+    for number in range(_SLICES):
+        start = (size - length) * number // (_SLICES - 1)
         yield slice(start, start + length)
 
 
 def _first_wrong(ids: np.ndarray, vocab_size: int) -> int | None:
-    """Place of the first id outside of [0, vocab_size)."""
+    """Index of the first id outside of [0, vocab_size)."""
     if ids.size == 0 or (ids.min() >= 0 and ids.max() < vocab_size):
         return None
     return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
 
 
 def _document_of(file: IndexedFile, token: int) -> int:
-    """Which document a token is of, for a message."""
+    """Index of the document of a token, for a message."""
     idx = Path(f"{file.prefix}.idx")
     _, sequences, boundaries = _read_header(idx)
     content = np.memmap(idx, mode="r")[_HEADER.size :]
@@ -294,13 +300,13 @@ def _wrong_id(prefix: str, document: int, token: int, tokenizer: Tokenizer) -> s
 
 
 def _checksum(content: np.ndarray) -> int:
-    """Of the beginning and the end of an index, where another's differs even at equal size."""
+    """CRC of the beginning and the end of an index, where another differs even at equal size."""
     ends = content[:_FINGERPRINTED_BYTES].tobytes(), content[-_FINGERPRINTED_BYTES:].tobytes()
     return zlib.crc32(ends[1], zlib.crc32(ends[0]))
 
 
 def data_summary(prefixes: Iterable[str]) -> str:
-    """One line per data set: documents and tokens.
+    """Return a line per dataset: documents and tokens.
 
     Raises: as `inspect`.
     """
@@ -316,13 +322,15 @@ def data_summary(prefixes: Iterable[str]) -> str:
 
 
 def unigram_entropy(dataset: Dataset) -> float:
-    """Entropy of the token distribution of a dataset's loss targets, in nats per token.
+    """Return the entropy of a dataset's loss targets, in nats per token.
 
-    It is the loss of the best model that ignores all context, over just the tokens that the loss of
-    `dataset` is taken over.
+    It is the loss of the best model that ignores all context, over the tokens that count in the
+    loss of `dataset`.
 
     Args:
-        dataset: items with `labels` [S] and `loss_mask` [S], as `build_datasets` makes them.
+        dataset: items with `labels` [S] and `loss_mask` [S], as from `build_datasets`.
+
+    Raises: ValueError for a dataset without loss targets.
     """
     counts = np.zeros(0, dtype=np.int64)
     for number in range(len(dataset)):

@@ -35,21 +35,21 @@ from megatron_coe.data.sentences import SentenceSplitter, load_splitter
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.utils.files import naming_errors, partial_path
 
-CHUNKS_PER_WORKER = 4  # in flight, which bounds the memory
+CHUNKS_PER_WORKER = 4  # in flight, to bound memory
 BAD_LINES_SHOWN = 10
 SECONDS_BETWEEN_LINES = 15.0
 
 
 @dataclass
 class Summary:
-    """What a run wrote, and what it left out.
+    """The counts of a preprocessing run.
 
     Attributes:
-        tokens: per output prefix.
-        documents: per output prefix.
+        tokens: written, per output prefix.
+        documents: written, per output prefix.
         empty: texts without any token, which are left out.
-        bad_lines: broken records that were skipped.
-        splitter: where sentence splitting came from, if it was asked for.
+        bad_lines: invalid records that were skipped.
+        splitter: description of the sentence splitter; None if sentences were not split.
     """
 
     tokens: dict[str, int]
@@ -71,7 +71,7 @@ class _Encoded:
 
 
 class _Encoder:
-    """Raw records to tokens; each worker has one."""
+    """Tokenizer of raw records; each worker has one."""
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class _Encoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._fields = fields
-        self._head = [tokenizer.bos] if prepend_bos else []
-        self._tail = [tokenizer.eod] if append_eod else []
+        self._prefix = [tokenizer.bos] if prepend_bos else []
+        self._suffix = [tokenizer.eod] if append_eod else []
         self._splitter = splitter
 
     @property
@@ -114,16 +114,16 @@ class _Encoder:
         return _Encoded(arrays, documents, empty, bad_lines, chunk.position)
 
     def _append(self, text: str, ids: list[int]) -> list[int]:
-        """Adds a document's tokens to `ids`; the length of each of its sentences, [] if empty."""
+        """Append a document's tokens to `ids`; return the lengths of its sentences, [] if empty."""
         lengths = []
         for sentence in self._splitter.tokenize(text) if self._splitter else [text]:
             tokens = self._tokenizer.tokenize(sentence)
             if tokens:
-                tokens = tokens if lengths else self._head + tokens
+                tokens = tokens if lengths else self._prefix + tokens
                 ids += tokens
                 lengths.append(len(tokens))
-        if lengths and self._tail:
-            ids += self._tail
+        if lengths and self._suffix:
+            ids += self._suffix
             lengths[-1] += 1
         return lengths
 
@@ -150,7 +150,7 @@ class _Writer:
             start = end
 
     def finish(self) -> None:
-        """Everything on disk, still under the temporary names."""
+        """Write everything, still under the temporary names."""
         with naming_errors(self._paths[0]):
             self._builder.finalize(str(self._partial[1]))
 
@@ -169,8 +169,11 @@ class _Writer:
 
 
 def output_prefixes(prefix: Path, fields: Fields, split_sentences: bool = False) -> list[str]:
-    """Paths of the outputs without suffix: Megatron-LM's `{prefix}_{key}_document` for each key
-    (`_sentence` when sentences are split), or `{prefix}` itself for questions and answers."""
+    """Return the paths of the outputs without suffix.
+
+    They are Megatron-LM's `{prefix}_{key}_document` for each key (`_sentence` when sentences are
+    split), or `{prefix}` itself for questions and answers.
+    """
     if fields.question_answer:
         return [str(prefix)]
     level = "sentence" if split_sentences else "document"
@@ -198,13 +201,16 @@ def preprocess(
     Args:
         workers: processes that tokenise; 1 does it in this process.
         append_eod: end each document with the tokenizer's end-of-document token.
-        prepend_bos: begin each document with the tokenizer's token for that. Training records that
-            its documents do, and generating begins a prompt likewise.
+        prepend_bos: begin each document with the tokenizer's BOS. Training records it, and
+            generation begins a prompt likewise.
         split_sentences: store each sentence as a sequence of its own within its document.
-        skip_bad_lines: report and count broken records instead of stopping at the first.
+        skip_bad_lines: report and count invalid records instead of stopping at the first.
+        quiet: show no progress.
 
-    Raises: ValueError for arguments, or naming file and line of the first broken record; OSError
-    when writing fails.
+    Returns: the counts of what was written and left out.
+
+    Raises: ValueError for arguments, or naming file and line of the first invalid record; OSError
+        when writing fails.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: at least 1 is needed")
@@ -215,10 +221,10 @@ def preprocess(
     if append_eod and tokenizer.eod < 0:
         raise ValueError(f"append_eod: tokenizer {tokenizer_path} has no end-of-document token")
     if prepend_bos and tokenizer.bos < 0:
-        raise ValueError(f"prepend_bos: tokenizer {tokenizer_path} has no token to begin with")
+        raise ValueError(f"prepend_bos: tokenizer {tokenizer_path} has no BOS token")
     splitter, origin = None, None
     if split_sentences:
-        splitter, origin = load_splitter(_sound_texts(inputs, fields))
+        splitter, origin = load_splitter(_valid_texts(inputs, fields))
     encoder = _Encoder(tokenizer, fields, append_eod, splitter, prepend_bos)
     names = output_prefixes(prefix, fields, split_sentences)
     summary = Summary(dict.fromkeys(names, 0), dict.fromkeys(names, 0), splitter=origin)
@@ -277,7 +283,7 @@ def _account(encoded: _Encoded, names: list[str], summary: Summary) -> None:
 
 @contextmanager
 def _writers(prefixes: list[str], dtype: type[np.integer]) -> Iterator[list[_Writer]]:
-    """Writers whose files get their names together, once the body has succeeded."""
+    """Writers whose files are renamed together, once the body has succeeded."""
     writers: list[_Writer] = []
     with ExitStack() as cleanup:
         for prefix in prefixes:
@@ -291,7 +297,7 @@ def _writers(prefixes: list[str], dtype: type[np.integer]) -> Iterator[list[_Wri
 
 
 def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterator[_Encoded]:
-    """The chunks in tokens, in their order, by `workers` processes (1: in this one)."""
+    """Encode chunks in their order, by `workers` processes (1: in this one)."""
     if workers == 1:
         yield from map(encoder, chunks)
         return
@@ -316,11 +322,11 @@ def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterato
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the body is done. A worker started in it inherits this, for
-    good: such signals often reach a whole group of processes, and the parent alone ends the work.
+    """Defer Ctrl-C and SIGTERM until the body is done, and for good in a worker started in it.
 
-    Blocked for the workers' sake; for this process's they are caught besides, because a signal that
-    one thread blocks is delivered by another, and Python handles it in the main one all the same.
+    Such signals often reach a whole process group, and the parent alone ends the work. Workers
+    inherit that they are blocked. In this process they are also caught, because a signal that one
+    thread blocks is delivered to another, and Python then handles it in the main thread.
     """
     numbers = {signal.SIGINT, signal.SIGTERM}
     caught: list[int] = []
@@ -348,7 +354,7 @@ def _start_worker(encoder: _Encoder) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker waits for work for ever, also when its parent has been killed."""
+    """End a worker, which would wait for work forever, when its parent has been killed."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -359,8 +365,8 @@ def _encode_in_worker(chunk: Chunk) -> _Encoded:
     return _worker_encoder(chunk)
 
 
-def _sound_texts(inputs: Sequence[Path], fields: Fields) -> Iterator[str]:
-    """Every text, without the broken records."""
+def _valid_texts(inputs: Sequence[Path], fields: Fields) -> Iterator[str]:
+    """Every text, without the invalid records."""
     for chunk in read_chunks(inputs, fields):
         for record in chunk.records:
             with suppress(RecordError):

@@ -3,7 +3,7 @@
 JSON lines (.jsonl or .json, an object per line) and plain text (.txt, a text per line) may be
 compressed (.gz, .zst) and may begin with a UTF-8 byte order mark.
 
-The work is in two halves so that it can be shared out: `read_chunks` cuts files into runs of raw
+The work is in two halves so that it can be distributed: `read_chunks` cuts files into chunks of raw
 records (cheap, one process), and `Fields.texts` turns one raw record into texts (any process).
 """
 
@@ -36,12 +36,12 @@ RawRecord = bytes | tuple[bytes | None, ...]
 
 
 class RecordError(ValueError):
-    """One record that cannot be used; the message says why, without its place."""
+    """An invalid record; the message has the reason, without its place."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which values of a record are text, and whether they stand alone or form one example.
+    """The values of a record that are text, and whether each is a document or all form one.
 
     Args:
         keys: names of JSON keys or parquet columns; `a.b` is the key b of the object (the field of
@@ -64,16 +64,16 @@ class Fields:
 
     @property
     def outputs(self) -> int:
-        """How many texts a record gives."""
+        """Number of texts per record."""
         return 1 if self.question_answer else len(self.keys)
 
     def texts(self, raw: RawRecord, *, plain: bool = False) -> tuple[str, ...]:
-        """The texts of one record: one per key, or a single one for question and answer.
+        """Return the texts of one record: one per key, or a single one for question and answer.
 
         Args:
             raw: a line (JSON, or the text itself if `plain`), or the values of a parquet row.
 
-        Raises: RecordError when the record is broken.
+        Raises: RecordError when the record is invalid.
         """
         values = self.values(raw, plain=plain)
         if self.question_answer:
@@ -82,7 +82,7 @@ class Fields:
         return values
 
     def values(self, raw: RawRecord, *, plain: bool = False) -> tuple[str, ...]:
-        """What stands under each key of one record; arguments and errors as in `texts`."""
+        """Return the value of each key of one record; arguments and errors as in `texts`."""
         if plain:
             return (_decode(raw.rstrip(b"\r\n")),)
         if isinstance(raw, bytes):
@@ -118,7 +118,7 @@ def _text_under(key: str, record: dict[str, Any]) -> str:
 
 
 def question_prompt(question: str) -> str:
-    """How the text of a question and its answer begins: what a model is to continue.
+    """Return the begin of a question's text, which a model has to continue.
 
     The space before the answer is not in it: tokenizers make it part of the answer's first word.
     """
@@ -127,7 +127,7 @@ def question_prompt(question: str) -> str:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of raw records of one file.
+    """Consecutive raw records of one file.
 
     Attributes:
         first: number of the first record, counted from 1 (line of the file, or row of the table).
@@ -142,12 +142,15 @@ class Chunk:
     plain: bool = False
 
     def place(self, offset: int) -> str:
-        """`file:number` of the record at `offset` in this chunk."""
+        """Return `file:number` of the record at `offset` in this chunk."""
         return f"{self.path}:{self.first + offset}"
 
 
 def check_inputs(paths: Sequence[Path], fields: Fields) -> None:
-    """Raises: ValueError for a file that is missing or of an unfit kind, before any work."""
+    """Check that all files can be read, before any work.
+
+    Raises: ValueError for a file that is missing or of a format without these fields.
+    """
     if not paths:
         raise ValueError("no input file: name at least one")
     for path in paths:
@@ -166,10 +169,10 @@ def check_inputs(paths: Sequence[Path], fields: Fields) -> None:
 
 
 def read_chunks(paths: Sequence[Path], fields: Fields) -> Iterator[Chunk]:
-    """The records of several files in order.
+    """Yield the records of several files in order.
 
-    Raises: ValueError naming the file when it is damaged as a whole (gzip, parquet) or lacks a
-    column.
+    Raises: ValueError naming the file when it cannot be read at all (gzip, parquet) or lacks a
+        column.
     """
     before = 0
     for path in paths:
@@ -180,15 +183,15 @@ def read_chunks(paths: Sequence[Path], fields: Fields) -> Iterator[Chunk]:
 
 
 def read_texts(paths: Sequence[Path], fields: Fields) -> Iterator[str]:
-    """Every text of several files, in order.
+    """Yield every text of several files, in order.
 
-    Raises: ValueError with file and line number at the first broken record.
+    Raises: ValueError with file and line number at the first invalid record.
     """
     return chain.from_iterable(_read(paths, fields, fields.texts))
 
 
 def read_values(paths: Sequence[Path], fields: Fields) -> Iterator[tuple[str, ...]]:
-    """What stands under the keys of each record of several files; errors as in `read_texts`."""
+    """Yield the values of the keys of each record of several files; errors as in `read_texts`."""
     return _read(paths, fields, fields.values)
 
 
@@ -206,12 +209,12 @@ def _read(
 
 
 def is_blank(record: RawRecord) -> bool:
-    """A line of white space, such as editors leave at the end of a file: no record at all."""
+    """Return whether a line is white space, as editors leave at the end of a file: no record."""
     return isinstance(record, bytes) and not record.strip()
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """What a file is named: its format, and its compression or ""."""
+    """Format and compression (or "") from a file's name."""
     compression = path.suffix if path.suffix in _COMPRESSIONS else ""
     return Path(path.name.removesuffix(compression)).suffix, compression
 
@@ -223,7 +226,9 @@ def _text_file_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
             with _decompressed(path, raw, compression) as lines:
                 yield from _line_chunks(path, raw, lines)
         except (EOFError, zlib.error, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # the disk's fault, not the content's
+            if (
+                getattr(error, "errno", None) is not None
+            ):  # an error of the disk, not of the content
                 raise
             kind = _COMPRESSIONS[compression]
             raise ValueError(f"{path} is a damaged {kind} file ({error})") from error
@@ -235,7 +240,7 @@ def _decompressed(
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == ".zst":
-        # pyarrow's, which the extra brings anyway; it reads frames that follow one another
+        # pyarrow is in the extra anyway; it reads consecutive frames
         return io.BufferedReader(_pyarrow(path).CompressedInputStream(raw, "zstd"))
     return nullcontext(raw)
 
@@ -264,8 +269,7 @@ def _parquet_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
         with pq.ParquetFile(path) as table:
             places = [_column(path, key, table.schema_arrow) for key in keys]
             for batch in table.iter_batches(batch_size=CHUNK_RECORDS, columns=list(keys)):
-                # As bytes: a string column may hold bytes that are not UTF-8, which then counts as
-                # one broken record instead of a broken file.
+                # As bytes: a value that is not UTF-8 is then an invalid record, not a bad file.
                 columns = [_as_bytes(batch, place).to_pylist() for place in places]
                 records = list(zip(*columns, strict=True))
                 position = file_bytes * (first + len(records) - 1) // table.metadata.num_rows
@@ -276,7 +280,7 @@ def _parquet_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
 
 
 def _column(path: Path, key: str, schema: pyarrow.Schema) -> list[str]:
-    """Check the column of a key; its name, followed by those of the fields that lead to it."""
+    """Check the column of a key; return its name and those of the nested fields."""
     import pyarrow as pa
 
     place, kind = [key] if key in schema.names else key.split("."), pa.struct(list(schema))

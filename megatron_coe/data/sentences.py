@@ -13,12 +13,14 @@ TRAINING_CHARACTERS = 2_000_000
 
 
 class SentenceSplitter(Protocol):
+    """A sentence splitter, as NLTK's."""
+
     def tokenize(self, text: str) -> Iterable[str]:
-        """The sentences of a text, without the white space between them."""
+        """Return the sentences of a text, without the white space between them."""
 
 
 def load_splitter(texts: Iterable[str]) -> tuple[SentenceSplitter, str]:
-    """A picklable splitter, and a word on where it comes from.
+    """Return a picklable splitter and a description of it.
 
     Args:
         texts: read only as far as the splitter has to be trained.

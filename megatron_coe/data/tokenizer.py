@@ -1,9 +1,9 @@
 """One small interface over SentencePiece models and Hugging Face tokenizer folders.
 
-Megatron has wrappers of its own (`megatron.core.tokenizers`). They are not used because importing
-them costs about 4 s and 360 MB in every preprocessing worker, their SentencePiece and Hugging Face
-classes have no `eod`, which `GPTDataset` reads, and they identify a tokenizer by its path alone.
-The classes here offer what `GPTDatasetConfig(tokenizer=…)` uses.
+Megatron's own wrappers (`megatron.core.tokenizers`) are not used: importing them takes about 4 s
+and 360 MB in every preprocessing worker, their SentencePiece and Hugging Face classes have no
+`eod`, which `GPTDataset` reads, and they identify a tokenizer by its path alone. The classes here
+have what `GPTDatasetConfig(tokenizer=…)` uses.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from megatron_coe.utils.files import atomic_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_TOKEN = -1  # what SentencePiece and Megatron's datasets use for "there is none"
+NO_TOKEN = -1  # no such token, in SentencePiece and Megatron's datasets
 
 # SentencePiece writes its number of threads into the model and sums scores per thread: with a fixed
-# number the same texts give the same bytes on any machine, from one version of SentencePiece.
+# number the same texts give the same bytes on any machine, for one version of SentencePiece.
 TRAINER_THREADS = 4
 SPECIAL_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back.
+    """Interface of tokenizers: text to token ids and back.
 
     Attributes:
         path: file or folder it was loaded from.
         vocab_size: ids are in [0, vocab_size).
         eod: id of the end-of-document token, -1 if there is none.
         bos: id of the beginning-of-sequence token, -1 if there is none.
-        pad: id of the padding token, -1 if there is none or another special token stands in for it
-            (Megatron would mask that other token out of the loss).
-        unique_identifiers: what Megatron's index caches are named after; independent of the path.
+        pad: id of the padding token, -1 if there is none or it is EOD or BOS (which Megatron would
+            mask out of the loss).
+        unique_identifiers: what Megatron names index caches after; independent of the path.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text; no special token is added (the paper's recipe)."""
+        """Return the token ids of a text, without special tokens (the paper's recipe)."""
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids; padding and other control tokens give nothing."""
+        """Return the text of token ids; padding and other control tokens have none."""
 
     @abstractmethod
     def vocabulary(self) -> dict[str, int]:
-        """The id of every piece."""
+        """Return the id of every token."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model` file."""
+    """Tokenizer of a SentencePiece `.model` file."""
 
     def __init__(self, path: Path) -> None:
         """Raises: ValueError when the file is not a SentencePiece model."""
@@ -104,7 +104,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A folder saved by `transformers` (extra `hf`): read locally, without running its code."""
+    """Tokenizer of a Hugging Face folder (extra `hf`), read locally, without running its code."""
 
     def __init__(self, path: Path) -> None:
         """Raises: ValueError when the folder holds no tokenizer, or transformers is missing."""
@@ -121,12 +121,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 "installed: `pip install transformers`"
             ) from error
         try:
-            # The configuration of a model of this package needs code to be read, and says nothing.
+            # Reading the configuration of a CoE model would need its code, and is not necessary.
             config = {"config": PretrainedConfig()} if _is_own_model(path) else {}
             self._tokenizer = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False, **config
             )
-        except Exception as error:  # it raises whatever the files make its parsers raise
+        except Exception as error:  # whatever parsers raise on damaged files
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"tokenizer {path} cannot be loaded ({reason})") from error
         vocabulary = self._tokenizer.get_vocab()
@@ -150,28 +150,29 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of transformers."""
         return self._tokenizer
 
-    def doubt(self) -> str | None:
-        """Say why other versions of transformers may read the folder otherwise, if they may."""
+    def incompatibility(self) -> str | None:
+        """Explain why other versions of transformers may read the folder differently, or None."""
         if not self._tokenizer.is_fast:
-            return "it has no fast form: exports get its files as they are, no tokenizer.json"
+            return "it has no fast form: exports contain its files as they are, no tokenizer.json"
         models = [] if (self.path / "tokenizer.json").is_file() else self.path.glob("*.model")
         for path in models:
             processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
             for text in ("The sum of 12 and 3 is 15.", "naïve café, Привет", "a  b\n"):
-                pieces = processor.encode(text, out_type=str)
-                read = self._tokenizer.convert_ids_to_tokens(self.tokenize(text))
-                if read != pieces:
+                expected = processor.encode(text, out_type=str)
+                tokens = self._tokenizer.convert_ids_to_tokens(self.tokenize(text))
+                if tokens != expected:
                     return (
-                        f"this version of transformers reads {path.name} as SentencePiece does not "
-                        f"({text!r} as {read}, not {pieces}): give the file itself"
+                        f"this version of transformers reads {path.name} unlike SentencePiece "
+                        f"({text!r} as {tokens}, not {expected}): give the file itself"
                     )
         return None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a SentencePiece model file or a Hugging Face folder.
+    """Load the tokenizer of a SentencePiece model file or a Hugging Face folder.
 
     Raises: ValueError when there is none at `path`, or it cannot be read.
     """
@@ -186,19 +187,35 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 _FILE_PATTERNS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.*", "additional_chat_templates/*.jinja"),
-    *("*vocab*.json", "vocab.txt", "merges*.txt", "*.model", "*.spm", "*.tiktoken", "*.tokenizer"),
-    *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "tekken.json"),
-    *("word_pronunciation.json", "word_shape.json"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "*vocab*.json",
+    "vocab.txt",
+    "merges*.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+    "bpe.codes",
+    "byte_maps.json",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "tekken.json",
+    "word_pronunciation.json",
+    "word_shape.json",
 )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """All files of the Hugging Face tokenizer in a folder, which may hold a model besides.
+    """List all files of the Hugging Face tokenizer in a folder, which may also hold a model.
 
     `config.json` is among them where `tokenizer_config.json` does not name the tokenizer's class:
-    transformers then takes that of the model.
+    transformers then derives it from the model's.
     """
     found = [path for pattern in _FILE_PATTERNS for path in folder.glob(pattern) if path.is_file()]
     try:
@@ -219,17 +236,19 @@ def train_tokenizer(
     vocab_size: int = 4096,
     model_type: str = "bpe",
 ) -> SentencePieceTokenizer:
-    """Trains a SentencePiece model on all texts of the input files and writes it to `output`.
+    """Train a SentencePiece model on all texts of the input files and write it to `output`.
 
-    Text comes back unchanged from its tokens: nothing is normalized, and characters outside the
-    vocabulary are spelled in bytes. The digits 0 to 9 are single tokens, which helps with
-    arithmetic (SentencePiece splits full-width ones too, but not those of other scripts).
+    Detokenization is lossless: nothing is normalized, and characters outside the vocabulary become
+    bytes. The digits 0 to 9 are single tokens, which helps with arithmetic (SentencePiece splits
+    full-width ones too, but not those of other scripts).
 
-    Raises: ValueError for broken input, no text, or a vocabulary the texts cannot fill.
+    Returns: the tokenizer in `output`.
+
+    Raises: ValueError for invalid input, no text, or a vocabulary the texts cannot fill.
     """
     check_inputs(inputs, fields)
-    # All at once, because SentencePiece would swallow an error raised while it reads. It keeps the
-    # texts in memory in any case.
+    # All at once, because SentencePiece ignores an error raised while it reads. It keeps the texts
+    # in memory in any case.
     texts = [text for text in read_texts(inputs, fields) if text.strip()]
     if not texts:
         raise ValueError(f"no text in {', '.join(map(str, inputs))}")
@@ -245,7 +264,7 @@ def train_tokenizer(
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=1 << 30,  # longer texts would be left out without a word
+            max_sentence_length=1 << 30,  # longer texts would be silently left out
             num_threads=TRAINER_THREADS,
             minloglevel=2,
             **SPECIAL_IDS,

@@ -41,12 +41,12 @@ def cases() -> list[Case]:
 
 
 def _indices() -> Iterator[Case]:
-    """An index cache is made anew when it is not as it was written, whoever sealed it."""
+    """An index cache that has changed is rebuilt, whoever wrote its digests."""
     for name, write in (("a pickle", _pickled_index), ("objects", _objects_index)):
         yield HostileCase(
             f"data: {name} in the index cache",
             f"{TRAIN} data.cache={{d}}/cache",
-            ("made anew",),
+            ("rebuilding it",),
             _cached(write),
             status=0,
             late=True,
@@ -78,7 +78,7 @@ def _cached(spoil: Callable[[Path, Path], object]) -> Make:
 
     def make(folder: Path) -> None:
         from megatron_coe.data.datasets import build_datasets
-        from megatron_coe.data.index_cache import _seal
+        from megatron_coe.data.index_cache import _write_digests
         from megatron_coe.data.tokenizer import load_tokenizer
 
         build_datasets(
@@ -95,7 +95,7 @@ def _cached(spoil: Callable[[Path, Path], object]) -> Make:
             spoil(path, folder)
         for kept in (folder / "cache").iterdir():
             (kept / "sha256.json").unlink()
-            _seal(kept)
+            _write_digests(kept)
 
     return make
 

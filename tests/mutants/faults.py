@@ -662,7 +662,7 @@ FAULTS = [
     Fault(
         "empty documents stay among the examples",
         DATASETS,
-        "indices = indexed_indices[np.concatenate(list(whole))[indexed_indices]]",
+        "indices = indexed_indices[np.concatenate(list(has_tokens))[indexed_indices]]",
         "indices = indexed_indices",
         OF_DATA,
     ),
@@ -718,8 +718,8 @@ FAULTS = [
     Fault(
         "an index cache is taken without its digests",
         INDEX_CACHE,
-        "if sealed[name] != _digest(path):",
-        "if name not in sealed:",
+        "if expected[name] != _digest(path):",
+        "if name not in expected:",
         OF_INDICES,
     ),
     Fault(

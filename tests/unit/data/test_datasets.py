@@ -29,7 +29,7 @@ def build(
     valid: Sequence[str] = (),
     **changes: object,
 ) -> tuple[Dataset, Dataset | None]:
-    options = {"seq_length": S, "mode": "examples", "num_samples": (50, None), "seed": 7}
+    options = {"seq_length": S, "mode": "padded", "num_samples": (50, None), "seed": 7}
     return build_datasets(train=train, valid=valid, tokenizer=tokenizer, **(options | changes))
 
 
@@ -265,7 +265,7 @@ def test_index_files_stay_in_one_folder(
 ) -> None:
     a, b = make_data("a", random_texts(30, 5)), make_data("b", random_texts(30, 6))
     before = sorted(tmp_path.iterdir())
-    build(tokenizer, [a, b], [a, b], mode="examples")
+    build(tokenizer, [a, b], [a, b], mode="padded")
     assert sorted(tmp_path.iterdir()) == before
     build(tokenizer, [a, b], [a, b], mode="packed", cache_dir=tmp_path / "elsewhere" / "cache")
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "elsewhere"])
@@ -319,7 +319,7 @@ def test_a_set_of_weight_0_is_left_out(
 ) -> None:
     a, b = (make_data(letter, [f"{letter}{n}" for n in range(9)]) for letter in "ab")
     gone = f"{a}-gone"
-    for mode in ("examples", "packed"):
+    for mode in ("padded", "packed"):
         alone, _ = build(tokenizer, [(a, 1.0), (b, 3.0)], mode=mode, seq_length=4)
         read, _ = build(tokenizer, [(gone, 0), (a, 2.0), (b, 6.0)], mode=mode, seq_length=4)
         assert as_lists(read) == as_lists(alone)
@@ -350,7 +350,7 @@ def test_errors(make_data: MakeData, tokenizer: SentencePieceTokenizer) -> None:
 def read_all(folder: Path, prefixes: list[str], model: str) -> list[list[list[int]]]:
     """The tokens of every sample, for both modes, alone and blended."""
     samples = []
-    for mode in ("packed", "examples"):
+    for mode in ("packed", "padded"):
         for train in ([prefixes[0]], [(prefixes[0], 1.0), (prefixes[1], 1.0)]):
             for dataset in build(
                 load_tokenizer(model), train, prefixes, mode=mode, cache_dir=folder / "cache"

@@ -55,7 +55,7 @@ def test_whatever_was_damaged_is_made_anew_and_told(
             if damaged is not None:
                 (folder / name).write_bytes(damaged)
             assert samples(prefix, tokenizer.path, cache) == expected
-            assert "made anew" in capfd.readouterr().err
+            assert "rebuilding it" in capfd.readouterr().err
             assert index_cache.fault(folder) is None
     before = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
     assert samples(prefix, tokenizer.path, cache) == expected
@@ -70,7 +70,7 @@ def test_every_payload_is_live_and_none_is_opened(tmp_path: Path, name: str) -> 
     folder.mkdir()
     payload = PAYLOADS[name](canary)
     (folder / "x-document_index.npy").write_bytes(payload)
-    index_cache._seal(folder)
+    index_cache._write_digests(folder)
     assert index_cache.fault(folder) is not None
     assert not canary.exists()
     if name == "a pickle in a storage" and PARTS_ARE_PARTIALS:
@@ -87,7 +87,7 @@ def test_an_array_of_objects_is_a_fault_though_sealed(tmp_path: Path) -> None:
     folder.mkdir()
     call = Call(os.system, (f"touch {tmp_path / 'canary'}",))
     np.save(folder / "x.npy", np.array([call], dtype=object), allow_pickle=True)
-    index_cache._seal(folder)
+    index_cache._write_digests(folder)
     assert "damaged" in index_cache.fault(folder)
     assert not (tmp_path / "canary").exists()
 
@@ -113,7 +113,7 @@ def test_whoever_comes_second_takes_what_is_there(tmp_path: Path) -> None:
         shutil.copytree(partial, folder)  # another run, quicker
         (folder / "a.npy").unlink()
         np.save(folder / "a.npy", np.arange(3))
-        index_cache._seal(folder)
+        index_cache._write_digests(folder)
 
     index_cache.prepare(folder, make)
     assert np.load(folder / "a.npy").tolist() == [0, 1, 2]
@@ -126,7 +126,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         index_cache.prepare(tmp_path / "file" / "index", lambda partial: None)
 
 
-@pytest.mark.parametrize("mode", ["packed", "examples"])
+@pytest.mark.parametrize("mode", ["packed", "padded"])
 def test_an_id_that_a_start_does_not_look_at_is_named_when_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -150,6 +150,6 @@ def test_an_id_that_a_start_does_not_look_at_is_named_when_it_is_read(
 
 
 def _looked_at(size: int) -> list[slice]:
-    from megatron_coe.data.indexed import _looks
+    from megatron_coe.data.indexed import _sampled
 
-    return list(_looks(size, 16))
+    return list(_sampled(size, 16))

@@ -140,7 +140,7 @@ def test_token_ids_of_another_tokenizer_are_refused(
         check_token_ids(file, smaller)
 
 
-@pytest.mark.parametrize("mode", ["packed", "examples"])
+@pytest.mark.parametrize("mode", ["packed", "padded"])
 def test_unigram_entropy_is_over_the_loss_targets(
     make_data: MakeData, tokenizer: SentencePieceTokenizer, mode: str
 ) -> None:
@@ -155,7 +155,7 @@ def test_unigram_entropy_is_over_the_loss_targets(
         num_samples=(1, None),
         seed=1,
     )
-    if mode == "examples":
+    if mode == "padded":
         counts = Counter(id_ for text in texts for id_ in tokenizer.tokenize(text)[:24][1:])
     else:
         counts = Counter(id_ for item in valid for id_ in item["labels"].tolist())
