@@ -99,7 +99,7 @@ class Source:
 
 
 def _cut(documents: Iterable[Ints], S: int, mode: str) -> Iterator[Ints]:
-    if mode == "examples":
+    if mode != "packed":
         yield from (document[:S] for document in documents if len(document) > 1)
         return
     rest: list[Ints] = []

@@ -598,14 +598,7 @@ class CoeModel(CoePreTrainedModel):
         kwargs.pop("cache_position", None)  # transformers 4 passes what is computed below
         check_keywords(kwargs, self.config._attn_implementation)
         cache = resolve_cache(past_key_values, cache)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if cache is not None and recomputes:
-            raise ValueError(
-                f"{CACHE} with gradient checkpointing: each key would be written again when its "
-                "layer is recomputed. Leave the cache out, or call the model under torch.no_grad()."
-            )
+        self._check_inputs(input_ids, inputs_embeds, cache)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
@@ -638,6 +631,18 @@ class CoeModel(CoePreTrainedModel):
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+
+    def _check_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None
+    ) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is not None and recomputes:
+            raise ValueError(
+                f"{CACHE} with gradient checkpointing: each key would be written again when its "
+                "layer is recomputed. Leave the cache out, or call the model under torch.no_grad()."
+            )
 
 
 def check_keywords(kwargs: dict[str, object], implementation: str) -> None:

@@ -103,11 +103,13 @@ class _Names:
 
     def same(self, keys: str, name: str, *shape: int, **traits: bool) -> Weight:
         """Return one weight with two names; `keys` may hold several spellings, separated by |."""
-        return self._row(keys, {name: shape}, lambda whole: [whole], lambda parts: parts[0], traits)
+        return self._row(
+            keys, {name: shape}, lambda tensor: [tensor], lambda parts: parts[0], traits
+        )
 
     def rows(self, keys: str, parts: dict[str, Shape]) -> Weight:
         """Return a weight of parts of one shape, concatenated along the first axis."""
-        return self._row(keys, parts, lambda whole: whole.chunk(len(parts)), torch.cat)
+        return self._row(keys, parts, lambda tensor: tensor.chunk(len(parts)), torch.cat)
 
     def vocabulary(self, keys: str, name: str) -> Weight:
         """Return a weight with a row per token id, padded with zeros in Megatron."""
@@ -115,7 +117,7 @@ class _Names:
         return self._row(
             keys,
             {name: (size, self.config.hidden_size)},
-            lambda whole: [whole[:size]],
+            lambda tensor: [tensor[:size]],
             lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding - size)),
             {"padded": True},
         )
@@ -131,8 +133,8 @@ class _Names:
             for letter, count in zip("qkv", counts, strict=True)
         }
 
-        def split(whole: Tensor) -> list[Tensor]:
-            grouped = whole.view(-1, queries + 2, width, *inputs)
+        def split(tensor: Tensor) -> list[Tensor]:
+            grouped = tensor.view(-1, queries + 2, width, *inputs)
             return [part.reshape(-1, *inputs) for part in grouped.split(counts, dim=1)]
 
         def join(parts: Sequence[Tensor]) -> Tensor:
@@ -155,7 +157,7 @@ class _Names:
         return self._row(
             keys,
             parts,
-            lambda whole: whole.reshape(len(whole) * each, -1, whole.shape[-1]).unbind(),
+            lambda tensor: tensor.reshape(len(tensor) * each, -1, tensor.shape[-1]).unbind(),
             lambda parts: torch.stack(list(parts)).view(len(parts) // each, -1, parts[0].shape[-1]),
             experts=count,
         )

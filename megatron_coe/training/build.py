@@ -211,9 +211,9 @@ def _num_samples(settings: Settings, start: Start | None) -> int:
 
 def _samples_per_epoch(files: Sequence[IndexedFile], mode: str, seq_length: int) -> float:
     """Sequences that one pass over all the training data holds."""
-    if mode == "examples":
-        return sum(file.documents for file in files)
-    return sum(file.tokens for file in files) / seq_length
+    if mode == "packed":
+        return sum(file.tokens for file in files) / seq_length
+    return sum(file.documents for file in files)
 
 
 def _source(

@@ -1,7 +1,7 @@
 """A model's configuration as Hugging Face's `config.json`, and as section `model` of a run.
 
     keys.py         every key: the field of the same value, its default, or why it may be ignored
-    convert.py      a whole configuration, both ways
+    convert.py      the configuration, both ways
     attention.py    attention and rotary embedding
     experts.py      experts, layers and routers
     residual.py     the two spellings of the residual mode

@@ -1,4 +1,4 @@
-"""A whole configuration: `config.json` of a `CoEConfig`, and fields of a `config.json`."""
+"""The configuration both ways: `CoEConfig` -> `config.json` -> model fields."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The table of keys: which are read, which have one supported value, which change no number.
 
-Every key of an imported configuration stands in one of these tables or is refused.
+Every key of an imported configuration is in one of these tables or is refused.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_one_file_and_one_layer_at_most(tmp_path, size):
 
     there = peak(
         small, "to-hf", "--load", tmp_path / "checkpoint", "--save", tmp_path / "several",
-        *("--max-shard-size", size),
+        "--max-shard-size", size,
     )  # fmt: skip
     back = peak(small, "from-hf", "--load", tmp_path / "several", "--save", tmp_path / "again")
     files = [path.stat().st_size for path in (tmp_path / "several").glob("*.safetensors")]

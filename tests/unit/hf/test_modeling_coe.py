@@ -366,8 +366,11 @@ NATIVE = {
         "qk_rope_head_dim": 16,
         "rope_scaling": {
             **YARN,
-            **{"mscale_all_dim": 0, "attention_factor": 0.9, "truncate": False},
-            **{"original_max_position_embeddings": 64, "factor": 4},
+            "factor": 4,
+            "mscale_all_dim": 0,
+            "attention_factor": 0.9,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
         },
     },
     "groups": {
