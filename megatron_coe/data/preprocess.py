@@ -193,13 +193,13 @@ def preprocess(
     skip_bad_lines: bool = False,
     quiet: bool = False,
 ) -> Summary:
-    """Tokenises input files into Megatron's `.bin/.idx` pairs (see `output_prefixes`).
+    """Tokenize input files into Megatron's `.bin/.idx` pairs (see `output_prefixes`).
 
-    Existing outputs are replaced at the end; a run that fails leaves nothing behind. More than one
-    worker are spawned processes: call it from under `if __name__ == "__main__":`.
+    Existing outputs are replaced at the end; a run that fails leaves nothing behind. Workers, if
+    several, are spawned processes: call it from under `if __name__ == "__main__":`.
 
     Args:
-        workers: processes that tokenise; 1 does it in this process.
+        workers: processes that tokenize; 1: this process does.
         append_eod: end each document with the tokenizer's end-of-document token.
         prepend_bos: begin each document with the tokenizer's BOS. Training records it, and
             generation begins a prompt likewise.
@@ -218,10 +218,7 @@ def preprocess(
         raise ValueError(f"output prefix {prefix} is a folder: add a name for the files")
     check_inputs(inputs, fields)
     tokenizer = load_tokenizer(tokenizer_path)
-    if append_eod and tokenizer.eod < 0:
-        raise ValueError(f"append_eod: tokenizer {tokenizer_path} has no end-of-document token")
-    if prepend_bos and tokenizer.bos < 0:
-        raise ValueError(f"prepend_bos: tokenizer {tokenizer_path} has no BOS token")
+    _check_special_tokens(tokenizer, append_eod, prepend_bos)
     splitter, origin = None, None
     if split_sentences:
         splitter, origin = load_splitter(_valid_texts(inputs, fields))
@@ -271,6 +268,13 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def _check_special_tokens(tokenizer: Tokenizer, append_eod: bool, prepend_bos: bool) -> None:
+    if append_eod and tokenizer.eod < 0:
+        raise ValueError(f"append_eod: tokenizer {tokenizer.path} has no end-of-document token")
+    if prepend_bos and tokenizer.bos < 0:
+        raise ValueError(f"prepend_bos: tokenizer {tokenizer.path} has no BOS token")
 
 
 def _account(encoded: _Encoded, names: list[str], summary: Summary) -> None:
