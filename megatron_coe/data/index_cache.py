@@ -34,7 +34,7 @@ _ABANDONED_S = 24 * 3600
 
 
 def prepare(folder: Path, make: Callable[[Path], object]) -> None:
-    """Ensure that `folder` holds a valid index; with torch.distributed a collective of all ranks.
+    """Prepare a valid index in `folder`; with torch.distributed a collective of all ranks.
 
     Args:
         make: writes the index files into a folder, without collectives; called on rank 0, and only

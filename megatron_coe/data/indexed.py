@@ -128,7 +128,7 @@ def non_empty(lengths: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray
 
 
 def identify(file: IndexedFile) -> dict[str, Any]:
-    """Identify a dataset by its content, independent of its path.
+    """Describe a dataset by its content, independent of its path.
 
     Of large files the digest covers slices from the first to the last byte, which takes
     milliseconds; the counts are of all.

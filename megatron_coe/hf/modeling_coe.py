@@ -339,7 +339,7 @@ class CoeAttention(nn.Module):
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project x [B, S, H] to query, key and value, each [B, heads, S, D]."""
+        """Compute query, key and value, each [B, heads, S, D], of x [B, S, H]."""
         raise TypeError(f"{type(self).__name__} has no projections of its own.")
 
     def forward(

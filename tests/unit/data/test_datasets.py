@@ -249,7 +249,7 @@ def test_empty_documents_do_not_hide_split_sentences(
     assert [item["tokens"][:3] for item in as_lists(valid)] == [[5, 6, 7], [8, 9, 3]]
 
 
-def test_data_written_anew_is_indexed_anew(
+def test_rewritten_data_is_indexed_again(
     tmp_path: Path, make_data: MakeData, tokenizer: SentencePieceTokenizer
 ) -> None:
     for seed in (5, 6):

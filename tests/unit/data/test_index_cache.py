@@ -37,7 +37,7 @@ def samples(prefix: str, model: Path, cache: Path, mode: str = "packed") -> list
     return [dataset[number]["tokens"].tolist() for number in range(30)]
 
 
-def test_whatever_was_damaged_is_made_anew_and_told(
+def test_whatever_was_damaged_is_rebuilt_and_reported(
     tmp_path: Path, make_data: MakeData, tokenizer: SentencePieceTokenizer, capfd
 ) -> None:
     prefix, cache = make_data("a", random_texts(40, 1)), tmp_path / "cache"
@@ -92,7 +92,7 @@ def test_an_array_of_objects_is_a_fault_though_sealed(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def test_data_written_anew_at_the_same_time_and_size_is_noticed(
+def test_data_rewritten_at_the_same_time_and_size_is_noticed(
     tmp_path: Path, make_data: MakeData, tokenizer: SentencePieceTokenizer
 ) -> None:
     texts = ["one two three", "1", "12 pears and ten apples"]
