@@ -193,10 +193,10 @@ class Bench:
             environments: additional variables by rank.
         """
         count = LAYOUTS[layout][0]
-        store = _store() if count > 1 else None
+        store = open_store() if count > 1 else None
         ranks = []
         for rank in range(count):
-            of_rank = _rank_environment(rank, count, store.port) if store else {}
+            of_rank = rank_environment(rank, count, store.port) if store else {}
             ranks.append(
                 self.zygote.start(
                     SCRIPT,
@@ -273,7 +273,8 @@ def base_environment(tree: Path) -> dict[str, str]:
     return {**kept, **fixed, "PYTHONPATH": os.pathsep.join([str(tree), str(REPO)])}
 
 
-def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun gives to a rank whose store listens at `port`."""
     return {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
         **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
@@ -282,7 +283,7 @@ def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def _store() -> TCPStore:
+def open_store() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 

@@ -32,7 +32,9 @@ from megatron_coe.data.tokenizer import load_tokenizer
 from megatron_coe.distributed.setup import process_groups
 from megatron_coe.hf import CoeForCausalLM
 from megatron_coe.utils.environment import machine, versions
+from tests import zygote
 from tests.data.make_777423a import NEW_TOKENS, PROMPTS, RESUMED, STOPPED, statistics
+from tests.faults.runs import Launch, base_environment, open_store, rank_environment
 from tests.unit.training.runs import make_trainer
 
 REPO = Path(__file__).parents[2]
@@ -169,16 +171,17 @@ def test_two_ranks_resume_on_the_command_line():
     same = versions()["megatron-core"] == EXPECTED["made_with"]["megatron-core"]
     case = "2 ranks" if same else "2 ranks, no dropout"
     arguments = ["--config", "config.yaml", "train.stop_step=null", *RESUMED[case]]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(REPO / "pretrain_coe.py"), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
+    store, here = open_store(), Path.cwd()
+    environments = (
+        {**base_environment(REPO), **rank_environment(rank, 2, store.port)} for rank in range(2)
     )
-    assert done.returncode == 0, done.stderr
-    assert f"resumed from {STEP}" in done.stdout
+    ranks = [
+        zygote.shared().start("pretrain_coe.py", arguments, here, environment, cwd=here)
+        for environment in environments
+    ]
+    with Launch(ranks, store) as launch:
+        assert launch.wait() == [0, 0], launch.complained()
+        assert f"resumed from {STEP}" in launch.said()
     assert_reported(case)
 
 

@@ -30,6 +30,7 @@ from megatron_coe.fault_tolerance.exit_codes import PREEMPTED, RANK_FAILURE
 from megatron_coe.model.moe.layer import CoELayer
 from megatron_coe.utils.environment import read_machine
 from megatron_coe.utils.metrics_file import read_records
+from tests import zygote
 
 REPO = Path(__file__).parents[2]
 
@@ -96,10 +97,10 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **fixed, **changes}
 
 
-def start(*arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
+def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     command = [sys.executable, *launcher, str(REPO / "pretrain_coe.py"), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=REPO, env=environment(), **pipes, **options)
+    return subprocess.Popen(command, cwd=REPO, env=environment(), **pipes)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -390,11 +391,25 @@ def test_a_vocabulary_larger_than_the_tokenizers_trains(config, tmp_path):
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
 
 
+LONG = "train.steps=25"
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory) -> Path:
+    """A run that nothing stops, for those that a signal does."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    path = folder / "run.yaml"
+    path.write_text(CONFIG.format(data=data, folder=folder / "run"), encoding="utf-8")
+    assert pretrain_coe.main(["--config", str(path), LONG]) == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(config, tmp_path, capfd, number):
-    unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
-    arguments = ["--config", str(config), "train.steps=25"]
-    assert pretrain_coe.main([*arguments, f"log.dir={unbroken}"]) == 0
+def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(
+    unbroken, config, tmp_path, capfd, number
+):
+    folder = tmp_path / "run"
+    arguments = ["--config", str(config), LONG]
     with once_it_has_steps(folder, 3, lambda: os.kill(os.getpid(), number)):
         assert pretrain_coe.main(arguments) == PREEMPTED
     stopped = max(losses(folder))
@@ -415,7 +430,9 @@ def test_a_signal_where_nothing_is_kept_has_another_status(config, tmp_path):
 def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
     """Also to those that the first checkpoint started, which the last one needs."""
     long = ["train.steps=10000", "checkpoint.save_interval=2"]
-    process = start("--config", config, *long, start_new_session=True)
+    process = zygote.shared().start(
+        "pretrain_coe.py", ["--config", config, *long], tmp_path, environment()
+    )
 
     def signal_all() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -423,11 +440,12 @@ def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
             time.sleep(0.05)
 
     with once_it_has_steps(tmp_path / "run", 3, signal_all):
-        status, out, err = finish(process)
+        status, err = process.wait(180), process.complained()
+    process.end()
     assert status == PREEMPTED, err
     assert err == "SIGINT: ends before the next step (Ctrl-C once more: at once)\n"
     stopped = max(losses(tmp_path / "run"))
-    assert out.splitlines()[-1] == f"stopped by SIGINT after step {stopped}"
+    assert process.said().splitlines()[-1] == f"stopped by SIGINT after step {stopped}"
     latest = tmp_path / "run" / "checkpoints" / "latest"
     assert latest.read_text() == f"step_{stopped:08d}\n"
 
