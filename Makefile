@@ -20,7 +20,7 @@
 #   PYTHON=python3.11                    the interpreter to make it with
 #   VENV_ARGS=--system-site-packages     use a torch that is installed already
 #   OVERRIDES="train.steps=50"           settings passed on to pretrain_coe.py by quickstart
-#   JOBS=2                               test processes at once
+#   JOBS=3                               test processes at once
 #   SHARD=1/4                            the share of test-mutants' faults
 
 PYTHON ?= python3
@@ -29,7 +29,7 @@ VENV_ARGS ?=
 UNPINNED ?= none
 PACKAGES ?=
 OVERRIDES ?=
-JOBS ?= 2
+JOBS ?= 3
 VERSION ?=
 PYTEST_ARGS ?=
 TE_PATH ?=
@@ -113,12 +113,19 @@ test test-all test-line test-mutants test-faults test-transformers test-eval tes
 
 # A file's tests share what they build, so one process takes the whole file; in the order of their
 # names, which has the long ones in front (pytest-xdist's own has those with the fewest tests last).
+# One process more than the two cores of a small machine: tests of several ranks, of signals and of
+# time limits wait as much as they compute.
 SHARED_OUT := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Without Megatron: what they test is the same under every line of it.
 ENGINE_FREE := $(addprefix tests/unit/,analysis data experiments utils)
 
 FAST := -m "not slow and not gpu and not slurm and not bridge" $(SHARED_OUT)
+
+# Megatron decorates functions with torch.compile as it is imported, and that imports Inductor: a
+# quarter of the time that every process takes to start. Nothing is compiled on a CPU
+# (megatron_coe/megatron_compat/cpu.py), which tests/unit/megatron_compat/test_patches.py shows.
+test test-line: export TORCHDYNAMO_DISABLE := 1
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST) $(PYTEST_ARGS)

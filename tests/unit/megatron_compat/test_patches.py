@@ -63,7 +63,9 @@ def outcomes(tmp_path_factory):
 
 
 def outcomes_beside(packages: Path, *rows: str) -> dict[str, list[str | None]]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(packages)])}
+    path = os.pathsep.join([str(REPO), str(packages)])
+    # One of the rows needs torch.compile.
+    environment = {**os.environ, "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "0"}
     program = [sys.executable, str(Path(__file__).with_name("rows.py")), *rows]
     done = subprocess.run(
         program, env=environment, cwd=REPO, capture_output=True, text=True, timeout=200
