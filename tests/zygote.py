@@ -54,7 +54,7 @@ IMPORTS = (
     "multiprocessing.managers",
 )
 _PR_SET_PDEATHSIG = 1
-_POLL_S = 0.005
+_POLL_S = 0.02
 
 
 class Process:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import zygote
+
 REPO = Path(__file__).parents[2]
 MINUTE_SCALE = (
     *("train.steps=6", "train.eval_interval=3", "train.eval_samples=4"),
@@ -28,10 +30,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), cwd=REPO, env=environment(), capture_output=True, text=True
-    )
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return zygote.run("tools/run_experiment.py", *arguments)
 
 
 def write_texts(path: Path, count: int) -> Path:
