@@ -196,3 +196,4 @@ lint: $(VENV)/.installed-test
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports --no-logo
+	$(PY) tests/lint/words.py
