@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_coe.data.tokenizer import tokenizer_files
-from megatron_coe.utils.fsynced import FileDigest, sync, write_file
+from megatron_coe.utils.fsynced import FileDigest, fsync, write_fsynced
 from megatron_coe.utils.run_files import (
     DOCUMENTS_FILE,
     KEPT_FOLDER,
@@ -79,7 +79,7 @@ def write_content(step: Path, content: Mapping[str, bytes]) -> dict[str, FileDig
     for name, data in content.items():
         path = step / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        digests[name] = write_file(path, data)
+        digests[name] = write_fsynced(path, data)
     for folder in {(step / name).parent for name in content} - {step}:
-        sync(folder)
+        fsync(folder)
     return digests

@@ -40,7 +40,7 @@ from megatron_coe.checkpoint.verify import is_loadable
 from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
 from megatron_coe.config.run_config import CheckpointSettings
 from megatron_coe.distributed.setup import TrainState
-from megatron_coe.utils.fsynced import digest_of, in_background, write_file
+from megatron_coe.utils.fsynced import digest_of, in_background, write_fsynced
 from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_name, step_of
 
@@ -261,7 +261,7 @@ def _require_room(folder: Path, needed: int) -> None:
 
 def _try_to_write(path: Path) -> None:
     try:
-        write_file(path, b"probe")
+        write_fsynced(path, b"probe")
     finally:
         path.unlink(missing_ok=True)
 

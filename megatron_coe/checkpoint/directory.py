@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_coe.utils.fsynced import replace_file, sync
+from megatron_coe.utils.fsynced import fsync, replace_fsynced
 from megatron_coe.utils.run_files import FORMAT_FILE, LATEST_FILE, step_name, step_of
 
 if TYPE_CHECKING:
@@ -73,13 +73,13 @@ def partial_folder(folder: Path, step: int) -> Path:
 def publish(folder: Path, step: int) -> Path:
     """Give a whole partial checkpoint its name. Raises: OSError."""
     partial, final = partial_folder(folder, step), folder / step_name(step)
-    sync(partial)
+    fsync(partial)
     replaced = folder / f"{_REMOVED}{final.name}"
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    sync(folder)
+    fsync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
@@ -89,7 +89,7 @@ def update_latest(checkpoint: Path) -> None:
     pointer = checkpoint.with_name(LATEST_FILE)
     if pointer.is_dir():  # nothing of ours, so it is kept; in the way, so it is moved
         pointer.rename(checkpoint.with_name(f"{LATEST_FILE}_before_{checkpoint.name}"))
-    replace_file(pointer, f"{checkpoint.name}\n".encode())
+    replace_fsynced(pointer, f"{checkpoint.name}\n".encode())
 
 
 def prune(
@@ -140,7 +140,7 @@ def restore(folder: Path) -> None:
         final = folder / removed.name.removeprefix(_REMOVED)
         if not final.exists() and (folder / f"{_PARTIAL}{final.name}").exists():
             removed.rename(final)
-            sync(folder)
+            fsync(folder)
 
 
 def clean(folder: Path) -> None:
@@ -179,5 +179,5 @@ def _remove(checkpoint: Path) -> None:
         removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
         shutil.rmtree(removed, ignore_errors=True)
         checkpoint.rename(removed)
-        sync(checkpoint.parent)
+        fsync(checkpoint.parent)
     shutil.rmtree(removed)

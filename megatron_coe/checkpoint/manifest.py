@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from megatron_coe.checkpoint.errors import BadCheckpointError
-from megatron_coe.utils.fsynced import FileDigest, digest_of, sync, write_file
+from megatron_coe.utils.fsynced import FileDigest, digest_of, fsync, write_fsynced
 from megatron_coe.utils.run_files import KEPT_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
 
 MANIFEST_FILE = "manifest.json"
@@ -36,7 +36,7 @@ class Manifest:
 
 def write_manifest(folder: Path, step: int, files: Mapping[str, FileDigest]) -> None:
     """Write the manifest of a folder and fsync it."""
-    write_file(folder / MANIFEST_FILE, Manifest(step, files).text().encode())
+    write_fsynced(folder / MANIFEST_FILE, Manifest(step, files).text().encode())
 
 
 def describe_folder(folder: Path) -> dict[str, FileDigest]:
@@ -57,12 +57,12 @@ def sign(folder: Path, step: int) -> None:
         raise BadCheckpointError(f"{MANIFEST_FILE} is there already: remove it to overrule it")
     files = describe_folder(folder)
     for name in files:
-        sync(folder / name)
+        fsync(folder / name)
     for inner in _FOLDERS:
         if (folder / inner).is_dir():
-            sync(folder / inner)
+            fsync(folder / inner)
     write_manifest(folder, step, files)
-    sync(folder)
+    fsync(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

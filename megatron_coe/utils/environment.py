@@ -1,4 +1,4 @@
-"""What a process runs on: machine, versions, commit. For whoever reads its figures later."""
+"""The machine, the software versions and the commit that a process runs on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEVICES = Path("/dev")
 
 
 def write_machine(folder: Path, device: torch.device, ranks: int) -> dict[str, object]:
-    """Leave in a run's folder what it runs on, and return it. Raises: OSError."""
+    """Write `machine.json` into a run's folder, and return its content. Raises: OSError."""
     found = {**machine(device), "ranks": ranks, "commit": commit(), **versions()}
     with atomic_path(folder / MACHINE_FILE) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -36,7 +36,7 @@ def write_machine(folder: Path, device: torch.device, ranks: int) -> dict[str, o
 
 
 def read_machine(folder: Path) -> dict[str, object]:
-    """What `write_machine` left; empty where there is nothing. Raises: ValueError, OSError."""
+    """Read a run's `machine.json`; empty where there is none. Raises: ValueError, OSError."""
     path = folder / MACHINE_FILE
     if not path.exists():
         return {}
@@ -45,12 +45,12 @@ def read_machine(folder: Path) -> dict[str, object]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no JSON object: remove it, or let the run write it anew")
+        raise ValueError(f"{path} is no JSON object: remove it, or let the run write it again")
     return found
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """Of the rank that asks; `gpus` are those it can see."""
+    """Describe the machine of this rank; `gpus` counts those that it can see."""
     found: dict[str, object] = {
         "platform": platform.platform(),
         "processor": _processor(),
@@ -65,7 +65,7 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def refuse_unused_gpus(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Compare the GPUs that this process could have with those that PyTorch sees, if it sees none.
+    """Look for GPUs that this process could use, if PyTorch sees none.
 
     An empty CUDA_VISIBLE_DEVICES asks for the CPU.
 
@@ -90,7 +90,7 @@ def refuse_unused_gpus(environment: Mapping[str, str] = os.environ) -> str | Non
 
 
 def _why_no_gpu() -> str:
-    """Why PyTorch sees no GPU, for whoever installed it."""
+    """Return why PyTorch sees no GPU, and what to do."""
     if torch.version.cuda is None:
         return (
             f"PyTorch {torch.__version__} is a build without CUDA: install the one that "
@@ -110,8 +110,10 @@ def _why_no_gpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages' that matter, as far as they are installed; torch's with its build
-    (`+cpu`, `+cu130`), which its package does not tell."""
+    """Return the versions of Python and of the installed packages that matter.
+
+    torch's is given with its build (`+cpu`, `+cu130`), which its package metadata leave out.
+    """
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in PACKAGES:
         try:
@@ -122,8 +124,10 @@ def versions() -> dict[str, str]:
 
 
 def commit(repository: Path = REPOSITORY) -> str:
-    """The commit checked out, with `+` where files differ from it; `unknown` where `repository` is
-    no checkout (an installed package may lie within another's)."""
+    """Return the commit checked out, with `+` where files differ from it.
+
+    `unknown` where `repository` is no checkout: an installed package may lie within another's.
+    """
     try:
         if _git(repository, "rev-parse", "--show-prefix"):
             return "unknown"
@@ -140,7 +144,7 @@ def _git(repository: Path, *arguments: str) -> str:
 
 
 def _processor() -> str:
-    """Its name as Linux tells it; elsewhere what Python knows."""
+    """Return the processor's name from Linux; elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,5 +1,5 @@
-"""What can turn out about data in the middle of a run; light enough for command lines to import."""
+"""Errors that several packages share (light to import)."""
 
 
 class DataError(ValueError):
-    """Data that is damaged where no check had looked; the message names file and document."""
+    """Data found damaged during training, where no check had looked; names file and document."""

@@ -1,7 +1,6 @@
-"""Files that outlast a power cut, and their SHA-256 computed while the disk is busy.
+"""Files that survive a power cut, hashed while they are written.
 
-A file's content is on the disk after its own fsync, its name after that of its folder: a rename is
-durable only then.
+A file's content is on the disk after its own fsync, its name only after an fsync of its folder.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a manifest says about a file."""
+    """Size and hash of a file, as a manifest lists them."""
 
     size: int
     """Bytes."""
@@ -35,8 +34,8 @@ class FileDigest:
     """Hexadecimal."""
 
 
-def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, durable."""
+def fsync(path: Path) -> None:
+    """Fsync a file's content, or the names in a folder. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,8 +43,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> FileDigest:
-    """Write a small file and fsync it (not its name)."""
+def write_fsynced(path: Path, content: bytes) -> FileDigest:
+    """Write a small file and fsync it, but not its name. Raises: OSError."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -53,16 +52,16 @@ def write_file(path: Path, content: bytes) -> FileDigest:
     return FileDigest(len(content), hashlib.sha256(content).hexdigest())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a small file at once, durably: there is the old or the new one, never a part."""
+def replace_fsynced(path: Path, content: bytes) -> None:
+    """Replace a small file atomically, and fsync it and its name. Raises: OSError."""
     temporary = path.with_name(f".{path.name}.new")
-    write_file(temporary, content)
+    write_fsynced(temporary, content)
     temporary.replace(path)
-    sync(path.parent)
+    fsync(path.parent)
 
 
 def digest_of(path: Path) -> FileDigest:
-    """Size and SHA-256 of a file that is there."""
+    """Return size and SHA-256 of an existing file. Raises: OSError."""
     digest, size = hashlib.sha256(), 0
     block = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -73,10 +72,9 @@ def digest_of(path: Path) -> FileDigest:
 
 
 class HashedFile:
-    """A new file, hashed while it is written and fsynced.
+    """A new file, hashed by a thread while it is written, and fsynced when it is closed.
 
-    A thread hashes out of the writer's own memory while the disk is busy: hashlib, write and fsync
-    all release the GIL.
+    The thread reads the writer's own memory: hashlib, write and fsync all release the GIL.
 
     Args:
         hashed: False leaves the hash out.
@@ -84,18 +82,19 @@ class HashedFile:
 
     def __init__(self, path: Path, hashed: bool = True) -> None:
         self.error: OSError | None = None
-        """The first error of a write: torch.save hides it behind one of its own."""
+        """The first error of a write, which torch.save replaces with one of its own."""
         self._file = path.open("wb", buffering=0)
         self._size = 0
-        self._steady: np.ndarray | None = None
+        self._stable: np.ndarray | None = None
         self._to_hash: SimpleQueue[Buffer | None] = SimpleQueue()
         self._digest = in_background(self._hash) if hashed else None
 
-    def expect(self, steady: np.ndarray) -> None:
-        """Announce memory that stays as it is until the file is closed; no copy is made of it."""
-        self._steady = steady
+    def expect(self, stable: np.ndarray) -> None:
+        """Announce memory that does not change until the file is closed: it is hashed uncopied."""
+        self._stable = stable
 
     def write(self, data: Buffer) -> int:
+        """Write all of `data`, and return its size in bytes. Raises: OSError."""
         view = memoryview(data).cast("B")
         try:
             done = 0
@@ -106,17 +105,21 @@ class HashedFile:
             raise
         self._size += done
         if self._digest is not None and done:
-            self._to_hash.put(self._steady if self._is_steady(view) else bytes(view))
+            self._to_hash.put(self._stable if self._is_stable(view) else bytes(view))
         return done
 
     def tell(self) -> int:
+        """Return how many bytes were written."""
         return self._size
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing, as nothing is buffered; torch.save asks for it."""
 
     def close(self) -> FileDigest:
-        """Fsync, and the digests; the hash is empty where none was wanted."""
+        """Fsync and close the file; return its digest, with an empty hash where `hashed` is False.
+
+        Raises: OSError.
+        """
         self._to_hash.put(None)
         try:
             os.fsync(self._file.fileno())
@@ -125,16 +128,16 @@ class HashedFile:
             self._file.close()
 
     def abandon(self) -> None:
-        """Close the file if it is not closed."""
+        """Close the file without fsync, if it is still open."""
         self._to_hash.put(None)
         self._file.close()
 
-    def _is_steady(self, view: memoryview) -> bool:
-        """Whether the bytes are those of the memory announced, to their last."""
-        steady = self._steady
-        if steady is None or len(view) != steady.nbytes:
+    def _is_stable(self, view: memoryview) -> bool:
+        """Return whether the bytes are exactly the announced memory."""
+        stable = self._stable
+        if stable is None or len(view) != stable.nbytes:
             return False
-        return np.frombuffer(view, np.uint8).ctypes.data == steady.ctypes.data
+        return np.frombuffer(view, np.uint8).ctypes.data == stable.ctypes.data
 
     def _hash(self) -> str:
         digest = hashlib.sha256()
@@ -144,7 +147,7 @@ class HashedFile:
 
 
 def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Call a function in a thread that does not keep a process from ending."""
+    """Call a function in a daemon thread, which does not keep the process from exiting."""
     future: Future[T] = Future()
 
     def call() -> None:

@@ -569,7 +569,7 @@ FAULTS = [
         OF_RESUMING,
     ),
     Fault(
-        "a checkpoint's name is given before its files are durable",
+        "a checkpoint's name is given before its files are fsynced",
         "megatron_coe/utils/fsynced.py",
         "os.fsync(self._file.fileno())",
         "self._file.fileno()",
@@ -655,7 +655,7 @@ FAULTS = [
     Fault(
         "any memory of the same size is taken for the announced",
         "megatron_coe/utils/fsynced.py",
-        "return np.frombuffer(view, np.uint8).ctypes.data == steady.ctypes.data",
+        "return np.frombuffer(view, np.uint8).ctypes.data == stable.ctypes.data",
         "return True",
         ("tests/unit/utils/test_fsynced.py",),
     ),

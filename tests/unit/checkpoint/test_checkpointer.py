@@ -161,7 +161,7 @@ def test_an_error_at_the_end_leaves_nothing_partial(single_rank, tmp_path, monke
     def fail(folder):
         raise OSError(30, "Read-only file system", str(folder))
 
-    monkeypatch.setattr("megatron_coe.checkpoint.directory.sync", fail)
+    monkeypatch.setattr("megatron_coe.checkpoint.directory.fsync", fail)
     with pytest.raises(CheckpointWriteError, match="Read-only file system"):
         trainer.save()
     assert not list(tmp_path.iterdir())
@@ -180,7 +180,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
 
     with monkeypatch.context() as patch:
         patch.setattr("megatron_coe.checkpoint.directory._remove", refuse)
-        patch.setattr("megatron_coe.checkpoint.directory.replace_file", refuse)
+        patch.setattr("megatron_coe.checkpoint.directory.replace_fsynced", refuse)
         for _ in range(2):
             trainer.step()
             trainer.save()

@@ -1,4 +1,4 @@
-"""What is written is durable, hashed as it lies on the disk, and fails aloud."""
+"""Files are fsynced, hashed as they lie on the disk, and fail with an error."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_coe.utils.fsynced import (
     HashedFile,
     digest_of,
     in_background,
-    replace_file,
-    write_file,
+    replace_fsynced,
+    write_fsynced,
 )
 
 
-def test_the_facts_are_those_of_the_bytes_on_disk(tmp_path):
+def test_the_digest_is_that_of_the_bytes_on_disk(tmp_path):
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(size, generator=generator) for size in (3, 100_000, 1_500_000)]
     tensors.append(torch.zeros(0))
@@ -67,18 +67,18 @@ def test_a_full_disk_is_an_os_error_even_through_torch():
 
 def test_a_file_is_replaced_at_once(tmp_path, monkeypatch):
     path = tmp_path / "latest"
-    replace_file(path, b"one")
+    replace_fsynced(path, b"one")
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(real(descriptor)))
-    replace_file(path, b"two")
+    replace_fsynced(path, b"two")
     assert path.read_bytes() == b"two"
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
     assert len(synced) == 2, "the content, then the name"
 
 
-def test_small_files_have_their_facts(tmp_path):
-    assert write_file(tmp_path / "small", b"content") == digest_of(tmp_path / "small")
+def test_a_small_file_has_its_digest(tmp_path):
+    assert write_fsynced(tmp_path / "small", b"content") == digest_of(tmp_path / "small")
 
 
 def test_an_error_in_the_background_comes_back():
