@@ -30,7 +30,6 @@ from megatron_coe.fault_tolerance.exit_codes import PREEMPTED, RANK_FAILURE
 from megatron_coe.model.moe.layer import CoELayer
 from megatron_coe.utils.environment import read_machine
 from megatron_coe.utils.metrics_file import read_records
-from tests import zygote
 
 REPO = Path(__file__).parents[2]
 
@@ -97,10 +96,10 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **fixed, **changes}
 
 
-def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(*arguments: object, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
     command = [sys.executable, *launcher, str(REPO / "pretrain_coe.py"), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=REPO, env=environment(), **pipes)
+    return subprocess.Popen(command, cwd=REPO, env=environment(), **pipes, **options)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -430,9 +429,7 @@ def test_a_signal_where_nothing_is_kept_has_another_status(config, tmp_path):
 def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
     """Also to those that the first checkpoint started, which the last one needs."""
     long = ["train.steps=10000", "checkpoint.save_interval=2"]
-    process = zygote.shared().start(
-        "pretrain_coe.py", ["--config", config, *long], tmp_path, environment()
-    )
+    process = start("--config", config, *long, start_new_session=True)
 
     def signal_all() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -440,12 +437,11 @@ def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
             time.sleep(0.05)
 
     with once_it_has_steps(tmp_path / "run", 3, signal_all):
-        status, err = process.wait(180), process.complained()
-    process.end()
+        status, out, err = finish(process)
     assert status == PREEMPTED, err
     assert err == "SIGINT: ends before the next step (Ctrl-C once more: at once)\n"
     stopped = max(losses(tmp_path / "run"))
-    assert process.said().splitlines()[-1] == f"stopped by SIGINT after step {stopped}"
+    assert out.splitlines()[-1] == f"stopped by SIGINT after step {stopped}"
     latest = tmp_path / "run" / "checkpoints" / "latest"
     assert latest.read_text() == f"step_{stopped:08d}\n"
 
