@@ -213,7 +213,7 @@ DAMAGES = {
     "missing shard": (lambda f: first_file(f).unlink(), ["model-00001-of", "missing"]),
     "truncated safetensors": (
         lambda f: os.truncate(first_file(f), first_file(f).stat().st_size - 64),
-        ["model-00001-of", "not a whole"],
+        ["model-00001-of", "not a complete"],
     ),
     "wrong shape": (
         lambda f: change_weights(f, lambda w: w.update({EXPERT: torch.ones(3, 32)})),

@@ -330,7 +330,7 @@ def test_damaged_files_are_named(imported, tmp_path):
     first = "model-00001-of"
     for damage, told in (
         (lambda path: path.unlink(), rf"{first}.* is missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-100]), rf"{first}.*not a whole"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), rf"{first}.*not a complete"),
     ):
         folder = tmp_path / "damaged"
         shutil.copytree(imported / "small", folder)
