@@ -41,7 +41,8 @@ def command(options: argparse.Namespace) -> None:
     from benchmarks.suite import ALL
     from benchmarks.suite import BENCHMARKS as MEASURE
     from megatron_coe.config.run_config import ParallelSettings
-    from megatron_coe.distributed import setup
+    from megatron_coe.config.validation import world_size
+    from megatron_coe.distributed.process_groups import process_groups
     from megatron_coe.model import backends
     from megatron_coe.utils.environment import commit, versions
     from megatron_coe.utils.ranks import is_rank_0
@@ -52,8 +53,8 @@ def command(options: argparse.Namespace) -> None:
     harness = harness_of(options, device)
     harness.check()
     outcomes = []
-    ranks = setup.world_size()
-    with setup.process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
+    ranks = world_size()
+    with process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
         speaks = is_rank_0()
         heading = {
             "commit": commit(REPOSITORY),

@@ -131,7 +131,7 @@ class PassVariant:
 
 
 def under_training(module: torch.nn.Module, provider: CoEModelProvider) -> DistributedDataParallel:
-    """Wrapped as `megatron_coe.distributed.setup.build_model` wraps a model."""
+    """Wrapped as `megatron_coe.distributed.train_state.build_model` wraps a model."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=provider.bf16)
     return DistributedDataParallel(config=provider, ddp_config=config, module=module)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.timing import Lap
-from megatron_coe.distributed.setup import TrainState
+from megatron_coe.distributed.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from benchmarks.timing import Lap, Variant
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.seeds import seed_everything
+from megatron_coe.distributed.train_state import build_train_state
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.trainer import Trainer
@@ -93,9 +94,9 @@ class StepVariant:
 
 def build_step(name: str, settings: Settings, device: torch.device) -> StepVariant:
     """A freshly initialized model in training; Megatron's parallel groups must be there."""
-    setup.seed_everything(settings.train.seed)
+    seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
-    train_state = setup.build_train_state(provider, settings, device)
+    train_state = build_train_state(provider, settings.parallel, settings.train, device)
     source = BatchSource(
         RandomTokens(provider),
         settings.train.micro_batch_size,

@@ -21,7 +21,7 @@ from benchmarks.steps import GRADIENTS, PARTS, StepVariant
 from benchmarks.timing import TOTAL, Samples, Spread, Variant, interleave, rate, ratio
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.seeds import seed_everything
 from megatron_coe.model.provider import CoEModelProvider
 
 COE, MOE = "coe-2_4-64", "moe_8-64"
@@ -59,7 +59,7 @@ class Harness:
     def provider(self, preset: str, *changes: str) -> CoEModelProvider:
         """Of a layer by itself: its balance losses weigh as they are."""
         settings = self.settings(preset, *changes)
-        setup.seed_everything(settings.train.seed)
+        seed_everything(settings.train.seed)
         provider = build_provider(settings, self.device)
         return replace(provider, calculate_per_token_loss=False)
 

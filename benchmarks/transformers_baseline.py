@@ -18,7 +18,8 @@ from benchmarks.timing import Lap, Variant
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion.hf_config import to_deepseek_v2_config
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.seeds import seed_everything
+from megatron_coe.distributed.train_state import build_model
 from megatron_coe.model.provider import CoEModelProvider
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ def build_pair(settings: Settings, device: torch.device) -> Pair:
             "the comparison with transformers needs its version 5: `pip install "
             "'transformers>=5'`, or leave '--what transformers' out"
         ) from error
-    setup.seed_everything(settings.train.seed)
+    seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
-    (ours,) = setup.build_model(provider, settings.parallel, device, settings.train.seed)
+    (ours,) = build_model(provider, settings.parallel, device, settings.train.seed)
     keys = to_deepseek_v2_config(provider)
     config = DeepseekV2Config(**{k: v for k, v in keys.items() if k != "model_type"})
     with torch.device("meta"):

@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_coe.distributed.setup import parallel_groups
+from megatron_coe.distributed.process_groups import parallel_groups
 from megatron_coe.model import backends
 from megatron_coe.planning.communication import collectives
 from megatron_coe.planning.hardware import GPUS, Cluster

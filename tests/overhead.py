@@ -51,7 +51,7 @@ def main() -> None:
     from benchmarks.scale import SCALES, preset_settings
     from benchmarks.steps import build_step
     from megatron_coe.config.run_config import LogSettings
-    from megatron_coe.distributed import setup
+    from megatron_coe.distributed.process_groups import process_groups
     from megatron_coe.model import backends
     from megatron_coe.model.moe.router import CoERouter
     from megatron_coe.training.metrics_logger import MetricsLogger
@@ -60,7 +60,7 @@ def main() -> None:
     device = backends.prepare()
     settings = preset_settings(PRESET, SCALES[options.scale], "log.interval=1")
     watches, shares = Stopwatches(), defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder, setup.process_groups(settings.parallel, device):
+    with tempfile.TemporaryDirectory() as folder, process_groups(settings.parallel, device):
         trainer = build_step("CoE-2(4/64)", settings, device).trainer
         metrics_logger = MetricsLogger(LogSettings(dir=folder), 1, 0, {}, sys.stderr)
         for module in trainer.train_state.chunks[0].modules():

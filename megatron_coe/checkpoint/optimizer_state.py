@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_coe.distributed.setup import complete_state
+from megatron_coe.distributed.train_state import complete_state
 
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -33,8 +33,8 @@ from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.optimizer_state import OptimizerState
 from megatron_coe.checkpoint.safe_unpickle import check_pickles, read_index
 from megatron_coe.checkpoint.versions import explain
-from megatron_coe.distributed.rng import rng_state, set_rng_state
-from megatron_coe.distributed.setup import TrainState
+from megatron_coe.distributed.seeds import rng_state, set_rng_state
+from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.megatron_compat.checkpoints import load_sharded_state
 
 

@@ -23,7 +23,9 @@ from megatron_coe.config.run_config import Settings
 from megatron_coe.data.datasets import build_datasets
 from megatron_coe.data.indexed import IndexedFile, data_summary, documents_begin_with, identify
 from megatron_coe.data.tokenizer import Tokenizer
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.process_groups import lone_process, process_groups, rendezvous
+from megatron_coe.distributed.seeds import seed_everything, use_deterministic_kernels
+from megatron_coe.distributed.train_state import build_train_state
 from megatron_coe.fault_tolerance.exceptions import RunEndedError
 from megatron_coe.fault_tolerance.heartbeat import DATA, LOADING, MODEL, Heartbeat
 from megatron_coe.fault_tolerance.signals import StopRequest
@@ -51,7 +53,7 @@ def describe(settings: Settings, world_size: int) -> str:
     plan = plan_of(settings, found.provider, world_size, found.device.type == "cuda")
     lines = [settings.to_yaml(), describe_sizes(plan), ""]
     lines += _describe_data(settings, found.tokenizer)
-    with setup.lone_process():
+    with lone_process():
         if start := choose_start(settings.checkpoint, mend=False):
             data = [identify(file) for file in found.files]
             changed = check_changes(start.path, settings, found.tokenizer, data, start.weights_only)
@@ -82,7 +84,7 @@ def trainer(
     found = check_run(settings, saves=not must_resume)
     device, tokenizer, provider = found.device, found.tokenizer, found.provider
     if settings.train.deterministic and device.type == "cuda":
-        setup.use_deterministic_kernels()
+        use_deterministic_kernels()
     data = [identify(file) for file in found.files]
     checkpointer = Checkpointer(
         settings.checkpoint,
@@ -93,11 +95,11 @@ def trainer(
         [*sources, tokenizer.path, *map(Path, filter(None, [settings.checkpoint.load]))],
     )
     timeout_s = settings.train.hang_timeout_s
-    store, saves = setup.rendezvous(), settings.checkpoint.save is not None
+    store, saves = rendezvous(), settings.checkpoint.save is not None
     with (
         watched(store, timeout_s, heartbeat, agreed=(RunEndedError, CheckpointWriteError)),
         explained(settings, heartbeat),
-        setup.process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
+        process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
     ):
         stop.raise_if_stopped(device, "the data were looked at", saves)
         heartbeat.enter(LOADING)
@@ -109,14 +111,16 @@ def trainer(
             checkpointer.keep_content_of(start.path)
             if not start.weights_only:
                 checkpointer.resume_from(start.path)
-        setup.seed_everything(settings.train.seed)
+        seed_everything(settings.train.seed)
         heartbeat.enter(DATA)
         arguments = data_arguments(settings, tokenizer, provider.seq_length)
         arguments["num_samples"] = (_num_samples(settings, start), settings.train.eval_samples)
         train_set, valid_set = build_datasets(**arguments, cache_dir=settings.data.cache)
         stop.raise_if_stopped(device, "the model was built", saves)
         heartbeat.enter(MODEL)
-        train_state = setup.build_train_state(provider, settings, device, trains=not must_resume)
+        train_state = build_train_state(
+            provider, settings.parallel, settings.train, device, trains=not must_resume
+        )
         stop.raise_if_stopped(device, "the checkpoint was loaded", saves)
         heartbeat.enter(LOADING)
         progress = Progress()

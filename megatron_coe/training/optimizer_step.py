@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.nn.utils import clip_grads_with_norm_
 
-from megatron_coe.distributed.rng import rng_state, set_rng_state
+from megatron_coe.distributed.seeds import rng_state, set_rng_state
 
 
 def prepare_update(optimizer: MegatronOptimizer) -> float:

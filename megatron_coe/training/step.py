@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_coe.distributed.setup import TrainState
+from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.fault_tolerance.heartbeat import Heartbeat
 from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
 from megatron_coe.training.loss import Batch, LossFunction, make_loss_function

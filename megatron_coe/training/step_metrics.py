@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_coe.config.run_config import TrainSettings
-from megatron_coe.distributed.setup import TrainState
+from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.aux_loss import collect_balance
 from megatron_coe.model.moe.expert_usage import usage

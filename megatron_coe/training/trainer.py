@@ -17,7 +17,7 @@ from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import num_microbatches
 from megatron_coe.data.indexed import unigram_entropy
-from megatron_coe.distributed.setup import TrainState
+from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.heartbeat import EVALUATION, SAVING, STEP, Heartbeat
 from megatron_coe.fault_tolerance.loss_spikes import LossSpikeDetector

@@ -34,7 +34,9 @@ from torch.nn import Parameter
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import check_layout, num_microbatches
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.process_groups import parallel_groups
+from megatron_coe.distributed.seeds import seed_everything
+from megatron_coe.distributed.train_state import build_model, connect_schedule
 from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
 from megatron_coe.model.moe.router import CoERouter
 from megatron_coe.training.batch_source import BatchSource
@@ -154,13 +156,13 @@ class Sequences:
 def build(settings: Settings, dtype: torch.dtype) -> list:
     """This rank's chunks, wrapped for DDP, in `dtype`, at the weights of the seed."""
     cpu = torch.device("cpu")
-    setup.seed_everything(settings.train.seed)
+    seed_everything(settings.train.seed)
     provider = build_provider(settings, cpu)
     provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
     if dtype is torch.float64:
         provider.moe_router_dtype = "fp64"
-    chunks = setup.build_model(provider, settings.parallel, cpu, settings.train.seed)
-    setup.connect_schedule(provider, settings.parallel, chunks)
+    chunks = build_model(provider, settings.parallel, cpu, settings.train.seed)
+    connect_schedule(provider, settings.parallel, chunks)
     for module in unwrap_model(chunks):
         vary_constants(module)
     return chunks
@@ -337,7 +339,7 @@ def setup_groups(settings: Settings) -> Iterator[None]:
     if parallel_state.model_parallel_is_initialized():  # a test's own single rank
         yield
         return
-    with setup.parallel_groups(settings.parallel):
+    with parallel_groups(settings.parallel):
         yield
     release_groups()
 

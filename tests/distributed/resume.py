@@ -13,7 +13,7 @@ from megatron_coe.checkpoint.resume import choose_checkpoint
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.checkpoint.verify import check_checkpoint
 from megatron_coe.config.run_config import Settings
-from megatron_coe.distributed.rng import rng_state
+from megatron_coe.distributed.seeds import rng_state
 from megatron_coe.training.trainer import Trainer
 from tests.distributed import parity
 from tests.unit.checkpoint.test_checkpointer import largest_file

@@ -14,7 +14,7 @@ from megatron_coe.config.run_config import CheckpointSettings, ParallelSettings,
 from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.conversion.initial_checkpoint import STEP_0
-from megatron_coe.distributed.setup import parallel_groups
+from megatron_coe.distributed.process_groups import parallel_groups
 from megatron_coe.utils.run_files import CONFIG_FILE
 from tests.distributed.launch import launch
 from tests.unit.conversion.models import write_random_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_coe.distributed.setup import parallel_groups
+from megatron_coe.distributed.process_groups import parallel_groups
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from tests.distributed.launch import launch
 from tests.unit.training.planted import NanBackward, chains, everything, nan_at, planted, same

@@ -9,7 +9,7 @@ import torch
 
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import load_checkpoint
-from megatron_coe.distributed.setup import parallel_groups
+from megatron_coe.distributed.process_groups import parallel_groups
 from megatron_coe.fault_tolerance.signals import StopRequest
 from tests.distributed.launch import launch
 from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights

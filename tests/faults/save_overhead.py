@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from megatron_coe.checkpoint.state import state_size
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.process_groups import process_groups
 from megatron_coe.model import backends
 from tests.unit.training.runs import make_settings, make_trainer
 
@@ -49,7 +49,7 @@ def measure(folder: Path, saves: int, background: bool = False) -> dict[bool, li
     device = backends.prepare()
     settings = make_settings(folder, model=MODEL, checkpoint={"keep": 1, "async_save": background})
     times: dict[bool, list[float]] = {False: [], True: []}
-    with setup.process_groups(settings.parallel, device):
+    with process_groups(settings.parallel, device):
         trainer = make_trainer(settings, device)
         print(f"a state of {state_size(trainer.train_state) / 1e9:.2f} GB in {folder}")
         for number in range(-1, saves):  # the first pair warms up

@@ -29,7 +29,7 @@ from megatron_coe.config.run_config import load_settings
 from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.data.tokenizer import load_tokenizer
-from megatron_coe.distributed.setup import process_groups
+from megatron_coe.distributed.process_groups import process_groups
 from megatron_coe.hf import CoeForCausalLM
 from megatron_coe.utils.environment import machine, versions
 from tests import zygote

@@ -204,9 +204,9 @@ def _start_as_megatron(trainer: Trainer) -> None:
     from megatron.core.utils import unwrap_model
 
     from megatron_coe.config.model_section import build_provider
-    from megatron_coe.distributed import setup
+    from megatron_coe.distributed.seeds import seed_everything
 
-    setup.seed_everything(SEED)
+    seed_everything(SEED)
     vocab_size = trainer.train_state.provider.vocab_size
     theirs = build_provider(trainer.settings, torch.device("cpu"), vocab_size).provide()
     (model,) = unwrap_model(trainer.train_state.chunks)
@@ -379,12 +379,12 @@ def _train_ours(layout: Layout, record: _Record) -> list[tuple[float, float]]:
     """Loss and gradient norm of our trainer's steps, from the weights and sequences of `record`."""
     from megatron.core.utils import unwrap_model
 
-    from megatron_coe.distributed import setup
+    from megatron_coe.distributed.process_groups import parallel_groups
     from tests.unit.training.runs import make_trainer
 
     _forget_models()
     described = settings(model=layout.model, parallel=layout.parallel)
-    with setup.parallel_groups(described.parallel):
+    with parallel_groups(described.parallel):
         trainer = make_trainer(described, torch.device("cpu"), record.data)
         chunks = unwrap_model(trainer.train_state.chunks)
         for chunk, weights in zip(chunks, record.weights, strict=True):

@@ -14,7 +14,7 @@ from tests.stub_te import BROKEN, NEEDS_A_GPU, write_te
 
 CALLS = """
 import pretrain_coe
-from megatron_coe.training import setup
+from megatron_coe.distributed import train_state
 
 def main(*arguments):
     print("status", pretrain_coe.main(["--config", {config!r}, *arguments]), flush=True)
@@ -23,7 +23,7 @@ main("train.stop_step=1")
 main("train.stop_step=2")
 def refuse(*_):
     raise AssertionError("an optimizer is built")
-setup.build_optimizer = refuse
+train_state.build_optimizer = refuse
 main("--eval-only")
 main("--dry-run")
 main("model.backend=te")

@@ -121,7 +121,7 @@ def convert(root: str, layouts: list[str]) -> list[str]:
     Returns: what is not as in the converter's checkpoint, loaded in the same layout.
     """
     from megatron_coe.config.run_config import ParallelSettings
-    from megatron_coe.distributed.setup import parallel_groups
+    from megatron_coe.distributed.process_groups import parallel_groups
     from megatron_coe.integrations.megatron_bridge import register_deepseek_v2
 
     register_deepseek_v2()

@@ -13,8 +13,9 @@ from megatron.core.utils import unwrap_model
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.config.run_config import load_settings
-from megatron_coe.distributed import setup
+from megatron_coe.distributed import train_state
 from megatron_coe.utils.run_files import CONFIG_FILE, LATEST_FILE
+from tests.unit.training import runs
 from tests.unit.training.runs import make_settings, make_trainer, weights
 
 # Dropout draws from the generators at each step: a lost RNG state shows. (`outer`, because the
@@ -212,8 +213,9 @@ def test_an_evaluation_needs_no_optimizer(single_rank, tmp_path, monkeypatch, di
     trained = make_trainer(settings, single_rank, held_out=3)
     losses_of(trained, until=2)
     trained.save()
-    monkeypatch.setattr(setup, "build_optimizer", pytest.fail)
-    monkeypatch.setattr(setup, "build_train_state", partial(setup.build_train_state, trains=False))
+    monkeypatch.setattr(train_state, "build_optimizer", pytest.fail)
+    only_model = partial(train_state.build_train_state, trains=False)
+    monkeypatch.setattr(runs, "build_train_state", only_model)
     settings.train.seed += 1
     evaluated = make_trainer(settings, single_rank, held_out=3)
     assert evaluated.train_state.optimizer is None

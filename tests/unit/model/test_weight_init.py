@@ -11,7 +11,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megatron_coe.config.run_config import ParallelSettings
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.seeds import seed_everything
+from megatron_coe.distributed.train_state import build_model
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.weight_init import BLOCK_ROWS, initialize_weights
 from tests.builders import tiny_provider
@@ -40,8 +41,8 @@ METHODS = {
 def build(provider: CoEModelProvider, seed: int = 1) -> torch.nn.Module:
     """A model as training begins with it."""
     cpu = torch.device("cpu")
-    setup.seed_everything(seed)
-    (chunk,) = setup.build_model(provider, ParallelSettings(), cpu, seed)
+    seed_everything(seed)
+    (chunk,) = build_model(provider, ParallelSettings(), cpu, seed)
     return chunk.module
 
 
@@ -106,7 +107,7 @@ def test_no_two_blocks_of_rows_are_alike(single_rank) -> None:
 def test_nothing_but_the_seed_decides(single_rank) -> None:
     first = parameters(build(tiny_provider(), seed=7))
     torch.manual_seed(99)
-    (chunk,) = setup.build_model(tiny_provider(), ParallelSettings(), torch.device("cpu"), 7)
+    (chunk,) = build_model(tiny_provider(), ParallelSettings(), torch.device("cpu"), 7)
     again = parameters(chunk.module)
     other = parameters(build(tiny_provider(), seed=8))
     for name, weight in first.items():

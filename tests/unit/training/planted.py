@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_coe.distributed.rng import rng_state
+from megatron_coe.distributed.seeds import rng_state
 from megatron_coe.model.moe.layer import CoELayer
 from megatron_coe.training.trainer import Trainer
 from tests.unit.training.runs import weights

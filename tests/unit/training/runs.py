@@ -12,7 +12,8 @@ from torch.utils.data import Subset
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
-from megatron_coe.distributed import setup
+from megatron_coe.distributed.seeds import seed_everything
+from megatron_coe.distributed.train_state import build_train_state
 from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.trainer import Trainer, Validation
 from tests.builders import BALANCE_COEFF, TINY
@@ -69,8 +70,10 @@ def make_trainer(
     metrics_logger: object = None,
 ) -> Trainer:
     """A trainer at step 0, freshly initialized."""
-    setup.seed_everything(settings.train.seed)
-    train_state = setup.build_train_state(build_provider(settings, device), settings, device)
+    seed_everything(settings.train.seed)
+    train_state = build_train_state(
+        build_provider(settings, device), settings.parallel, settings.train, device
+    )
     micro = settings.train.micro_batch_size
     rank = parallel_state.get_data_parallel_rank()
     replicas = parallel_state.get_data_parallel_world_size()

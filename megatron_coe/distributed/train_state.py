@@ -1,18 +1,10 @@
-"""What a run needs before its first step: processes, seeds, model, optimizer and schedule."""
+"""`TrainState`: a rank's model, optimizer and schedule, wired as Megatron's schedules expect."""
 
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -20,22 +12,14 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
-from megatron_coe.config.run_config import (
-    ParallelSettings,
-    Settings,
-    TrainSettings,
-    warmup_steps,
-)
+from megatron_coe.config.run_config import ParallelSettings, TrainSettings, warmup_steps
 from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.weight_init import initialize_weights, undrawn_weights
-
-MINUTE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -50,113 +34,25 @@ class TrainState:
     schedule: OptimizerParamScheduler | None
 
 
-def world_size() -> int:
-    """Number of processes of this run, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rendezvous() -> dist.Store:
-    """Where the ranks of this run find one another: torchrun's; one in memory without it."""
-    if "WORLD_SIZE" not in os.environ:  # a single process needs no port
-        return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://"))
-    return store
-
-
-@contextmanager
-def lone_process() -> Iterator[None]:
-    """Torch's process group of this process alone, whoever else there is."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def process_groups(
-    parallel: ParallelSettings,
-    device: torch.device,
-    store: dist.Store | None = None,
-    timeout: timedelta | None = None,
-) -> Iterator[None]:
-    """Torch's process group and Megatron's parallel groups, taken down at the end.
-
-    Args:
-        store: where the ranks meet; None: `rendezvous()`.
-        timeout: of every collective; None: the defaults of torch and Megatron.
-    """
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store or rendezvous(),
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=world_size(),
-        timeout=timeout,
-    )
-    try:
-        with parallel_groups(parallel, timeout):
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def parallel_groups(parallel: ParallelSettings, timeout: timedelta | None = None) -> Iterator[None]:
-    """Megatron's parallel groups over the processes that there are, taken down at the end."""
-    timeouts = {} if timeout is None else {"distributed_timeout_minutes": timeout / MINUTE}
-    parallel_state.initialize_model_parallel(
-        **timeouts,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-    )
-    try:
-        yield
-    finally:
-        # Megatron forgets most of its groups without ending them, and each keeps its threads.
-        for group in parallel_state._global_process_group_list or []:
-            if group is not None:  # None stands for all processes
-                dist.destroy_process_group(group)
-        parallel_state.destroy_model_parallel()
-
-
-def use_deterministic_kernels() -> None:
-    """On a GPU, sums of a fixed order in torch, cuBLAS and Transformer Engine (call it first)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed all generators; pipeline stages differ, so that their dropout does.
-
-    Initial weights depend on none of them: see `megatron_coe.model.weight_init`.
-    """
-    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    random.seed(stage_seed)
-    np.random.seed(stage_seed % 2**32)
-    torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed)
-
-
 def build_train_state(
-    provider: CoEModelProvider, settings: Settings, device: torch.device, trains: bool = True
+    provider: CoEModelProvider,
+    parallel: ParallelSettings,
+    train: TrainSettings,
+    device: torch.device,
+    trains: bool = True,
 ) -> TrainState:
     """Build model, optimizer and schedule, wired to one another as Megatron's schedules expect.
 
     Args:
         trains: False: the model alone, to be evaluated.
     """
-    chunks = build_model(provider, settings.parallel, device, settings.train.seed)
+    chunks = build_model(provider, parallel, device, train.seed)
     if not trains:
         return TrainState(provider, chunks, None, None)
-    optimizer = build_optimizer(provider, chunks, settings)
-    connect_schedule(provider, settings.parallel, chunks)
+    optimizer = build_optimizer(provider, chunks, parallel, train)
+    connect_schedule(provider, parallel, chunks)
     provider.grad_scale_func = optimizer.scale_loss
-    return TrainState(provider, chunks, optimizer, build_schedule(optimizer, settings.train))
+    return TrainState(provider, chunks, optimizer, build_schedule(optimizer, train))
 
 
 def connect_schedule(
@@ -209,10 +105,12 @@ def build_model(
 
 
 def build_optimizer(
-    provider: CoEModelProvider, chunks: list[DistributedDataParallel], settings: Settings
+    provider: CoEModelProvider,
+    chunks: list[DistributedDataParallel],
+    parallel: ParallelSettings,
+    train: TrainSettings,
 ) -> MegatronOptimizer:
     """AdamW over fp32 main weights."""
-    train, parallel = settings.train, settings.parallel
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
