@@ -1,4 +1,4 @@
-"""Ends of a run before its last step that all ranks come to together (light to import)."""
+"""Exceptions that end a run (light to import)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from megatron_coe.fault_tolerance.exit_codes import NOT_FINITE, PREEMPTED
 
 
 class RunEndedError(Exception):
-    """A run has ended in order, before its last step. The message says why.
+    """An orderly end before the last step, raised by all ranks together; the message says why.
 
     Args:
-        status: with which the process is to exit.
+        status: the exit status of the process.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -20,24 +20,28 @@ class RunEndedError(Exception):
 
 
 class NotFiniteError(RunEndedError):
-    """Loss or gradients are not finite, and are not to be skipped. The message is the report."""
+    """Loss or gradients that are not finite and must not be skipped; the message is the report."""
 
     def __init__(self, report: str, weights_are_finite: bool) -> None:
         super().__init__(report, NOT_FINITE)
         self.weights_are_finite = weights_are_finite
 
 
-class DeviceMemoryError(Exception):
-    """A device has no memory left, on one rank. The message is all there is to say."""
-
-
 class StoppedError(RunEndedError):
-    """A signal came before there was a trainer; nothing has changed."""
+    """A signal that came before the first step; nothing has changed."""
 
     def __init__(self, reason: signal.Signals, before: str, saves: bool) -> None:
-        super().__init__(f"stopped by {reason.name} before {before}", stopped(reason, saves))
+        super().__init__(f"stopped by {reason.name} before {before}", status_of(reason, saves))
 
 
-def stopped(reason: signal.Signals, saves: bool) -> int:
-    """Exit status of a run that a signal has ended: can the same command go on from here?"""
+class DeviceMemoryError(Exception):
+    """A device of one rank that has no memory left; the message says all there is to say."""
+
+
+def status_of(reason: signal.Signals, saves: bool) -> int:
+    """Return the exit status of a run that a signal has ended.
+
+    Args:
+        saves: whether the run saves checkpoints, so that the same command resumes it.
+    """
     return PREEMPTED if saves else 128 + reason

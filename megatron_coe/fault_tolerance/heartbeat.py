@@ -1,4 +1,4 @@
-"""What a rank is doing, for those who want to know why it does not go on."""
+"""What a rank is doing: the phase, step, micro-batch, layer and iteration of its main thread."""
 
 from __future__ import annotations
 
@@ -15,42 +15,51 @@ STEP, EVALUATION, SAVING, DONE = "step", "validation", "saving", "done"
 
 
 class Heartbeat:
-    """Written by the main thread as it goes, read by another; each mark costs about a microsecond.
+    """Written by the main thread, read by the watchdog's; an update takes about a microsecond.
 
-    Marks stand between steps, at every micro-batch, layer and iteration of a forward pass.
+    It is updated between steps, and at each micro-batch, layer and iteration of a forward pass.
     """
 
     def __init__(self) -> None:
-        self.marks = 0
+        self.updates = 0
         """Grows with every sign of progress."""
         self.phase = START
         self.step = 0
-        """The one that is being made, or the last one done; 0 before there is any."""
+        """The current step, or the last one done; 0 before the first."""
         self.microbatch = 0
         self.layer = 0
         self.iteration = 0
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Something else begins."""
+        """Note that a phase begins.
+
+        Args:
+            step: that it belongs to; None: the same as before.
+        """
         self.phase = phase
         if step is not None:
             self.step = step
         self.microbatch = self.layer = self.iteration = 0
-        self.marks += 1
+        self.updates += 1
 
     def next_microbatch(self) -> None:
+        """Note that the next micro-batch begins."""
         self.microbatch += 1
         self.layer = self.iteration = 0
-        self.marks += 1
+        self.updates += 1
 
-    def follow(self, chunks: Iterable[torch.nn.Module]) -> None:
-        """Note each layer and each iteration that a forward pass comes to, from now on."""
+    def track(self, chunks: Iterable[torch.nn.Module]) -> None:
+        """Note from now on each layer and iteration that a forward pass reaches.
+
+        Args:
+            chunks: the model chunks of this rank.
+        """
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TransformerLayer):
-                    module.register_forward_pre_hook(self._at_layer)
+                    module.register_forward_pre_hook(self._enter_layer)
                 elif isinstance(module, CoERouter):
-                    module.register_forward_pre_hook(self._at_iteration)
+                    module.register_forward_pre_hook(self._enter_iteration)
 
     def __str__(self) -> str:
         parts = [self.phase if self.phase != STEP else f"step {self.step}"]
@@ -61,10 +70,10 @@ class Heartbeat:
                 parts.append(f"{name.replace('microbatch', 'micro-batch')} {number}")
         return ", ".join(parts)
 
-    def _at_layer(self, module: TransformerLayer, args: tuple[Any, ...]) -> None:
+    def _enter_layer(self, module: TransformerLayer, args: tuple[Any, ...]) -> None:
         self.layer, self.iteration = module.layer_number, 0
-        self.marks += 1
+        self.updates += 1
 
-    def _at_iteration(self, module: CoERouter, args: tuple[Any, ...]) -> None:
+    def _enter_iteration(self, module: CoERouter, args: tuple[Any, ...]) -> None:
         self.iteration = args[2] + 1 if len(args) > 2 else 1
-        self.marks += 1
+        self.updates += 1

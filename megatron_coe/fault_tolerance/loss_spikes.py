@@ -1,4 +1,4 @@
-"""A warning when the training loss leaps out of what it has been lately."""
+"""Detection of spikes of the training loss."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ from collections import deque
 from statistics import median
 
 WINDOW = 100
-"""Steps that the present one is compared with."""
-FEWEST = 20
-"""Below so many there is nothing to compare with."""
+"""Latest steps that a loss is compared with."""
+MIN_STEPS = 20
+"""Steps before the first comparison."""
 THRESHOLD = 10.0
-"""Standard deviations above the median that count as a spike."""
+"""Standard deviations above the median that make a spike."""
 MAD_TO_SIGMA = 1.4826
-"""A normal distribution's standard deviation, in median absolute deviations."""
-LEAST_SPREAD = 0.01
-"""Share of the median below which the spread of the losses is not believed."""
+"""Standard deviation of a normal distribution, in median absolute deviations."""
+MIN_RELATIVE_SIGMA = 0.01
+"""Lower bound of the standard deviation, as a share of the median."""
 
 
 class LossSpikeDetector:
-    """Keeps the latest losses; statistics are robust, so that a spike does not hide the next.
+    """Compares each loss with the median of the latest ones.
 
-    It begins anew when a run is resumed.
+    Median and median absolute deviation are robust: a spike does not hide the next. The state is
+    not saved; a resumed run starts with an empty window.
     """
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def score(self, loss: float) -> float | None:
-        """How far a finite loss lies above the median of those before it, in standard deviations;
-        None when it is no spike. It joins the others."""
+        """Add a finite loss, and return by how many standard deviations it is a spike.
+
+        Returns: the distance from the median of the losses before it; None if it is no spike.
+        """
         score = None
-        if len(self._losses) >= FEWEST:
+        if len(self._losses) >= MIN_STEPS:
             center = median(self._losses)
-            spread = MAD_TO_SIGMA * median(abs(other - center) for other in self._losses)
-            spread = max(spread, LEAST_SPREAD * abs(center), 1e-9)
-            if (distance := (loss - center) / spread) > THRESHOLD:
+            sigma = MAD_TO_SIGMA * median(abs(other - center) for other in self._losses)
+            sigma = max(sigma, MIN_RELATIVE_SIGMA * abs(center), 1e-9)
+            if (distance := (loss - center) / sigma) > THRESHOLD:
                 score = distance
         self._losses.append(loss)
         return score

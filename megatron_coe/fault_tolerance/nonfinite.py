@@ -1,7 +1,7 @@
-"""What is said of a step whose loss or gradients are NaN or Inf.
+"""Diagnosis of a step whose loss or gradients are NaN or Inf.
 
-Of all ranks' findings (`megatron_coe.fault_tolerance.nonfinite_tracer`) the earliest is reported:
-what is not finite on one rank is soon so on those that it talks to.
+Every rank traces the step (`megatron_coe.fault_tolerance.nonfinite_tracer`), and the earliest
+finding is reported: a value that is not finite spreads from its rank to others.
 """
 
 from __future__ import annotations
@@ -26,65 +26,69 @@ from megatron_coe.fault_tolerance.nonfinite_tracer import (
 )
 
 _WHERE = {
-    FORWARD: "in the forward pass, in what {} gives",
+    FORWARD: "in the forward pass, in the output of {}",
     BACKWARD: "in the backward pass through {}",
     PARAMETER: "in the gradient of {}",
 }
-_MOST_NAMES = 8
+_MAX_NAMES = 8
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The same on every rank."""
+class Diagnosis:
+    """Where a step became NaN or Inf, the same on every rank."""
 
     text: str
     weights_are_finite: bool
-    """Whether the weights were before the step: no skipping helps where they were not."""
+    """Before the step; where they were not, skipping steps does not help."""
 
 
 @dataclass(frozen=True)
-class _Findings:
-    """Of one rank; sent to all."""
+class _Finding:
+    """The diagnosis of one rank."""
 
     key: tuple[int, ...]
-    """Smaller is earlier, over all ranks."""
+    """Orders the findings of all ranks, the earliest first."""
     text: str
-    bad_weights: list[str]
-    bad_gradients: list[str]
+    weights: list[str]
+    """Names of those that were not finite before the step."""
+    gradients: list[str]
+    """Names of those that are not finite after it."""
 
 
-def explain(
+def diagnose(
     chunks: list[torch.nn.Module],
-    repeat: Callable[[], object],
+    rerun: Callable[[], object],
     sequences: list[range],
     loss: float,
     grad_norm: float,
-) -> Explanation:
-    """Run a step again to learn where it went wrong. A collective of all ranks.
+) -> Diagnosis:
+    """Rerun a step to find where it became NaN or Inf. A collective of all ranks.
 
     Args:
-        repeat: the step's forward and backward passes, from the same state of the generators.
-        sequences: numbers of the training sequences of each of this rank's micro-batches.
-        loss, grad_norm: what was not finite, the same on all ranks.
+        chunks: the model chunks of this rank.
+        rerun: runs the step's forward and backward passes, from the same RNG states.
+        sequences: numbers of the training sequences in each of this rank's micro-batches.
+        loss, grad_norm: of the step, the same on all ranks.
     """
     with NonFiniteTracer(chunks, micro_batch_size=len(sequences[0])) as tracer:
-        repeat()
-    gathered: list[_Findings | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, _findings(chunks, tracer, sequences))
-    first = min((found for found in gathered if found is not None), key=lambda found: found.key)
+        rerun()
+    gathered: list[_Finding | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, _find(chunks, tracer, sequences))
+    findings = [finding for finding in gathered if finding is not None]
+    first = min(findings, key=lambda finding: finding.key)
     parts = [f"loss {loss}, gradient norm {grad_norm}: {first.text}"]
-    bad_weights = [name for found in gathered if found for name in found.bad_weights]
-    bad_gradients = [name for found in gathered if found for name in found.bad_gradients]
-    if bad_weights:
-        parts.append(f"weights that were not finite before: {_listed(bad_weights)}")
-    elif not math.isfinite(grad_norm) and bad_gradients:
-        parts.append(f"gradients not finite in the end: {_listed(bad_gradients)}")
-    return Explanation("; ".join(parts), weights_are_finite=not bad_weights)
+    weights = [name for finding in findings for name in finding.weights]
+    gradients = [name for finding in findings for name in finding.gradients]
+    if weights:
+        parts.append(f"weights that were not finite before: {_listed(weights)}")
+    elif not math.isfinite(grad_norm) and gradients:
+        parts.append(f"gradients that are not finite: {_listed(gradients)}")
+    return Diagnosis("; ".join(parts), weights_are_finite=not weights)
 
 
-def _findings(
+def _find(
     chunks: list[torch.nn.Module], tracer: NonFiniteTracer, sequences: list[range]
-) -> _Findings:
+) -> _Finding:
     rank, modules = dist.get_rank(), unwrap_model(chunks)
     named = [item for module in modules for item in module.named_parameters()]
     weights = [
@@ -99,19 +103,20 @@ def _findings(
     ]
     if not tracer.found:
         text = (
-            "run again, the step gave finite values everywhere: a transient fault, as of "
+            "rerun, the step gave finite values everywhere: a transient fault, for example of the "
             "hardware, is likely"
         )
-        return _Findings((PARAMETER + 1, rank), text, weights, gradients)
+        return _Finding((PARAMETER + 1, rank), text, weights, gradients)
     kind, place = min(tracer.found.items())
     text = (
         f"first on rank {rank} ({socket.gethostname()}) {_WHERE[kind].format(place)}"
         f"{_in_data(place, sequences) if kind != PARAMETER else ''}"
     )
-    return _Findings((*_key(kind, place), rank), text, weights, gradients)
+    return _Finding((*_key(kind, place), rank), text, weights, gradients)
 
 
 def _key(kind: int, place: Place) -> tuple[int, ...]:
+    """Return what orders the findings of all ranks in time."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
     along = (place.chunk, stage, place.order)
     if kind == FORWARD:
@@ -121,6 +126,7 @@ def _key(kind: int, place: Place) -> tuple[int, ...]:
 
 
 def _in_data(place: Place, sequences: list[range]) -> str:
+    """Return which micro-batch and training sequences a place belongs to."""
     numbers = sequences[place.microbatch % len(sequences)]
     if place.row is not None:
         numbers = numbers[place.row : place.row + 1]
@@ -132,7 +138,7 @@ def _in_data(place: Place, sequences: list[range]) -> str:
 
 
 def _experts(name: str, weight: torch.Tensor) -> str:
-    """Which experts of the model a weight [E, …] of the local ones is bad in."""
+    """Return which of the model's experts are not finite in a weight [E, …] of the local ones."""
     if ".experts." not in name or weight.dim() != 3:
         return ""
     first = parallel_state.get_expert_model_parallel_rank() * len(weight)
@@ -142,5 +148,5 @@ def _experts(name: str, weight: torch.Tensor) -> str:
 
 def _listed(names: list[str]) -> str:
     names = list(dict.fromkeys(names))
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

@@ -1,10 +1,10 @@
-"""Where the first NaN or Inf of a step arises on a rank: every module watched, forward and back.
+"""Finding where the first NaN or Inf of a step arises on a rank, with hooks on every module.
 
-In the forward pass the first module that gives something not finite is the culprit. Where all of
-them give finite values it is the first, on the way back, that makes a gradient which is not finite
-out of finite ones. (Each call of a module is told apart: a chain calls its experts C times.)
+In the forward pass it is the first module with an output that is not finite. If all outputs are
+finite, it is the first module in the backward pass that makes a gradient which is not finite out of
+finite ones. The calls of a module are told apart: a CoE layer calls its experts C times.
 
-Slow, for every value is looked at: made to run a step again, once it is known to be bad.
+Every value is checked, which is slow: meant for rerunning a step that is known to be bad.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_coe.model.moe.layer import CoELayer
 from megatron_coe.model.moe.router import CoERouter
 
 FORWARD, BACKWARD, PARAMETER = 0, 1, 2
-"""Kinds of findings, the one that is believed first before the others."""
+"""Kinds of findings, in the order in which they are preferred."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Place:
     """A call of a module on a rank, or a parameter."""
 
     name: str
-    """Of the module or parameter in its model chunk; of the chunk itself, "loss"."""
+    """Of the module or parameter in its model chunk; "loss" for the chunk itself."""
     layer: int | None
-    """In the whole model, counted from 1."""
+    """In the model, counted from 1."""
     iteration: int | None
-    """In the layer's chain, counted from 1."""
+    """Of the CoE layer, counted from 1."""
     chunk: int
     microbatch: int
     """Of the step, counted from 0."""
     order: int
-    """Of the call's beginning, or of its end where its output is to blame, among the rank's calls
-    of this step; of a parameter, among its parameters."""
+    """Among the events of this step on the rank: the start of the call, or its end if the output is
+    not finite. Of a parameter, among the parameters."""
     row: int | None = None
-    """Which sequence of the micro-batch it was, if that can be told."""
+    """Of the micro-batch, if one sequence can be named."""
 
     def __str__(self) -> str:
         numbers = [("layer", self.layer), ("iteration", self.iteration)]
@@ -53,7 +53,12 @@ class Place:
 
 
 class NonFiniteTracer:
-    """Watches the model chunks of a rank while it is entered."""
+    """Hooks on the model chunks of a rank, inside its context.
+
+    Args:
+        chunks: the model chunks.
+        micro_batch_size: of the step that is rerun.
+    """
 
     def __init__(self, chunks: list[torch.nn.Module], micro_batch_size: int) -> None:
         self.found: dict[int, Place] = {}
@@ -69,7 +74,7 @@ class NonFiniteTracer:
         for index, chunk in enumerate(self._chunks):
             for name, module in chunk.named_modules():
                 if not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):
-                    self._watch(index, name, module)
+                    self._add_hooks(index, name, module)
             for order, (name, parameter) in enumerate(chunk.named_parameters()):
                 if parameter.requires_grad:
                     place = Place(name, layer_number(chunk, name), None, index, 0, order)
@@ -87,16 +92,17 @@ class NonFiniteTracer:
             handle.remove()
 
     def tick(self) -> int:
-        """The number of the present moment in the order of events."""
+        """Return the next number in the order of events."""
         self._order += 1
         return self._order
 
     def note(self, kind: int, place: Place) -> None:
+        """Record a place, if it is the first of its kind."""
         self.found.setdefault(kind, place)
 
-    def _watch(self, index: int, name: str, module: torch.nn.Module) -> None:
+    def _add_hooks(self, index: int, name: str, module: torch.nn.Module) -> None:
         chunk = self._chunks[index]
-        chain = _ancestor(chunk, name, CoELayer)
+        coe_layer = _ancestor(chunk, name, CoELayer)
         layer = layer_number(chunk, name)
 
         def before(
@@ -107,7 +113,7 @@ class NonFiniteTracer:
                     del self._calls[inner]
             self._calls[module] += 1
             microbatch = max(self._calls[chunk] - 1, 0)
-            iteration = self._iteration(chain, module, args)
+            iteration = self._iteration(coe_layer, module, args)
             place = Place(name or "loss", layer, iteration, index, microbatch, self.tick())
             call = _Call(self, place)
             self._open[module].append(call)
@@ -121,14 +127,14 @@ class NonFiniteTracer:
         self._handles.append(module.register_forward_hook(after))
 
     def _iteration(
-        self, chain: CoELayer | None, module: torch.nn.Module, args: tuple[Any, ...]
+        self, coe_layer: CoELayer | None, module: torch.nn.Module, args: tuple[Any, ...]
     ) -> int | None:
-        if chain is None or module is chain:
+        if coe_layer is None or module is coe_layer:
             return None
         if isinstance(module, CoERouter):
             return args[2] + 1 if len(args) > 2 else 1
-        call, last = self._calls[module], chain.config.coe_iterations
-        # Iterations that are recomputed one by one come again from the last to the first.
+        call, last = self._calls[module], coe_layer.config.coe_iterations
+        # Iterations that are recomputed one by one come again, from the last to the first.
         return call if call <= last else max(2 * last + 1 - call, 1)
 
     def _parameter_hook(
@@ -136,7 +142,7 @@ class NonFiniteTracer:
     ) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
             if getattr(parameter, "grad_added_to_main_grad", False):
-                gradient = parameter.main_grad  # what autograd got is an uninitialized stand-in
+                gradient = parameter.main_grad  # autograd got an uninitialized stand-in
             if not is_finite(gradient):
                 self.note(PARAMETER, place)
 
@@ -144,11 +150,12 @@ class NonFiniteTracer:
 
 
 def is_finite(value: torch.Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor Inf."""
     return not value.is_floating_point() or bool(torch.isfinite(value.detach()).all())
 
 
 def layer_number(chunk: torch.nn.Module, name: str) -> int | None:
-    """The layer of the whole model that a module or parameter belongs to, counted from 1."""
+    """Return the layer of the model that a module or parameter belongs to, counted from 1."""
     layer = _ancestor(chunk, name, TransformerLayer)
     return None if layer is None else layer.layer_number
 
@@ -160,13 +167,15 @@ class _Call:
         self.tracer = tracer
         self.place = place
         self.received_finite = True
-        """Whether the gradients of what the module gave are finite, as far as they have come."""
+        """Whether the gradients of the output are finite, as far as they have arrived."""
 
     def enter(self, value: object) -> object:
+        """Return an input of the call, its gradient probed."""
         return _Probe.apply(value, self) if _has_gradient(value) else value
 
     def leave(self, output: object) -> None:
-        ended = self.tracer.tick()  # a module ends after those within it, and has begun before
+        """Check the output of the call, and hook its gradients."""
+        ended = self.tracer.tick()  # a module ends after those inside it, and starts before them
         for value in _tensors(output):
             if not is_finite(value):
                 place = replace(self.place, order=ended, row=self._row(value))
@@ -175,15 +184,16 @@ class _Call:
                 value.register_hook(self.receive)
 
     def receive(self, gradient: torch.Tensor) -> None:
+        """Check a gradient of the output."""
         self.received_finite = self.received_finite and is_finite(gradient)
 
     def pass_back(self, gradient: torch.Tensor) -> None:
+        """Check a gradient of an input."""
         if self.received_finite and not is_finite(gradient):
             self.tracer.note(BACKWARD, self.place)
 
     def _row(self, value: torch.Tensor) -> int | None:
-        """Which sequence of the micro-batch the first bad value of [S, B, …] or a loss [B, S] is
-        about."""
+        """Return the sequence of the first bad value in an output [S, B, …] or a loss [B, S]."""
         axis = 0 if self.place.name == "loss" else 1
         if value.dim() != 3 - (axis == 0) or value.size(axis) != self.tracer.micro_batch_size:
             return None
@@ -191,7 +201,7 @@ class _Call:
 
 
 class _Probe(torch.autograd.Function):
-    """Shows the gradient that one call of a module sends back, apart from all others'."""
+    """The identity, which shows the gradient of an input to one call of a module."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, call: _Call) -> torch.Tensor:
@@ -207,7 +217,7 @@ class _Probe(torch.autograd.Function):
 def _ancestor(
     chunk: torch.nn.Module, name: str, kind: type[torch.nn.Module]
 ) -> torch.nn.Module | None:
-    """The innermost module of a kind that `name` is, or is part of."""
+    """Return the innermost module of a kind that `name` is or belongs to."""
     found, module = None, chunk
     for part in name.split("."):
         module = getattr(module, part, None)
@@ -219,8 +229,9 @@ def _ancestor(
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in an output of a module."""
     if isinstance(value, torch.nn.Parameter):
-        return  # handed out, not computed
+        return  # passed on, not computed
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -1,10 +1,9 @@
-"""Ending a run in order when a signal asks for it, on all ranks at the same step.
+"""Stopping a run on a signal, on all ranks at the same step.
 
 SIGTERM (preemption), SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning before a time limit) are noted
-when they arrive, at whatever moment, and heeded before the next step, between two parts of a start
-or in the midst of a validation: a step or a save that has begun is finished. A batch system sends
-several of them, to many processes or to one: any number counts as one. Only a second Ctrl-C, of a
-person who will not wait, interrupts the run where it is.
+when they arrive, and acted on before the next step, between two parts of the start-up or during a
+validation: a step or a save that has begun is completed. Batch systems send several signals, to one
+process or to many; any number of them counts as one. Only a second Ctrl-C interrupts at once.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 ECHO_S = 1.0
-"""A SIGINT that follows the first by less is the same Ctrl-C: torchrun sends its workers once more
-what the terminal has sent them already."""
+"""A SIGINT that follows the first within this time is the same Ctrl-C: torchrun forwards to its
+workers what the terminal has sent them already."""
 
 
 class StopRequest:
-    """The signal that this process has received, if any."""
+    """The first signal that this process has received, if any."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -39,13 +38,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self, process_ends: bool = False) -> Iterator[None]:
-        """Notes signals from here on, those that a launcher blocked until now included.
+        """Note signals inside, including those that a launcher has blocked until now.
 
         Main thread only.
 
         Args:
-            process_ends: when this is left, so does the process: signals are then ignored, lest
-                one that is late change the exit status. Otherwise earlier handlers come back.
+            process_ends: the process ends after the context. Signals are then ignored, so that a
+                late one cannot change the exit status; otherwise the earlier handlers come back.
         """
         previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         unblock()
@@ -55,8 +54,8 @@ class StopRequest:
             for number, handler in previous.items():
                 signal.signal(number, signal.SIG_IGN if process_ends else handler)
 
-    def agreed(self, device: torch.device) -> signal.Signals | None:
-        """A signal that some rank has received, with the same answer on every rank.
+    def received_on_any_rank(self, device: torch.device) -> signal.Signals | None:
+        """Return a signal that some rank has received, the same on every rank.
 
         A collective of all ranks, over one integer.
         """
@@ -71,15 +70,17 @@ class StopRequest:
 
         Args:
             before: what comes next, in the past tense.
-            saves: whether the same command could go on.
+            saves: whether the run saves checkpoints, so that the same command resumes it.
+
+        Raises: StoppedError.
         """
-        if reason := self.agreed(device):
+        if reason := self.received_on_any_rank(device):
             raise StoppedError(reason, before, saves)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
-            self._say()
+            self._log()
         if number == signal.SIGINT:
             now_s = time.monotonic()
             if self._interrupted_s is None:
@@ -87,12 +88,12 @@ class StopRequest:
             elif now_s - self._interrupted_s > ECHO_S:
                 raise KeyboardInterrupt
 
-    def _say(self) -> None:
+    def _log(self) -> None:
         if is_local_rank_0():
-            text = f"{self.received.name}: ends before the next step (Ctrl-C once more: at once)\n"
+            text = f"{self.received.name}: stopping before the next step (Ctrl-C again: at once)\n"
             os.write(2, text.encode())  # not print, which this may have interrupted
 
 
 def unblock() -> None:
-    """Lets signals in that `slurm/launch.py` has blocked, to keep them until someone listens."""
+    """Unblock the signals that `slurm/launch.py` has blocked until a process listens."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

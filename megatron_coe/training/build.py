@@ -97,7 +97,7 @@ def trainer(
     timeout_s = settings.train.hang_timeout_s
     store, saves = rendezvous(), settings.checkpoint.save is not None
     with (
-        watched(store, timeout_s, heartbeat, agreed=(RunEndedError, CheckpointWriteError)),
+        watched(store, timeout_s, heartbeat, raised_together=(RunEndedError, CheckpointWriteError)),
         explained(settings, heartbeat),
         process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
     ):

@@ -18,13 +18,14 @@ from megatron_coe.fault_tolerance.exceptions import (
     DeviceMemoryError,
     NotFiniteError,
     StoppedError,
-    stopped,
+    status_of,
 )
 from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, DONE, NOT_WRITTEN, RANK_FAILURE
 from megatron_coe.fault_tolerance.signals import StopRequest, unblock
 from megatron_coe.megatron_compat.transformer_engine import broken_by
 from megatron_coe.utils.errors import DataError
 from megatron_coe.utils.imports import missing_package, quiet_imports
+from megatron_coe.utils.ranks import is_local_rank_0, is_rank_0
 
 if TYPE_CHECKING:
     from megatron_coe.training.trainer import Trainer
@@ -82,12 +83,12 @@ def pretrain(request: Request) -> int:
             reason = trainer.run(stop)
             if reason is None:
                 return DONE
-            return stopped(reason, saves=trainer.settings.checkpoint.save is not None)
+            return status_of(reason, saves=trainer.settings.checkpoint.save is not None)
     except KeyboardInterrupt:
         print(f"\n{request.name}: stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except StoppedError as end:
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank_0():
             print(end, flush=True)
         return end.status
     except DeviceMemoryError as error:
@@ -134,6 +135,6 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
 
 
 def _complain(request: Request, error: Exception, status: int) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one message per machine
+    if is_local_rank_0():  # one message per machine
         print(f"{request.name}: error: {error}", file=sys.stderr)
     return status

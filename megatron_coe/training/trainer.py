@@ -21,7 +21,7 @@ from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.heartbeat import EVALUATION, SAVING, STEP, Heartbeat
 from megatron_coe.fault_tolerance.loss_spikes import LossSpikeDetector
-from megatron_coe.fault_tolerance.nonfinite import explain
+from megatron_coe.fault_tolerance.nonfinite import diagnose
 from megatron_coe.fault_tolerance.signals import StopRequest
 from megatron_coe.megatron_compat.versions import forget_balance_losses
 from megatron_coe.training.batch_source import BatchSource
@@ -90,7 +90,7 @@ class Trainer:
         self.metrics_logger = metrics_logger
         self.checkpointer = checkpointer or Checkpointer(settings.checkpoint, settings.to_yaml())
         self.heartbeat = heartbeat or Heartbeat()
-        self.heartbeat.follow(train_state.chunks)
+        self.heartbeat.track(train_state.chunks)
         self.num_microbatches = num_microbatches(settings, dist.get_world_size())
         if train_state.optimizer is not None:
             self._gradient_norms = GradientNorms(train_state.optimizer, train_state.chunks)
@@ -122,7 +122,7 @@ class Trainer:
         owed = self._owes_validation()
         while owed or self.progress.step < last:
             self._complete_save(wait=False)
-            if reason := stop.agreed(self.train.device):
+            if reason := stop.received_on_any_rank(self.train.device):
                 if self.progress.step > saved:
                     self.save()
                 self._complete_save(wait=True)
@@ -208,7 +208,7 @@ class Trainer:
         """Undo what a bad step has changed, and say why; NotFiniteError if it cannot be skipped."""
         train, progress = self.settings.train, self.progress
         self._start.put_back()
-        found = explain(
+        found = diagnose(
             self.train_state.chunks,
             lambda: self._gradients(batches),
             self.train.numbers(progress.samples, self.num_microbatches),
@@ -245,7 +245,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.train.device)
         at_once = VALIDATED_AT_ONCE * stages
         for begin in range(0, count, at_once):
-            if begin and stop and stop.agreed(self.train.device):
+            if begin and stop and stop.received_on_any_rank(self.train.device):
                 return None
             part = min(at_once, count - begin)
             totals += self._forward_backward(

@@ -114,7 +114,8 @@ def _lost(bench: Bench, case: Fault, folder: Path) -> list[str]:
             wanted[case.rank] = -signal.SIGKILL
         if statuses != wanted:
             failures.append(f"ended with {statuses}, not {wanted}: {launch.last_words()}")
-        if not re.search(rf"rank {case.rank} (\([^)]*\) (hangs|has died|failed))", complaint):
+        named = rf"rank {case.rank} (\([^)]*\) (hangs|does not respond|failed))"
+        if not re.search(named, complaint):
             failures.append(f"rank {case.rank} is not named: {launch.last_words()}")
     limit_s = 2 * HANG_TIMEOUT_S + _SLACK_S
     if lasted_s > limit_s:

@@ -439,7 +439,7 @@ def test_signals_to_every_process_leave_the_run_saved(config, tmp_path):
     with once_it_has_steps(tmp_path / "run", 3, signal_all):
         status, out, err = finish(process)
     assert status == PREEMPTED, err
-    assert err == "SIGINT: ends before the next step (Ctrl-C once more: at once)\n"
+    assert err == "SIGINT: stopping before the next step (Ctrl-C again: at once)\n"
     stopped = max(losses(tmp_path / "run"))
     assert out.splitlines()[-1] == f"stopped by SIGINT after step {stopped}"
     latest = tmp_path / "run" / "checkpoints" / "latest"

@@ -166,4 +166,4 @@ def test_the_launcher_ends_as_its_rank_did(tmp_path, ending, status):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
-    assert f"{signal.SIGTERM.name}: ends before the next step" in done.stderr
+    assert f"{signal.SIGTERM.name}: stopping before the next step" in done.stderr

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted at any moment, heeded where nothing is lost."""
+"""Signals that ask a run to stop: noted at any moment, acted on where nothing is lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_first_signal_is_noted_and_no_other_changes_the_end(number, capfd):
     for other in STOP_SIGNALS:
         signal.raise_signal(other)
     assert capfd.readouterr().err.splitlines() == [
-        f"{number.name}: ends before the next step (Ctrl-C once more: at once)"
+        f"{number.name}: stopping before the next step (Ctrl-C again: at once)"
     ]
 
 

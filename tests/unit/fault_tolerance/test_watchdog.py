@@ -16,7 +16,12 @@ import torch.distributed as dist
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, NOT_WRITTEN, RANK_FAILURE
 from megatron_coe.fault_tolerance.heartbeat import SAVING, STEP, Heartbeat
-from megatron_coe.fault_tolerance.watchdog import BEATS, LONG, group_timeout, watched
+from megatron_coe.fault_tolerance.watchdog import (
+    REPORTS_PER_TIMEOUT,
+    SLOW_PHASE_FACTOR,
+    group_timeout,
+    watched,
+)
 
 RANKS, BAD, FAULTY_STEP, LAST_STEP = 3, 1, 3, 6
 TIMEOUT_S = 4.0  # a busy machine may keep a rank waiting for a second
@@ -40,7 +45,7 @@ def mistake() -> None:
     raise ValueError("train.lr=0: planted")
 
 
-def agree() -> None:
+def fail_together() -> None:
     raise NotFiniteError("planted", weights_are_finite=True)
 
 
@@ -56,15 +61,15 @@ def work(folder: Path, rank: int, step_of_fault: int, fault: Callable[[], None] 
     """A run of a rank: steps that all ranks make together."""
     heartbeat = Heartbeat()
     store = dist.FileStore(str(folder / "store"), RANKS)
-    with watched(store, TIMEOUT_S, heartbeat, agreed=(NotFiniteError,)):
+    with watched(store, TIMEOUT_S, heartbeat, raised_together=(NotFiniteError,)):
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=RANKS, timeout=group_timeout(30)
         )
         for step in range(LAST_STEP + 1):
             if step:
                 heartbeat.enter(SAVING if fault is no_space else STEP, step)
-            if step == step_of_fault and fault and (rank == BAD or fault is agree):
-                time.sleep(3 * TIMEOUT_S / BEATS)  # so that the others hear where it is
+            if step == step_of_fault and fault and (rank == BAD or fault is fail_together):
+                time.sleep(3 * TIMEOUT_S / REPORTS_PER_TIMEOUT)  # the others learn where it is
                 fault()
             dist.all_reduce(torch.ones(1))
         if fault is None:  # the next rank is done long before this one, which is no fault of it
@@ -120,8 +125,8 @@ def run(
     ("fault", "status", "said"),
     [
         (hang, RANK_FAILURE, "hangs in"),
-        (freeze, None, "has died or was stopped, last heard of in"),
-        (die, -signal.SIGKILL, "has died or was stopped, last heard of in"),
+        (freeze, None, "does not respond (died or stopped), last seen in"),
+        (die, -signal.SIGKILL, "does not respond (died or stopped), last seen in"),
         (fail, RANK_FAILURE, "failed in"),
     ],
 )
@@ -149,8 +154,8 @@ def test_a_run_that_ends_well_ends_with_0_however_far_apart(tmp_path):
     assert not any("error" in output for output in outputs)
 
 
-def test_what_all_ranks_agree_on_is_theirs_to_say(tmp_path):
-    statuses, outputs = run(tmp_path, agree)
+def test_what_all_ranks_raise_together_is_theirs_to_print(tmp_path):
+    statuses, outputs = run(tmp_path, fail_together)
     assert statuses == [NotFiniteError("", True).status] * RANKS, outputs
     assert not any("error" in output for output in outputs)
 
@@ -170,4 +175,4 @@ def test_a_checkpoint_that_one_rank_cannot_write_ends_all(tmp_path):
 
 def test_groups_wait_longer_than_the_watchdog():
     assert group_timeout(0) is None
-    assert group_timeout(10) > timedelta(seconds=LONG * 10)
+    assert group_timeout(10) > timedelta(seconds=SLOW_PHASE_FACTOR * 10)
