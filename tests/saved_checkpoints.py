@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from safetensors.torch import load_file
 
-from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.checkpoint.resume import latest_valid_checkpoint
 from megatron_coe.checkpoint.state import load_checkpoint, run_state
 from megatron_coe.config.run_config import CheckpointSettings, Settings
 from megatron_coe.conversion.export_hf import to_hf
@@ -106,7 +106,7 @@ def load(folder: Path) -> list[str]:
     changed = settings()
     changed.train.seed += 1  # other weights and generators, until those of the checkpoint are there
     trainer = make_trainer(changed, torch.device("cpu"))
-    checkpoint = choose_checkpoint(CheckpointSettings(save=str(folder)))
+    checkpoint = latest_valid_checkpoint(CheckpointSettings(save=str(folder)))
     trainer.progress = load_checkpoint(checkpoint, trainer.train_state)
     wrong = _differences(state_digests(trainer), expected["state"])
     with tempfile.TemporaryDirectory() as temporary:

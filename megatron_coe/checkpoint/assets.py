@@ -20,17 +20,17 @@ from megatron_coe.data.tokenizer import tokenizer_files
 from megatron_coe.utils.fsynced import FileDigest, fsync, write_fsynced
 from megatron_coe.utils.run_files import (
     DOCUMENTS_FILE,
-    KEPT_FOLDER,
+    HF_FOLDER,
     TOKENIZER_FOLDER,
     TOKENIZER_MODEL,
     step_of,
 )
 
 
-def kept_folder(step: Path) -> Path:
+def hf_folder(step: Path) -> Path:
     """Return where the rest of an imported model is, if the checkpoint comes from one."""
-    own = step / KEPT_FOLDER
-    return own if own.is_dir() else step.parent / KEPT_FOLDER
+    own = step / HF_FOLDER
+    return own if own.is_dir() else step.parent / HF_FOLDER
 
 
 def tokenizer_content(path: Path) -> dict[str, bytes]:
@@ -63,11 +63,11 @@ def prepends_bos(step: Path) -> bool | None:
         raise ValueError(f"{step / DOCUMENTS_FILE}: does not say prepend_bos ({error})") from error
 
 
-def kept_content(step: Path) -> dict[str, bytes]:
+def hf_content(step: Path) -> dict[str, bytes]:
     """Read what a checkpoint keeps of an imported model: content by its name in a checkpoint."""
-    folder = kept_folder(step)
+    folder = hf_folder(step)
     return {
-        f"{KEPT_FOLDER}/{path.name}": path.read_bytes()
+        f"{HF_FOLDER}/{path.name}": path.read_bytes()
         for path in sorted(folder.glob("*"))
         if path.is_file()
     }

@@ -29,8 +29,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 from megatron_coe.checkpoint import directory as folders
-from megatron_coe.checkpoint.assets import kept_content, write_content
-from megatron_coe.checkpoint.collective import write_together
+from megatron_coe.checkpoint.assets import hf_content, write_content
+from megatron_coe.checkpoint.collective import write_on_all_ranks
 from megatron_coe.checkpoint.errors import CheckpointWriteError
 from megatron_coe.checkpoint.manifest import write_manifest
 from megatron_coe.checkpoint.safe_unpickle import FORMAT, INDEX_FILE
@@ -94,10 +94,10 @@ class Checkpointer:
         self._resumed_from = step_of(checkpoint)
         self._loadable[checkpoint] = True
 
-    def keep_content_of(self, checkpoint: Path) -> None:
+    def keep_hf_files_of(self, checkpoint: Path) -> None:
         """Hand on what the checkpoint that the run starts from keeps of an imported model."""
         if is_rank_0():
-            self.content = {**kept_content(checkpoint), **self.content}
+            self.content = {**hf_content(checkpoint), **self.content}
 
     def check(self, train_state: TrainState) -> None:
         """Clear away what an earlier run left half done; see that a checkpoint could be written.
@@ -109,14 +109,14 @@ class Checkpointer:
             return
         folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
         needed = _sum(state_size(train_state) + self._content_size(), _device(train_state))
-        write_together(what, partial(_on_rank_0, _make_ready, folder, needed))
-        write_together(what, partial(_try_to_write, folder / f".probe_{dist.get_rank()}"))
+        write_on_all_ranks(what, partial(_on_rank_0, _make_ready, folder, needed))
+        write_on_all_ranks(what, partial(_try_to_write, folder / f".probe_{dist.get_rank()}"))
 
-    def tidy(self) -> None:
+    def remove_leftovers(self) -> None:
         """Clear away what an earlier run left half done, where there is no step to be saved."""
         if self.options.save is not None:
             folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
-            write_together(what, partial(_on_rank_0, folders.clean, folder))
+            write_on_all_ranks(what, partial(_on_rank_0, folders.remove_leftovers, folder))
 
     def save(self, train_state: TrainState, progress: Progress) -> None:
         """Write the present state, or begin to. What has begun earlier is completed first."""
@@ -185,9 +185,9 @@ class Checkpointer:
         if options.verify:
             files[INDEX_FILE] = digest_of(target / INDEX_FILE)
             write_manifest(target, step, files)
-        self._tidy_after(folders.publish(target.parent, step), step)
+        self._update_and_prune(folders.publish(target.parent, step), step)
 
-    def _tidy_after(self, checkpoint: Path, step: int) -> None:
+    def _update_and_prune(self, checkpoint: Path, step: int) -> None:
         """Update `latest` and delete old checkpoints; a new one is as good where that fails.
 
         So the run goes on, and tries again at the next save. A disk that fills up meanwhile ends
@@ -224,10 +224,10 @@ class Checkpointer:
         return self._loadable[checkpoint]
 
     def _together(self, step: int, action: Callable[[], Any]) -> Any:
-        """`write_together`, with nothing partial left behind when it fails."""
+        """`write_on_all_ranks`, with nothing partial left behind when it fails."""
         folder = Path(self.options.save)
         try:
-            return write_together(f"{folder / step_name(step)} was not written", action)
+            return write_on_all_ranks(f"{folder / step_name(step)} was not written", action)
         except CheckpointWriteError:
             if is_rank_0():
                 shutil.rmtree(folders.partial_folder(folder, step), ignore_errors=True)
@@ -241,7 +241,7 @@ def _on_rank_0(action: Callable[..., None], *args: object) -> None:
 
 def _make_ready(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    folders.clean(folder)
+    folders.remove_leftovers(folder)
     _require_room(folder, needed)
 
 

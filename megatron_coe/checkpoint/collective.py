@@ -13,7 +13,7 @@ from megatron_coe.checkpoint.errors import BadCheckpointError, CheckpointWriteEr
 T = TypeVar("T")
 
 
-def write_together(what: str, action: Callable[[], T]) -> T:
+def write_on_all_ranks(what: str, action: Callable[[], T]) -> T:
     """Call `action`, which writes files, on every rank; each returns its result, or all raise.
 
     A collective of all ranks; `action` must be none.
@@ -36,7 +36,7 @@ def write_together(what: str, action: Callable[[], T]) -> T:
     return result
 
 
-def check_together(check: Callable[[], T]) -> T:
+def check_on_all_ranks(check: Callable[[], T]) -> T:
     """Call `check`, a rank's part of it, on every rank; each returns its result, or all raise.
 
     A collective of all ranks; `check` must be none.

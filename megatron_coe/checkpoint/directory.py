@@ -33,7 +33,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=step_of, reverse=True)
 
 
-def find_step(checkpoint: Path) -> Path:
+def resolve_checkpoint(checkpoint: Path) -> Path:
     """Return `checkpoint` if it is one, or the newest of those that it holds.
 
     Raises: ValueError if it is neither.
@@ -52,7 +52,7 @@ def check_start(options: CheckpointSettings) -> None:
     if options.load is None or any((path / FORMAT_FILE).is_file() for path in own):
         return
     try:
-        find_step(Path(options.load))
+        resolve_checkpoint(Path(options.load))
     except ValueError as error:
         is_exported = Path(options.load, "config.json").is_file()
         raise ValueError(
@@ -134,7 +134,7 @@ def prune(
     return errors
 
 
-def restore(folder: Path) -> None:
+def restore_replaced(folder: Path) -> None:
     """Give a checkpoint its name back whose replacement has not got it: the run died in between."""
     for removed in folder.glob(f"{_REMOVED}step_*"):
         final = folder / removed.name.removeprefix(_REMOVED)
@@ -143,16 +143,16 @@ def restore(folder: Path) -> None:
             fsync(folder)
 
 
-def clean(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Clear away what a run that died has left half done."""
-    restore(folder)
+    restore_replaced(folder)
     for pattern in (f"{_REMOVED}step_*", f"{_PARTIAL}step_*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path)
     (folder / f".{LATEST_FILE}.new").unlink(missing_ok=True)
 
 
-def doubts_about_pointer(folder: Path, found: list[Path]) -> str | None:
+def check_latest(folder: Path, found: list[Path]) -> str | None:
     """What is wrong with `latest`, beside the checkpoints that were found; None if nothing is.
 
     Nothing is ever loaded because of it: the newest is told by the names of the folders.

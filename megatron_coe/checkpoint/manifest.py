@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.utils.fsynced import FileDigest, digest_of, fsync, write_fsynced
-from megatron_coe.utils.run_files import KEPT_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
+from megatron_coe.utils.run_files import HF_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
 
 MANIFEST_FILE = "manifest.json"
-_FOLDERS = (TOKENIZER_FOLDER, KEPT_FOLDER)
+_FOLDERS = (TOKENIZER_FOLDER, HF_FOLDER)
 """The only folders in a checkpoint; what they hold is listed as `tokenizer/tokenizer.json`."""
 
 
@@ -39,7 +39,7 @@ def write_manifest(folder: Path, step: int, files: Mapping[str, FileDigest]) -> 
     write_fsynced(folder / MANIFEST_FILE, Manifest(step, files).text().encode())
 
 
-def describe_folder(folder: Path) -> dict[str, FileDigest]:
+def digest_folder(folder: Path) -> dict[str, FileDigest]:
     """The digests of every file of a checkpoint, its manifest aside."""
     return {
         name: digest_of(folder / name)
@@ -48,14 +48,14 @@ def describe_folder(folder: Path) -> dict[str, FileDigest]:
     }
 
 
-def sign(folder: Path, step: int) -> None:
+def add_manifest(folder: Path, step: int) -> None:
     """Write the manifest of a checkpoint that has none, durably: its content is taken on trust.
 
     Raises: BadCheckpointError if there is one, which this would overrule.
     """
     if (folder / MANIFEST_FILE).exists():
         raise BadCheckpointError(f"{MANIFEST_FILE} is there already: remove it to overrule it")
-    files = describe_folder(folder)
+    files = digest_folder(folder)
     for name in files:
         fsync(folder / name)
     for inner in _FOLDERS:

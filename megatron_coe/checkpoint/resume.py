@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_coe.checkpoint.collective import check_together
+from megatron_coe.checkpoint.collective import check_on_all_ranks
 from megatron_coe.checkpoint.directory import (
-    doubts_about_pointer,
+    check_latest,
     find_checkpoints,
-    find_step,
-    restore,
+    resolve_checkpoint,
+    restore_replaced,
 )
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.resume_policy import DATA, changes, data_change, tokenizer_change
 from megatron_coe.checkpoint.safe_unpickle import read_common
-from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
+from megatron_coe.checkpoint.verify import unlisted_files, verify_checkpoint
 from megatron_coe.config.run_config import CheckpointSettings, Settings, load_settings
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.utils.ranks import call_on_rank_0, log_rank_0
@@ -46,24 +46,26 @@ class Start:
         return f"resumed from {self.path}"
 
 
-def choose_start(
-    options: CheckpointSettings, must_resume: bool = False, mend: bool = True
+def select_start(
+    options: CheckpointSettings, must_resume: bool = False, repair: bool = True
 ) -> Start | None:
     """Select what a run starts from; None for initial weights. A collective of all ranks.
 
     Args:
-        must_resume, mend: as of `choose_checkpoint`.
+        must_resume, repair: as of `latest_valid_checkpoint`.
 
-    Raises: ValueError: as `choose_checkpoint`; or `options.load` is no valid checkpoint.
+    Raises: ValueError: as `latest_valid_checkpoint`; or `options.load` is no valid checkpoint.
     """
-    own = choose_checkpoint(options, must_resume and options.load is None, mend and not must_resume)
+    own = latest_valid_checkpoint(
+        options, must_resume and options.load is None, repair and not must_resume
+    )
     if options.load is None:
         return own and Start(own, weights_only=False)
     load = Path(options.load)
     if own:
         is_same = load.resolve() in (own.resolve(), own.parent.resolve())
         return Start(own, weights_only=False, skipped=None if is_same else load)
-    path = _from_rank_0(f"checkpoint.load={load}", partial(find_step, load))
+    path = _from_rank_0(f"checkpoint.load={load}", partial(resolve_checkpoint, load))
     try:
         _verify(path, options.verify)
     except BadCheckpointError as error:
@@ -71,8 +73,8 @@ def choose_start(
     return Start(path, weights_only=True)
 
 
-def choose_checkpoint(
-    options: CheckpointSettings, must_resume: bool = False, mend: bool = True
+def latest_valid_checkpoint(
+    options: CheckpointSettings, must_resume: bool = False, repair: bool = True
 ) -> Path | None:
     """The newest good checkpoint of a run's folder; None where none was ever written.
 
@@ -80,7 +82,7 @@ def choose_checkpoint(
 
     Args:
         must_resume: there has to be one.
-        mend: put back what a run that was killed while it replaced a checkpoint left aside.
+        repair: first rename checkpoints back that a run killed during a replacement left aside.
 
     Raises:
         ValueError: none of those that are there is good; the run does not start over by itself.
@@ -91,7 +93,7 @@ def choose_checkpoint(
         return None
     folder = Path(options.save)
     found, doubts = _from_rank_0(
-        f"checkpoint.save={folder}", partial(_look, folder, mend=mend and not must_resume)
+        f"checkpoint.save={folder}", partial(_look, folder, repair=repair and not must_resume)
     )
     if doubts:
         log_rank_0(doubts)
@@ -118,9 +120,9 @@ def choose_checkpoint(
 
 def _verify(path: Path, verify: bool) -> None:
     """Verify a checkpoint, all ranks together. Raises: BadCheckpointError."""
-    part = partial(check_checkpoint, path, verify)
-    check_together(partial(part, dist.get_rank(), dist.get_world_size()))
-    if verify and (strange := strange_files(path)):
+    part = partial(verify_checkpoint, path, verify)
+    check_on_all_ranks(partial(part, dist.get_rank(), dist.get_world_size()))
+    if verify and (strange := unlisted_files(path)):
         log_rank_0(strange)
 
 
@@ -164,12 +166,12 @@ def check_changes(
     return [str(change) for change in found]
 
 
-def _look(folder: Path, mend: bool) -> tuple[list[Path], str | None]:
-    if mend:
+def _look(folder: Path, repair: bool) -> tuple[list[Path], str | None]:
+    if repair:
         with suppress(OSError):  # of a folder that cannot be changed, but can be read
-            restore(folder)
+            restore_replaced(folder)
     found = find_checkpoints(folder)
-    return found, doubts_about_pointer(folder, found)
+    return found, check_latest(folder, found)
 
 
 def _from_rank_0(what: str, look: Callable[[], T]) -> T:

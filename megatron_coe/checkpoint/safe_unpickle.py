@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_coe.checkpoint.errors import BadCheckpointError
-from megatron_coe.checkpoint.versions import explain
+from megatron_coe.checkpoint.versions import unreadable_error
 from megatron_coe.megatron_compat.checkpoints import COMMON_OBJECT
 from megatron_coe.utils.run_files import COMMON_FILE, FORMAT_FILE
 
@@ -158,7 +158,7 @@ def check_pickles(folder: Path, part: int = 0, parts: int = 1) -> Contents:
             if _EXTRA_STATE in key:
                 _check_extra_state(content, where)
     except BadCheckpointError as error:
-        raise explain(folder, error) from error
+        raise unreadable_error(folder, error) from error
     return contents
 
 

@@ -28,11 +28,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_coe.checkpoint.collective import check_together
+from megatron_coe.checkpoint.collective import check_on_all_ranks
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.optimizer_state import OptimizerState
 from megatron_coe.checkpoint.safe_unpickle import check_pickles, read_index
-from megatron_coe.checkpoint.versions import explain
+from megatron_coe.checkpoint.versions import unreadable_error
 from megatron_coe.distributed.seeds import rng_state, set_rng_state
 from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.megatron_compat.checkpoints import load_sharded_state
@@ -117,7 +117,7 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
         ValueError: the checkpoint is of another model, or holds what could execute code.
     """
     try:
-        contents = check_together(
+        contents = check_on_all_ranks(
             partial(check_pickles, path, dist.get_rank(), dist.get_world_size())
         )
     except BadCheckpointError as error:
@@ -126,7 +126,7 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
     try:
         progress = Progress(**common["progress"])
     except TypeError as error:
-        reason = explain(path, BadCheckpointError(f"it is of another version: {error}"))
+        reason = unreadable_error(path, BadCheckpointError(f"it is of another version: {error}"))
         raise BadCheckpointError(f"checkpoint {path}: {reason}") from error
     if weights_only:
         progress = Progress()

@@ -19,7 +19,7 @@ from megatron_coe.checkpoint.versions import VERSIONS_FILE
 from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_of
 
 
-def check_checkpoint(
+def verify_checkpoint(
     folder: Path, verify: bool = True, part: int = 0, parts: int = 1
 ) -> dict[str, Any]:
     """Verify a checkpoint against its manifest, before anything is unpickled, then its pickles.
@@ -60,7 +60,7 @@ def is_loadable(folder: Path) -> bool:
     return True
 
 
-def strange_files(folder: Path) -> str | None:
+def unlisted_files(folder: Path) -> str | None:
     """What lies in a good checkpoint's folder that its manifest does not list, as a warning: it is
     not read, and goes when the checkpoint goes. None: nothing."""
     found = unlisted(folder, read_manifest(folder))

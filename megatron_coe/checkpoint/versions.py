@@ -50,7 +50,7 @@ def read_versions(folder: Path) -> dict[str, str]:
     return {name: value for name, value in content.items() if isinstance(value, str)}
 
 
-def explain(folder: Path, error: BadCheckpointError) -> BadCheckpointError:
+def unreadable_error(folder: Path, error: BadCheckpointError) -> BadCheckpointError:
     """Return the error to raise for a checkpoint that this process cannot read.
 
     One that was written by a newer torch, megatron-core or megatron_coe is not called damaged: the

@@ -29,8 +29,8 @@ def command(options: argparse.Namespace) -> None:
     # These import Megatron, which takes seconds.
     from megatron_coe.checkpoint.directory import find_checkpoints
     from megatron_coe.checkpoint.errors import BadCheckpointError
-    from megatron_coe.checkpoint.manifest import sign
-    from megatron_coe.checkpoint.verify import check_checkpoint, strange_files
+    from megatron_coe.checkpoint.manifest import add_manifest
+    from megatron_coe.checkpoint.verify import unlisted_files, verify_checkpoint
     from megatron_coe.utils.run_files import FORMAT_FILE
 
     folder: Path = options.input
@@ -41,10 +41,10 @@ def command(options: argparse.Namespace) -> None:
     for path in found:
         try:
             if options.write_manifest:
-                sign(path, check_checkpoint(path, verify=False)["progress"]["step"])
-            step = check_checkpoint(path)["progress"]["step"]
+                add_manifest(path, verify_checkpoint(path, verify=False)["progress"]["step"])
+            step = verify_checkpoint(path)["progress"]["step"]
             print(f"{path}: good, step {step}")
-            if strange := strange_files(path):
+            if strange := unlisted_files(path):
                 print(strange, file=sys.stderr)
         except BadCheckpointError as error:
             bad += 1

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_coe.utils.run_files import (
     CONFIG_FILE,
     FORMAT_FILE,
-    KEPT_FOLDER,
+    HF_FOLDER,
     MACHINE_FILE,
     TOKENIZER_FOLDER,
     own_tokenizer,
@@ -71,8 +71,8 @@ def _of_run(folder: Path, written: Sections) -> Sections:
 
 def _imported_tokenizer(step: Path, named: str) -> Path | None:
     """Return the tokenizer beside a model that an earlier version imported, if it is that one."""
-    beside = step.parent / KEPT_FOLDER / TOKENIZER_FOLDER
-    is_named = Path(named).parts[-2:] == (KEPT_FOLDER, TOKENIZER_FOLDER)
+    beside = step.parent / HF_FOLDER / TOKENIZER_FOLDER
+    is_named = Path(named).parts[-2:] == (HF_FOLDER, TOKENIZER_FOLDER)
     return beside if is_named and beside.is_dir() else None
 
 

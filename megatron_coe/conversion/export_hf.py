@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_coe.checkpoint.assets import kept_folder, prepends_bos
-from megatron_coe.checkpoint.directory import find_step
+from megatron_coe.checkpoint.assets import hf_folder, prepends_bos
+from megatron_coe.checkpoint.directory import resolve_checkpoint
 from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion import hf_config
 from megatron_coe.conversion.distcp import CheckpointReader
@@ -68,7 +68,7 @@ def to_hf(
         OSError: a file cannot be read or written.
     """
     check_absent(folder)
-    step = find_step(checkpoint)
+    step = resolve_checkpoint(checkpoint)
     verify_step(step)
     settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
@@ -105,7 +105,7 @@ def describe(checkpoint: Path, folder: Path, tokenizer: Path | None = None) -> N
 
     Raises: ValueError, OSError: as `to_hf`.
     """
-    step = find_step(checkpoint)
+    step = resolve_checkpoint(checkpoint)
     settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
     config = hf_config.to_hf_config(provider)
@@ -131,7 +131,7 @@ def _write_description(
 
     Returns: the content of `config.json`, and how training used the tokenizer.
     """
-    kept, ids = kept_folder(step), {}
+    kept, ids = hf_folder(step), {}
     original = _read_kept(kept / HF_CONFIG)
     length = _trained_length(original, provider, is_trained=step_of(step) > 0)
     usage = Usage(length, prepends_bos(step))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_coe.checkpoint.assets import documents_content, tokenizer_content, write_content
-from megatron_coe.checkpoint.manifest import sign
+from megatron_coe.checkpoint.manifest import add_manifest
 from megatron_coe.checkpoint.safe_unpickle import FORMAT
 from megatron_coe.checkpoint.state import MODEL_ONLY
 from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
@@ -27,7 +27,7 @@ from megatron_coe.utils.run_files import (
     COMMON_FILE,
     CONFIG_FILE,
     FORMAT_FILE,
-    KEPT_FOLDER,
+    HF_FOLDER,
     LATEST_FILE,
     own_tokenizer,
     step_name,
@@ -56,7 +56,7 @@ def write_initial_checkpoint(model: StoredModel, checkpoint: Path) -> Path:
         content |= tokenizer_content(model.tokenizer)
     for path in (model.description, model.description.with_name(GENERATION_CONFIG)):
         if path.is_file():
-            content[f"{KEPT_FOLDER}/{path.name}"] = path.read_bytes()
+            content[f"{HF_FOLDER}/{path.name}"] = path.read_bytes()
     if model.prepends_bos is not None:
         content |= documents_content(model.prepends_bos)
     with atomic_folder(checkpoint) as partial:
@@ -67,7 +67,7 @@ def write_initial_checkpoint(model: StoredModel, checkpoint: Path) -> Path:
         if copy := own_tokenizer(partial_step):
             settings.data.tokenizer = str(step / copy.name)
         (partial_step / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-        sign(partial_step, 0)
+        add_manifest(partial_step, 0)
         (partial / LATEST_FILE).write_text(STEP_0 + "\n", encoding="utf-8")
     return step
 

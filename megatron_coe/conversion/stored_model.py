@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_coe.checkpoint.assets import kept_folder, prepends_bos
-from megatron_coe.checkpoint.directory import find_step
+from megatron_coe.checkpoint.assets import hf_folder, prepends_bos
+from megatron_coe.checkpoint.directory import resolve_checkpoint
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.tokenizer import find_tokenizer
-from megatron_coe.checkpoint.verify import check_checkpoint
+from megatron_coe.checkpoint.verify import verify_checkpoint
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import ParallelSettings, Settings, load_settings
 from megatron_coe.conversion.distcp import CheckpointReader
@@ -55,7 +55,7 @@ def open_checkpoint(checkpoint: Path, tokenizer: Path | None = None) -> StoredMo
         ValueError: a weight is missing, left over or of another shape; the message names it.
         OSError: a file cannot be read.
     """
-    step = find_step(checkpoint)
+    step = resolve_checkpoint(checkpoint)
     verify_step(step)
     settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
@@ -68,7 +68,7 @@ def open_checkpoint(checkpoint: Path, tokenizer: Path | None = None) -> StoredMo
         return weight.join(weight.split(tensor)) if weight.padded else tensor
 
     tokenizer = Path(settings.data.tokenizer) if settings.data.tokenizer else None
-    description = kept_folder(step) / HF_CONFIG
+    description = hf_folder(step) / HF_CONFIG
     return StoredModel(
         step, settings, provider, table, read, description, tokenizer, prepends_bos(step)
     )
@@ -80,7 +80,7 @@ def verify_step(step: Path) -> None:
     Raises: ValueError naming what is wrong; OSError: a file cannot be read.
     """
     try:
-        check_checkpoint(step)
+        verify_checkpoint(step)
     except BadCheckpointError as error:
         raise BadCheckpointError(f"checkpoint {step} is {error.verdict}: {error}") from error
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from megatron_coe.checkpoint.assets import documents_content, tokenizer_content
 from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.errors import CheckpointWriteError
-from megatron_coe.checkpoint.resume import Start, check_changes, choose_start
+from megatron_coe.checkpoint.resume import Start, check_changes, select_start
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.checkpoint.tokenizer import identity_of
@@ -38,7 +38,6 @@ from megatron_coe.training.out_of_memory import explained
 from megatron_coe.training.preflight import (
     check_run,
     data_arguments,
-    is_first_process,
     training_sets,
 )
 from megatron_coe.training.trainer import Trainer, Validation
@@ -54,7 +53,7 @@ def describe(settings: Settings, world_size: int) -> str:
     lines = [settings.to_yaml(), describe_sizes(plan), ""]
     lines += _describe_data(settings, found.tokenizer)
     with lone_process():
-        if start := choose_start(settings.checkpoint, mend=False):
+        if start := select_start(settings.checkpoint, repair=False):
             data = [identify(file) for file in found.files]
             changed = check_changes(start.path, settings, found.tokenizer, data, start.weights_only)
             lines += [str(start), *(f"changed since then: {change}" for change in changed)]
@@ -91,7 +90,7 @@ def trainer(
         settings.to_yaml(),
         identity_of(tokenizer),
         data,
-        _carried(settings, tokenizer) if is_first_process() else None,
+        _carried(settings, tokenizer) if is_rank_0() else None,
         [*sources, tokenizer.path, *map(Path, filter(None, [settings.checkpoint.load]))],
     )
     timeout_s = settings.train.hang_timeout_s
@@ -103,12 +102,12 @@ def trainer(
     ):
         stop.raise_if_stopped(device, "the data were looked at", saves)
         heartbeat.enter(LOADING)
-        start = choose_start(settings.checkpoint, must_resume)
+        start = select_start(settings.checkpoint, must_resume)
         changed = []
         if start:
             model_only = must_resume or start.weights_only
             changed = check_changes(start.path, settings, tokenizer, data, model_only)
-            checkpointer.keep_content_of(start.path)
+            checkpointer.keep_hf_files_of(start.path)
             if not start.weights_only:
                 checkpointer.resume_from(start.path)
         seed_everything(settings.train.seed)
@@ -130,7 +129,7 @@ def trainer(
             if progress.step < settings.train.steps:
                 checkpointer.check(train_state)
             else:
-                checkpointer.tidy()
+                checkpointer.remove_leftovers()
         per_epoch = _samples_per_epoch(found.files, settings.data.mode, provider.seq_length)
         train = _source(train_set, settings, device, per_epoch)
         validation = None

@@ -24,6 +24,7 @@ from megatron_coe.model import backends
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.training.metrics_logger import check_wandb
 from megatron_coe.utils.environment import refuse_unused_gpus
+from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import METRICS_FILE
 
 
@@ -57,7 +58,7 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
     backends.refuse_unusable(provider)
     files = check_files(settings, tokenizer, provider.seq_length, saves, dry)
     warnings = [idle_gpus] if idle_gpus else []
-    if is_first_process():
+    if is_rank_0():
         warnings += _warnings(settings, tokenizer, provider)
     return Preflight(device, tokenizer, provider, files, warnings)
 
@@ -74,11 +75,6 @@ def _warnings(settings: Settings, tokenizer: Tokenizer, provider: CoEModelProvid
             "global batch; a larger train.micro_batch_size comes nearer to that"
         )
     return [warning for warning in warnings if warning]
-
-
-def is_first_process() -> bool:
-    """Whether this process alone writes and says what all share."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def training_sets(data: DataSettings) -> list[str]:
@@ -122,7 +118,7 @@ def check_files(
     Raises: ValueError naming the file; OSError naming the setting of a folder.
     """
     files, _, _ = check_datasets(**data_arguments(settings, tokenizer, seq_length))
-    if is_first_process():
+    if is_rank_0():
         _check_folders(settings, saves, dry)
     return files
 

@@ -23,7 +23,7 @@ FORMAT_FILE = "metadata.json"
 TOKENIZER_MODEL = "tokenizer.model"
 TOKENIZER_FOLDER = "tokenizer"
 DOCUMENTS_FILE = "documents.json"
-KEPT_FOLDER = "hf"
+HF_FOLDER = "hf"
 
 _STEP = re.compile(r"step_(\d{8,})")
 

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.errors import CheckpointWriteError
-from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.checkpoint.resume import latest_valid_checkpoint
 from megatron_coe.checkpoint.state import load_checkpoint
-from megatron_coe.checkpoint.verify import check_checkpoint
+from megatron_coe.checkpoint.verify import verify_checkpoint
 from megatron_coe.config.run_config import Settings
 from megatron_coe.distributed.seeds import rng_state
 from megatron_coe.training.trainer import Trainer
@@ -66,7 +66,7 @@ def _difference(root: str, layout: str, asynchronous: bool) -> list[str]:
             trainer = _trainer(settings)
             settings.train.seed += 1  # the next process starts with other weights and generators
             if stop != STOPS[0]:
-                path = choose_checkpoint(settings.checkpoint)
+                path = latest_valid_checkpoint(settings.checkpoint)
                 trainer.progress = load_checkpoint(path, trainer.train_state)
             resumed += go(trainer, stop)
             trainer.save()
@@ -115,7 +115,7 @@ def _fail_on_one_rank(root: str, asynchronous: bool) -> list[str]:
             found = find_checkpoints(Path(root))
             names.append(" ".join(path.name for path in found))
             for path in found:
-                check_checkpoint(path)
+                verify_checkpoint(path)
             assert not list(Path(root).glob(".*"))
         return [told, *names]
 
@@ -138,10 +138,10 @@ def _choose_together(root: str) -> bool:
             if dist.get_rank() == 0:
                 file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
             dist.barrier()
-            chosen.append(choose_checkpoint(settings.checkpoint) == older)
+            chosen.append(latest_valid_checkpoint(settings.checkpoint) == older)
             dist.barrier()
             if dist.get_rank() == 0:
                 file.write_bytes(content)
         dist.barrier()
         assert len(chosen) == 6 + 2 * dist.get_world_size()
-        return all(chosen) and choose_checkpoint(settings.checkpoint) == newest
+        return all(chosen) and latest_valid_checkpoint(settings.checkpoint) == newest

@@ -101,11 +101,11 @@ def _sealed(spoil: Make) -> Make:
     """Spoil a checkpoint and write the manifest that fits, as an attacker would."""
 
     def make(folder: Path) -> None:
-        from megatron_coe.checkpoint.manifest import describe_folder, write_manifest
+        from megatron_coe.checkpoint.manifest import digest_folder, write_manifest
 
         spoil(folder)
         step = folder / STEP
-        write_manifest(step, 1, describe_folder(step))
+        write_manifest(step, 1, digest_folder(step))
 
     return make
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_coe.checkpoint.directory import find_checkpoints
-from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.checkpoint.resume import latest_valid_checkpoint
 from megatron_coe.cli.verify import command, parse
 from tests.unit.training.runs import make_settings, make_trainer
 
@@ -36,10 +36,10 @@ def test_good_and_bad_are_told_apart(folder, capsys):
     (newest / "notes.txt").write_text("the good one")
     main(["--load", str(folder)])
     assert "does not list notes.txt" in capsys.readouterr().err
-    assert choose_checkpoint(make_settings(folder).checkpoint) == newest
+    assert latest_valid_checkpoint(make_settings(folder).checkpoint) == newest
     assert f"{newest}: manifest.json does not list notes.txt" in capsys.readouterr().err
     (newest / "__7_0.distcp").write_bytes(b"")
-    assert choose_checkpoint(make_settings(folder).checkpoint) == older
+    assert latest_valid_checkpoint(make_settings(folder).checkpoint) == older
     assert "manifest.json does not list __7_0.distcp" in capsys.readouterr().err
     (newest / "__7_0.distcp").unlink()
     data = older / "__0_1.distcp"
@@ -60,9 +60,9 @@ def test_a_manifest_is_written_once(folder, capsys):
     newest, older = find_checkpoints(folder)
     (newest / "manifest.json").unlink()
     settings = make_settings(folder)
-    assert choose_checkpoint(settings.checkpoint) == older
+    assert latest_valid_checkpoint(settings.checkpoint) == older
     main(["--load", str(newest), "--write-manifest"])
-    assert choose_checkpoint(settings.checkpoint) == newest
+    assert latest_valid_checkpoint(settings.checkpoint) == newest
     with pytest.raises(ValueError, match="1 of 1"):
         main(["--load", str(newest), "--write-manifest"])
     assert "is there already" in capsys.readouterr().out

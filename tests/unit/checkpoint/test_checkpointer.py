@@ -17,10 +17,10 @@ from megatron_coe.checkpoint import shard_writer
 from megatron_coe.checkpoint.assets import write_content
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.errors import CheckpointWriteError
-from megatron_coe.checkpoint.manifest import describe_folder, read_manifest, write_manifest
-from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.checkpoint.manifest import digest_folder, read_manifest, write_manifest
+from megatron_coe.checkpoint.resume import latest_valid_checkpoint
 from megatron_coe.checkpoint.state import load_checkpoint, state_size
-from megatron_coe.checkpoint.verify import check_checkpoint
+from megatron_coe.checkpoint.verify import verify_checkpoint
 from megatron_coe.utils import fsynced
 from megatron_coe.utils.run_files import LATEST_FILE
 from tests.unit.checkpoint.test_state import assert_same, optimizer_state
@@ -66,7 +66,7 @@ def test_in_the_background_the_state_of_the_moment_is_saved(
     held.set()
     trainer.checkpointer.finish()
     (path,) = find_checkpoints(tmp_path)
-    assert check_checkpoint(path)["progress"]["step"] == 2
+    assert verify_checkpoint(path)["progress"]["step"] == 2
 
     again = make_trainer(settings, single_rank)
     again.progress = load_checkpoint(path, again.train_state)
@@ -100,7 +100,7 @@ def test_a_run_ends_with_everything_saved(single_rank, tmp_path):
         train={"steps": 5},
     )
     make_trainer(settings, single_rank).run()
-    steps = [check_checkpoint(path)["progress"]["step"] for path in find_checkpoints(tmp_path)]
+    steps = [verify_checkpoint(path)["progress"]["step"] for path in find_checkpoints(tmp_path)]
     assert steps == [5, 4, 2]
 
 
@@ -132,7 +132,7 @@ def test_a_write_that_fails_leaves_the_older_ones(single_rank, tmp_path, asynchr
         trainer.save()
         trainer.checkpointer.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST_FILE, good.name]
-    check_checkpoint(good)
+    verify_checkpoint(good)
     trainer.save()
     trainer.checkpointer.finish()
     assert len(find_checkpoints(tmp_path)) == 2, "the run could go on"
@@ -190,7 +190,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
     assert all("is complete" in line and "Operation not permitted" in line for line in told)
     assert str(new) in told[2] and str(old) in told[2] and "next save" in told[2]
     for path in (new, old):
-        check_checkpoint(path)
+        verify_checkpoint(path)
     trainer.step()
     trainer.save()
     (last,) = find_checkpoints(tmp_path)
@@ -239,7 +239,7 @@ def test_a_real_disk_that_is_full(single_rank, tmp_path):
         with pytest.raises(CheckpointWriteError, match=r"the disk has|No space left"):
             trainer.save()
         (path,) = find_checkpoints(disk / "checkpoints")
-        check_checkpoint(path)
+        verify_checkpoint(path)
         assert path.name == "step_00000001"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -254,7 +254,7 @@ def test_what_a_dead_run_left_is_cleared_away(single_rank, tmp_path, has_steps_l
     if has_steps_left:
         trainer.checkpointer.check(trainer.train_state)
     else:
-        trainer.checkpointer.tidy()
+        trainer.checkpointer.remove_leftovers()
     assert not list(tmp_path.iterdir())
 
 
@@ -296,13 +296,13 @@ def test_what_the_run_could_not_load_takes_no_place(single_rank, tmp_path, reaso
     if reason == "too new":
         index = (newest / ".metadata").read_bytes()
         (newest / ".metadata").write_bytes(index.replace(b"TensorProp", b"NewerProps"))
-        write_manifest(newest, 2, describe_folder(newest))
+        write_manifest(newest, 2, digest_folder(newest))
     else:
         spoiled = bytearray((newest / "__0_0.distcp").read_bytes())
         spoiled[len(spoiled) // 2] ^= 1
         (newest / "__0_0.distcp").write_bytes(spoiled)
     trainer = make_trainer(settings, single_rank)
-    assert choose_checkpoint(settings.checkpoint) == older
+    assert latest_valid_checkpoint(settings.checkpoint) == older
     trainer.progress = load_checkpoint(older, trainer.train_state)
     trainer.checkpointer.resume_from(older)
     kept = []
@@ -322,13 +322,13 @@ def test_every_checkpoint_holds_the_runs_other_files(single_rank, tmp_path, asyn
     settings = make_settings(tmp_path, checkpoint={"async_save": asynchronous}, model=SMALL)
     trainer = make_trainer(settings, single_rank)
     trainer.checkpointer.content = {"tokenizer.model": b"pieces"}
-    trainer.checkpointer.keep_content_of(imported)
+    trainer.checkpointer.keep_hf_files_of(imported)
     for step in (1, 2):
         trainer.progress.step = step
         trainer.save()
     trainer.checkpointer.finish()
     for path in find_checkpoints(tmp_path):
-        check_checkpoint(path)
+        verify_checkpoint(path)
         assert (path / "tokenizer.model").read_bytes() == b"pieces"
         assert (path / "hf" / "config.json").read_bytes() == b"{}"
         assert not (path / "tokenizer").exists()

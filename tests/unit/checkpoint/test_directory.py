@@ -11,13 +11,13 @@ import pytest
 
 from megatron_coe.checkpoint import directory as folders
 from megatron_coe.checkpoint.directory import (
-    clean,
-    doubts_about_pointer,
+    check_latest,
     find_checkpoints,
     partial_folder,
     prune,
     publish,
-    restore,
+    remove_leftovers,
+    restore_replaced,
     update_latest,
 )
 from megatron_coe.utils.run_files import LATEST_FILE, step_of
@@ -144,10 +144,10 @@ def test_dying_anywhere_in_a_save_leaves_a_good_folder(
         die_at(patch, number)
         put(tmp_path, step)
         prune(tmp_path, step, keep=1, keep_every=0, is_loadable=always)
-    restore(tmp_path)
+    restore_replaced(tmp_path)
     found = contents(tmp_path)
     assert found.get(2) == "old" or found.get(step) == "new"
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert contents(tmp_path) == found
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     write(tmp_path, 4, "next")
@@ -158,7 +158,7 @@ def test_dying_anywhere_in_a_save_leaves_a_good_folder(
 def test_half_a_deletion_is_completed(tmp_path):
     write(tmp_path, 1, "old")
     put(tmp_path, 1).rename(tmp_path / ".removed_step_00000001")
-    clean(tmp_path)
+    remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [LATEST_FILE]
 
 
@@ -172,17 +172,17 @@ def test_a_folder_in_the_pointers_place_is_moved_away(tmp_path):
 
 
 def test_a_pointer_that_does_not_fit_is_doubted(tmp_path):
-    assert doubts_about_pointer(tmp_path, []) is None
+    assert check_latest(tmp_path, []) is None
     for step in (1, 2):
         write(tmp_path, step, "")
         put(tmp_path, step)
     found = find_checkpoints(tmp_path)
     pointer = tmp_path / LATEST_FILE
-    assert doubts_about_pointer(tmp_path, found) is None
+    assert check_latest(tmp_path, found) is None
     for text in ("", "step_0000", "../step_00000002", "step_00000009\n", "step_00000001\n"):
         pointer.write_text(text)
-        assert str(pointer) in doubts_about_pointer(tmp_path, found)
+        assert str(pointer) in check_latest(tmp_path, found)
     pointer.write_bytes(b"\xff\xfe")
-    assert str(pointer) in doubts_about_pointer(tmp_path, found)
+    assert str(pointer) in check_latest(tmp_path, found)
     shutil.rmtree(found[0])
-    assert folders.doubts_about_pointer(tmp_path, find_checkpoints(tmp_path))
+    assert folders.check_latest(tmp_path, find_checkpoints(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.manifest import (
     MANIFEST_FILE,
-    describe_folder,
+    digest_folder,
     read_manifest,
     unlisted,
     verify_files,
@@ -22,7 +22,7 @@ def folder(tmp_path):
     (tmp_path / "large").write_bytes(bytes(range(256)) * 8192)
     (tmp_path / "small").write_bytes(b"content")
     (tmp_path / "empty").write_bytes(b"")
-    write_manifest(tmp_path, 7, describe_folder(tmp_path))
+    write_manifest(tmp_path, 7, digest_folder(tmp_path))
     return tmp_path
 
 

@@ -18,11 +18,11 @@ from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.manifest import (
     MANIFEST_FILE,
-    describe_folder,
+    digest_folder,
     read_manifest,
     write_manifest,
 )
-from megatron_coe.checkpoint.resume import Start, choose_checkpoint, choose_start
+from megatron_coe.checkpoint.resume import Start, latest_valid_checkpoint, select_start
 from megatron_coe.checkpoint.safe_unpickle import read_index
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
@@ -54,7 +54,7 @@ def folder(originals, tmp_path):
 
 
 def choose(folder, **options):
-    return choose_checkpoint(CheckpointSettings(save=str(folder), **options))
+    return latest_valid_checkpoint(CheckpointSettings(save=str(folder), **options))
 
 
 def names_of_files() -> list[str]:
@@ -156,7 +156,7 @@ def test_weights_are_loaded_where_there_is_no_checkpoint_of_the_runs_own(folder,
 
     def start(save, load, **options):
         load = None if load is None else str(load)
-        return choose_start(CheckpointSettings(save=save, load=load, **options))
+        return select_start(CheckpointSettings(save=save, load=load, **options))
 
     assert start(empty, older) == start(None, older) == Start(older, weights_only=True)
     assert start(empty, folder) == Start(newest, weights_only=True)
@@ -179,14 +179,14 @@ def test_weights_that_are_not_there_or_bad_are_no_fresh_start(folder, tmp_path):
     }
     for load, reason in told.items():
         with pytest.raises(ValueError, match=f"checkpoint.load={load}.*{reason}"):
-            choose_start(CheckpointSettings(save=empty, load=str(load)))
+            select_start(CheckpointSettings(save=empty, load=str(load)))
         with pytest.raises(ValueError, match=f"checkpoint.load={load}.*{reason}"):
-            choose_start(CheckpointSettings(save=None, load=str(load)), must_resume=True)
+            select_start(CheckpointSettings(save=None, load=str(load)), must_resume=True)
     (folder / "only").mkdir()
     for path in (newest, older):
         path.rename(folder / "only" / path.name)
     with pytest.raises(ValueError, match="its checkpoints are gone"):
-        choose_start(CheckpointSettings(save=str(folder), load=str(folder / "only" / older.name)))
+        select_start(CheckpointSettings(save=str(folder), load=str(folder / "only" / older.name)))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(folder, tmp_path):
     assert choose(folder) is None
     assert choose(tmp_path / "nowhere") is None
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
-        choose_checkpoint(CheckpointSettings(save=str(folder)), must_resume=True)
+        latest_valid_checkpoint(CheckpointSettings(save=str(folder)), must_resume=True)
 
 
 def test_a_checkpoint_that_was_being_replaced_comes_back(folder):
@@ -366,7 +366,7 @@ def test_nothing_is_executed(folder, tmp_path, trainer, forge, verify):
     """Also when the forger has written a manifest that fits, or none is asked for."""
     newest, older = find_checkpoints(folder)
     forge(newest, Attack(tmp_path / "victim"))
-    write_manifest(newest, 2, describe_folder(newest))
+    write_manifest(newest, 2, digest_folder(newest))
     assert choose(folder, verify=verify) == older
     with pytest.raises(BadCheckpointError, match=f"checkpoint {newest}: "):
         load_checkpoint(newest, trainer.train_state)
@@ -390,7 +390,7 @@ def test_the_forgeries_are_real(folder, tmp_path):
 def test_another_format_is_refused(folder, content):
     newest, older = find_checkpoints(folder)
     (newest / "metadata.json").write_text(json.dumps(content))
-    write_manifest(newest, 2, describe_folder(newest))
+    write_manifest(newest, 2, digest_folder(newest))
     assert choose(folder) == older
 
 
@@ -398,7 +398,7 @@ def test_common_values_in_the_shards_are_read(folder, trainer):
     """Under either line of Megatron-Core, as the later saves them."""
     newest, _ = find_checkpoints(folder)
     keep_common_in_shards(newest)
-    write_manifest(newest, 2, describe_folder(newest))
+    write_manifest(newest, 2, digest_folder(newest))
     assert choose(folder) == newest
     trainer.progress = load_checkpoint(newest, trainer.train_state)
     assert trainer.progress.step == 2
@@ -411,7 +411,7 @@ def test_an_index_does_not_lead_out_of_the_folder(folder, where):
     place = next(iter(index.storage_data.values()))
     object.__setattr__(place, "relative_path", where)
     (newest / ".metadata").write_bytes(pickle.dumps(index))
-    write_manifest(newest, 2, describe_folder(newest))
+    write_manifest(newest, 2, digest_folder(newest))
     assert choose(folder) == older
 
 
@@ -421,5 +421,5 @@ def test_an_index_does_not_lead_out_of_the_folder(folder, where):
 def test_a_state_of_something_else_is_refused(folder, common):
     newest, older = find_checkpoints(folder)
     (newest / "common.pt").write_bytes(saved(common))
-    write_manifest(newest, 2, describe_folder(newest))
+    write_manifest(newest, 2, digest_folder(newest))
     assert choose(folder) == older

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from megatron_coe.checkpoint.assets import kept_content, tokenizer_content, write_content
+from megatron_coe.checkpoint.assets import hf_content, tokenizer_content, write_content
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.manifest import (
-    describe_folder,
+    digest_folder,
     read_manifest,
     unlisted,
     verify_files,
@@ -105,7 +105,7 @@ def test_the_manifest_covers_what_a_checkpoint_carries(home, step):
     (templates / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     (templates / "model.safetensors").write_bytes(b"no part of a tokenizer")
     write_content(step, tokenizer_content(templates))
-    write_manifest(step, 6, describe_folder(step))
+    write_manifest(step, 6, digest_folder(step))
     manifest = read_manifest(step)
     names = {
         "tokenizer/additional_chat_templates/tools.jinja",
@@ -115,7 +115,7 @@ def test_the_manifest_covers_what_a_checkpoint_carries(home, step):
     }
     assert names == manifest.files.keys() - {COMMON_FILE}
     verify_files(step, manifest)
-    assert kept_content(step) == {"hf/config.json": b'{"kept": 1}'}
+    assert hf_content(step) == {"hf/config.json": b'{"kept": 1}'}
 
     for name in sorted(names):
         content = (step / name).read_bytes()
@@ -135,7 +135,7 @@ def test_the_manifest_covers_what_a_checkpoint_carries(home, step):
     "name", ["other/tokenizer.json", "tokenizer/../../x", "/etc/passwd", ".", "", "tokenizer//x"]
 )
 def test_a_manifest_lists_no_file_elsewhere(step, name):
-    write_manifest(step, 6, {name: describe_folder(step)[COMMON_FILE]})
+    write_manifest(step, 6, {name: digest_folder(step)[COMMON_FILE]})
     with pytest.raises(BadCheckpointError, match=r"manifest\.json is damaged"):
         read_manifest(step)
 

@@ -18,12 +18,12 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 import megatron_coe
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.errors import BadCheckpointError, NewerCheckpointError
-from megatron_coe.checkpoint.manifest import describe_folder, write_manifest
-from megatron_coe.checkpoint.resume import choose_checkpoint
+from megatron_coe.checkpoint.manifest import digest_folder, write_manifest
+from megatron_coe.checkpoint.resume import latest_valid_checkpoint
 from megatron_coe.checkpoint.safe_unpickle import INDEX_FILE, read_index
 from megatron_coe.checkpoint.state import load_checkpoint, run_state
-from megatron_coe.checkpoint.verify import check_checkpoint, is_loadable
-from megatron_coe.checkpoint.versions import VERSIONS_FILE, explain, read_versions
+from megatron_coe.checkpoint.verify import is_loadable, verify_checkpoint
+from megatron_coe.checkpoint.versions import VERSIONS_FILE, read_versions, unreadable_error
 from megatron_coe.config.run_config import CheckpointSettings
 from megatron_coe.utils.run_files import CONFIG_FILE
 from tests import saved_checkpoints
@@ -46,18 +46,18 @@ def forge_index(checkpoint, monkeypatch, extra: tuple[object, ...]) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(TensorProperties, "__getstate__", lambda self: (*original(self), *extra))
         (checkpoint / INDEX_FILE).write_bytes(pickle.dumps(index))
-    sign(checkpoint)
+    rewrite_manifest(checkpoint)
 
 
 def say_written_by(checkpoint, **versions: str) -> None:
     path = checkpoint / VERSIONS_FILE
     names = {name.replace("_", "-"): version for name, version in versions.items()}
     path.write_text(json.dumps(json.loads(path.read_text()) | names))
-    sign(checkpoint)
+    rewrite_manifest(checkpoint)
 
 
-def sign(checkpoint) -> None:
-    write_manifest(checkpoint, saved_checkpoints.STEP, describe_folder(checkpoint))
+def rewrite_manifest(checkpoint) -> None:
+    write_manifest(checkpoint, saved_checkpoints.STEP, digest_folder(checkpoint))
 
 
 def test_checkpoints_of_other_versions_come_back_to_the_bit(single_rank, folder):
@@ -125,7 +125,7 @@ def test_what_is_saved_says_what_wrote_it(single_rank, tmp_path):
     }
     (checkpoint / VERSIONS_FILE).write_text("{}")
     with pytest.raises(BadCheckpointError, match=r"versions\.json has 2 bytes"):
-        check_checkpoint(checkpoint)
+        verify_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("form", ["0.16", "0.19"])
@@ -135,7 +135,7 @@ def test_both_forms_of_the_format_file_are_read(single_rank, folder, form):
     if form == "0.16":
         content |= {"common_backend": "torch", "common_backend_version": 1}
     (checkpoint / "metadata.json").write_text(json.dumps(content))
-    sign(checkpoint)
+    rewrite_manifest(checkpoint)
     assert saved_checkpoints.load(folder) == []
 
 
@@ -149,10 +149,10 @@ def test_what_megatron_saves_by_itself_is_read(single_rank, tmp_path):
     dist_checkpointing.save(run_state(trainer.train_state, trainer.progress), str(checkpoint))
     assert (checkpoint / "common.pt").exists() == MEGATRON_VERSION.startswith("0.16.")
     (checkpoint / CONFIG_FILE).write_text(trainer.settings.to_yaml())
-    write_manifest(checkpoint, saved_checkpoints.STEP, describe_folder(checkpoint))
+    write_manifest(checkpoint, saved_checkpoints.STEP, digest_folder(checkpoint))
     expected = saved_checkpoints.state_digests(trainer)
     other = make_trainer(saved_checkpoints.settings(), single_rank)
-    path = choose_checkpoint(CheckpointSettings(save=str(tmp_path)))
+    path = latest_valid_checkpoint(CheckpointSettings(save=str(tmp_path)))
     other.progress = load_checkpoint(path, other.train_state)
     assert other.progress == trainer.progress
     assert saved_checkpoints.state_digests(other) == expected
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_newer_software_is_not_called_damaged(folder, monkeypatc
     forge_index(checkpoint, monkeypatch, extra=(None, None, None))
     say_written_by(checkpoint, torch="99.1.0+cu999", megatron_core="98.0")
     with pytest.raises(NewerCheckpointError) as caught:
-        check_checkpoint(checkpoint)
+        verify_checkpoint(checkpoint)
     text = str(caught.value)
     assert text.startswith(f"torch {torch.__version__}, megatron-core {MEGATRON_VERSION}, ")
     assert "cannot read what torch 99.1.0+cu999, megatron-core 98.0, " in text
@@ -180,7 +180,7 @@ def test_damage_is_damage_whoever_wrote_it(folder):
     (checkpoint / INDEX_FILE).write_bytes(content)
     for part in range(9):  # whichever part of the files a rank compares
         with pytest.raises(BadCheckpointError, match=r"the SHA-256 of \.metadata is not"):
-            check_checkpoint(checkpoint, part=part, parts=9)
+            verify_checkpoint(checkpoint, part=part, parts=9)
 
 
 def test_newer_software_that_can_be_read_is(folder, single_rank):
@@ -198,7 +198,7 @@ def test_only_newer_software_explains_a_failure(tmp_path, torch_version, is_newe
     """The name of a build says nothing about its age."""
     (tmp_path / VERSIONS_FILE).write_text(json.dumps({"torch": torch_version}))
     error = BadCheckpointError("reason")
-    explained = explain(tmp_path, error)
+    explained = unreadable_error(tmp_path, error)
     assert isinstance(explained, NewerCheckpointError) == bool(is_newer)
     assert "reason" in str(explained)
 
@@ -208,7 +208,7 @@ def test_nonsense_says_nothing_of_the_writer(tmp_path, content):
     (tmp_path / VERSIONS_FILE).write_text(content)
     assert read_versions(tmp_path) == {}
     error = BadCheckpointError("reason")
-    assert explain(tmp_path, error) is error
+    assert unreadable_error(tmp_path, error) is error
 
 
 def test_the_older_one_is_used_and_the_newer_named(folder, monkeypatch, single_rank, capfd):
@@ -216,6 +216,6 @@ def test_the_older_one_is_used_and_the_newer_named(folder, monkeypatch, single_r
     newer = shutil.copytree(checkpoint, folder / "step_00000003")
     forge_index(newer, monkeypatch, extra=(None, None, None))
     say_written_by(newer, torch="99.1.0")
-    assert choose_checkpoint(CheckpointSettings(save=str(folder))) == checkpoint
+    assert latest_valid_checkpoint(CheckpointSettings(save=str(folder))) == checkpoint
     lines = capfd.readouterr().err.splitlines()
     assert f"checkpoint {newer} is too new and not used: torch {torch.__version__}" in lines[-1]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from megatron_coe.checkpoint.manifest import describe_folder, write_manifest
+from megatron_coe.checkpoint.manifest import digest_folder, write_manifest
 from megatron_coe.checkpoint.safe_unpickle import read_index
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.config.run_config import load_settings
@@ -207,7 +207,7 @@ def test_a_run_that_takes_its_vocabulary_from_its_tokenizer(tmp_path):
     (step / CONFIG_FILE).write_text(settings.to_yaml())
     with pytest.raises(ValueError, match=r"step_00000000 is bad: .*config\.yaml"):
         to_hf(tmp_path / "checkpoints", tmp_path / "out")
-    write_manifest(step, 0, describe_folder(step))
+    write_manifest(step, 0, digest_folder(step))
 
     to_hf(tmp_path / "checkpoints", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -414,7 +414,7 @@ def test_a_checkpoint_of_another_model_is_refused(imported, tmp_path):
         changed, count = re.subn(rf"(?m)^  {pattern}$", f"  {change}", original)
         assert count == 1, pattern
         path.write_text(changed)
-        write_manifest(path.parent, 0, describe_folder(path.parent))
+        write_manifest(path.parent, 0, digest_folder(path.parent))
         with pytest.raises(ValueError, match=told):
             to_hf(tmp_path / "checkpoints", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
