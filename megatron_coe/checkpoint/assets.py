@@ -1,13 +1,13 @@
-"""What a checkpoint carries besides its state, so that it is complete wherever it lies.
+"""The files of a checkpoint beside its state, which make it usable anywhere.
 
     <step>/tokenizer.model   the SentencePiece model that its data were made with, or
     <step>/tokenizer/…       the files of the Hugging Face tokenizer
-    <step>/documents.json    how the documents begin that it was trained on: `{"prepend_bos": true}`
-    <step>/hf/…              what Megatron has no field for in an imported model: `config.json`,
-                             `generation_config.json`
+    <step>/documents.json    whether the training documents begin with BOS: `{"prepend_bos": true}`
+    <step>/hf/…              the `config.json` and `generation_config.json` of an imported model,
+                             for the fields that Megatron does not have
 
-Every checkpoint has copies of its own: hard links would be cheaper, but one damaged file would then
-damage all checkpoints. A checkpoint of an earlier version has neither; `hf` may lie beside it.
+Every checkpoint has its own copies: with hard links, one damaged file would damage all checkpoints.
+Checkpoints of earlier versions have neither; `hf` may lie beside them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from megatron_coe.utils.run_files import (
 
 
 def hf_folder(step: Path) -> Path:
-    """Return where the rest of an imported model is, if the checkpoint comes from one."""
+    """Return where the Hugging Face files of an imported model are, if it is one."""
     own = step / HF_FOLDER
     return own if own.is_dir() else step.parent / HF_FOLDER
 
 
 def tokenizer_content(path: Path) -> dict[str, bytes]:
-    """Read all files of a SentencePiece model or Hugging Face folder: content by its name in a
-    checkpoint."""
+    """Read a SentencePiece model or a Hugging Face tokenizer's files, to be put into checkpoints.
+
+    Returns: content by file name in a checkpoint.
+    """
     if path.is_file():
         return {TOKENIZER_MODEL: path.read_bytes()}
     return {
@@ -45,15 +47,17 @@ def tokenizer_content(path: Path) -> dict[str, bytes]:
 
 
 def documents_content(prepend_bos: bool) -> dict[str, bytes]:
-    """Return what says whether documents begin with the tokenizer's token: content by its name."""
+    """Return `documents.json`, which says whether documents begin with BOS, by its file name."""
     return {DOCUMENTS_FILE: json.dumps({"prepend_bos": prepend_bos}).encode()}
 
 
 def prepends_bos(step: Path) -> bool | None:
-    """Return whether a checkpoint was trained on documents that begin with the tokenizer's token.
+    """Return whether a checkpoint was trained on documents that begin with BOS.
 
-    One of an earlier version does not say: `preprocess_data.py` had no such option. None: it was
-    not trained here.
+    Earlier versions, which did not record it, had no such option: False. None: it was not trained
+    here.
+
+    Raises: ValueError naming a `documents.json` that is damaged.
     """
     try:
         return bool(json.loads((step / DOCUMENTS_FILE).read_bytes())["prepend_bos"])
@@ -64,7 +68,7 @@ def prepends_bos(step: Path) -> bool | None:
 
 
 def hf_content(step: Path) -> dict[str, bytes]:
-    """Read what a checkpoint keeps of an imported model: content by its name in a checkpoint."""
+    """Read the Hugging Face files that a checkpoint keeps: content by file name in a checkpoint."""
     folder = hf_folder(step)
     return {
         f"{HF_FOLDER}/{path.name}": path.read_bytes()
@@ -74,7 +78,7 @@ def hf_content(step: Path) -> dict[str, bytes]:
 
 
 def write_content(step: Path, content: Mapping[str, bytes]) -> dict[str, FileDigest]:
-    """Write files under a checkpoint's folder, durably. Raises: OSError."""
+    """Write files into a checkpoint's folder, fsynced. Raises: OSError."""
     digests = {}
     for name, data in content.items():
         path = step / name

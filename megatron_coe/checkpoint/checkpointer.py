@@ -1,13 +1,13 @@
 """Writing the checkpoints of a run, at once or in the background, each whole or not at all.
 
 A checkpoint is written under another name, every file fsynced, hashed and listed in a manifest, and
-only then renamed (`megatron_coe.checkpoint`). Whatever goes wrong on any rank, all ranks raise the
-same `CheckpointWriteError`, nothing partial is left and the checkpoints before it are untouched.
+renamed last. If anything fails on any rank, all ranks raise the same `CheckpointWriteError`,
+nothing partial is left, and earlier checkpoints are untouched.
 
-In the background (`checkpoint.async_save`) a thread writes copies of the state of the moment, while
-training goes on; whatever ranks do together (the index, the rename) waits for the next step's end.
-A thread, because a process forked from a rank keeps its connections alive when it is killed, and
-writes on.
+In the background (`checkpoint.async_save`) a thread writes copies of the state during the next
+steps; what ranks do together (the index, the rename) waits for the end of a step. It is a thread,
+because a process forked from a rank would hold its connections open, and keep writing, after the
+rank is killed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_coe.checkpoint.collective import write_on_all_ranks
 from megatron_coe.checkpoint.errors import CheckpointWriteError
 from megatron_coe.checkpoint.manifest import write_manifest
 from megatron_coe.checkpoint.safe_unpickle import FORMAT, INDEX_FILE
-from megatron_coe.checkpoint.shard_writer import SharePlan, Written
+from megatron_coe.checkpoint.shard_writer import ShardPlan, Written
 from megatron_coe.checkpoint.state import Progress, run_state, state_size
 from megatron_coe.checkpoint.verify import is_loadable
 from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
@@ -47,10 +47,10 @@ from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint between its beginning and its name."""
+    """A checkpoint that is being written."""
 
     step: int
-    plan: SharePlan
+    plan: ShardPlan
     written: Future[Written]
     small_files: dict[str, bytes]
     device: torch.device
@@ -59,15 +59,15 @@ class _Pending:
 class Checkpointer:
     """Writes the checkpoints of a run; its methods are collectives of all ranks.
 
-    Args:
-        options: where they go, how, and which are kept; without a folder nothing is written.
-        config: the run's resolved settings as YAML, kept in each.
-        tokenizer: what identifies the tokenizer, kept in each.
-        data: what identifies each training set, kept in each.
-        content: of further files, kept in each by their names in it; rank 0 has it and writes it.
-        needed: files that the run reads; a checkpoint that holds one is never deleted.
-
     Every method raises CheckpointWriteError, on all ranks, for a checkpoint that cannot be written.
+
+    Args:
+        options: where and how to write, and which to keep; without a folder nothing is written.
+        config: the run's resolved settings as YAML.
+        tokenizer: what identifies the tokenizer.
+        data: what identifies each training set.
+        content: further files of every checkpoint by name, on rank 0, which writes them.
+        needed: files that the run reads; a checkpoint that holds one is never deleted.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class Checkpointer:
         self._loadable: dict[Path, bool] = {}
 
     def resume_from(self, checkpoint: Path) -> None:
-        """Take note of the checkpoint that the run resumes from: none after it was valid."""
+        """Note the checkpoint that the run resumes from: no later one was valid."""
         self._resumed_from = step_of(checkpoint)
         self._loadable[checkpoint] = True
 
     def keep_hf_files_of(self, checkpoint: Path) -> None:
-        """Hand on what the checkpoint that the run starts from keeps of an imported model."""
+        """Write the Hugging Face files of an imported model, which a checkpoint has, to all."""
         if is_rank_0():
             self.content = {**hf_content(checkpoint), **self.content}
 
     def check(self, train_state: TrainState) -> None:
-        """Clear away what an earlier run left half done; see that a checkpoint could be written.
+        """Remove leftovers of an earlier run, and check that a checkpoint could be written.
 
         To be called before the first step: each rank writes a file, and the disk must have room
         for one checkpoint.
@@ -109,26 +109,26 @@ class Checkpointer:
             return
         folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
         needed = _sum(state_size(train_state) + self._content_size(), _device(train_state))
-        write_on_all_ranks(what, partial(_on_rank_0, _make_ready, folder, needed))
-        write_on_all_ranks(what, partial(_try_to_write, folder / f".probe_{dist.get_rank()}"))
+        write_on_all_ranks(what, partial(_on_rank_0, _prepare_folder, folder, needed))
+        write_on_all_ranks(what, partial(_probe, folder / f".probe_{dist.get_rank()}"))
 
     def remove_leftovers(self) -> None:
-        """Clear away what an earlier run left half done, where there is no step to be saved."""
+        """Remove leftovers of an earlier run, when there is no step to train and save."""
         if self.options.save is not None:
             folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
             write_on_all_ranks(what, partial(_on_rank_0, folders.remove_leftovers, folder))
 
     def save(self, train_state: TrainState, progress: Progress) -> None:
-        """Write the present state, or begin to. What has begun earlier is completed first."""
+        """Write the present state, or start writing it; an earlier save is completed first."""
         self.finish()
         if self.options.save is None:
             return
         target = folders.partial_folder(Path(self.options.save), progress.step)
-        self._together(progress.step, partial(_on_rank_0, _make_new, target))
+        self._together(progress.step, partial(_on_rank_0, _create_partial, target))
         shared, common = save_preprocess(
             run_state(train_state, progress, self.tokenizer, self.data)
         )
-        plan = SharePlan(shared, target)
+        plan = ShardPlan(shared, target)
         needed = _sum(plan.nbytes + self._content_size(), _device(train_state))
         self._together(progress.step, partial(_on_rank_0, _require_room, target, needed))
         if self.options.async_save:
@@ -138,7 +138,7 @@ class Checkpointer:
             plan,
             in_background(plan.write, hashed=self.options.verify),
             {
-                COMMON_FILE: _serialized(common),
+                COMMON_FILE: _serialize(common),
                 CONFIG_FILE: self.config.encode(),
                 FORMAT_FILE: json.dumps(FORMAT).encode(),
                 VERSIONS_FILE: versions_text().encode(),
@@ -151,11 +151,11 @@ class Checkpointer:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint has begun and is not complete."""
+        """Return whether a checkpoint is being written."""
         return self._pending is not None
 
     def poll(self) -> None:
-        """Complete what was written in the background, once all ranks have."""
+        """Complete the checkpoint in the background, if all ranks have written theirs."""
         if self._pending is not None:
             done = torch.tensor(int(self._pending.written.done()), device=self._pending.device)
             dist.all_reduce(done, op=dist.ReduceOp.MIN)
@@ -163,7 +163,7 @@ class Checkpointer:
                 self.finish()
 
     def finish(self) -> None:
-        """Wait for what is being written, and complete it."""
+        """Wait for the checkpoint that is being written, and complete it."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -173,11 +173,11 @@ class Checkpointer:
         self._together(pending.step, partial(_on_rank_0, self._complete, pending, shares))
 
     def _content_size(self) -> int:
-        """Bytes of the further files that this rank writes."""
+        """Return the bytes of the further files that this rank writes."""
         return sum(map(len, self.content.values()))
 
     def _complete(self, pending: _Pending, shares: list[Written]) -> None:
-        """Write what there is once of a checkpoint, and give it its name."""
+        """Write what rank 0 alone writes of a checkpoint, and give it its name."""
         pending.plan.write_index(shares)
         target, step, options = pending.plan.folder, pending.step, self.options
         files = {name: digests for share in shares for name, digests in share.files.items()}
@@ -188,10 +188,9 @@ class Checkpointer:
         self._update_and_prune(folders.publish(target.parent, step), step)
 
     def _update_and_prune(self, checkpoint: Path, step: int) -> None:
-        """Update `latest` and delete old checkpoints; a new one is as good where that fails.
+        """Update `latest` and delete old checkpoints; a failure is printed and ends nothing.
 
-        So the run goes on, and tries again at the next save. A disk that fills up meanwhile ends
-        it before that save.
+        The next save tries again. If the disk fills up meanwhile, that save fails.
         """
         errors = []
         try:
@@ -216,7 +215,7 @@ class Checkpointer:
             )
 
     def _is_loadable(self, checkpoint: Path) -> bool:
-        """Return whether this run could load a checkpoint; each is looked at once."""
+        """Return whether this run could load a checkpoint; each is checked once."""
         if checkpoint not in self._loadable:
             last = self._resumed_from
             was_refused = last is not None and step_of(checkpoint) > last
@@ -224,7 +223,7 @@ class Checkpointer:
         return self._loadable[checkpoint]
 
     def _together(self, step: int, action: Callable[[], Any]) -> Any:
-        """`write_on_all_ranks`, with nothing partial left behind when it fails."""
+        """Call `write_on_all_ranks`, and delete the partial checkpoint if it fails."""
         folder = Path(self.options.save)
         try:
             return write_on_all_ranks(f"{folder / step_name(step)} was not written", action)
@@ -239,19 +238,19 @@ def _on_rank_0(action: Callable[..., None], *args: object) -> None:
         action(*args)
 
 
-def _make_ready(folder: Path, needed: int) -> None:
+def _prepare_folder(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     folders.remove_leftovers(folder)
     _require_room(folder, needed)
 
 
-def _make_new(partial_folder: Path) -> None:
+def _create_partial(partial_folder: Path) -> None:
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
 
 
 def _require_room(folder: Path, needed: int) -> None:
-    """Raises: OSError when the disk cannot hold `needed` bytes of tensors, and what goes around."""
+    """Check the disk's room for `needed` bytes of tensors and for the rest. Raises: OSError."""
     needed += needed // 100 + (1 << 20)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -259,14 +258,14 @@ def _require_room(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{reason} left: free some, or lower checkpoint.keep")
 
 
-def _try_to_write(path: Path) -> None:
+def _probe(path: Path) -> None:
     try:
         write_fsynced(path, b"probe")
     finally:
         path.unlink(missing_ok=True)
 
 
-def _serialized(common: dict[str, Any]) -> bytes:
+def _serialize(common: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.save(common, file)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""What befell any rank is known to all: one that raised alone would leave the others waiting."""
+"""Errors of any rank, raised on all: a rank that raised alone would leave the others waiting."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ T = TypeVar("T")
 
 
 def write_on_all_ranks(what: str, action: Callable[[], T]) -> T:
-    """Call `action`, which writes files, on every rank; each returns its result, or all raise.
+    """Call `action`, which writes files, on every rank; return its result, or raise on all.
 
     A collective of all ranks; `action` must be none.
 
-    Raises: CheckpointWriteError with the first rank's reason.
+    Args:
+        what: could not be written, to begin the error with.
+
+    Raises: CheckpointWriteError with the reason of the first rank that failed.
     """
     result, error = None, None
     try:
@@ -27,21 +30,21 @@ def write_on_all_ranks(what: str, action: Callable[[], T]) -> T:
         error = f"{failure.strerror or failure}" + (
             f" ({failure.filename})" if failure.filename else ""
         )
-    except Exception as failure:  # the others must hear of it, whatever it is
+    except Exception as failure:  # the others must raise it, whatever it is
         error = f"{type(failure).__name__}: {failure}"
     if error is not None:
         error = f"rank {dist.get_rank()} on {socket.gethostname()}: {error}"
-    if first := _first(error):
+    if first := _first_error(error):
         raise CheckpointWriteError(f"{what}: {first}")
     return result
 
 
 def check_on_all_ranks(check: Callable[[], T]) -> T:
-    """Call `check`, a rank's part of it, on every rank; each returns its result, or all raise.
+    """Call `check`, each rank's share of it, on every rank; return its result, or raise on all.
 
     A collective of all ranks; `check` must be none.
 
-    Raises: BadCheckpointError with the first rank's reason, and of the kind that it raised.
+    Raises: BadCheckpointError of the first rank that failed, of the class that it raised.
     """
     result, error = None, None
     try:
@@ -50,12 +53,13 @@ def check_on_all_ranks(check: Callable[[], T]) -> T:
         error = failure
     except (ValueError, OSError) as failure:
         error = BadCheckpointError(str(failure))
-    if first := _first(error):
+    if first := _first_error(error):
         raise first
     return result
 
 
-def _first(error: T | None) -> T | None:
+def _first_error(error: T | None) -> T | None:
+    """Return the error of the first rank that has one, on every rank."""
     errors: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     return next((e for e in errors if e), None)

@@ -1,12 +1,12 @@
-"""The folder of a run's checkpoints: names, the pointer to the newest, and which ones are kept.
+"""The folder of a run's checkpoints: names, the `latest` pointer, and which ones are kept.
 
-    <save>/step_00000100/           a checkpoint; it has this name only when it is whole
+    <save>/step_00000100/           a checkpoint; it has this name only when it is complete
     <save>/latest                   name of the newest one, for people and scripts
     <save>/.partial_step_00000200/  one that is being written, or was when the run died
     <save>/.removed_step_00000050/  one that is being deleted, or has just been replaced
 
 Each change is one rename followed by an fsync of the folder, so that a run that dies between any
-two instructions leaves a folder that the next one can use.
+two instructions leaves a folder that the next run can use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PARTIAL, _REMOVED = ".partial_", ".removed_"
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first; whether they are good remains to be seen."""
+    """Return the checkpoints in a folder, the newest first, without verifying them."""
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
@@ -34,7 +34,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def resolve_checkpoint(checkpoint: Path) -> Path:
-    """Return `checkpoint` if it is one, or the newest of those that it holds.
+    """Return `checkpoint` if it is one, or the newest of those in it.
 
     Raises: ValueError if it is neither.
     """
@@ -66,12 +66,12 @@ def check_start(options: CheckpointSettings) -> None:
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written until it is whole."""
+    """Return where the checkpoint of a step is written until it is complete."""
     return folder / f"{_PARTIAL}{step_name(step)}"
 
 
 def publish(folder: Path, step: int) -> Path:
-    """Give a whole partial checkpoint its name. Raises: OSError."""
+    """Rename a complete partial checkpoint to its final name, and return that. Raises: OSError."""
     partial, final = partial_folder(folder, step), folder / step_name(step)
     fsync(partial)
     replaced = folder / f"{_REMOVED}{final.name}"
@@ -85,9 +85,9 @@ def publish(folder: Path, step: int) -> Path:
 
 
 def update_latest(checkpoint: Path) -> None:
-    """Let `latest` name a checkpoint. Raises: OSError."""
+    """Write a checkpoint's name into `latest`. Raises: OSError."""
     pointer = checkpoint.with_name(LATEST_FILE)
-    if pointer.is_dir():  # nothing of ours, so it is kept; in the way, so it is moved
+    if pointer.is_dir():  # not ours, so it is moved away and not deleted
         pointer.rename(checkpoint.with_name(f"{LATEST_FILE}_before_{checkpoint.name}"))
     replace_fsynced(pointer, f"{checkpoint.name}\n".encode())
 
@@ -102,17 +102,16 @@ def prune(
 ) -> list[OSError]:
     """Delete old checkpoints after that of `step` was published.
 
-    Kept are the `keep` newest that this process could load, all that are newer than the oldest of
-    these, those whose step is a multiple of `keep_every` (0: none), and those with a needed file.
-    One that it could not load is not counted: in the place of another it would have that deleted.
-    Nor are those past `step` counted or deleted, which were found bad when the run resumed.
+    Kept are the `keep` newest that this process could load, all newer than the oldest of these,
+    those whose step is a multiple of `keep_every` (0: none), and those that hold a needed file. One
+    that cannot be loaded is not counted, or it would have a valid one deleted in its place. Those
+    after `step`, which were found bad when the run resumed, are neither counted nor deleted.
 
     Args:
-        is_loadable: asked for the newest first, and for none that is older than the last to keep.
-        needed: files or folders, wherever they are.
+        is_loadable: called for the newest first, and for none older than the last to keep.
+        needed: files or folders anywhere that the run reads.
 
-    Returns: what stood in the way of a deletion, one error for each that failed; the next call
-        tries again.
+    Returns: one error for each deletion that failed; the next call tries again.
     """
     wanted, old = keep, []
     holding = {parent for path in needed for parent in (path.resolve(), *path.resolve().parents)}
@@ -126,7 +125,7 @@ def prune(
         elif is_loadable(path):
             wanted -= 1
     errors = []
-    for path in [*folder.glob(f"{_REMOVED}step_*"), *old]:  # those half deleted before, too
+    for path in [*folder.glob(f"{_REMOVED}step_*"), *old]:  # and those half deleted before
         try:
             _remove(path)
         except OSError as error:
@@ -135,7 +134,7 @@ def prune(
 
 
 def restore_replaced(folder: Path) -> None:
-    """Give a checkpoint its name back whose replacement has not got it: the run died in between."""
+    """Rename checkpoints back whose replacement was never published, because the run died."""
     for removed in folder.glob(f"{_REMOVED}step_*"):
         final = folder / removed.name.removeprefix(_REMOVED)
         if not final.exists() and (folder / f"{_PARTIAL}{final.name}").exists():
@@ -144,7 +143,7 @@ def restore_replaced(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear away what a run that died has left half done."""
+    """Delete what a run that died has left incomplete. Raises: OSError."""
     restore_replaced(folder)
     for pattern in (f"{_REMOVED}step_*", f"{_PARTIAL}step_*"):
         for path in folder.glob(pattern):
@@ -153,9 +152,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_latest(folder: Path, found: list[Path]) -> str | None:
-    """What is wrong with `latest`, beside the checkpoints that were found; None if nothing is.
+    """Compare `latest` with the checkpoints found, the newest first.
 
-    Nothing is ever loaded because of it: the newest is told by the names of the folders.
+    It never decides what is loaded: the names of the folders do.
+
+    Returns: what is wrong with it; None if nothing is.
     """
     path = folder / LATEST_FILE
     try:
@@ -173,7 +174,7 @@ def check_latest(folder: Path, found: list[Path]) -> str | None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; half of one is never seen under its name."""
+    """Delete a checkpoint; a half deleted one never keeps its name."""
     removed = checkpoint
     if not checkpoint.name.startswith(_REMOVED):
         removed = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")

@@ -2,8 +2,8 @@
 
     {"files": {"__0_0.distcp": {"sha256": "…", "size": 1048576}, …}, "step": 100}
 
-It is the last file to be written and holds no more than that, in one spelling: a byte that differs
-anywhere, in it or in what it lists, is noticed.
+It is the last file to be written, and has one valid spelling: any byte that differs, in it or in
+the files that it lists, is detected.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from megatron_coe.utils.run_files import HF_FOLDER, TOKENIZER_FOLDER, TOKENIZER_
 
 MANIFEST_FILE = "manifest.json"
 _FOLDERS = (TOKENIZER_FOLDER, HF_FOLDER)
-"""The only folders in a checkpoint; what they hold is listed as `tokenizer/tokenizer.json`."""
+"""The only folders in a checkpoint; their files are listed as `tokenizer/tokenizer.json`."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of."""
+    """The files of a checkpoint, and its step."""
 
     step: int
     files: Mapping[str, FileDigest]
 
     def text(self) -> str:
+        """Return the content of the manifest's file."""
         content = {"step": self.step, "files": {n: asdict(f) for n, f in self.files.items()}}
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 def write_manifest(folder: Path, step: int, files: Mapping[str, FileDigest]) -> None:
-    """Write the manifest of a folder and fsync it."""
+    """Write a checkpoint's manifest and fsync it. Raises: OSError."""
     write_fsynced(folder / MANIFEST_FILE, Manifest(step, files).text().encode())
 
 
 def digest_folder(folder: Path) -> dict[str, FileDigest]:
-    """The digests of every file of a checkpoint, its manifest aside."""
+    """Hash every file of a checkpoint except its manifest. Raises: OSError."""
     return {
         name: digest_of(folder / name)
         for name in _names(folder)
@@ -49,9 +50,9 @@ def digest_folder(folder: Path) -> dict[str, FileDigest]:
 
 
 def add_manifest(folder: Path, step: int) -> None:
-    """Write the manifest of a checkpoint that has none, durably: its content is taken on trust.
+    """Hash and fsync a checkpoint that has no manifest, and write one: its content is trusted.
 
-    Raises: BadCheckpointError if there is one, which this would overrule.
+    Raises: BadCheckpointError if it has one; OSError.
     """
     if (folder / MANIFEST_FILE).exists():
         raise BadCheckpointError(f"{MANIFEST_FILE} is there already: remove it to overrule it")
@@ -66,7 +67,10 @@ def add_manifest(folder: Path, step: int) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises: BadCheckpointError if there is none, or it is not as `write_manifest` left it."""
+    """Read a checkpoint's manifest.
+
+    Raises: BadCheckpointError if there is none, or it is not as `write_manifest` wrote it.
+    """
     path = folder / MANIFEST_FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -91,13 +95,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of what lies in a folder beside a manifest and the files that it lists."""
+    """Return the names in a folder that its manifest does not list."""
     known = {MANIFEST_FILE, *manifest.files}
     return [name for name in _names(folder) if name not in known]
 
 
 def _names(folder: Path) -> list[str]:
-    """Names of what lies in a checkpoint, for its own folders of the files in them."""
+    """Return the names in a checkpoint; of its own folders, those of the files in them."""
     names = []
     for path in folder.iterdir():
         if path.is_dir() and path.name in _FOLDERS:
@@ -130,11 +134,12 @@ def verify_files(
 ) -> None:
     """Compare files with a manifest: all sizes, and the hashes of every `parts`-th file.
 
-    The files are dealt out by size, so that ranks that share the work have about as much to read.
-    What it does not list must not pass for data of the checkpoint, whoever reads it.
+    Files are dealt out by size, so that ranks that share the work read about as much each. A file
+    that is not listed must not look like one of the checkpoint's.
 
     Args:
-        in_every_part: files that each part compares, because whoever asks for it reads them.
+        part, parts: compare the hashes of this part, of so many.
+        in_every_part: files that every part compares, because every rank reads them.
 
     Raises: BadCheckpointError naming the first file that differs.
     """
@@ -153,7 +158,7 @@ def verify_files(
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Compare files with a manifest as far as they need not be read.
+    """Compare the sizes of files with a manifest.
 
     Raises: BadCheckpointError naming the first file that is missing or has another size.
     """

@@ -1,13 +1,13 @@
-"""The optimizer's part of a checkpoint: tensors named after the weights they belong to.
+"""The optimizer's part of a checkpoint: tensors named after their weights.
 
-    optimizer.state.exp_avg.<weight>        Adam's moments, of the weight's shape and cut as it is
+    optimizer.state.exp_avg.<weight>        Adam's moments, shaped and sharded as the weight
     optimizer.state.exp_avg_sq.<weight>
-    optimizer.state.fp32_param.<weight>     for 16-bit weights: what is updated in their place
+    optimizer.state.fp32_param.<weight>     the fp32 masters of 16-bit weights
 
-Nothing else is kept: hyperparameters are those of the settings, and the step count is the run's.
-What Megatron would add to the checkpoint (megatron/core/optimizer, `sharded_state_dict`) depends on
-the kind of optimizer and on the layout: a pipeline stage without experts has one optimizer, another
-two. Without it, what either kind saved in any layout is read by the other in any other.
+Nothing else is saved: hyperparameters come from the settings, the step count from the run. What
+Megatron would add (megatron/core/optimizer, `sharded_state_dict`) depends on the kind of optimizer
+and on the layout: a pipeline stage without experts has one optimizer, another two. Without it,
+either kind of optimizer reads what the other has saved, from any layout into any other.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ _METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
 }
-# The distributed optimizer has a name of its own for the fp32 weights, and saves them also where
-# they are the model's own.
+# The distributed optimizer has another name for the fp32 masters, and saves them even where they
+# are the model's weights.
 _DISTRIBUTED_MASTER, _MASTER = "optimizer.state.param.", "optimizer.state.fp32_param."
 _HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps", "lr_mult")
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Stands in Megatron's nested state where a tensor of the checkpoint belongs."""
+    """A placeholder in Megatron's nested state for a tensor of the checkpoint."""
 
     name: str
 
 
 class OptimizerState:
-    """What `optimizer` keeps in a checkpoint, and how it comes back.
+    """The tensors of an optimizer in a checkpoint, and how they are restored.
+
+    A collective of all ranks: the distributed optimizer gathers its shards.
 
     Args:
+        optimizer: saved or restored.
         model_state: the sharded states of the rank's model chunks.
-        is_loading: the tensors are to be read (their values are then meaningless), not written.
-
-    A collective of all ranks, as the distributed optimizer gathers its shards to be saved.
+        is_loading: the tensors are to be read, and their present values mean nothing.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class OptimizerState:
     ) -> None:
         self.optimizer = optimizer
         self.tensors: dict[str, ShardedBase] = {}
-        """To be saved or loaded, under names that mean something to this object only."""
-        # 16-bit weights have masters. (`bf16` is that of every optimizer of the chain.)
+        """To be saved or loaded; the names are private to this object."""
+        # 16-bit weights have masters; all chained optimizers have the same `bf16`.
         self._has_masters = optimizer.chained_optimizers[0].config.bf16
         self._state: dict[Any, Any] = optimizer.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=_METADATA
@@ -69,9 +70,13 @@ class OptimizerState:
         dict_list_map_inplace(self._take, self._state)
 
     def restore(self, loaded: dict[str, torch.Tensor], step: int) -> None:
-        """Give the optimizer the loaded `tensors`, as after `step` updates of the loaded model.
+        """Put the loaded tensors into the optimizer, as after `step` updates.
 
-        The model has its weights already. Hyperparameters stay those of the present settings.
+        The model's weights must be loaded already. Hyperparameters stay those of the settings.
+
+        Args:
+            loaded: by the names of `tensors`.
+            step: updates of the weights so far.
         """
         dict_list_map_inplace(
             lambda value: loaded[value.name] if isinstance(value, _Slot) else value, self._state
@@ -93,7 +98,7 @@ class OptimizerState:
         set_step(self.optimizer, step)
 
     def _take(self, value: object) -> object:
-        """Move a tensor of the state to `tensors` and leave its slot."""
+        """Move a tensor of the state to `tensors`, and return its placeholder."""
         if isinstance(value, LocalNonpersistentObject):
             return value.unwrap()
         if not isinstance(value, ShardedBase):
@@ -113,7 +118,7 @@ class OptimizerState:
 
 
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
-    """Make the next update number `step` + 1, as Adam's bias correction counts them."""
+    """Set the count of updates, which Adam's bias correction uses, to `step`."""
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             if not isinstance(part.optimizer, torch.optim.Optimizer) or "step" in group:

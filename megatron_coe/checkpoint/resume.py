@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from: its own newest valid one, or the weights of another."""
+"""Selection of the checkpoint that a run starts from: its own latest, or the weights of another."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Start:
 
     path: Path
     weights_only: bool
-    """The run begins at step 0 with these weights, instead of resuming."""
+    """The run starts at step 0 with these weights, instead of resuming."""
     skipped: Path | None = None
-    """`checkpoint.load` of a run that resumes from one of its own."""
+    """`checkpoint.load`, if the run resumes from one of its own checkpoints instead."""
 
     def __str__(self) -> str:
         if self.weights_only:
@@ -49,10 +49,13 @@ class Start:
 def select_start(
     options: CheckpointSettings, must_resume: bool = False, repair: bool = True
 ) -> Start | None:
-    """Select what a run starts from; None for initial weights. A collective of all ranks.
+    """Select the checkpoint that a run starts from. A collective of all ranks.
 
     Args:
-        must_resume, repair: as of `latest_valid_checkpoint`.
+        options: `save` is the run's own folder, `load` a checkpoint whose weights it starts from.
+        must_resume, repair: see `latest_valid_checkpoint`.
+
+    Returns: the run's latest valid checkpoint, else that of `load`; None: initial weights.
 
     Raises: ValueError: as `latest_valid_checkpoint`; or `options.load` is no valid checkpoint.
     """
@@ -76,27 +79,27 @@ def select_start(
 def latest_valid_checkpoint(
     options: CheckpointSettings, must_resume: bool = False, repair: bool = True
 ) -> Path | None:
-    """The newest good checkpoint of a run's folder; None where none was ever written.
+    """Select the latest valid checkpoint of a run's folder; None if none was ever written.
 
-    A collective of all ranks, which share the reading. Each that is not good is named on stderr.
+    A collective of all ranks, which share the reading. Each invalid one is named on stderr.
 
     Args:
-        must_resume: there has to be one.
+        must_resume: it is an error if there is none.
         repair: first rename checkpoints back that a run killed during a replacement left aside.
 
     Raises:
-        ValueError: none of those that are there is good; the run does not start over by itself.
+        ValueError: there are checkpoints, and none is valid; the run does not start over by itself.
     """
     if options.save is None:
         if must_resume:
             raise ValueError("checkpoint.save=null: there is no checkpoint to start from")
         return None
     folder = Path(options.save)
-    found, doubts = _from_rank_0(
-        f"checkpoint.save={folder}", partial(_look, folder, repair=repair and not must_resume)
+    found, problem = _from_rank_0(
+        f"checkpoint.save={folder}", partial(_find, folder, repair=repair and not must_resume)
     )
-    if doubts:
-        log_rank_0(doubts)
+    if problem:
+        log_rank_0(problem)
     for path in found:
         try:
             _verify(path, options.verify)
@@ -105,10 +108,10 @@ def latest_valid_checkpoint(
             log_rank_0(f"checkpoint {path} is {error.verdict} and not used: {error}")
     if found:
         raise ValueError(
-            f"checkpoint.save={folder}: none of its {len(found)} checkpoints is good; to start "
+            f"checkpoint.save={folder}: none of its {len(found)} checkpoints is valid; to start "
             "over from step 0, give another folder or move this one away"
         )
-    if doubts:
+    if problem:
         raise ValueError(
             f"checkpoint.save={folder}: its checkpoints are gone; to start over from step 0, "
             f"remove {folder / LATEST_FILE}"
@@ -122,8 +125,8 @@ def _verify(path: Path, verify: bool) -> None:
     """Verify a checkpoint, all ranks together. Raises: BadCheckpointError."""
     part = partial(verify_checkpoint, path, verify)
     check_on_all_ranks(partial(part, dist.get_rank(), dist.get_world_size()))
-    if verify and (strange := unlisted_files(path)):
-        log_rank_0(strange)
+    if verify and (warning := unlisted_files(path)):
+        log_rank_0(warning)
 
 
 def check_changes(
@@ -136,10 +139,12 @@ def check_changes(
     """Compare a checkpoint's settings, tokenizer and training data with the present ones.
 
     Args:
-        data: what identifies the training sets; None: only their paths are compared.
-        model_only: only what makes the model matters, because nothing is trained.
+        path: of the checkpoint.
+        settings, tokenizer: the present ones.
+        data: what identifies the present training sets; None: only their paths are compared.
+        model_only: compare only what the model depends on, because nothing is trained.
 
-    Returns: changes that are allowed and worth saying.
+    Returns: the changes to print; they are allowed.
 
     Raises: ValueError naming each change that is refused.
     """
@@ -160,13 +165,13 @@ def check_changes(
         keys = ",".join(change.key for change in refused)
         raise ValueError(
             f"checkpoint {path} was made with other settings: {'; '.join(map(str, refused))}. Set "
-            "back what was changed, or give another checkpoint.save to start anew; a change that "
+            "back what was changed, or give another checkpoint.save to start over; a change that "
             f"is meant is accepted by checkpoint.accept_changes='[{keys}]'"
         )
     return [str(change) for change in found]
 
 
-def _look(folder: Path, repair: bool) -> tuple[list[Path], str | None]:
+def _find(folder: Path, repair: bool) -> tuple[list[Path], str | None]:
     if repair:
         with suppress(OSError):  # of a folder that cannot be changed, but can be read
             restore_replaced(folder)

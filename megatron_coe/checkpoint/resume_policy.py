@@ -1,4 +1,4 @@
-"""Which settings may change between a checkpoint and the run that goes on from it: one table."""
+"""Which settings may change between a checkpoint and the run that resumes from it: one table."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from megatron_coe.model.provider import CoEModelProvider
 
 
 class Policy(Enum):
-    """What becomes of a change."""
+    """What happens when a setting has changed."""
 
-    SAFE = "goes unsaid: the numbers stay the same, up to the order of sums"
-    SAID = "is printed: training goes on, differently"
-    REFUSED = "ends the run: the model or its data would mean something else"
+    SILENT = "not printed: the numbers stay the same, up to the order of sums"
+    PRINTED = "printed: training continues, differently"
+    REFUSED = "the run ends: the model or its data would mean something else"
 
 
-_SAFE, _SAID, _REFUSED = Policy.SAFE, Policy.SAID, Policy.REFUSED
+_SILENT, _PRINTED, _REFUSED = Policy.SILENT, Policy.PRINTED, Policy.REFUSED
 
 RULES: tuple[tuple[str, Policy], ...] = (
-    ("log.*", _SAFE),
-    ("checkpoint.*", _SAFE),
-    ("parallel.*", _SAFE),
-    ("data.tokenizer", _SAFE),  # it may move; its content is compared, see `tokenizer_change`
-    ("data.valid", _SAFE),
-    ("data.cache", _SAFE),
-    ("data.*", _REFUSED),  # of the training sets, the content is compared: see `data_change`
-    ("train.stop_step", _SAFE),
-    ("train.micro_batch_size", _SAFE),
-    ("train.eval_*", _SAFE),
-    ("train.nonfinite", _SAFE),
-    ("train.max_skipped_steps", _SAFE),
-    ("train.hang_timeout_s", _SAFE),
-    # The learning rate's schedule spans them: see `_keeps_schedule`.
+    ("log.*", _SILENT),
+    ("checkpoint.*", _SILENT),
+    ("parallel.*", _SILENT),
+    ("data.tokenizer", _SILENT),  # its content is compared, not its path: see `tokenizer_change`
+    ("data.valid", _SILENT),
+    ("data.cache", _SILENT),
+    ("data.*", _REFUSED),  # of the training sets the content is compared: see `data_change`
+    ("train.stop_step", _SILENT),
+    ("train.micro_batch_size", _SILENT),
+    ("train.eval_*", _SILENT),
+    ("train.nonfinite", _SILENT),
+    ("train.max_skipped_steps", _SILENT),
+    ("train.hang_timeout_s", _SILENT),
+    # The learning rate schedule depends on it: see `_keeps_schedule`.
     ("train.steps", _REFUSED),
     ("train.seed", _REFUSED),
     ("train.global_batch_size", _REFUSED),
     ("train.precision", _REFUSED),
-    ("train.*", _SAID),
-    ("model.backend", _SAFE),
-    ("model.recompute_*", _SAFE),
-    ("model.*_fusion", _SAFE),
-    ("model.moe_token_dispatcher_type", _SAFE),
-    ("model.moe_grouped_gemm", _SAFE),
-    ("model.attention_backend", _SAFE),
-    ("model.*_dropout", _SAID),
-    ("model.moe_aux_loss_coeff", _SAID),
-    ("model.moe_z_loss_coeff", _SAID),
-    ("model.moe_router_bias_update_rate", _SAID),
+    ("train.*", _PRINTED),
+    ("model.backend", _SILENT),
+    ("model.recompute_*", _SILENT),
+    ("model.*_fusion", _SILENT),
+    ("model.moe_token_dispatcher_type", _SILENT),
+    ("model.moe_grouped_gemm", _SILENT),
+    ("model.attention_backend", _SILENT),
+    ("model.*_dropout", _PRINTED),
+    ("model.moe_aux_loss_coeff", _PRINTED),
+    ("model.moe_z_loss_coeff", _PRINTED),
+    ("model.moe_router_bias_update_rate", _PRINTED),
     ("model.*", _REFUSED),
-    ("*", _SAID),
+    ("*", _PRINTED),
 )
 """Patterns of keys; the first that matches decides."""
 
@@ -68,7 +68,7 @@ _LENGTH = "model.seq_length"
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is not what it was."""
+    """A setting that differs from the checkpoint's."""
 
     key: str
     before: object
@@ -80,16 +80,18 @@ class Change:
 
 
 def policy_of(key: str) -> Policy:
+    """Return what happens when the setting `key` has changed."""
     return next(policy for pattern, policy in RULES if fnmatchcase(key, pattern))
 
 
 def changes(
     before: Settings, now: Settings, model_only: bool = False, step: int = 0
 ) -> list[Change]:
-    """All changes that are worth saying or refused, by key.
+    """Return the changes that are printed or refused, sorted by key.
 
     Args:
-        model_only: leave out what is not the model's (how long its sequences are is not).
+        before, now: the checkpoint's settings and the present ones.
+        model_only: compare only what the model depends on, which its sequence length is not.
         step: of the checkpoint.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
@@ -97,7 +99,7 @@ def changes(
     for key in sorted(old.keys() | new.keys()):
         policy = policy_of(key)
         is_models = key.startswith("model.") and key != _LENGTH
-        if policy is _SAFE or (model_only and not is_models):
+        if policy is _SILENT or (model_only and not is_models):
             continue
         values = [_value(key, side) for side in (old, new)]
         if _comparable(key, values[0]) != _comparable(key, values[1]):
@@ -107,7 +109,7 @@ def changes(
 
 
 def _keeps_schedule(before: TrainSettings, now: TrainSettings, step: int) -> bool:
-    """Whether another number of steps leaves the learning rate as it is: constant, warmed up."""
+    """Return whether `train.steps` does not affect the learning rate: constant, and warmed up."""
     return all(
         train.lr_decay_style == "constant" and step >= warmup_steps(train)
         for train in (before, now)
@@ -115,14 +117,14 @@ def _keeps_schedule(before: TrainSettings, now: TrainSettings, step: int) -> boo
 
 
 def tokenizer_change(checkpoint: Path, tokenizer: Tokenizer) -> Change | None:
-    """Compare the tokenizer with the one whose ids a checkpoint has learned."""
+    """Compare a tokenizer with that of a checkpoint; None if the ids are the same."""
     if difference := tokenizer_difference(checkpoint, tokenizer):
         return Change(_TOKENIZER, *map(describe_identity, difference), is_refused=True)
     return None
 
 
 def data_change(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Change | None:
-    """Compare the content of the training sets, in their order, whatever they are called."""
+    """Compare the training sets by content and order, whatever their paths; None if equal."""
     if len(before) == len(now):
         pairs = zip(before, now, strict=True)
         differing = [pair for pair in pairs if _without_name(pair[0]) != _without_name(pair[1])]
@@ -151,7 +153,7 @@ def _flat(settings: Settings) -> Iterator[tuple[str, object]]:
 
 
 def _value(key: str, side: dict[str, object]) -> object:
-    """A setting, or the model's default for one that is not given."""
+    """Return a setting, or the model's default for a field that is not given."""
     if key in side or not key.startswith("model."):
         return side.get(key)
     field = next((f for f in fields(CoEModelProvider) if f"model.{f.name}" == key), None)

@@ -1,16 +1,16 @@
-"""What a checkpoint may make Python do: nothing. Every pickle is vetted before it is opened.
+"""Reading the pickles in a checkpoint without executing them.
 
-Three kinds of pickle lie in a checkpoint, and Megatron or torch opens each without looking:
+A checkpoint holds three kinds of pickle, each of which Megatron or torch opens unchecked:
 
     .metadata       pickle.load in torch/distributed/checkpoint/filesystem.py
     common.pt       torch.load in megatron/core/dist_checkpointing/strategies/common.py
-    objects in *.distcp (states of generators, extra states of modules, and `common_state`, which
-                    stands for common.pt where Megatron-Core 0.19 has saved by itself)
+    objects in *.distcp (RNG states, extra states of modules, and `common_state`, which replaces
+                    common.pt where Megatron-Core 0.19 has saved by itself)
                     torch.load in torch/distributed/checkpoint/default_planner.py, with
                     weights_only=False; Transformer Engine unpickles extra states once more
 
-Tensors in *.distcp are read with `weights_only=True` by torch itself. Here the first is read by an
-unpickler that knows the classes of an index and no other name, the others as weights only.
+Torch itself reads the tensors in *.distcp with `weights_only=True`. Here the first kind is read by
+an unpickler that allows the classes of an index and no other name, the others as weights only.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from megatron_coe.utils.run_files import COMMON_FILE, FORMAT_FILE
 
 INDEX_FILE = ".metadata"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-"""Content of `metadata.json` as it is written: the fields that every Megatron-Core reads."""
+"""Content of `metadata.json` as written here: the fields that every Megatron-Core reads."""
 _COMMON_FORMAT = {"common_backend": "torch", "common_backend_version": 1}
-"""What 0.16 adds to it."""
+"""What Megatron-Core 0.16 adds to it."""
 _EXTRA_STATE = "_extra_state"
 
 # All that the pickle of an index refers to.
@@ -70,26 +70,26 @@ _RECIPES = "transformer_engine.common.recipe"
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint says of itself, read safely."""
+    """The parts of a checkpoint that every rank reads."""
 
     common: dict[str, Any]
-    """What all ranks share."""
+    """Values that all ranks share."""
     index: Metadata
-    """Which tensor and which object lies where."""
+    """Where each tensor and object is stored."""
 
 
 def read_index(folder: Path) -> Metadata:
-    """Which tensor and which object of a checkpoint lies where.
+    """Read where each tensor and object of a checkpoint is stored.
 
     Raises:
-        BadCheckpointError: it is damaged, names anything that no index does, or points out of the
-            folder.
+        BadCheckpointError: the index is damaged, refers to a class that no index needs, or points
+            out of the folder.
         OSError: it cannot be read.
     """
     with (folder / INDEX_FILE).open("rb") as file:
         try:
             index = _IndexUnpickler(file).load()
-        except Exception as error:  # whatever a damaged pickle makes of itself
+        except Exception as error:  # a damaged pickle can raise anything
             raise BadCheckpointError(f"{INDEX_FILE}: no index of a checkpoint ({error})") from error
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
         raise BadCheckpointError(f"{INDEX_FILE}: no index of a checkpoint")
@@ -101,14 +101,16 @@ def read_index(folder: Path) -> Metadata:
 
 
 def read_common(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
-    """What all ranks share of a checkpoint: plain values and tensors.
+    """Read the values and tensors of a checkpoint that all ranks share.
 
     They are in `common.pt`, or in an object among the shards.
 
     Args:
-        index: of the checkpoint, where it has been read.
+        index: of the checkpoint, if it has been read.
 
-    Raises: BadCheckpointError: it is damaged or holds anything else; OSError: it cannot be read.
+    Raises:
+        BadCheckpointError: they are damaged, or anything but values and tensors.
+        OSError: they cannot be read.
     """
     try:
         with (folder / COMMON_FILE).open("rb") as file:
@@ -127,7 +129,7 @@ def read_common(folder: Path, index: Metadata | None = None) -> dict[str, Any]:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Read a checkpoint's format, index and common values, and none of its tensors.
+    """Read a checkpoint's format, index and common values, but not its tensors.
 
     Raises: BadCheckpointError naming the file; OSError: a file cannot be read.
     """
@@ -137,13 +139,13 @@ def read_contents(folder: Path) -> Contents:
 
 
 def check_pickles(folder: Path, part: int = 0, parts: int = 1) -> Contents:
-    """Look at whatever Megatron will unpickle in a checkpoint; nothing of it is executed.
+    """Check every pickle that Megatron will open in a checkpoint, without executing it.
 
     Args:
-        part, parts: of the objects, look at every `parts`-th (ranks share the work).
+        part, parts: check this part of the objects, of so many (ranks share the work).
 
     Raises:
-        BadCheckpointError: the file, or the versions that the checkpoint takes.
+        BadCheckpointError: naming the file, or the versions that the checkpoint needs.
         OSError: a file cannot be read.
     """
     try:
@@ -163,7 +165,7 @@ def check_pickles(folder: Path, part: int = 0, parts: int = 1) -> Contents:
 
 
 def _check_format(folder: Path) -> None:
-    """Both forms of `metadata.json` are read: 0.16 has two fields more than 0.19."""
+    """Check `metadata.json`, in either form: that of 0.16 has two fields more than that of 0.19."""
     try:
         content = json.loads((folder / FORMAT_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -173,10 +175,10 @@ def _check_format(folder: Path) -> None:
 
 
 def _read_object(folder: Path, index: Metadata, key: str) -> tuple[str, object]:
-    """Where an object of the shards lies, for messages, and the object."""
+    """Read an object among the shards; return its place, for messages, and the object."""
     place = index.storage_data.get(MetadataIndex(key))
     if place is None:
-        raise BadCheckpointError(f"{INDEX_FILE}: {key} is nowhere")
+        raise BadCheckpointError(f"{INDEX_FILE}: {key} has no place")
     where = f"{place.relative_path}: {key}"
     with (folder / place.relative_path).open("rb") as file:
         file.seek(place.offset)
@@ -186,7 +188,7 @@ def _read_object(folder: Path, index: Metadata, key: str) -> tuple[str, object]:
 def _read_weights(file: BinaryIO, where: str) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive makes of itself
+    except Exception as error:  # a damaged archive can raise anything
         reason = str(error).strip().split("\n")[0]
         raise BadCheckpointError(
             f"{where} is damaged, or holds more than plain values and tensors ({reason})"
@@ -194,7 +196,7 @@ def _read_weights(file: BinaryIO, where: str) -> object:
 
 
 def _check_extra_state(content: object, where: str) -> None:
-    """Transformer Engine keeps FP8 scales as a pickle in a tensor of bytes, or nothing in it."""
+    """Check an extra state: Transformer Engine pickles FP8 scales into a tensor of bytes."""
     for state in content if isinstance(content, list) else [content]:
         if not isinstance(state, torch.Tensor) or state.numel() == 0:
             continue
@@ -205,7 +207,7 @@ def _check_extra_state(content: object, where: str) -> None:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads an index and nothing else: a pickle could otherwise run any code on opening."""
+    """Unpickles an index, and refuses every class that no index needs."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == (TensorProperties.__module__, TensorProperties.__name__):
@@ -216,10 +218,10 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _AnyTensorProperties(TensorProperties):
-    """Reads the properties that any torch has written; an instance becomes torch's own.
+    """Unpickles the tensor properties of any torch version; an instance becomes torch's own.
 
-    The sixth entry came with torch 2.15: the strides that a tensor had. Nothing that loads a tensor
-    asks for them, as its file has its own.
+    torch 2.15 has added a sixth entry, the strides. Loading does not need them: each tensor's file
+    has its own.
     """
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
@@ -233,11 +235,11 @@ class _AnyTensorProperties(TensorProperties):
 
 
 class _ExtraStateUnpickler(pickle.Unpickler):
-    """Reads a module's extra state and nothing else."""
+    """Unpickles a module's extra state, and refuses every class that none needs."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _load_storage  # torch's own unpickles whatever the bytes hold
+            return _load_storage  # torch's own function unpickles anything
         if _is_dtype(module, name) or name in _EXTRA_NAMES.get(module, ()):
             return super().find_class(module, name)
         if module == _RECIPES and name.isidentifier():

@@ -1,10 +1,10 @@
-"""A rank's share of a checkpoint: Megatron plans it, threads write, fsync and hash it.
+"""Writing a rank's shards of a checkpoint: planned by Megatron, written and hashed by threads.
 
 Format and planning are those of Megatron's `torch_dist` strategy (megatron/core/dist_checkpointing/
-strategies/torch.py). The writing is not: Megatron's runs in forked processes, which inherit the
-rank's connections, so that its death goes unnoticed by its peers, and which outlive a `kill -9`,
-writing on into a folder that the next run is about to use; and an error of the disk on one rank
-leaves the others waiting for it.
+strategies/torch.py). The writing is not. Megatron's runs in forked processes: they inherit the
+rank's connections, so that its peers do not notice its death; they survive a `kill -9` and keep
+writing into a folder that the next run is about to use; and a disk error on one rank leaves the
+others waiting.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FILES_PER_RANK = 2
 
 @dataclass
 class Written:
-    """What became of a rank's share."""
+    """The files that a rank has written, and where its tensors are in them."""
 
     files: dict[str, FileDigest] = field(default_factory=dict)
     results: list[WriteResult] = field(default_factory=list)
@@ -48,23 +48,24 @@ class Written:
 
 @dataclass
 class ShardFile:
-    """A file to be, and what goes into it."""
+    """A file to be written, and its content."""
 
     name: str
     items: list[tuple[WriteItem, Tensor | io.BytesIO]]
 
     def nbytes(self) -> int:
+        """Return the size of the content."""
         return sum(
             data.nbytes if isinstance(data, Tensor) else data.getbuffer().nbytes
             for _, data in self.items
         )
 
     def take_copy(self) -> None:
-        """Hold copies in host memory, of the values of this moment, in place of live tensors."""
+        """Replace the live tensors by copies in host memory."""
         self.items = [(item, _copy_of(data)) for item, data in self.items]
 
     def write(self, folder: Path, hashed: bool) -> Written:
-        """Raises: OSError."""
+        """Write the file into a folder, fsync and hash it. Raises: OSError."""
         file, results = HashedFile(folder / self.name, hashed), []
         try:
             for item, data in self.items:
@@ -88,24 +89,24 @@ class ShardFile:
 
 
 def _release(error: BaseException | None) -> None:
-    """Let go of what the functions of an error held, as soon as it is caught.
+    """Drop the local variables of the functions that an error passed through.
 
-    Of torch.save that is its writer: left to the garbage collector, which may take the file before
-    it, it ends the process (torch 2.11, Python 3.12: a segmentation fault).
+    One of them is the writer of torch.save: if the garbage collector frees the file before it, the
+    process dies of a segmentation fault (torch 2.11, Python 3.12).
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
-class SharePlan:
-    """What a rank writes of a state, and the index that rank 0 makes of all shares.
+class ShardPlan:
+    """The plan of what a rank writes of a state, and of the index that rank 0 writes.
 
     A collective of all ranks. Nothing is copied: the files hold the live tensors.
 
     Args:
-        state: sharded, as `save_preprocess` leaves it.
-        folder: where the checkpoint is to be written.
+        state: sharded, as `save_preprocess` returns it.
+        folder: where the checkpoint is written.
     """
 
     def __init__(self, state: ShardedStateDict, folder: Path) -> None:
@@ -120,14 +121,20 @@ class SharePlan:
         self.nbytes = sum(file.nbytes() for file in self.files)
 
     def take_copy(self) -> None:
-        """See `ShardFile.take_copy`."""
+        """Replace the live tensors by copies in host memory."""
         for file in self.files:
             file.take_copy()
 
     def write(self, hashed: bool) -> Written:
-        """Write this rank's files, all at once, fsynced. Raises: OSError."""
+        """Write this rank's files in parallel, fsynced.
+
+        Args:
+            hashed: False leaves out their SHA-256.
+
+        Raises: OSError.
+        """
         computes_crc32 = get_crc32_options()
-        # Torch's own checksums are never compared on loading: the manifest's take their place.
+        # Torch's own checksums are never compared on loading; the manifest's are.
         set_crc32_options(computes_crc32 and not hashed)
         try:
             started = [in_background(file.write, self.folder, hashed) for file in self.files]
@@ -135,24 +142,24 @@ class SharePlan:
                 future.exception()  # all have ended before any error is raised
         finally:
             set_crc32_options(computes_crc32)
-        whole = Written()
+        all_files = Written()
         for future in started:
             written = future.result()
-            whole.files |= written.files
-            whole.results += written.results
-        return whole
+            all_files.files |= written.files
+            all_files.results += written.results
+        return all_files
 
     def write_index(self, shares: list[Written]) -> None:
-        """Write `.metadata`, which says where all ranks' tensors lie. Rank 0 only."""
+        """Write `.metadata`, the index of all ranks' tensors. Rank 0 only. Raises: OSError."""
         assert isinstance(self._index, Metadata)
         self._writer.finish(self._index, [share.results for share in shares])
 
 
 class _Collector(FileSystemWriterAsync):
-    """Takes part in Megatron's planning, and keeps what is to be written."""
+    """Collects from Megatron's planning what is to be written."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan  # the folder is there: a rank that failed to make it would fail alone
+        return plan  # the folder exists: a rank that failed to create it would fail alone
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         buckets = _split_by_size_and_type(self.thread_count, plan.items)
@@ -166,7 +173,7 @@ class _Collector(FileSystemWriterAsync):
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in a storage of its own: torch.save writes all of a view's."""
+    """Return a tensor on the CPU in its own storage: torch.save writes the whole storage."""
     tensor = tensor.detach().cpu()
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,12 +1,11 @@
-"""The whole state of a run as one sharded state, and back.
+"""The state of a run as one sharded state dict, and back.
 
     model, optimizer          sharded tensors
     rng                       an object per rank
-    schedule, progress, layout, tokenizer, data     plain values that all ranks share
+    schedule, progress, layout, tokenizer, data     values that all ranks share
 
-Any other layout of the same model can load it, with or without the distributed optimizer, but then
-without RNG states, which belong to ranks. How it gets to disk:
-`megatron_coe.checkpoint.checkpointer`.
+Any other layout of the same model can load it, with or without the distributed optimizer, but
+without the RNG states, which belong to ranks. `megatron_coe.checkpoint.checkpointer` writes it.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ from megatron_coe.megatron_compat.checkpoints import load_sharded_state
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a run has trained."""
 
     step: int = 0
-    """Steps done: updates of the weights, and those skipped because they were not finite."""
+    """Steps done: updates of the weights, and steps skipped because they were not finite."""
     samples: int = 0
-    """Training sequences consumed: where in the data to go on."""
+    """Training sequences consumed: the position in the data."""
     skipped: int = 0
-    """Steps that updated nothing."""
+    """Steps without an update."""
     skipped_in_row: int = 0
-    """How many of them were the latest steps."""
+    """Steps skipped since the latest update."""
 
     @property
     def updates(self) -> int:
-        """Updates of the weights, as Adam's bias correction counts them."""
+        """Return the updates of the weights, as Adam's bias correction counts them."""
         return self.step - self.skipped
 
 
@@ -61,7 +60,7 @@ MODEL_ONLY = {
     "progress": {"step": 0, "samples": 0},
     "layout": None,
 }
-"""What is beside the weights in a checkpoint that no training run wrote: it starts one."""
+"""What a checkpoint of an imported or upcycled model holds beside its weights."""
 
 
 def run_state(
@@ -70,10 +69,12 @@ def run_state(
     tokenizer: dict[str, Any] | None = None,
     data: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """All that a checkpoint holds, sharded. A collective of all ranks; tensors are the live ones.
+    """Return the sharded state of a run, with its live tensors. A collective of all ranks.
 
     Args:
-        tokenizer: what identifies the tokenizer that the run's data were made with.
+        train_state: what is trained.
+        progress: how far.
+        tokenizer: what identifies the tokenizer of the run's data.
         data: what identifies each of its training sets.
     """
     with _gathered_parameters(train_state):
@@ -90,9 +91,9 @@ def run_state(
 
 
 def state_size(train_state: TrainState) -> int:
-    """About how many bytes of a checkpoint this rank's weights make, before there is a state.
+    """Estimate the bytes of a checkpoint that this rank writes, before the first step.
 
-    A weight has two fp32 moments, and an fp32 master where it is narrower itself.
+    A weight has two fp32 moments, and an fp32 master if it is narrower.
     """
     total = 0
     for value in nested_values(_model_state(train_state)):
@@ -105,16 +106,19 @@ def state_size(train_state: TrainState) -> int:
 
 
 def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = False) -> Progress:
-    """Bring a new `TrainState` to the state of a checkpoint. A collective of all ranks.
+    """Load a checkpoint into a new `TrainState`. A collective of all ranks.
 
-    Hyperparameters stay those of the present settings: what is restored is what training changed.
-    One without an optimizer gets the weights alone.
+    What training changes is restored; hyperparameters stay those of the present settings. A
+    `TrainState` without an optimizer gets the weights alone.
 
     Args:
-        weights_only: leave optimizer, schedule, generators and progress as those of a new run.
+        path: of the checkpoint.
+        train_state: changed in place.
+        weights_only: leave optimizer, schedule, RNG states and progress as those of a new run.
 
-    Raises:
-        ValueError: the checkpoint is of another model, or holds what could execute code.
+    Returns: how far the checkpoint has trained; with `weights_only` that of a new run.
+
+    Raises: ValueError: the checkpoint is of another model, or holds what could execute code.
     """
     try:
         contents = check_on_all_ranks(
@@ -133,7 +137,7 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
     state = _model_state(train_state)
     absent = _take_absent_extra_states(path, state)
     optimizer_state = None
-    # Before the first step there is no optimizer state to speak of.
+    # Before the first step the optimizer has no state.
     if train_state.optimizer is not None and progress.step > 0:
         optimizer_state = OptimizerState(train_state.optimizer, state, is_loading=True)
         state["optimizer"] = optimizer_state.tensors
@@ -159,9 +163,9 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
 
 
 def _take_absent_extra_states(path: Path, state: dict[str, Any]) -> dict[str, list[str]]:
-    """Take out of each chunk's state the extra states that a checkpoint has not; their names.
+    """Remove from each chunk's state the extra states that a checkpoint lacks; return their names.
 
-    Transformer Engine's norms have one, always empty, where the torch backend's have none.
+    Transformer Engine's norms have one, always empty; the torch backend's have none.
     """
     stored = read_index(path).state_dict_metadata
     absent = {
@@ -181,7 +185,7 @@ def _take_absent_extra_states(path: Path, state: dict[str, Any]) -> dict[str, li
 
 
 def _chunks(train_state: TrainState) -> list[tuple[str, GPTModel]]:
-    """The bare model chunks of a rank by Megatron's names: `model`, or `model0`, `model1`, …"""
+    """Return the unwrapped model chunks by Megatron's names: `model`, or `model0`, `model1`, …"""
     modules = unwrap_model(train_state.chunks)
     if len(modules) == 1:
         return [("model", modules[0])]
@@ -195,7 +199,7 @@ def _model_state(train_state: TrainState) -> dict[str, Any]:
 
 
 def _metadata() -> dict[str, Any]:
-    """How the model's states are cut up."""
+    """Return how Megatron shards the model's state."""
     return {
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -204,7 +208,7 @@ def _metadata() -> dict[str, Any]:
 
 @contextmanager
 def _gathered_parameters(train_state: TrainState) -> Iterator[None]:
-    """Weights whose gathering overlaps the next forward pass are stale until then: gather them."""
+    """Gather weights that would otherwise be stale until the next forward pass gathers them."""
     overlapped = [chunk for chunk in train_state.chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)
@@ -214,7 +218,7 @@ def _gathered_parameters(train_state: TrainState) -> Iterator[None]:
 
 
 def _layout() -> dict[str, int]:
-    """The sizes that give a rank number its meaning."""
+    """Return the parallel sizes, which give a rank number its meaning."""
     return {
         "world": dist.get_world_size(),
         "tp": parallel_state.get_tensor_model_parallel_world_size(),

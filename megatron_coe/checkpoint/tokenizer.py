@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: where it is, and whether another one is as good."""
+"""The tokenizer of a checkpoint: where it is, and whether another one gives the same ids."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Identity = dict[str, Any]
 
 
 def find_tokenizer(step: Path, configured: str, named: Path | None = None) -> Path | None:
-    """Return where a checkpoint's tokenizer is, for `load_tokenizer`; None if it knows of none.
+    """Return the path of a checkpoint's tokenizer, for `load_tokenizer`; None if it has none.
 
-    It is the copy in the checkpoint. One of an earlier version has no copy: then it is the one that
-    is named, or else the one that the checkpoint's settings name.
+    It is the copy in the checkpoint. Checkpoints of earlier versions have no copy: then it is the
+    one that is named, or else the one in the checkpoint's settings.
 
     Args:
         configured: `data.tokenizer` of the checkpoint's settings.
-        named: on the command line; of a checkpoint with a copy it may only be the same.
+        named: on the command line; if the checkpoint has a copy, it must give the same ids.
 
-    Raises: ValueError if it is not there, or gives other ids than those that were trained.
+    Raises: ValueError if it does not exist, or gives other ids than those that were trained.
     """
     own = own_tokenizer(step)
     path = named or own or Path(configured)
@@ -46,14 +46,16 @@ def find_tokenizer(step: Path, configured: str, named: Path | None = None) -> Pa
 
 
 def identity_of(tokenizer: Tokenizer) -> Identity:
-    """Return what a checkpoint's state keeps of a tokenizer: its size and content, not its path."""
+    """Return what a checkpoint's state records of a tokenizer: size and content, not its path."""
     return {"vocab_size": tokenizer.vocab_size, **tokenizer.unique_identifiers}
 
 
 def tokenizer_difference(step: Path, tokenizer: Tokenizer) -> tuple[Identity, Identity] | None:
-    """Return the identities of a checkpoint's tokenizer and another, if ids mean something else.
+    """Return the identities of a checkpoint's tokenizer and another, if they give different ids.
 
-    A SentencePiece model and the Hugging Face tokenizer made of it are two files with the same ids.
+    A SentencePiece model and the Hugging Face tokenizer made from it differ in their files only.
+
+    Returns: both identities; None if the ids are the same, or nothing is recorded.
     """
     own, now = own_tokenizer(step), identity_of(tokenizer)
     before = read_common(step).get("tokenizer")
@@ -69,4 +71,5 @@ def tokenizer_difference(step: Path, tokenizer: Tokenizer) -> tuple[Identity, Id
 
 
 def describe_identity(identity: Identity) -> str:
+    """Describe a tokenizer's identity in an error."""
     return f"{identity.get('vocab_size')} ids, SHA-256 {str(identity.get('sha256'))[:12]}…"

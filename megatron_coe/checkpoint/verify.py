@@ -1,4 +1,4 @@
-"""Is this checkpoint what was written, and may it be read?"""
+"""Verification of a checkpoint before anything in it is unpickled."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, 
 def verify_checkpoint(
     folder: Path, verify: bool = True, part: int = 0, parts: int = 1
 ) -> dict[str, Any]:
-    """Verify a checkpoint against its manifest, before anything is unpickled, then its pickles.
+    """Compare a checkpoint with its manifest, then check its pickles without executing them.
 
     Args:
-        verify: False leaves the manifest out of account.
-        part, parts: do this part of the reading, of as many (ranks share it).
+        verify: False ignores the manifest.
+        part, parts: read this part of the files, of so many (ranks share the work).
 
-    Returns: what all ranks share of the state.
+    Returns: the common values of the state, the same for all ranks.
 
     Raises:
-        BadCheckpointError: the file and what is wrong with it, or the versions that it takes.
-        OSError: one is unreadable.
+        BadCheckpointError: naming the file and what is wrong with it, or the versions it needs.
+        OSError: a file cannot be read.
     """
     manifest = read_manifest(folder) if verify else None
     if manifest:
@@ -47,8 +47,10 @@ def verify_checkpoint(
 
 
 def is_loadable(folder: Path) -> bool:
-    """Return whether this process could load a checkpoint, as far as its index, its common values
-    and the sizes of its files tell: no tensor is read, and nothing is hashed."""
+    """Return whether this process could load a checkpoint, without reading or hashing its tensors.
+
+    Its index, its common values and the sizes of its files are checked.
+    """
     try:
         contents = read_contents(folder)
         if (folder / MANIFEST_FILE).exists():
@@ -61,8 +63,10 @@ def is_loadable(folder: Path) -> bool:
 
 
 def unlisted_files(folder: Path) -> str | None:
-    """What lies in a good checkpoint's folder that its manifest does not list, as a warning: it is
-    not read, and goes when the checkpoint goes. None: nothing."""
+    """Return a warning about files that a valid checkpoint's manifest does not list; None: no such.
+
+    They are not read, and are deleted with the checkpoint.
+    """
     found = unlisted(folder, read_manifest(folder))
     if not found:
         return None
@@ -71,7 +75,7 @@ def unlisted_files(folder: Path) -> str | None:
 
 
 def _check_manifest(folder: Path, manifest: Manifest, contents: Contents, step: int) -> None:
-    """See that a manifest is of this state and lists all that would be read."""
+    """Check that a manifest belongs to this state and lists every file that would be read."""
     if manifest.step != step:
         raise BadCheckpointError(f"{MANIFEST_FILE} says step {manifest.step}, not {step}")
     needed = {place.relative_path for place in contents.index.storage_data.values()}
@@ -82,6 +86,7 @@ def _check_manifest(folder: Path, manifest: Manifest, contents: Contents, step: 
 
 
 def _step_inside(common: dict[str, Any]) -> int:
+    """Return the step that a checkpoint's common values say."""
     progress = common.get("progress")
     step = progress.get("step") if isinstance(progress, dict) else None
     if type(step) is not int:

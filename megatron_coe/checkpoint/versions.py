@@ -1,8 +1,8 @@
-"""`versions.json`: the software that wrote a checkpoint, for when another cannot read it.
+"""`versions.json`: the software that wrote a checkpoint, for messages when another cannot read it.
 
     {"python": "3.12.1", "torch": "2.13.0+cu130", "cuda": "13.0", "megatron-core": "0.19.2", …}
 
-The manifest lists it like any other file; nothing is ever decided by it but what a message says.
+The manifest lists it like any other file. Versions alone refuse nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import megatron_coe
 from megatron_coe.checkpoint.errors import BadCheckpointError, NewerCheckpointError
 
 VERSIONS_FILE = "versions.json"
-_FORMAT_MAKERS = ("torch", "megatron-core", "megatron-coe")
+_FORMAT_PACKAGES = ("torch", "megatron-core", "megatron-coe")
 """Packages whose newer versions may write what earlier ones cannot read."""
 
 
 def running_versions() -> dict[str, str | None]:
-    """Return what this process runs on; `cuda` is that of torch's build, None for a CPU's."""
+    """Return the versions that this process runs; `cuda` is torch's, None for a CPU build."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -35,12 +35,12 @@ def running_versions() -> dict[str, str | None]:
 
 
 def versions_text() -> str:
-    """Return the content of `versions.json` for what this process writes."""
+    """Return the content of `versions.json` for checkpoints of this process."""
     return json.dumps(running_versions(), indent=1) + "\n"
 
 
 def read_versions(folder: Path) -> dict[str, str]:
-    """Return what wrote a checkpoint; empty where it does not say, or not in a way to be read."""
+    """Return the versions that wrote a checkpoint; empty where they are absent or unreadable."""
     try:
         content = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -53,16 +53,20 @@ def read_versions(folder: Path) -> dict[str, str]:
 def unreadable_error(folder: Path, error: BadCheckpointError) -> BadCheckpointError:
     """Return the error to raise for a checkpoint that this process cannot read.
 
-    One that was written by a newer torch, megatron-core or megatron_coe is not called damaged: the
-    message names the versions running, those that wrote it, and what to do.
+    Where a newer torch, megatron-core or megatron_coe wrote it, the error does not call it damaged,
+    but names the versions running, those that wrote it, and what to install.
+
+    Args:
+        error: of the reading, returned as it is if no newer version wrote the checkpoint.
     """
     written, running = read_versions(folder), running_versions()
-    newer = [name for name in _FORMAT_MAKERS if _is_newer(written.get(name), running[name])]
+    newer = [name for name in _FORMAT_PACKAGES if _is_newer(written.get(name), running[name])]
     if not newer:
         return error
+    named = (*_FORMAT_PACKAGES, "python")
     theirs, ours = (
-        ", ".join(f"{name} {found[name]}" for name in (*_FORMAT_MAKERS, "python") if name in found)
-        for found in (written, running)
+        ", ".join(f"{name} {versions[name]}" for name in named if name in versions)
+        for versions in (written, running)
     )
     needed = " and ".join(f"{name} {Version(written[name]).public}" for name in newer)
     return NewerCheckpointError(
@@ -72,7 +76,7 @@ def unreadable_error(folder: Path, error: BadCheckpointError) -> BadCheckpointEr
 
 
 def _is_newer(theirs: str | None, ours: str) -> bool:
-    """Compare releases: what stands behind a plus (`+cpu`, `+cu130`) is a build's name."""
+    """Compare releases, without the names of builds (`+cpu`, `+cu130`)."""
     try:
         public = [Version(Version(version or "0").public) for version in (theirs, ours)]
     except InvalidVersion:

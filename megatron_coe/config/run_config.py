@@ -150,7 +150,7 @@ class CheckpointSettings:
     """Where the state of the run is kept and how often it is written."""
 
     save: str | None = "${log.dir}/checkpoints"
-    """Folder; a run resumes from the newest good checkpoint in it. None: nothing is kept."""
+    """Folder; a run resumes from the latest valid checkpoint in it. None: nothing is saved."""
     load: str | None = None
     """Checkpoint, or folder of some (then the newest), whose weights a run starts from where `save`
     holds none; optimizer, schedule and data begin at step 0. None: initial weights."""

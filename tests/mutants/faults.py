@@ -705,7 +705,7 @@ FAULTS = [
         "another seed on resume is only said",
         "megatron_coe/checkpoint/resume_policy.py",
         '("train.seed", _REFUSED)',
-        '("train.seed", _SAID)',
+        '("train.seed", _PRINTED)',
         ("tests/unit/checkpoint/test_resume_policy.py",),
     ),
     Fault(

@@ -1,4 +1,4 @@
-"""The newest good checkpoint is found, whatever befell the others; nothing in one is executed."""
+"""The latest valid checkpoint is found, whatever happened to the others; nothing is executed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_damage_is_named_and_the_one_before_is_used(folder, capfd, name, damage)
     assert line.startswith(f"checkpoint {newest} is bad and not used: ")
     assert name in line
     damage(older / name)
-    with pytest.raises(ValueError, match=r"none of its 2 checkpoints is good"):
+    with pytest.raises(ValueError, match=r"none of its 2 checkpoints is valid"):
         choose(folder)
     assert len(capfd.readouterr().err.splitlines()) == 2
 
@@ -130,7 +130,7 @@ def test_exchanged_folders_are_noticed(folder, capfd):
     newest.rename(folder / "other")
     older.rename(newest)
     (folder / "other").rename(older)
-    with pytest.raises(ValueError, match="none of its 2 checkpoints is good"):
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is valid"):
         choose(folder)
     told = capfd.readouterr().err
     assert "holds step 1: the folder has been renamed or exchanged" in told

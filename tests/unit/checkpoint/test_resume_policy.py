@@ -49,22 +49,22 @@ def changed(key: str, value: object) -> Settings:
 @pytest.mark.parametrize(
     ("key", "value", "policy"),
     [
-        ("log.interval", 3, Policy.SAFE),
-        ("checkpoint.keep", 9, Policy.SAFE),
-        ("parallel.tensor_model_parallel_size", 2, Policy.SAFE),
-        ("model.backend", "torch", Policy.SAFE),
-        ("model.recompute_granularity", "selective", Policy.SAFE),
-        ("train.stop_step", 3, Policy.SAFE),
-        ("train.micro_batch_size", 2, Policy.SAFE),
-        ("train.eval_interval", 2, Policy.SAFE),
-        ("train.nonfinite", "skip", Policy.SAFE),
-        ("data.valid", ["elsewhere"], Policy.SAFE),
-        ("data.tokenizer", "moved.model", Policy.SAFE),
-        ("train.lr", 0.5, Policy.SAID),
-        ("train.clip_grad", 0.5, Policy.SAID),
-        ("train.weight_decay", 0.5, Policy.SAID),
-        ("model.hidden_dropout", 0.5, Policy.SAID),
-        ("model.moe_aux_loss_coeff", 0.5, Policy.SAID),
+        ("log.interval", 3, Policy.SILENT),
+        ("checkpoint.keep", 9, Policy.SILENT),
+        ("parallel.tensor_model_parallel_size", 2, Policy.SILENT),
+        ("model.backend", "torch", Policy.SILENT),
+        ("model.recompute_granularity", "selective", Policy.SILENT),
+        ("train.stop_step", 3, Policy.SILENT),
+        ("train.micro_batch_size", 2, Policy.SILENT),
+        ("train.eval_interval", 2, Policy.SILENT),
+        ("train.nonfinite", "skip", Policy.SILENT),
+        ("data.valid", ["elsewhere"], Policy.SILENT),
+        ("data.tokenizer", "moved.model", Policy.SILENT),
+        ("train.lr", 0.5, Policy.PRINTED),
+        ("train.clip_grad", 0.5, Policy.PRINTED),
+        ("train.weight_decay", 0.5, Policy.PRINTED),
+        ("model.hidden_dropout", 0.5, Policy.PRINTED),
+        ("model.moe_aux_loss_coeff", 0.5, Policy.PRINTED),
         ("train.seed", 43, Policy.REFUSED),
         ("train.steps", 21, Policy.REFUSED),
         ("train.global_batch_size", 8, Policy.REFUSED),
@@ -82,7 +82,7 @@ def changed(key: str, value: object) -> Settings:
 def test_what_becomes_of_a_change(key, value, policy):
     assert policy_of(key) is policy
     found = changes(make_settings(), changed(key, value))
-    if policy is Policy.SAFE:
+    if policy is Policy.SILENT:
         assert found == []
     else:
         (change,) = found
