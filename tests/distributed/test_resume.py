@@ -1,4 +1,4 @@
-"""Three resumes in a row end bitwise where the unbroken run does; ranks agree on what is good."""
+"""Three resumes in a row end bitwise where the uninterrupted run does, on all ranks alike."""
 
 from __future__ import annotations
 

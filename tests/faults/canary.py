@@ -1,4 +1,4 @@
-"""What hostile cases share: the canary, and how it is looked for."""
+"""The canary of hostile cases, and the check that nothing touched it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def canary(folder: Path) -> Path:
 
 
 def call(folder: Path) -> Call:
-    """A payload for whoever pickles it himself."""
+    """A payload for the caller to pickle."""
     return Call(os.system, (f"touch {canary(folder)}",))
 
 
 @dataclass(frozen=True)
 class HostileCase(Case):
-    """A command line on hostile input; it may say more than one line, but nothing is run."""
+    """A command line on hostile input: it may print several lines, but must execute nothing."""
 
     lines: int | None = None
 

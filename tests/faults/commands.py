@@ -1,4 +1,4 @@
-"""Command lines run on broken or hostile input: what a case is, what it runs on, how it is judged.
+"""Command lines on malformed or hostile input: their cases, their files, and the checks.
 
 Every case gets a folder of its own, `{d}` in its command, with copies of a small tokenizer, data
 sets, settings, a checkpoint or an exported model, which its `make` then spoils.
@@ -24,7 +24,7 @@ REPO = Path(__file__).resolve().parents[2]
 CONFIG_ERROR = 2
 TIMEOUT_S = 120
 COLLECTIVE = 97
-"""Status of a run that went on to its process group instead of complaining."""
+"""Status of a run that reached its process group instead of reporting an error."""
 
 SETTINGS = """\
 model:
@@ -65,7 +65,7 @@ class Case:
         says: what the message must contain; `{d}` as above.
         make: spoils something in the case's folder.
         needs: what the folder holds besides tokenizer, data and settings: `checkpoint` (a chain's),
-            `moe` (a mixture's), `run` (metrics and settings as well), `hf`.
+            `moe` (of an MoE model), `run` (metrics and settings as well), `hf`.
         status: what the command must end with.
         late: what is wrong shows only to process groups, or in the middle of the work.
         environment: variables besides the usual ones.
@@ -85,7 +85,7 @@ class Case:
     lines: int | None = 1
 
     def check(self, folder: Path) -> str | None:
-        """What is wrong with the folder afterwards; None: nothing."""
+        """Return what is wrong with the folder afterwards; None: nothing."""
         return None
 
 
@@ -99,7 +99,7 @@ class Ended:
 
 
 class Bench:
-    """Runs command lines in forks of one process that has imported everything already."""
+    """Runs command lines in forks of one process that has imported everything."""
 
     def __init__(self, zygote: Zygote, folder: Path) -> None:
         self.folder = folder
@@ -129,7 +129,7 @@ class Bench:
         return Ended(status, process.said(), process.complained())
 
     def copy(self, name: str, needs: Sequence[str]) -> Path:
-        """A fresh folder with what a case needs; ingredients are made at their first use."""
+        """Return a new folder with the files of a case; ingredients are made at their first use."""
         folder = self.folder / "cases" / re.sub(r"\W+", "-", name).strip("-")[:60]
         shutil.rmtree(folder, ignore_errors=True)
         for part in ("base", *needs):
@@ -162,7 +162,7 @@ class Bench:
         self._train(folder, iterations=1, residual="outer")
 
     def _make_run(self, folder: Path) -> None:
-        """Metrics and settings beside the checkpoints."""
+        """Write metrics and settings beside the checkpoints."""
         self._train(folder, part="run", iterations=2, residual="inner")
 
     def _train(self, folder: Path, part: str = "run/checkpoints", **model: object) -> None:
@@ -190,7 +190,7 @@ def _settle(folder: Path) -> None:
 
 
 def run_case(bench: Bench, case: Case) -> str | None:
-    """What is wrong with how the product answered a case; None: nothing."""
+    """Return what is wrong with the answer to a case; None: nothing."""
     folder = bench.copy(case.name, case.needs)
     if case.make is not None:
         case.make(folder)
@@ -236,7 +236,7 @@ def names(folder: Path) -> set[str]:
 
 
 def refuse_collectives() -> None:
-    """A process group is the first collective, and comes before anything long."""
+    """Exit where the process group is made: the first collective, before any long work."""
     import torch.distributed
 
     leave_quickly()
@@ -248,7 +248,7 @@ def refuse_collectives() -> None:
 
 
 def leave_quickly() -> None:
-    """A fork that takes itself apart in order copies all of the zygote's memory on the way."""
+    """Exit without cleanup, which would copy all of the zygote's memory."""
     gc.disable()
 
     def leave(status: object = None) -> NoReturn:
@@ -262,7 +262,7 @@ def leave_quickly() -> None:
 
 
 def small_files() -> None:
-    """A disk that is full after 3,000 bytes of any file; unlike one, it needs no privileges."""
+    """Limit files to 3,000 bytes, as a full disk would; this needs no privileges."""
     import resource
     import signal
 

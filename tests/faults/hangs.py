@@ -1,4 +1,4 @@
-"""Ranks that hang, stop or die, and numbers that are not finite: named, and nothing is applied.
+"""Ranks that hang, stop or die, and values that are not finite: named, and nothing is applied.
 
     python tests/faults/run.py hangs
 
@@ -25,13 +25,13 @@ from tests.faults.table import Outcome
 
 HANG_TIMEOUT_S = 6.0
 _SLACK_S = 60.0
-"""For a machine that is busy with other things."""
+"""Allowance for a busy machine."""
 AFTER_STEP = 3
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that one rank does, or that is done to it, once it has done some steps."""
+    """A fault of one rank, some steps into the run."""
 
     kind: str
     what: str
@@ -89,7 +89,7 @@ def _overrides(case: Fault) -> list[str]:
 
 
 def _lost(bench: Bench, case: Fault, folder: Path) -> list[str]:
-    """A rank hangs or dies."""
+    """Run a case in which a rank hangs or dies."""
     plant = _PLANTS.get(case.kind)
     plants = {case.rank: f"tests.faults.plants:{plant}"} if plant else {}
     environments = {case.rank: {"FAULT_STEP": str(AFTER_STEP + 1)}} if plant else {}
@@ -105,7 +105,7 @@ def _lost(bench: Bench, case: Fault, folder: Path) -> list[str]:
         lasted_s = time.monotonic() - struck_s
         complaint = launch.complained()
     failures = []
-    if case.really:  # torchrun ends the others and speaks for them
+    if case.really:  # torchrun ends the others and reports for them
         if statuses[0] in (0, None):
             failures.append(f"torchrun ended with {statuses}")
     else:
@@ -129,7 +129,7 @@ def _strike(case: Fault, launch: Launch) -> None:
 
 
 def _statuses(case: Fault, launch: Launch) -> list[int | None]:
-    """How the ranks end; one that is stopped cannot, until it is let go on."""
+    """Return how the ranks end; one that is stopped cannot, until it is continued."""
     if case.kind != STOPPED:
         return launch.wait()
     others = [p for rank, p in enumerate(launch.ranks) if rank != case.rank]
@@ -140,7 +140,7 @@ def _statuses(case: Fault, launch: Launch) -> list[int | None]:
 
 
 def _not_finite(bench: Bench, case: Fault, folder: Path) -> list[str]:
-    """One rank computes something that is not finite, once."""
+    """Run a case in which one rank computes a value that is not finite, once."""
     value, place = case.what.split(" in ")
     environment = {
         "FAULT_STEP": str(AFTER_STEP + 1),

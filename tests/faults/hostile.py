@@ -74,7 +74,7 @@ def _objects_index(path: Path, folder: Path) -> None:
 
 
 def _cached(spoil: Callable[[Path, Path], object]) -> Make:
-    """Build the cache as the run would, and spoil every index in it, seal included."""
+    """Build the cache as the run would, and corrupt every index in it, seal included."""
 
     def make(folder: Path) -> None:
         from megatron_coe.data.datasets import build_datasets
@@ -266,7 +266,7 @@ def _settings() -> Iterator[Case]:
     apply = "!!python/object/apply:os.system ['touch {d}/canary']"
     yield text("an object made by a call", f"train: {{steps: {apply}}}", "refused by OmegaConf")
     yield text(
-        "an object made anew",
+        "an object constructed",
         "train: !!python/object/new:os.system ['touch {d}/canary']",
         "refused by OmegaConf",
     )

@@ -1,4 +1,4 @@
-"""Checkpoints of an attacker: each pickle in them may be a payload, and the manifest fits."""
+"""Checkpoints of an attacker: any pickle may be a payload, and the manifest matches."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
 
 
 def _sealed(spoil: Make) -> Make:
-    """Spoil a checkpoint and write the manifest that fits, as an attacker would."""
+    """Corrupt a checkpoint and write a matching manifest, as an attacker would."""
 
     def make(folder: Path) -> None:
         from megatron_coe.checkpoint.manifest import digest_folder, write_manifest
@@ -150,7 +150,7 @@ def _tar(folder: Path) -> None:
 
 
 def _instructed(folder: Path) -> None:
-    """A true index, with a call among its values."""
+    """A real index, with a call among its values."""
     path = folder / STEP / ".metadata"
     index = pickle.loads(path.read_bytes())
     index.planner_data = call(folder)

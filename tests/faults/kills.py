@@ -1,4 +1,4 @@
-"""kill -9 at random moments: the same command, run again, ends where the unbroken run does.
+"""kill -9 at random moments: the same command, run again, ends where the uninterrupted run does.
 
     python tests/faults/run.py kills --count 52 --seed 1
 
@@ -38,8 +38,8 @@ COUNT = 52
 ASYNC = "checkpoint.async_save=true"
 HANG_TIMEOUT_S = 10.0
 SURVIVORS_S = 120.0
-"""How long the ranks that were left may take to notice, and to end: start-up and saves have six
-times the timeout of a step."""
+"""Time for the surviving ranks to notice and to end: start-up and saves have six times the timeout
+of a step."""
 _TRIES = 6
 
 
@@ -72,7 +72,7 @@ class Kill:
 
 
 def cases(count: int = COUNT, seed: int = 1) -> list[Kill]:
-    """`count` runs to kill, every other one inside a save."""
+    """Return `count` runs to kill, every other one inside a save."""
     draw = random.Random(seed)
     found = []
     for number in range(count):
@@ -126,7 +126,7 @@ def _run(bench: Bench, case: Kill, folder: Path) -> tuple[list[str], list[str]]:
             statuses = launch.wait(SURVIVORS_S if killed else 2 * SURVIVORS_S)
             resumed = resumed_step(launch.said())
             complaint = launch.last_words()
-        # One that was killed early has not said where it goes on.
+        # One that was killed early has not printed where it resumes.
         if (resumed or not killed) and done - resumed > bound:
             failures.append(f"went on from step {resumed} though step {done} was done")
         tries += 1
@@ -136,7 +136,7 @@ def _run(bench: Bench, case: Kill, folder: Path) -> tuple[list[str], list[str]]:
                 return failures, notes
             if kills or tries >= _TRIES:
                 return failures, notes
-            shutil.rmtree(folder / "run")  # the run was quicker than the kill: once more
+            shutil.rmtree(folder / "run")  # the run ended before the kill: try again
             continue
         done_with = newest_checkpoint(folder)
         is_over = done_with is not None and step_of(done_with) == STEPS
@@ -171,6 +171,6 @@ def _kill(bench: Bench, case: Kill, folder: Path, launch: Launch, draw: random.R
     else:
         try:
             os.kill(draw.choice(launch.pids()), signal.SIGKILL)
-        except ProcessLookupError:  # it ended meanwhile
+        except ProcessLookupError:  # it has ended
             return False
     return True

@@ -2,8 +2,8 @@
 
     python -m tests.faults.malformed [-O] [part of a name …]
 
-The message stands on stderr, names the field or file, its value and the mend; the status is not
-zero; no process group has been made and nothing half written is left.
+The message stands on stderr, names the field or file, its value and the fix; the status is not
+zero; no process group has been created and nothing half written is left.
 """
 
 from __future__ import annotations

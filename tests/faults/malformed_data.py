@@ -104,7 +104,7 @@ def _data_files() -> Iterator[Case]:
 
 
 def _small_tokenizer(folder: Path) -> None:
-    """A tokenizer that knows fewer pieces: the last of the other's are cut off its model."""
+    """A tokenizer with fewer pieces: the last ones are cut off the model."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     model = ModelProto.FromString((folder / "t.model").read_bytes())

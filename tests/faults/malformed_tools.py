@@ -320,34 +320,34 @@ def _converting() -> Iterator[Case]:
         ("{d}/run/checkpoints/step_00000001", "coe_iterations=2"),
         **checkpoint,
     )
-    mixture: dict = {"needs": ("moe",)}
+    moe: dict = {"needs": ("moe",)}
     of_run = "tools/upcycle.py --load {d}/run/checkpoints --save"
     yield Case(
         "upcycle: damaged checkpoint",
         f"{of_run} {{d}}/out",
         ("{d}/run/checkpoints/step_00000001", "common.pt"),
         cut(f"{_STEP}/common.pt", 0.5),
-        **mixture,
+        **moe,
     )
     yield Case(
         "upcycle: checkpoint without settings",
         f"{of_run} {{d}}/out",
         ("{d}/run/checkpoints/step_00000001", "config.yaml"),
         remove(f"{_STEP}/config.yaml"),
-        **mixture,
+        **moe,
     )
     yield Case(
         "upcycle: target below a file",
         f"{of_run} {{d}}/in.txt/out",
         ("{d}/in.txt/out",),
-        **mixture,
+        **moe,
     )
     yield Case(
         "upcycle: full disk",
         f"{of_run} {{d}}/out",
         ("{d}/out", "File too large"),
         plant="tests.faults.commands:small_files",
-        **mixture,
+        **moe,
     )
 
 
@@ -482,7 +482,7 @@ def _generating() -> Iterator[Case]:
 
 
 def _forget_tokenizer(folder: Path) -> None:
-    """What a checkpoint is when the tokenizer of its run has been deleted; signed anew."""
+    """Delete the tokenizer from a checkpoint, and write a new manifest."""
     step = folder / _STEP
     config = step / "config.yaml"
     text = config.read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Checkpoints that are damaged in every way: all are noticed, none is silently trained on.
+"""Checkpoints damaged in every way: all are detected, none is silently trained on.
 
     python tests/faults/run.py mutations --count 120 --seed 1
 
-Where an older good checkpoint is there, the bad one is named and the older one used: the run ends
+If there is an older valid checkpoint, the bad one is named and the older one used: the run ends
 where the unbroken one does, to the last bit. Where there is none, the run stops with 2 before its
 first step: never 0, and never at step 0.
 """
@@ -30,7 +30,7 @@ from tests.faults.table import Outcome
 
 COUNT = 124
 OLDER, NEWEST, STOP = 2, 3, 4
-"""Steps of the two checkpoints that are there, and where the run is to end."""
+"""Steps of the two checkpoints, and the last step of the run."""
 SETTINGS = (
     *("train.steps=4", "checkpoint.save_interval=1"),
     *("model.attention_dropout=0", "train.eval_interval=0"),
@@ -44,13 +44,13 @@ SAME = ("metadata.json", "config.yaml", "versions.json")
 """Files that all checkpoints of a run have in common."""
 
 USED_OLDER = "the older one is used"
-REFUSED = "no good one: refused"
+REFUSED = "none valid: refused"
 HARMLESS = "harmless: used, and said"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One damage to the newest checkpoint, or to the pointer."""
+    """One damage to the newest checkpoint, or to `latest`."""
 
     seed: int
     damage: str
@@ -119,7 +119,7 @@ POINTERS = ("garbage", "dangling", "cut short", "empty", "path traversal", "miss
 
 
 def cases(count: int = COUNT, seed: int = 1) -> list[Mutation]:
-    """`count` damages of all kinds to all files, a third of them where nothing else is good."""
+    """`count` damages of all kinds to all files, a third of them with no other valid checkpoint."""
     draw = random.Random(seed)
     plans: list[tuple[str, str, str]] = [("bytes beside", "the files", HARMLESS)]
     plans += [(pointer, "latest", HARMLESS) for pointer in POINTERS]
@@ -155,7 +155,7 @@ class Stage:
         self._ready: dict[str, tuple[Path, Path]] = {}
 
     def of(self, layout: str) -> tuple[Path, Path]:
-        """(folder of a run that has stopped after step 3, that of the unbroken run)."""
+        """Return the folders of a run that stopped after step 3 and of the uninterrupted run."""
         if layout not in self._ready:
             stopped = self._bench.folder(f"stage {layout}")
             self._run(stopped, layout, [*SETTINGS, f"train.stop_step={NEWEST}"])
@@ -208,7 +208,7 @@ def _judge(bench: Bench, case: Mutation, folder: Path, unbroken: Path) -> list[s
 
 
 def damage(folder: Path, case: Mutation) -> None:
-    """Do what the case says to the run in `folder`."""
+    """Apply the damage to the run in `folder`."""
     draw = random.Random(case.seed)
     place = checkpoints(folder)
     newest, older = (place / f"step_{step:08d}" for step in (NEWEST, OLDER))

@@ -1,4 +1,4 @@
-"""Pickles that touch a file when they are opened carelessly: the canary of `hostile.py`.
+"""Pickles that touch a file when unpickled without care: the canary of `hostile.py`.
 
 Each is a way past some defense: names that look harmless, names with dots, what an allow-list of
 modules lets through, pickles inside pickles, opcodes that few readers think of.
@@ -62,7 +62,7 @@ def of_torch(canary: Path) -> bytes:
 
 
 def pickle_in_pickle(canary: Path) -> bytes:
-    """The function that torch rebuilds storages with opens a pickle without looking."""
+    """The function that torch rebuilds storages with unpickles anything."""
     inner = io.BytesIO()
     torch.save(Call(os.system, (_touch(canary),)), inner)
     return pickle.dumps(Call(torch.storage._load_from_bytes, (inner.getvalue(),)), 4)
@@ -89,7 +89,7 @@ def dotted(canary: Path) -> bytes:
 
 
 def through_the_memo(canary: Path) -> bytes:
-    """The function lies in the memo, under something harmless, until it is called."""
+    """The function is in the memo, under something harmless, until it is called."""
     fetched = b"cposix\nsystem\nq\x070" + b"ccollections\nOrderedDict\n0" + b"h\x07"
     return b"\x80\x02" + fetched + _arguments(canary) + b"R."
 

@@ -1,4 +1,4 @@
-"""What is planted in a run's own process before the script starts: faults that come from inside.
+"""Faults planted in a run's own process before the script starts.
 
 The product has no hooks for tests. A plant wraps a function of it in the process of one rank; what
 it is to do stands in the environment variables FAULT_….
@@ -28,7 +28,7 @@ PHASES = {
     "evaluation": "megatron_coe.training.trainer:Trainer.evaluate",
     "save": "megatron_coe.training.trainer:Trainer.save",
 }
-"""Where the phases of a run begin and end."""
+"""The functions that are the phases of a run."""
 
 IN_PHASE, AFTER = "in the phase", "just after it"
 
@@ -91,7 +91,7 @@ def stall() -> None:
 
 
 def loop() -> None:
-    """Never come out of step FAULT_STEP."""
+    """Hang in step FAULT_STEP."""
 
     def around(step: Callable) -> Callable:
         def endless(trainer: object, *args: object, **kwargs: object) -> object:

@@ -1,4 +1,4 @@
-"""Inject faults of all kinds into real runs and report in one table what became of them.
+"""Inject faults of all kinds into real runs, and report the outcomes in one table.
 
     python tests/faults/run.py [KIND ...] [--seed N] [--count N]
 
@@ -44,7 +44,7 @@ class Job:
 
 
 class Harness:
-    """What the kinds of faults are run on, made when one of them needs it."""
+    """The fixtures of the kinds of faults, made when first needed."""
 
     def __init__(self, work: Path, seed: int, count: int | None) -> None:
         self._work = work
@@ -139,7 +139,7 @@ def main() -> int:
 
 
 def _run(kind: str, job: Job) -> Outcome:
-    """An error of the harness is a fault that was missed, and ends nothing."""
+    """Run a case; an error of the harness counts as a missed fault, and ends nothing."""
     started_s = time.monotonic()
     try:
         return job.run()

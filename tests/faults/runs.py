@@ -1,4 +1,4 @@
-"""The small run that faults are injected into, and what its end is compared with."""
+"""The small run that faults are injected into, and the comparison of its end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parents[2]
 SCRIPT = "pretrain_coe.py"
 STEPS, SAVE_INTERVAL = 8, 2
 LIMIT_S = 120.0
-"""No run of this size takes so long; one that does hangs."""
+"""A run of this size that takes longer hangs."""
 
 CONFIG = f"""
 model:
@@ -49,7 +49,7 @@ model:
   moe_router_topk: 2
   moe_ffn_hidden_size: 16
   moe_shared_expert_intermediate_size: 16
-  attention_dropout: 0.1   # draws from the generators, whose state must come back too
+  attention_dropout: 0.1   # draws random numbers: the RNG state must be restored, too
 data:
   tokenizer: {{data}}/tokenizer.model
   train: [{{data}}/train]
@@ -124,7 +124,7 @@ class Launch:
         return [workers[rank] for rank in sorted(workers)] or [only.pid]
 
     def kill(self) -> None:
-        """SIGKILL to everything at once."""
+        """Send SIGKILL to everything at once."""
         for rank in self.ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)
@@ -136,7 +136,7 @@ class Launch:
         return None in self.poll()
 
     def wait(self, timeout_s: float = LIMIT_S) -> list[int | None]:
-        """The statuses, after all ranks have ended or `timeout_s` has passed."""
+        """Return the statuses, after all ranks have ended or `timeout_s` has passed."""
         deadline_s = time.monotonic() + timeout_s
         return [rank.wait(max(0.0, deadline_s - time.monotonic())) for rank in self.ranks]
 
@@ -147,7 +147,7 @@ class Launch:
         return "".join(rank.complained() for rank in self.ranks)
 
     def last_words(self) -> str:
-        """The end of what each rank complained of."""
+        """Return the end of each rank's stderr."""
         lines = [rank.complained().strip().split("\n")[-1][-300:] for rank in self.ranks]
         return " / ".join(lines)
 
@@ -167,7 +167,7 @@ class Bench:
     """How long a whole run takes here, measured likewise."""
 
     def folder(self, name: str) -> Path:
-        """A new folder for a case."""
+        """Return a new folder for a case."""
         path = self.work / re.sub(r"\W+", "_", name)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -235,7 +235,7 @@ class Bench:
         return Launch([Process(process.pid, process.poll, folder / "out0", folder / "err0")])
 
     def unbroken(self, layout: str) -> Path:
-        """The folder of a run without faults, made once."""
+        """Return the folder of a run without faults, made once."""
         if layout not in self._unbroken:
             folder = self.folder(f"unbroken {layout}")
             started_s = time.monotonic()
@@ -267,14 +267,14 @@ def bench(work: Path, tree: Path = REPO) -> Iterator[Bench]:
 
 
 def base_environment(tree: Path) -> dict[str, str]:
-    """That of this process, without what a launcher of its own has left in it."""
+    """Return this process's environment, without the variables of a launcher."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_OF_LAUNCHERS)}
     fixed = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     return {**kept, **fixed, "PYTHONPATH": os.pathsep.join([str(tree), str(REPO)])}
 
 
 def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun gives to a rank whose store listens at `port`."""
+    """Return the variables that torchrun sets for a rank whose store listens at `port`."""
     return {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
         **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
@@ -295,7 +295,7 @@ def checkpoints(folder: Path) -> Path:
 
 
 def in_save(folder: Path) -> bool:
-    """Whether a checkpoint is being written, or was when the run died."""
+    """Return whether a checkpoint is being written, or was when the run died."""
     try:
         return any(name.startswith(".partial_") for name in os.listdir(checkpoints(folder)))
     except FileNotFoundError:
@@ -303,7 +303,7 @@ def in_save(folder: Path) -> bool:
 
 
 def wait_for_save(folder: Path, launch: Launch, limit_s: float = LIMIT_S) -> bool:
-    """Until a save begins; False when the run has ended first."""
+    """Wait until a save begins; return False when the run has ended first."""
     deadline_s = time.monotonic() + limit_s
     while not in_save(folder):
         if not launch.running() or time.monotonic() > deadline_s:
@@ -313,7 +313,7 @@ def wait_for_save(folder: Path, launch: Launch, limit_s: float = LIMIT_S) -> boo
 
 
 def records(folder: Path) -> dict[int, dict[str, float]]:
-    """The reproducible figures of metrics.jsonl by step; a last line cut short is left out."""
+    """Return the reproducible metrics by step, without a last line that was cut short."""
     path = folder / "run" / "metrics.jsonl"
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -329,13 +329,13 @@ def last_step(folder: Path) -> int:
 
 
 def resumed_step(said: str) -> int:
-    """The step that a run says it goes on from; 0 when it says nothing of the kind."""
+    """Return the step that a run prints it resumes from; 0 when it prints none."""
     found = _RESUMED.search(said)
     return int(found[1]) if found else 0
 
 
 def litter(folder: Path) -> list[str]:
-    """What is in a run's folders that no whole run leaves there."""
+    """Return the files in a run's folders that no complete run leaves there."""
     ours = r"step_\d{8}|latest|metrics\.jsonl|config\.yaml|machine\.json|tensorboard|checkpoints"
     kept = re.compile(rf"{ours}|latest_before_step_\d{{8}}")  # the latter: what was in its way
     places = [folder / "run", checkpoints(folder)]
@@ -344,7 +344,7 @@ def litter(folder: Path) -> list[str]:
 
 
 def read_state(checkpoint: Path) -> dict[str, object]:
-    """Everything in a checkpoint: tensors and objects by name and place, and `common.pt`."""
+    """Return a checkpoint's content: tensors and objects by name and place, and `common.pt`."""
     state: dict[str, object] = {}
     for index, place in FileSystemReader(checkpoint).read_metadata().storage_data.items():
         with (checkpoint / place.relative_path).open("rb") as file:
@@ -356,7 +356,7 @@ def read_state(checkpoint: Path) -> dict[str, object]:
 
 
 def differences(folder: Path, expected: Path) -> list[str]:
-    """How the end of a run differs from that of another: state, figures, leftovers."""
+    """Return how the end of a run differs from that of another: state, metrics, leftovers."""
     found = []
     newest, wanted = (newest_checkpoint(path) for path in (folder, expected))
     if newest is None or wanted is None or newest.name != wanted.name:
@@ -388,7 +388,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def same(one: object, other: object) -> bool:
-    """Equality to the last bit, through dictionaries and lists."""
+    """Return whether two values are equal to the last bit, through dictionaries and lists."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.dtype != other.dtype or one.shape != other.shape:
             return False

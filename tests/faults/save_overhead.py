@@ -2,7 +2,7 @@
 
     python -m tests.faults.save_overhead --folder /some/disk --saves 9
 
-The two arms alternate in one process, each order as often as the other, on the same state (weights
+Both variants alternate in one process, each order as often as the other, on the same state (weights
 and both moments of a model, fp32). Reported are medians, and the median of the ratios of pairs;
 with `--background` of what training waits for when checkpoints are written asynchronously.
 """
@@ -38,14 +38,14 @@ def main() -> int:
         times = measure(Path(folder), options.saves, options.background)
     off, on = times[False], times[True]
     ratio = statistics.median(b / a for a, b in zip(off, on, strict=True)) - 1
-    for name, arm in (("without", off), ("with", on)):
-        print(f"{name:8} manifest: median {statistics.median(arm):.2f} s, {_spread(arm)}")
+    for name, times_s in (("without", off), ("with", on)):
+        print(f"{name:8} manifest: median {statistics.median(times_s):.2f} s, {_spread(times_s)}")
     print(f"overhead: {ratio:+.1%} (median of pairs), {_change(off, on):+.1%} (of the medians)")
     return 0 if min(ratio, _change(off, on)) <= LIMIT else 1
 
 
 def measure(folder: Path, saves: int, background: bool = False) -> dict[bool, list[float]]:
-    """Seconds of each save (or of its beginning), by whether it was verified."""
+    """Return the seconds of each save (or of its start), by whether it was verified."""
     device = backends.prepare()
     settings = make_settings(folder, model=MODEL, checkpoint={"keep": 1, "async_save": background})
     times: dict[bool, list[float]] = {False: [], True: []}

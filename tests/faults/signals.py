@@ -1,4 +1,4 @@
-"""Signals at every phase of a run: it ends saved, with the documented status, and goes on exactly.
+"""Signals at every phase of a run: it ends saved, with the documented status, and resumes exactly.
 
     python tests/faults/run.py signals --count 28 --seed 1
 
@@ -102,7 +102,7 @@ def _run(bench: Bench, case: Signal, folder: Path) -> tuple[list[str], list[str]
 def _in_phase(
     bench: Bench, case: Signal, folder: Path, overrides: list[str], draw: random.Random
 ) -> Launch:
-    """From inside the process, shortly after a phase has begun."""
+    """Signal from inside the process, shortly after a phase has begun."""
     phase = "save" if case.phase == BACKGROUND else case.phase
     repeated = phase in ("step", "save")
     environment = {
@@ -121,7 +121,7 @@ def _in_phase(
 def _anywhere(
     bench: Bench, case: Signal, folder: Path, overrides: list[str], draw: random.Random
 ) -> Launch:
-    """From outside, at a random moment after start-up, to every process or to one rank."""
+    """Signal from outside, at a random moment after start-up, every process or one rank."""
     launch = bench.start(folder, case.layout, overrides)
     wanted = draw.randint(0, 5)
     while (last_step(folder) < wanted and launch.running()) or not _listens(launch):
@@ -151,7 +151,7 @@ def _in_imports(
 def _twice(
     bench: Bench, case: Signal, folder: Path, overrides: list[str], draw: random.Random
 ) -> Launch:
-    """Ctrl-C, and once more in the same step, which takes its time."""
+    """Press Ctrl-C, and again in the same step, which is slow."""
     ranks = range(LAYOUTS[case.layout][0])
     plants = dict.fromkeys(ranks, "tests.faults.plants:stall")
     environments = {rank: {"FAULT_DELAY": "4"} for rank in ranks}
@@ -166,7 +166,7 @@ def _twice(
 
 
 def _listens(launch: Launch) -> bool:
-    """Whether every process catches signals by now, or has ended."""
+    """Return whether every process catches signals by now, or has ended."""
     for rank in launch.ranks:
         if rank.poll() is not None:
             continue

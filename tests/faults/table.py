@@ -1,4 +1,4 @@
-"""What became of the injected faults, as one Markdown table."""
+"""The outcomes of the injected faults, as one Markdown table."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Outcome:
     kind: str
     """The row that it belongs to."""
     name: str
-    """What was injected, with all that is needed to do it again."""
+    """What was injected, with all that is needed to repeat it."""
     failures: tuple[str, ...] = ()
-    """What did not go as promised; empty: survived, or caught."""
+    """What went wrong; empty: survived, or caught."""
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
-    """What is counted over the row, such as where the fault really struck."""
+    """What is counted over the row, such as where the fault occurred."""
 
 
 @dataclass

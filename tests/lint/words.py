@@ -52,16 +52,17 @@ VERBS = frozenset(
     """
     add allow announce apply ask assert bound bring broadcast build call check choose clean clear
     clip close collect combine compare compile complete compute continue convert copy count create
-    cut decide delete describe dispatch draw drop encode end enter estimate evaluate exit explain
-    export extend fill find finish fit flush forward free gather generate get give group guess hand
-    hash hold import initialize insert install iterate join keep leave let limit list load log look
-    make map mark match measure merge move multiply name normalize note notice open parse patch
-    permute pick place plan plot prepare preprocess print profile prune publish put raise rank read
-    rebuild receive record reduce refuse register release remove rename render replace report reset
-    resolve restore resume return round route run sample save scale scan score search seed select
-    send serve set share shard show shuffle skip sort split start state stop store subtract sum
-    summarize sync take tell time tokenize trace train translate truncate try turn undo unpack
-    unpickle update upcycle use validate verify wait warn watch weigh wrap write yield
+    cut decide delete describe diagnose dispatch do draw drop encode end enter estimate evaluate
+    exit explain export extend fill find finish fit flush forward free fsync gather generate get
+    give group guess hand hash hold import initialize insert install iterate join keep leave let
+    limit list load log look make map mark match measure merge move multiply name normalize note
+    notice open parse patch permute pick place plan plot prepare preprocess print profile prune
+    publish put raise rank read rebuild receive record reduce refuse register release remove rename
+    render replace report rerun reset resolve restore resume return round route run sample save
+    scale scan score search seed select send serve set shard share show shuffle skip sort split
+    start state stop store subtract sum summarize sync take tell time tokenize trace train translate
+    truncate try turn unblock undo unpack unpickle upcycle update use validate verify wait warn
+    watch weigh wrap write yield
     """.split()  # noqa: SIM905
 )
 

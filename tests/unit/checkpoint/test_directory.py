@@ -1,4 +1,4 @@
-"""Names appear and vanish in one step, and what a dead run left half done is cleared away."""
+"""Names appear and vanish in one step, and what a dead run left incomplete is removed."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def die_at(monkeypatch, number: int) -> None:
 def test_dying_anywhere_in_a_save_leaves_a_good_folder(
     tmp_path, monkeypatch, number, earlier, step
 ):
-    """Step 2 is replaced, step 3 is new; the next run clears away and saves again."""
+    """Step 2 is replaced, step 3 is new; the next run removes the leftovers and saves again."""
     for before in earlier:
         write(tmp_path, before, "old")
         put(tmp_path, before)

@@ -123,6 +123,6 @@ def test_nonsense_is_no_manifest(folder, text):
         read_manifest(folder)
 
 
-def test_without_a_manifest_the_mend_is_named(tmp_path):
+def test_without_a_manifest_the_fix_is_named(tmp_path):
     with pytest.raises(BadCheckpointError, match=r"checkpoint\.verify=false"):
         read_manifest(tmp_path)

@@ -326,7 +326,7 @@ def forge_extra_state_in_a_tensor(checkpoint, attack):
 
 
 def forge_extra_state_in_a_storage(checkpoint, attack):
-    """A pickle of torch's storages, which torch unpickles without looking."""
+    """A pickle of torch's storages, which torch unpickles unchecked."""
 
     class Storage:
         def __reduce__(self):
@@ -374,7 +374,7 @@ def test_nothing_is_executed(folder, tmp_path, trainer, forge, verify):
 
 
 def test_the_forgeries_are_real(folder, tmp_path):
-    """What the attacks would do where nobody looks."""
+    """What the attacks would do without the checks."""
     newest, _ = find_checkpoints(folder)
     forge_index(newest, Attack(tmp_path / "victim"))
     pickle.loads((newest / ".metadata").read_bytes())

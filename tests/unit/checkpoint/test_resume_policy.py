@@ -1,4 +1,4 @@
-"""Which changes between a checkpoint and the run that goes on from it are refused, said or safe."""
+"""Which changes of settings between a checkpoint and the resumed run are refused or printed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.training.runs import make_settings, make_trainer
 
 
 class Words(Tokenizer):
-    """A tokenizer of so many ids, whose content is told by a word."""
+    """A tokenizer of so many ids, whose content is identified by a word."""
 
     def __init__(self, vocab_size: int = 96, content: str = "one") -> None:
         super().__init__(None, vocab_size=vocab_size, eod=0, bos=1, pad=2, digest=content)
@@ -117,7 +117,7 @@ def test_a_default_that_is_spelled_out_is_no_change():
 
 
 def test_every_setting_has_its_place():
-    """New settings are refused (model, data) or said (train) until the table says otherwise."""
+    """New settings are refused (model, data) or printed (train) until the table says otherwise."""
     for section, values in asdict(Settings()).items():
         for name in values:
             assert policy_of(f"{section}.{name}") in Policy

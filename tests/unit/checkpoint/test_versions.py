@@ -61,7 +61,7 @@ def rewrite_manifest(checkpoint) -> None:
 
 
 def test_checkpoints_of_other_versions_come_back_to_the_bit(single_rank, folder):
-    """Weights, moments, generators and exported tensors; the next loss to 1e-5."""
+    """Weights, moments, RNG states and exported tensors; the next loss to 1e-5."""
     assert saved_checkpoints.load(folder) == []
 
 
