@@ -1,10 +1,12 @@
-"""Names of the files and folders that a run and its checkpoints consist of (light to import).
+"""Names of the files and folders that a run and its checkpoints consist of.
 
-<run>/config.yaml               the settings of the latest start
-<run>/machine.json              what that ran on
-<run>/metrics.jsonl             the metrics, one record a line
-<run>/checkpoints/latest        name of the newest checkpoint, for people and scripts
-<run>/checkpoints/step_<step>/  a checkpoint (see `megatron_coe.checkpoint`)
+    <run>/config.yaml               the settings of the latest start
+    <run>/machine.json              what that ran on
+    <run>/metrics.jsonl             the metrics, one record a line
+    <run>/checkpoints/latest        name of the newest checkpoint, for people and scripts
+    <run>/checkpoints/step_<step>/  a checkpoint (see `megatron_coe.checkpoint`)
+
+The module is light to import.
 """
 
 from __future__ import annotations
