@@ -6,19 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
 from benchmarks.phases import GRADIENT_BUFFERS, Target, targets
 from benchmarks.timing import Lap, Variant
+from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
+from megatron_coe.config.validation import num_microbatches
 from megatron_coe.distributed.seeds import seed_everything
 from megatron_coe.distributed.train_state import build_train_state
+from megatron_coe.fault_tolerance.heartbeat import Heartbeat
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.training.batch_source import BatchSource
-from megatron_coe.training.trainer import Trainer
+from megatron_coe.training.metrics_logger import NullLogger
+from megatron_coe.training.profiling import StepProfiler
+from megatron_coe.training.trainer import Trainer, last_step
 
 PARTS = GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 """The two parts of a step: forward and backward; and the update with its clipping."""
@@ -104,7 +110,18 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepVaria
         parallel_state.get_data_parallel_world_size(),
         device,
     )
-    trainer = Trainer(settings, train_state, source, None, Progress(), None)
+    trainer = Trainer(
+        settings=settings.train,
+        train_state=train_state,
+        source=source,
+        num_microbatches=num_microbatches(settings, dist.get_world_size()),
+        validator=None,
+        progress=Progress(),
+        metrics_logger=NullLogger(settings.log, last_step(settings.train)),
+        checkpointer=Checkpointer(settings.checkpoint, settings.to_yaml()),
+        profiler=StepProfiler(settings.log, enabled=False),
+        heartbeat=Heartbeat(),
+    )
     replicas = parallel_state.get_data_parallel_world_size()
     tokens = settings.train.global_batch_size * provider.seq_length // replicas
     return StepVariant(name, trainer, provider, tokens)

@@ -66,8 +66,8 @@ def main() -> None:
         for module in trainer.train_state.chunks[0].modules():
             if isinstance(module, CoERouter):
                 watches.watch("counting", module, "count")
-        watches.watch("norms of gradients", trainer._gradient_norms, "measure")
-        watches.watch("reading", trainer, "figures")
+        watches.watch("norms of gradients", trainer.train_step.gradient_norms, "measure")
+        watches.watch("reading", trainer, "metrics")
         watches.watch("writing", metrics_logger, "record")
         for number in range(1 + options.rounds):
             watches.seconds.clear()

@@ -43,6 +43,7 @@ from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.utils.fsynced import digest_of, in_background, write_fsynced
 from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_name, step_of
+from megatron_coe.utils.steps import is_multiple
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ class Checkpointer:
         self._resumed_from: int | None = None
         self._loadable: dict[Path, bool] = {}
 
+    def is_due(self, step: int, last_step: int) -> bool:
+        """Return whether a checkpoint is written after a step: every interval, and at the end."""
+        return step == last_step or is_multiple(step, self.options.save_interval)
+
     def resume_from(self, checkpoint: Path) -> None:
         """Note the checkpoint that the run resumes from: no later one was valid."""
         self._resumed_from = step_of(checkpoint)
@@ -99,24 +104,24 @@ class Checkpointer:
         if is_rank_0():
             self.content = {**hf_content(checkpoint), **self.content}
 
-    def check(self, train_state: TrainState) -> None:
-        """Remove leftovers of an earlier run, and check that a checkpoint could be written.
+    def prepare(self, train_state: TrainState, saves: bool = True) -> None:
+        """Remove leftovers of an earlier run, and check that a checkpoint can be written.
 
         To be called before the first step: each rank writes a file, and the disk must have room
         for one checkpoint.
+
+        Args:
+            saves: whether there are steps to be saved.
         """
         if self.options.save is None:
             return
         folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
+        if not saves:
+            write_on_all_ranks(what, partial(_on_rank_0, folders.remove_leftovers, folder))
+            return
         needed = _sum(state_size(train_state) + self._content_size(), _device(train_state))
         write_on_all_ranks(what, partial(_on_rank_0, _prepare_folder, folder, needed))
         write_on_all_ranks(what, partial(_probe, folder / f".probe_{dist.get_rank()}"))
-
-    def remove_leftovers(self) -> None:
-        """Remove leftovers of an earlier run, when there is no step to train and save."""
-        if self.options.save is not None:
-            folder, what = Path(self.options.save), f"checkpoint.save={self.options.save}"
-            write_on_all_ranks(what, partial(_on_rank_0, folders.remove_leftovers, folder))
 
     def save(self, train_state: TrainState, progress: Progress) -> None:
         """Write the present state, or start writing it; an earlier save is completed first."""

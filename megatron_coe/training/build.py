@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from megatron_coe.checkpoint.resume import Start, check_changes, select_start
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.checkpoint.tokenizer import identity_of
-from megatron_coe.config.run_config import Settings
+from megatron_coe.config.run_config import Settings, TrainSettings
+from megatron_coe.config.validation import num_microbatches
 from megatron_coe.data.datasets import build_datasets
 from megatron_coe.data.indexed import IndexedFile, data_summary, documents_begin_with, identify
 from megatron_coe.data.tokenizer import Tokenizer
@@ -33,14 +35,17 @@ from megatron_coe.fault_tolerance.watchdog import group_timeout, watched
 from megatron_coe.planning.run_summary import describe_sizes, plan_of
 from megatron_coe.training.banner import banner
 from megatron_coe.training.batch_source import BatchSource
-from megatron_coe.training.metrics_logger import MetricsLogger
+from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger
 from megatron_coe.training.out_of_memory import explained
 from megatron_coe.training.preflight import (
+    Preflight,
     check_run,
     data_arguments,
     training_sets,
 )
-from megatron_coe.training.trainer import Trainer, Validation
+from megatron_coe.training.profiling import StepProfiler
+from megatron_coe.training.trainer import Trainer, last_step
+from megatron_coe.training.validation import Validator
 from megatron_coe.utils.environment import write_machine
 from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import CONFIG_FILE
@@ -68,11 +73,11 @@ def trainer(
     stop: StopRequest | None = None,
     sources: Sequence[Path] = (),
 ) -> Iterator[Trainer]:
-    """A trainer at the newest checkpoint, or at step 0; its process groups last as long as it.
+    """Build a trainer at the latest checkpoint, or at step 0; its process groups last as long.
 
     Args:
         must_resume: there has to be a checkpoint.
-        stop: heeded after each part of the work; a hang or an error of a rank ends all of them.
+        stop: checked after each part of the work; a hang or an error of a rank ends all of them.
         sources: files of the settings, which may lie in checkpoints: those are never deleted.
 
     Raises:
@@ -81,92 +86,131 @@ def trainer(
     """
     stop, heartbeat = stop or StopRequest(), Heartbeat()
     found = check_run(settings, saves=not must_resume)
-    device, tokenizer, provider = found.device, found.tokenizer, found.provider
+    device = found.device
     if settings.train.deterministic and device.type == "cuda":
         use_deterministic_kernels()
     data = [identify(file) for file in found.files]
-    checkpointer = Checkpointer(
-        settings.checkpoint,
-        settings.to_yaml(),
-        identity_of(tokenizer),
-        data,
-        _carried(settings, tokenizer) if is_rank_0() else None,
-        [*sources, tokenizer.path, *map(Path, filter(None, [settings.checkpoint.load]))],
-    )
-    timeout_s = settings.train.hang_timeout_s
-    store, saves = rendezvous(), settings.checkpoint.save is not None
+    checkpointer = _make_checkpointer(settings, found.tokenizer, data, sources)
+    timeout_s, store = settings.train.hang_timeout_s, rendezvous()
+
+    def begin(phase: str, before: str) -> None:
+        stop.raise_if_stopped(device, before, settings.checkpoint.save is not None)
+        heartbeat.enter(phase)
+
     with (
         watched(store, timeout_s, heartbeat, raised_together=(RunEndedError, CheckpointWriteError)),
         explained(settings, heartbeat),
         process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
     ):
-        stop.raise_if_stopped(device, "the data were looked at", saves)
-        heartbeat.enter(LOADING)
+        begin(LOADING, "the data were looked at")
         start = select_start(settings.checkpoint, must_resume)
-        changed = []
-        if start:
-            model_only = must_resume or start.weights_only
-            changed = check_changes(start.path, settings, tokenizer, data, model_only)
-            checkpointer.keep_hf_files_of(start.path)
-            if not start.weights_only:
-                checkpointer.resume_from(start.path)
+        changes = _take_up(start, checkpointer, settings, found.tokenizer, data, must_resume)
         seed_everything(settings.train.seed)
         heartbeat.enter(DATA)
-        arguments = data_arguments(settings, tokenizer, provider.seq_length)
-        arguments["num_samples"] = (_num_samples(settings, start), settings.train.eval_samples)
-        train_set, valid_set = build_datasets(**arguments, cache_dir=settings.data.cache)
-        stop.raise_if_stopped(device, "the model was built", saves)
-        heartbeat.enter(MODEL)
+        train_set, valid_set = _build_datasets(settings, found, start)
+        begin(MODEL, "the model was built")
         train_state = build_train_state(
-            provider, settings.parallel, settings.train, device, trains=not must_resume
+            found.provider, settings.parallel, settings.train, device, trains=not must_resume
         )
-        stop.raise_if_stopped(device, "the checkpoint was loaded", saves)
-        heartbeat.enter(LOADING)
+        begin(LOADING, "the checkpoint was loaded")
         progress = Progress()
         if start:
             progress = load_checkpoint(start.path, train_state, start.weights_only)
         if not must_resume:
-            if progress.step < settings.train.steps:
-                checkpointer.check(train_state)
-            else:
-                checkpointer.remove_leftovers()
-        per_epoch = _samples_per_epoch(found.files, settings.data.mode, provider.seq_length)
-        train = _source(train_set, settings, device, per_epoch)
-        validation = None
+            checkpointer.prepare(train_state, saves=progress.step < settings.train.steps)
+        validator = None
         if valid_set is not None:
-            validation = Validation(_source(valid_set, settings, device), len(valid_set))
-        metrics_logger = None
-        if is_rank_0():
-            metrics_logger, machine = _open_reports(settings, progress, device)
-            plan = plan_of(settings, provider, dist.get_world_size(), device.type == "cuda")
-            reads = _summarize_data(settings, found.files, per_epoch, validation)
-            metrics_logger.log(banner(settings, plan, machine, reads, _start_of(settings, start)))
-            for warning in found.warnings:
-                metrics_logger.log(f"warning: {warning}")
-            if start and start.skipped:
-                metrics_logger.log(f"checkpoint.load={start.skipped} is not read again")
-            for change in changed:
-                metrics_logger.log(f"changed since then: {change}")
+            source = _make_source(valid_set, settings.train, device)
+            validator = Validator(settings.train, train_state, source, len(valid_set), heartbeat)
+        per_epoch = _samples_per_epoch(found.files, settings.data.mode, found.provider.seq_length)
+        metrics_logger = _open_logger(settings, progress)
+        if metrics_logger.is_enabled:
+            begins = _describe_begin(settings, found, per_epoch, validator, start, changes)
+            for text in begins:
+                metrics_logger.log(text)
         try:
             yield Trainer(
-                settings,
-                train_state,
-                train,
-                validation,
-                progress,
-                metrics_logger,
-                heartbeat,
-                checkpointer,
+                settings=settings.train,
+                train_state=train_state,
+                source=_make_source(train_set, settings.train, device, per_epoch),
+                num_microbatches=num_microbatches(settings, dist.get_world_size()),
+                validator=validator,
+                progress=progress,
+                metrics_logger=metrics_logger,
+                checkpointer=checkpointer,
+                profiler=StepProfiler(settings.log, enabled=is_rank_0()),
+                heartbeat=heartbeat,
             )
         finally:
-            if metrics_logger:
-                metrics_logger.close()
+            metrics_logger.close()
 
 
-def _carried(settings: Settings, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What each checkpoint holds besides its state."""
-    begins = documents_begin_with(settings.data.train, tokenizer.bos)
-    return tokenizer_content(tokenizer.path) | documents_content(begins)
+def _make_checkpointer(
+    settings: Settings, tokenizer: Tokenizer, data: list[dict[str, Any]], sources: Sequence[Path]
+) -> Checkpointer:
+    content = {}
+    if is_rank_0():
+        begins = documents_begin_with(settings.data.train, tokenizer.bos)
+        content = tokenizer_content(tokenizer.path) | documents_content(begins)
+    load = [Path(settings.checkpoint.load)] if settings.checkpoint.load else []
+    return Checkpointer(
+        settings.checkpoint,
+        settings.to_yaml(),
+        identity_of(tokenizer),
+        data,
+        content,
+        [*sources, tokenizer.path, *load],
+    )
+
+
+def _take_up(
+    start: Start | None,
+    checkpointer: Checkpointer,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    data: list[dict[str, Any]],
+    must_resume: bool,
+) -> list[str]:
+    """Check what has changed since the checkpoint that a run starts from; return what may."""
+    if start is None:
+        return []
+    model_only = must_resume or start.weights_only
+    changes = check_changes(start.path, settings, tokenizer, data, model_only)
+    checkpointer.keep_hf_files_of(start.path)
+    if not start.weights_only:
+        checkpointer.resume_from(start.path)
+    return changes
+
+
+def _build_datasets(
+    settings: Settings, found: Preflight, start: Start | None
+) -> tuple[Dataset, Dataset | None]:
+    arguments = data_arguments(settings, found.tokenizer, found.provider.seq_length)
+    arguments["num_samples"] = (
+        _num_samples(settings.train, start),
+        settings.train.eval_samples,
+    )
+    return build_datasets(**arguments, cache_dir=settings.data.cache)
+
+
+def _describe_begin(
+    settings: Settings,
+    found: Preflight,
+    per_epoch: float,
+    validator: Validator | None,
+    start: Start | None,
+    changes: Sequence[str],
+) -> Iterator[str]:
+    """What a run logs before its first step."""
+    device, ranks = found.device, dist.get_world_size()
+    machine = write_machine(Path(settings.log.dir), device, ranks)
+    plan = plan_of(settings, found.provider, ranks, device.type == "cuda")
+    reads = _summarize_data(settings, found.files, per_epoch, validator)
+    yield banner(settings, plan, machine, reads, _start_of(settings, start))
+    yield from (f"warning: {warning}" for warning in found.warnings)
+    if start and start.skipped:
+        yield f"checkpoint.load={start.skipped} is not read again"
+    yield from (f"changed since then: {change}" for change in changes)
 
 
 def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
@@ -183,12 +227,12 @@ def _summarize_data(
     settings: Settings,
     files: Sequence[IndexedFile],
     per_epoch: float,
-    validation: Validation | None,
+    validator: Validator | None,
 ) -> str:
     train = settings.train
     documents, tokens = sum(f.documents for f in files), sum(f.tokens for f in files)
     epochs = train.steps * train.global_batch_size / per_epoch
-    held_out = f"{validation.samples:,} sequences held out" if validation else "no held-out set"
+    held_out = f"{validator.samples:,} sequences held out" if validator else "no held-out set"
     return (
         f"{len(files)} set(s), {documents:,} documents, {tokens:,} tokens, {settings.data.mode}; "
         f"{epochs:.2f} epochs in {train.steps:,} steps; {held_out}"
@@ -196,14 +240,12 @@ def _summarize_data(
 
 
 def _start_of(settings: Settings, start: Start | None) -> str:
-    train = settings.train
-    last = min(train.steps, train.stop_step or train.steps)
+    last = last_step(settings.train)
     return f"{settings.log.dir}, {start or 'from step 0'}, to step {last:,}"
 
 
-def _num_samples(settings: Settings, start: Start | None) -> int:
+def _num_samples(train: TrainSettings, start: Start | None) -> int:
     """Training sequences that the run reads in all, steps before it had other batches included."""
-    train = settings.train
     planned = train.steps * train.global_batch_size
     if start is None or start.weights_only:
         return planned
@@ -219,15 +261,15 @@ def _samples_per_epoch(files: Sequence[IndexedFile], mode: str, seq_length: int)
     return sum(file.documents for file in files)
 
 
-def _source(
+def _make_source(
     dataset: Dataset,
-    settings: Settings,
+    train: TrainSettings,
     device: torch.device,
     samples_per_epoch: float | None = None,
 ) -> BatchSource:
     return BatchSource(
         dataset,
-        micro_batch_size=settings.train.micro_batch_size,
+        micro_batch_size=train.micro_batch_size,
         rank=parallel_state.get_data_parallel_rank(),
         replicas=parallel_state.get_data_parallel_world_size(),
         device=device,
@@ -235,11 +277,13 @@ def _source(
     )
 
 
-def _open_reports(
-    settings: Settings, progress: Progress, device: torch.device
-) -> tuple[MetricsLogger, dict[str, object]]:
-    """Where figures go, and what the run's machine is."""
+def _open_logger(settings: Settings, progress: Progress) -> NullLogger:
+    """Where metrics go, on rank 0; the run's folder gets its settings."""
+    last = last_step(settings.train)
+    if not is_rank_0():
+        return NullLogger(settings.log, last)
     config = OmegaConf.to_container(OmegaConf.structured(settings))
-    metrics_logger = MetricsLogger(settings.log, settings.train.steps, progress.step, config)
+    steps = settings.train.steps
+    metrics_logger = MetricsLogger(settings.log, steps, progress.step, config, last_step=last)
     (metrics_logger.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-    return metrics_logger, write_machine(metrics_logger.directory, device, dist.get_world_size())
+    return metrics_logger

@@ -1,4 +1,4 @@
-"""Where a run's figures go: console, metrics.jsonl, TensorBoard and, when asked for, W&B."""
+"""Metrics of a run: console, metrics.jsonl, TensorBoard and, when asked for, W&B."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_coe.utils.metrics_file import Record, drop_records_after, read_records
 from megatron_coe.utils.run_files import METRICS_FILE
+from megatron_coe.utils.steps import is_multiple
 
 if TYPE_CHECKING:
     from megatron_coe.config.run_config import LogSettings
@@ -32,13 +33,51 @@ _CONSOLE = {
 _BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
 
 
-class MetricsLogger:
-    """Writes records of the run from one process (make it on rank 0 only).
+class NullLogger:
+    """Knows when a record is due, as all ranks must, and writes nothing.
 
-    `metrics.jsonl` holds one per line, in
-    order of steps, and survives a resume: records past the step resumed from are dropped, for they
-    are about to be made again.
+    Args:
+        last_step: at which the process ends.
     """
+
+    is_enabled = False
+
+    def __init__(self, log: LogSettings, last_step: int) -> None:
+        self._interval, self._last_step = log.interval, last_step
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the step's metrics are recorded."""
+        return step in (1, self._last_step) or is_multiple(step, self._interval)
+
+    def log(self, text: str) -> None:
+        """Print a line on the console, above the progress bar if there is one."""
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+
+    def record(self, step: int, values: Record) -> None:
+        """Write one record everywhere."""
+
+    def has(self, step: int, name: str) -> bool:
+        """Return whether a metric of that step has been recorded, as far as is known."""
+        return True
+
+    def latest(self, name: str) -> float | None:
+        """Return the newest value of a metric; None if there is none."""
+        return None
+
+    def close(self) -> None:
+        """Flush and close whatever is open."""
+
+
+class MetricsLogger(NullLogger):
+    """Writes the metrics of a run; made on rank 0 only.
+
+    `metrics.jsonl` holds one record per line, in order of steps, and survives a resume: records
+    past the step resumed from are dropped, for they are about to be made again.
+    """
+
+    is_enabled = True
 
     def __init__(
         self,
@@ -47,9 +86,11 @@ class MetricsLogger:
         completed_steps: int,
         config: dict[str, object],
         stream: TextIO | None = None,
+        last_step: int | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds; readers go without
 
+        super().__init__(log, last_step or total_steps)
         self.directory = Path(log.dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.path = self.directory / METRICS_FILE
@@ -75,19 +116,16 @@ class MetricsLogger:
         )
 
     def log(self, text: str) -> None:
-        """One line on the console, above the progress bar if there is one."""
         if self._bar is None:
             print(text, file=self._stream, flush=True)
         else:
             self._bar.write(text, file=self._stream)
 
     def advance(self) -> None:
-        """Moves the progress bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def record(self, step: int, values: Record) -> None:
-        """Sends one record everywhere."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -101,11 +139,9 @@ class MetricsLogger:
         self.log(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a figure of that step has been recorded."""
         return any(record["step"] == step and name in record for record in self._records())
 
     def latest(self, name: str) -> float | None:
-        """The newest value of a figure; None if there is none."""
         found = [record[name] for record in self._records() if name in record]
         return found[-1] if found else None
 

@@ -83,7 +83,7 @@ def pretrain(request: Request) -> int:
             reason = trainer.run(stop)
             if reason is None:
                 return DONE
-            return status_of(reason, saves=trainer.settings.checkpoint.save is not None)
+            return status_of(reason, saves=trainer.checkpointer.options.save is not None)
     except KeyboardInterrupt:
         print(f"\n{request.name}: stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT

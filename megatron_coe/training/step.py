@@ -1,18 +1,141 @@
-"""Micro-batches through a rank's model chunks, forward and back, by Megatron's schedules."""
+"""A training step: forward and backward passes by Megatron's schedules, and the update."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_coe.checkpoint.state import Progress
+from megatron_coe.config.run_config import TrainSettings
 from megatron_coe.distributed.train_state import TrainState
-from megatron_coe.fault_tolerance.heartbeat import Heartbeat
-from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
-from megatron_coe.training.loss import Batch, LossFunction, make_loss_function
+from megatron_coe.fault_tolerance.exceptions import NotFiniteError
+from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
+from megatron_coe.fault_tolerance.nonfinite import diagnose
+from megatron_coe.megatron_compat.versions import forget_balance_losses, get_batch_on_this_cp_rank
+from megatron_coe.training.batch_source import BatchSource
+from megatron_coe.training.grad_norms import GradientNorms
+from megatron_coe.training.loss import (
+    Batch,
+    LossFunction,
+    count_valid_tokens,
+    loss_scale,
+    make_loss_function,
+)
+from megatron_coe.training.optimizer_step import (
+    StepStart,
+    agreed_loss,
+    apply_update,
+    prepare_update,
+)
+from megatron_coe.training.step_metrics import MetricsCollector, StepMetrics
+
+
+class TrainStep:
+    """One update of the weights, judged before it is applied. A collective of all ranks.
+
+    Args:
+        source: the training sequences.
+        num_microbatches: of a step, per data-parallel rank.
+        heartbeat: told what this rank is doing.
+    """
+
+    def __init__(
+        self,
+        train: TrainSettings,
+        train_state: TrainState,
+        source: BatchSource,
+        num_microbatches: int,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self._train = train
+        self._train_state = train_state
+        self._source = source
+        self._num_microbatches = num_microbatches
+        self._heartbeat = heartbeat
+        self._start = StepStart(train_state.chunks)
+        self.collector = MetricsCollector(train_state, train, num_microbatches, source.device)
+        self.gradient_norms = GradientNorms(train_state.optimizer, train_state.chunks)
+
+    def run(self, progress: Progress, is_logged: bool = False) -> StepMetrics:
+        """Make a step; without an update where loss or gradients are not finite.
+
+        Args:
+            progress: counted on in place.
+            is_logged: measure what a record of this step holds.
+
+        Raises:
+            NotFiniteError: such a step is not to be skipped; nothing has changed by it.
+        """
+        started_s = time.perf_counter()
+        self._heartbeat.enter(STEP, progress.step + 1)
+        self._start.note()
+        optimizer = self._train_state.optimizer
+        batches = self._source.training(progress.samples, self._num_microbatches)
+        with self.collector.watching(is_logged):
+            totals = self.compute_gradients(batches)
+        lr = get_canonical_lr_for_logging(optimizer.param_groups)
+        grad_norm = prepare_update(optimizer)
+        grad_norms = self.gradient_norms.measure() if is_logged else {}
+        loss, finite = agreed_loss(totals, grad_norm)
+        skipped = None
+        if finite:
+            apply_update(optimizer, grad_norm)
+            progress.skipped_in_row = 0
+        else:
+            skipped = self._skip(progress, batches, loss, grad_norm)
+        self._train_state.schedule.step(1)
+        progress.step += 1
+        progress.samples += self._train.global_batch_size
+        if is_logged and self._source.device.type == "cuda":
+            torch.cuda.synchronize()  # the update is only launched: it belongs to this step's time
+        return StepMetrics(
+            loss, lr, grad_norm, grad_norms, time.perf_counter() - started_s, skipped
+        )
+
+    def compute_gradients(self, batches: list[Batch]) -> torch.Tensor:
+        """Compute the gradients of the loss, summed over all ranks; return this rank's totals."""
+        valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
+        positions = self._train.global_batch_size * self._train_state.provider.seq_length
+        for chunk in self._train_state.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._train_state.optimizer.zero_grad()
+        forget_balance_losses()  # so that metrics are of one step, wherever the run began
+        return forward_backward(
+            self._train_state,
+            lambda: iter(batches),
+            self._num_microbatches,
+            self._source.micro_batch_size,
+            self._heartbeat,
+            loss_scale(valid_tokens, positions),
+        )
+
+    def _skip(self, progress: Progress, batches: list[Batch], loss: float, grad_norm: float) -> str:
+        """Undo what a bad step has changed, and say why; NotFiniteError if it cannot be skipped."""
+        self._start.put_back()
+        found = diagnose(
+            self._train_state.chunks,
+            lambda: self.compute_gradients(batches),
+            self._source.numbers(progress.samples, self._num_microbatches),
+            loss,
+            grad_norm,
+        )
+        self._start.put_back()
+        report = f"step {progress.step + 1} is not finite: {found.text}; nothing was updated"
+        if self._train.nonfinite == "stop":
+            raise NotFiniteError(report, found.weights_are_finite)
+        if not found.weights_are_finite or progress.skipped_in_row >= self._train.max_skipped_steps:
+            row = f"; {progress.skipped_in_row} steps before it were skipped"
+            raise NotFiniteError(report + row, found.weights_are_finite)
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        return report
 
 
 def forward_backward(

@@ -71,7 +71,7 @@ def save_in(layout: str, folder: Path) -> float:
 
     with parity.setup_groups(parity.layout_settings(layout, VARIANT)):
         trainer = parity.make_parity_trainer(layout, VARIANT)
-        trainer.settings.checkpoint.save = str(folder)
+        trainer.checkpointer.options.save = str(folder)
         for _ in range(STEPS):
             trainer.step()
         trainer.save()

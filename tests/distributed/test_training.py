@@ -57,7 +57,7 @@ def go_on(root: str, parallel: dict) -> list[dict[str, float]]:
     for step in figures:
         for name in OF_THE_MACHINE:
             del step[name]
-    return [*figures, trainer.evaluate()]
+    return [*figures, trainer.validator.run()]
 
 
 def go_on_in_every_layout(root: str) -> dict[str, list[dict[str, float]]]:

@@ -187,7 +187,7 @@ def test_the_script_trains_as_pretrain_coe_does(data, tmp_path) -> None:
         log={"dir": str(tmp_path / "log")},
     )
     with build.trainer(described) as trainer:
-        _start_as_megatron(trainer)
+        _start_as_megatron(trainer, described)
         steps = [trainer.step() for _ in range(STEPS)]
     # Megatron prints seven digits of a loss and three decimals of a norm; in its second line, the
     # mean of the first two losses.
@@ -199,7 +199,7 @@ def test_the_script_trains_as_pretrain_coe_does(data, tmp_path) -> None:
     assert "validation loss at iteration 4" in done.stdout
 
 
-def _start_as_megatron(trainer: Trainer) -> None:
+def _start_as_megatron(trainer: Trainer, settings: Settings) -> None:
     """Give one rank the weights that Megatron draws, from its generators, for the same seed."""
     from megatron.core.utils import unwrap_model
 
@@ -208,7 +208,7 @@ def _start_as_megatron(trainer: Trainer) -> None:
 
     seed_everything(SEED)
     vocab_size = trainer.train_state.provider.vocab_size
-    theirs = build_provider(trainer.settings, torch.device("cpu"), vocab_size).provide()
+    theirs = build_provider(settings, torch.device("cpu"), vocab_size).provide()
     (model,) = unwrap_model(trainer.train_state.chunks)
     model.load_state_dict(theirs.state_dict())
 

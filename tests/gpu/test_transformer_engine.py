@@ -11,7 +11,9 @@ import torch
 
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import load_checkpoint
+from megatron_coe.config.run_config import LogSettings
 from megatron_coe.megatron_compat.transformer_engine import have_te, import_error
+from megatron_coe.training.metrics_logger import NullLogger
 from megatron_coe.training.trainer import Trainer
 from tests.unit.training.runs import make_settings, make_trainer
 
@@ -116,7 +118,7 @@ def test_the_backends_agree(single_rank, tmp_path, kind: str) -> None:
     steps = {}
     for backend in ("torch", "te"):
         trainer = resumed(single_rank, backend, checkpoint, **KINDS[kind])
-        trainer.settings.log.interval = 1  # each step is reported, with its norms
+        trainer.metrics_logger = NullLogger(LogSettings(interval=1), 100)  # each step's norms
         steps[backend] = [trainer.step() for _ in range(3)]
     for ours, want in zip(steps["te"], steps["torch"], strict=True):
         assert ours.loss == pytest.approx(want.loss, rel=BF16 / 10)
@@ -152,7 +154,7 @@ def test_checkpoints_pass_between_backends(
     one = saved(single_rank, first, tmp_path / "one", steps=2, **KINDS[kind])
     trainer = resumed(single_rank, second, one, **KINDS[kind])
     assert trainer.progress.step == 2
-    trainer.settings.checkpoint.save = str(tmp_path / "two")
+    trainer.checkpointer.options.save = str(tmp_path / "two")
     trainer.save()
     trainer.checkpointer.finish()
     two = find_checkpoints(tmp_path / "two")[0]

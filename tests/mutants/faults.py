@@ -410,8 +410,8 @@ FAULTS = [
     Fault(
         "a run stopped before its first checkpoint is not saved",
         LOOP,
-        "if self.progress.step > saved:",
-        "if self.progress.step > saved > 0:",
+        "if self.progress.step > self._saved_step:",
+        "if self.progress.step > self._saved_step > 0:",
         ("tests/distributed/test_signals.py",),
     ),
     Fault(

@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_step(single_r
     settings = make_settings(tmp_path / "file" / "checkpoints", model=SMALL)
     trainer = make_trainer(settings, single_rank)
     with pytest.raises(CheckpointWriteError, match=r"checkpoint\.save=.*file/checkpoints: rank 0"):
-        trainer.checkpointer.check(trainer.train_state)
+        trainer.checkpointer.prepare(trainer.train_state)
 
 
 def test_a_disk_without_room_is_an_error_before_the_first_step(single_rank, tmp_path, monkeypatch):
@@ -212,9 +212,9 @@ def test_a_disk_without_room_is_an_error_before_the_first_step(single_rank, tmp_
     needed = state_size(trainer.train_state)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed // 2))
     with pytest.raises(CheckpointWriteError, match=r"a checkpoint needs .* MB and the disk has"):
-        trainer.checkpointer.check(trainer.train_state)
+        trainer.checkpointer.prepare(trainer.train_state)
     monkeypatch.undo()
-    trainer.checkpointer.check(trainer.train_state)
+    trainer.checkpointer.prepare(trainer.train_state)
     trainer.save()
     (path,) = find_checkpoints(tmp_path)
     written = sum(file.stat().st_size for file in path.glob("*.distcp"))
@@ -232,7 +232,7 @@ def test_a_real_disk_that_is_full(single_rank, tmp_path):
         model = {**SMALL, "hidden_size": 64, "vocab_size": 512}
         settings = make_settings(disk / "checkpoints", model=model)
         trainer = make_trainer(settings, single_rank)
-        trainer.checkpointer.check(trainer.train_state)
+        trainer.checkpointer.prepare(trainer.train_state)
         trainer.step()
         trainer.save()
         trainer.step()
@@ -251,10 +251,7 @@ def test_what_a_dead_run_left_is_cleared_away(single_rank, tmp_path, has_steps_l
     (tmp_path / ".partial_step_00000003").mkdir()
     (tmp_path / ".partial_step_00000003" / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / ".removed_step_00000001").mkdir()
-    if has_steps_left:
-        trainer.checkpointer.check(trainer.train_state)
-    else:
-        trainer.checkpointer.remove_leftovers()
+    trainer.checkpointer.prepare(trainer.train_state, has_steps_left)
     assert not list(tmp_path.iterdir())
 
 

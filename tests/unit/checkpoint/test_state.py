@@ -222,7 +222,7 @@ def test_an_evaluation_needs_no_optimizer(single_rank, tmp_path, monkeypatch, di
     evaluated.progress = load_checkpoint(find_checkpoints(tmp_path)[0], evaluated.train_state)
     assert evaluated.progress.step == 2
     assert_same(weights(evaluated), weights(trained))
-    assert evaluated.evaluate() == trained.evaluate()
+    assert evaluated.validator.run() == trained.validator.run()
 
 
 def test_an_extra_state_that_a_checkpoint_has_not_is_none(single_rank, tmp_path, monkeypatch):

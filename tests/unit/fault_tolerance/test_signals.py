@@ -17,7 +17,7 @@ from megatron_coe.fault_tolerance.exceptions import StoppedError
 from megatron_coe.fault_tolerance.exit_codes import PREEMPTED
 from megatron_coe.fault_tolerance.signals import STOP_SIGNALS, StopRequest
 from megatron_coe.training.metrics_logger import MetricsLogger
-from megatron_coe.training.trainer import VALIDATED_AT_ONCE, Validation
+from megatron_coe.training.validation import MICRO_BATCHES_AT_ONCE, Validator
 from megatron_coe.utils.metrics_file import read_records
 from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights
 
@@ -109,11 +109,11 @@ class HeldOut(Sequences):
         self.stop, self.read = stop, 0
 
     def __len__(self) -> int:
-        return 3 * VALIDATED_AT_ONCE
+        return 3 * MICRO_BATCHES_AT_ONCE
 
     def __getitem__(self, number: int) -> dict:
         self.read += 1
-        if self.stop and self.read == VALIDATED_AT_ONCE:
+        if self.stop and self.read == MICRO_BATCHES_AT_ONCE:
             self.stop.received = signal.SIGTERM
         return super().__getitem__(number)
 
@@ -128,8 +128,10 @@ def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
         )
         trainer = make_trainer(settings, single_rank)
         held_out = HeldOut(stop)
-        source = replace(trainer.train, dataset=held_out)
-        trainer.validation = Validation(source, len(held_out))
+        source = replace(trainer.source, dataset=held_out)
+        trainer.validator = Validator(
+            settings.train, trainer.train_state, source, len(held_out), trainer.heartbeat
+        )
         if resume:
             trainer.progress = load_checkpoint(resume, trainer.train_state)
         trainer.metrics_logger = MetricsLogger(
@@ -150,7 +152,7 @@ def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
     ]
     reason, read, figures = run("broken", StopRequest())
     assert reason is signal.SIGTERM
-    assert read == VALIDATED_AT_ONCE, "the rest waits for the resumed run"
+    assert read == MICRO_BATCHES_AT_ONCE, "the rest waits for the resumed run"
     assert (2, "train_loss") in figures and (2, "valid_loss") not in figures
     resumed = run("broken", resume=tmp_path / "broken" / "saved" / "step_00000002")
     assert resumed[0] is None

@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Subset
 
+from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
+from megatron_coe.config.validation import num_microbatches
 from megatron_coe.distributed.seeds import seed_everything
 from megatron_coe.distributed.train_state import build_train_state
+from megatron_coe.fault_tolerance.heartbeat import Heartbeat
 from megatron_coe.training.batch_source import BatchSource
-from megatron_coe.training.trainer import Trainer, Validation
+from megatron_coe.training.metrics_logger import NullLogger
+from megatron_coe.training.profiling import StepProfiler
+from megatron_coe.training.trainer import Trainer, last_step
+from megatron_coe.training.validation import Validator
 from tests.builders import BALANCE_COEFF, TINY
 
 SEQ_LENGTH = 12
@@ -67,7 +74,7 @@ def make_trainer(
     device: torch.device,
     sequences: object | None = None,
     held_out: int = 0,
-    metrics_logger: object = None,
+    metrics_logger: NullLogger | None = None,
 ) -> Trainer:
     """A trainer at step 0, freshly initialized."""
     seed_everything(settings.train.seed)
@@ -78,11 +85,22 @@ def make_trainer(
     rank = parallel_state.get_data_parallel_rank()
     replicas = parallel_state.get_data_parallel_world_size()
     source = BatchSource(sequences or Sequences(1), micro, rank, replicas, device)
-    validation = None
+    heartbeat, validator = Heartbeat(), None
     if held_out:
-        first = Subset(Sequences(2), range(held_out))
-        validation = Validation(BatchSource(first, micro, rank, replicas, device), held_out)
-    return Trainer(settings, train_state, source, validation, Progress(), metrics_logger)
+        first = BatchSource(Subset(Sequences(2), range(held_out)), micro, rank, replicas, device)
+        validator = Validator(settings.train, train_state, first, held_out, heartbeat)
+    return Trainer(
+        settings=settings.train,
+        train_state=train_state,
+        source=source,
+        num_microbatches=num_microbatches(settings, dist.get_world_size()),
+        validator=validator,
+        progress=Progress(),
+        metrics_logger=metrics_logger or NullLogger(settings.log, last_step(settings.train)),
+        checkpointer=Checkpointer(settings.checkpoint, settings.to_yaml()),
+        profiler=StepProfiler(settings.log, enabled=False),
+        heartbeat=heartbeat,
+    )
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

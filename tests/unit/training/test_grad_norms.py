@@ -57,14 +57,14 @@ def test_norms_are_those_of_the_gradients(single_rank, model: str, distributed: 
         model=MODELS[model], parallel={"use_distributed_optimizer": distributed}
     )
     trainer = make_trainer(settings, single_rank)
-    trainer._gradients(trainer.train.training(0, 4))
+    trainer.train_step.compute_gradients(trainer.source.training(0, 4))
     (chunk,) = trainer.train_state.chunks
     squares = dict.fromkeys(GROUPS, 0.0)
     for name, parameter in chunk.named_parameters():
         squares[group_of(name)] += parameter.main_grad.double().square().sum().item()
     optimizer = trainer.train_state.optimizer
     norm = prepare_update(optimizer)
-    measured = trainer._gradient_norms.measure()
+    measured = trainer.train_step.gradient_norms.measure()
     expected = {group: square**0.5 for group, square in squares.items() if square}
     assert measured == pytest.approx(expected, rel=1e-5)
     assert math.hypot(*measured.values()) == pytest.approx(norm, rel=1e-6)

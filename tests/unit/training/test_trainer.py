@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
 from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.training.metrics_logger import NullLogger
 from tests.unit.training.runs import (
     SEQ_LENGTH,
     Sequences,
@@ -117,7 +118,7 @@ def test_validation_is_the_mean_over_all_held_out_tokens(single_rank, micro_batc
     settings = make_settings(train={"micro_batch_size": micro_batch_size})
     trainer = make_trainer(settings, single_rank, held_out=held_out)
     before = weights(trainer)
-    measured = trainer.evaluate()["valid_loss"]
+    measured = trainer.validator.run()["valid_loss"]
     total, tokens = 0.0, 0
     (chunk,) = trainer.train_state.chunks
     for number in range(held_out):
@@ -176,8 +177,9 @@ def test_training_learns(single_rank):
 
 
 def test_the_interval_of_reports(single_rank):
-    class Kept:
-        def __init__(self):
+    class Kept(NullLogger):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             self.records, self.steps = {}, 0
 
         def latest(self, name):
@@ -189,10 +191,10 @@ def test_the_interval_of_reports(single_rank):
         def advance(self):
             self.steps += 1
 
-    kept = Kept()
     settings = make_settings(
         train={"steps": 5, "eval_interval": 4}, log={"interval": 2}, model={"num_layers": 1}
     )
+    kept = Kept(settings.log, 5)
     make_trainer(settings, single_rank, held_out=2, metrics_logger=kept).run()
     assert kept.steps == 5
     shown = {step: ("train_loss" in r, "valid_loss" in r) for step, r in kept.records.items()}
