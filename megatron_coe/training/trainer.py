@@ -49,7 +49,7 @@ class Trainer:
     heartbeat: Heartbeat
 
     def __post_init__(self) -> None:
-        self.heartbeat.follow(self.train_state.chunks)
+        self.heartbeat.track(self.train_state.chunks)
         if self.train_state.optimizer is not None:
             self.train_step = TrainStep(
                 self.settings, self.train_state, self.source, self.num_microbatches, self.heartbeat
@@ -75,7 +75,7 @@ class Trainer:
         owed = bool(validator) and validator.is_owed(self.progress.step, self.metrics_logger)
         while owed or self.progress.step < self.last_step:
             self._complete_save(wait=False)
-            if reason := stop.agreed(self.source.device):
+            if reason := stop.received_on_any_rank(self.source.device):
                 return self._end(reason)
             record = {} if owed else self._train()
             step, late, owed = self.progress.step, owed, False

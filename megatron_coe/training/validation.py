@@ -75,7 +75,7 @@ class Validator:
         totals = torch.zeros(2, dtype=torch.float64, device=source.device)
         at_once = MICRO_BATCHES_AT_ONCE * stages
         for begin in range(0, count, at_once):
-            if begin and stop and stop.agreed(source.device):
+            if begin and stop and stop.received_on_any_rank(source.device):
                 return None
             part = min(at_once, count - begin)
             totals += forward_backward(

@@ -172,7 +172,7 @@ def test_a_step_without_a_fault_is_megatrons_own(single_rank):
     """The same bits as `optimizer.step()`."""
     ours, theirs = small(clip_grad=0.5), small(clip_grad=0.5)
     ours.step()
-    theirs._gradients(theirs.train.training(0, theirs.num_microbatches))
+    theirs.train_step.compute_gradients(theirs.source.training(0, theirs.num_microbatches))
     _, norm, _ = theirs.train_state.optimizer.step()
     first, second = everything(ours), everything(theirs)
     assert norm > 0.5

@@ -178,6 +178,8 @@ def test_training_learns(single_rank):
 
 def test_the_interval_of_reports(single_rank):
     class Kept(NullLogger):
+        is_enabled = True
+
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.records, self.steps = {}, 0
