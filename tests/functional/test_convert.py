@@ -240,13 +240,9 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_one_line(imported, tmp_path, monkeypatch, capfd, damage):
     """In this process, for speed: Megatron's import would take most of each case's time."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import convert_checkpoint
-
-    from megatron_coe.cli.command_line import run as run_command
+    from megatron_coe.cli import convert
     from megatron_coe.conversion.export_hf import to_hf
 
-    sys.path.remove(str(ROOT / "tools"))
     monkeypatch.chdir(tmp_path)
     to_hf(imported / "checkpoints", tmp_path / "hf", max_shard_size=20_000)
     damaging, told = DAMAGES[damage]
@@ -254,9 +250,7 @@ def test_a_damaged_folder_is_one_line(imported, tmp_path, monkeypatch, capfd, da
     capfd.readouterr()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        status = run_command(
-            lambda: convert_checkpoint.main(["from-hf", "--load", "hf", "--save", "out"])
-        )
+        status = convert.main(["from-hf", "--input", "hf", "--output", "out"])
     finally:
         signal.signal(signal.SIGTERM, handler)
     error = capfd.readouterr().err

@@ -150,7 +150,9 @@ def test_disk_error_is_told_and_leaves_nothing(tmp_path: Path, model: Path) -> N
     )
     assert done.returncode == 2
     expected = f"error: cannot write {output / 'x_text_document.bin'}: File too large\n"
-    assert done.stderr == expected
+    lines = done.stderr.splitlines(keepends=True)
+    assert lines[-1] == expected
+    assert all("documents]" in line for line in lines[:-1]), "progress alone, on a slow machine"
     assert names(output) == []
 
 
