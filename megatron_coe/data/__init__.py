@@ -2,7 +2,7 @@
 
     records.py         texts out of JSON lines, plain text and parquet, each with its place
     sentences.py       sentence splitting with NLTK's Punkt, offline
-    corpus.py          the generated maths corpus
+    corpus.py          the generated math corpus
     tokenizer.py       one small interface over SentencePiece and Hugging Face tokenizers
     fast_tokenizer.py  a SentencePiece model as a tokenizer of the library `tokenizers`
     preprocess.py      records -> Megatron's .bin/.idx, in parallel
