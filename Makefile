@@ -76,7 +76,7 @@ QA := --qa-keys query response
 INSTALLED := $(VENV)/.installed-quickstart
 
 $(DATA)/train.jsonl: | $(INSTALLED)
-	$(PY) tools/make_corpus.py --output-dir $(DATA)
+	$(PY) tools/make_corpus.py --output $(DATA)
 
 $(DATA)/tokenizer.model: $(DATA)/train.jsonl | $(INSTALLED)
 	$(PY) tools/train_tokenizer.py --input $< $(QA) --vocab-size 2048 --output $@
@@ -91,10 +91,10 @@ $(RUN)/.trained: examples/quickstart.yaml $(DATA)/train.idx $(DATA)/valid.idx | 
 
 $(RUN)/hf/config.json: $(RUN)/.trained | $(INSTALLED)
 	@rm -rf $(RUN)/hf
-	$(PY) tools/convert_checkpoint.py to-hf --load $(RUN)/checkpoints --save $(RUN)/hf
+	$(PY) tools/convert_checkpoint.py to-hf --input $(RUN)/checkpoints --output $(RUN)/hf
 
 $(RUN)/answers.txt: $(RUN)/hf/config.json $(DATA)/valid.idx | $(INSTALLED)
-	$(PY) tools/generate.py --load $(RUN)/hf --input $(DATA)/valid.jsonl $(QA) --samples 4 > $@
+	$(PY) tools/generate.py --model $(RUN)/hf --input $(DATA)/valid.jsonl $(QA) --samples 4 > $@
 
 quickstart: $(RUN)/answers.txt
 	$(PY) tools/plot_runs.py $(RUN) --output $(RUN)/loss.png \

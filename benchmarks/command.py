@@ -15,7 +15,7 @@ import os
 from itertools import product
 from pathlib import Path
 
-from megatron_coe.cli.command_line import run
+from megatron_coe.cli.command_line import new_parser, run
 from megatron_coe.utils.files import check_writable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -76,9 +76,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         *("--what", "-w"),
         nargs="+",

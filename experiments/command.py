@@ -2,8 +2,8 @@
 
     python tools/run_experiment.py main --scale tiny --seeds 3
     python tools/run_experiment.py memory --scale small --seeds 5 --dry-run
-    python tools/run_experiment.py compute --data gsm8k/train.parquet \\
-        --valid-data gsm8k/test.parquet --qa-keys question answer
+    python tools/run_experiment.py compute --input gsm8k/train.parquet \\
+        --valid-input gsm8k/test.parquet --qa-keys question answer
 
 Leaves a table (Markdown and CSV), a picture and a verdict (Markdown and JSON) in
 OUTPUT/DATA/SCALE/EXPERIMENT/. Runs stand beside it and belong to all experiments: a variant that
@@ -17,7 +17,12 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_coe.cli.command_line import required, run
+from megatron_coe.cli.command_line import (
+    add_renamed,
+    new_parser,
+    required,
+    run,
+)
 
 with required():
     from experiments.data import Data, Source, make_data
@@ -36,19 +41,19 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 1, 2, … (default 3)")
-    parser.add_argument("--output", "--directory", type=Path, default=Path("runs/experiments"))
+    add_renamed(parser, "--output", "--directory", type=Path, default=Path("runs/experiments"))
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings of all runs"
     )
     parser.add_argument("--set", nargs="+", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--data", help="text to train on; default: generated problems")
-    parser.add_argument("--valid-data", help="held-out text, where --data is given")
+    add_renamed(parser, "--input", "--data", help="text to train on; default: generated problems")
+    add_renamed(
+        parser, "--valid-input", "--valid-data", help="held-out text, where --input is given"
+    )
     parser.add_argument(
         "--qa-keys", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE")
     )
@@ -72,7 +77,7 @@ def command(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     experiment, scale = EXPERIMENTS[options.experiment], SCALES[options.scale]
     source = Source(
-        options.vocab_size or scale.vocab_size, options.data, options.valid_data, options.qa_keys
+        options.vocab_size or scale.vocab_size, options.input, options.valid_input, options.qa_keys
     )
     source.check()
     folder = options.output / source.name

@@ -32,7 +32,7 @@ class Source:
     def check(self) -> None:
         """Raises: ValueError if only one of the files is named; OSError if one is missing."""
         if (self.train is None) != (self.valid is None):
-            raise ValueError("--data and --valid-data belong together: name both files, or none")
+            raise ValueError("--input and --valid-input belong together: name both files, or none")
         for path in (self.train, self.valid):
             if path is not None:
                 Path(path).open("rb").close()

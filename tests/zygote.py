@@ -7,7 +7,7 @@ with a status, all as if a shell had started it (tests/functional/test_faults.py
 What happens while modules are imported is not of the run: a test of that, or of the variables that
 libraries read then, starts a process of its own.
 
-    done = run("tools/generate.py", "--load", "hf", cwd=folder)      like subprocess.run
+    done = run("tools/generate.py", "--model", "hf", cwd=folder)      like subprocess.run
 
     with Zygote(REPO) as zygote:
         process = zygote.start("pretrain_coe.py", ["--config", "run.yaml"], folder, environment)

@@ -74,7 +74,7 @@ data() {
     DATA=$(realpath -m "${DATA:-$OUT/data}")
     [[ -f $DATA/valid.idx ]] && return
     local qa=(--qa-keys query response) name
-    "$PYTHON" tools/make_corpus.py --output-dir "$DATA" --train-size "$PROBLEMS" &&
+    "$PYTHON" tools/make_corpus.py --output "$DATA" --train-size "$PROBLEMS" &&
         "$PYTHON" tools/train_tokenizer.py --input "$DATA/train.jsonl" "${qa[@]}" \
             --vocab-size "$VOCABULARY" --output "$DATA/tokenizer.model" &&
         for name in train valid; do

@@ -64,7 +64,7 @@ class Run:
         if before != now:
             raise ValueError(
                 f"{self._written}: the run there has other settings ({_difference(before, now)}); "
-                "name another --directory"
+                "name another --output"
             )
 
     def prepare(self) -> None:

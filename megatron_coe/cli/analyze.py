@@ -1,11 +1,11 @@
 """Measure what the routers of a model choose on held-out text, from iteration to iteration.
 
-    coe analyze --load runs/quickstart --input runs/quickstart/data/valid \\
+    coe analyze --model runs/quickstart --input runs/quickstart/data/valid \\
         --random-init --output runs/quickstart/analysis
-    coe analyze --load my-model --input valid.jsonl --qa-keys query response \\
+    coe analyze --model my-model --input valid.jsonl --qa-keys query response \\
         --output my-analysis
 
---load is a Hugging Face folder, a training checkpoint, or a run's folder (or its folder of
+--model is a Hugging Face folder, a training checkpoint, or a run's folder (or its folder of
 checkpoints): then every checkpoint in it, over time. --input is the prefix of a .bin/.idx pair that
 the model's tokenizer made, or a file of text. Into --output go tables (CSV), pictures (PNG) and
 summary.json; docs/analysis.md defines each figure.
@@ -16,11 +16,19 @@ Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 
-from megatron_coe.cli.command_line import add_key_arguments, add_tokenizer_argument, fields_of, run
+from megatron_coe.cli.command_line import (
+    add_key_arguments,
+    add_model_argument,
+    add_renamed,
+    add_tokenizer_argument,
+    fields_of,
+    new_parser,
+    run,
+)
 from megatron_coe.utils.files import check_writable
+from megatron_coe.utils.imports import quiet_megatron
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -29,8 +37,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def command(options: argparse.Namespace) -> None:
-    # Megatron says so in every module; for a conversion it does not matter.
-    warnings.filterwarnings("ignore", module="megatron.*")
+    quiet_megatron()
     from transformers.utils import logging
 
     from megatron_coe import generation  # imports torch and transformers: seconds
@@ -49,7 +56,7 @@ def command(options: argparse.Namespace) -> None:
         tuple(options.input), fields_of(options), options.tokens, options.seq_length, options.mode
     )
     analysis = analyze(
-        options.load,
+        options.model,
         source,
         PermutationTest(options.permutations, options.seed),
         device=generation.choose_device(options.device),
@@ -62,12 +69,11 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER")
+    parser = new_parser(__doc__, prog)
+    add_model_argument(parser)
     add_tokenizer_argument(parser)
-    parser.add_argument(
+    add_renamed(
+        parser,
         "--input",
         "--data",
         type=Path,

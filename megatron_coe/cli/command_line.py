@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megatron_coe.config.presets import find_settings
 from megatron_coe.data.records import Fields
@@ -17,6 +18,18 @@ from megatron_coe.utils.imports import missing_package, quiet_imports
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+
+def new_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a module's docstring, its lines as they are."""
+    return argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_renamed(parser: argparse.ArgumentParser, name: str, *former: str, **options: Any) -> None:
+    """Add an option that is read under its former names too, which help and errors leave out."""
+    parser.add_argument(name, *former, **options).option_strings = [name]
 
 
 def add_text_arguments(
@@ -67,14 +80,22 @@ def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the settings of a run (`megatron_coe.config.presets`)."""
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the model of a command whose input is text."""
+    add_renamed(parser, "--model", "--load", type=Path, required=True, metavar="FOLDER")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names the settings of a run: file or preset, and overrides."""
     parser.add_argument(
         "--config",
         type=settings_file,
         required=True,
         metavar="FILE|PRESET",
         help="YAML file of the run, or a preset such as paper/coe-2_4-64",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
     )
 
 

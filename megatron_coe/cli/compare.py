@@ -10,7 +10,12 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_coe.cli.command_line import required, run
+from megatron_coe.cli.command_line import (
+    add_renamed,
+    new_parser,
+    required,
+    run,
+)
 from megatron_coe.config.presets import find_settings
 
 with required():
@@ -38,9 +43,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, prog)
     parser.add_argument(
         "configs",
         nargs="+",
@@ -48,7 +51,7 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         help="settings files or presets, the baseline first, and settings for all runs",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", "--directory", type=Path, default=Path("runs/compare"))
+    add_renamed(parser, "--output", "--directory", type=Path, default=Path("runs/compare"))
     parser.add_argument("--set", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--threads", type=int, help="of each run (default: as many as there are)")

@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import warnings
 from pathlib import Path
 
-from megatron_coe.cli.command_line import add_tokenizer_argument, run
+from megatron_coe.cli.command_line import (
+    add_renamed,
+    add_tokenizer_argument,
+    new_parser,
+    run,
+)
+from megatron_coe.utils.imports import quiet_megatron
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -25,8 +30,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def command(options: argparse.Namespace) -> None:
-    # Megatron says so in every module; for a conversion it does not matter.
-    warnings.filterwarnings("ignore", module="megatron.*")
+    quiet_megatron()
     # Imports Megatron, which takes seconds.
     from megatron_coe.conversion.export_hf import DTYPES, to_hf
     from megatron_coe.conversion.import_hf import from_hf
@@ -50,15 +54,13 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, prog)
     directions = parser.add_subparsers(dest="direction", required=True)
     to_hf = directions.add_parser("to-hf", help="training checkpoint -> Hugging Face folder")
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> training checkpoint")
     for direction in (to_hf, from_hf):
-        direction.add_argument("--input", "--load", type=Path, required=True, metavar="FOLDER")
-        direction.add_argument("--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
+        add_renamed(direction, "--input", "--load", type=Path, required=True, metavar="FOLDER")
+        add_renamed(direction, "--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
     add_tokenizer_argument(to_hf)
     to_hf.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as in the checkpoint")
     to_hf.add_argument(

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_coe.cli.command_line import add_config_argument, required, run
+from megatron_coe.cli.command_line import (
+    add_config_arguments,
+    new_parser,
+    required,
+    run,
+)
 
 with required():
     from megatron_coe.config.run_config import load_settings
@@ -43,11 +48,8 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config_argument(parser)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = new_parser(__doc__, prog)
+    add_config_arguments(parser)
     parser.add_argument(
         "--world-size", type=int, help="processes; by default the fewest that hold the layout"
     )

@@ -1,10 +1,10 @@
 """Continue prompts with a trained model; the text appears as it is made.
 
-    coe generate --load my-model --prompt "The sum of 2 and 3 is"
-    coe generate --load runs/mine/checkpoints --prompt "Once" --temperature 0.8 --seed 1
-    coe generate --load my-model --input valid.jsonl --qa-keys query response
+    coe generate --model my-model --prompt "The sum of 2 and 3 is"
+    coe generate --model runs/mine/checkpoints --prompt "Once" --temperature 0.8 --seed 1
+    coe generate --model my-model --input valid.jsonl --qa-keys query response
 
---load is a Hugging Face folder, a training checkpoint, or a folder of checkpoints (the newest is
+--model is a Hugging Face folder, a training checkpoint, or a folder of checkpoints (the newest is
 taken). The likeliest token is chosen unless --temperature, --top-k or --top-p is given.
 
 Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
@@ -15,17 +15,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from itertools import islice
-from pathlib import Path
 
 from megatron_coe.cli.command_line import (
+    add_model_argument,
     add_text_arguments,
     add_tokenizer_argument,
     fields_of,
+    new_parser,
     run,
 )
 from megatron_coe.data.records import check_inputs, question_prompt, read_values
+from megatron_coe.utils.imports import quiet_megatron
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -37,8 +38,7 @@ def command(options: argparse.Namespace) -> None:
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed={options.seed}: give a number from 0 to {2**32 - 1}")
     examples = read_examples(options)
-    # Megatron says so in every module; for a conversion it does not matter.
-    warnings.filterwarnings("ignore", module="megatron.*")
+    quiet_megatron()
     from transformers import set_seed
     from transformers.utils import logging
 
@@ -50,7 +50,7 @@ def command(options: argparse.Namespace) -> None:
         options.max_new_tokens, options.temperature, options.top_k, options.top_p
     )
     generator, prompts = generation.load(
-        options.load,
+        options.model,
         [prompt for prompt, _ in examples],
         dtype=generation.DTYPES.get(options.dtype),
         device=generation.choose_device(options.device),
@@ -92,10 +92,8 @@ def say(text: str) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--load", type=Path, required=True, metavar="FOLDER")
+    parser = new_parser(__doc__, prog)
+    add_model_argument(parser)
     add_tokenizer_argument(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="may be given again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_coe.cli.command_line import run
+from megatron_coe.cli.command_line import add_renamed, new_parser, run
 from megatron_coe.data.corpus import make_corpus
 
 
@@ -28,10 +28,8 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", "--output-dir", type=Path, required=True)
+    parser = new_parser(__doc__, prog)
+    add_renamed(parser, "--output", "--output-dir", type=Path, required=True)
     parser.add_argument("--train-size", type=int, default=20_000, help="examples (default 20000)")
     parser.add_argument("--valid-size", type=int, default=500, help="examples (default 500)")
     parser.add_argument("--seed", type=int, default=1234)

@@ -12,7 +12,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_coe.cli.command_line import add_config_argument, required, run
+from megatron_coe.cli.command_line import (
+    add_config_arguments,
+    new_parser,
+    required,
+    run,
+)
 
 with required():
     from megatron_coe.config.run_config import Settings, load_settings
@@ -109,11 +114,8 @@ def check_options(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config_argument(parser)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = new_parser(__doc__, prog)
+    add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, required=True, help="how many in all")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
     parser.add_argument("--gpus-per-node", type=int, default=8)

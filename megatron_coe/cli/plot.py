@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_coe.cli.command_line import required, run
+from megatron_coe.cli.command_line import new_parser, required, run
 
 with required():
     from megatron_coe.analysis.loss_curves import LOSSES, Group, describe_end, plot_losses
@@ -35,9 +35,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, prog)
     parser.add_argument("runs", nargs="+", metavar="RUN|NAME=RUN,RUN,…")
     parser.add_argument("--output", type=Path, required=True, help="picture (.png, .svg, .pdf)")
     parser.add_argument("--x", choices=AXES, default="steps", help="default: %(default)s")

@@ -9,7 +9,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_coe.cli.command_line import add_text_arguments, fields_of, required, run
+from megatron_coe.cli.command_line import (
+    add_renamed,
+    add_text_arguments,
+    fields_of,
+    new_parser,
+    required,
+    run,
+)
 
 with required():
     from megatron_coe.data.preprocess import preprocess
@@ -43,12 +50,12 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, prog)
     add_text_arguments(parser)
-    parser.add_argument(
+    add_renamed(  # Megatron's name first
+        parser,
         "--output-prefix",
+        "--output",
         type=Path,
         required=True,
         help="--qa-keys writes PREFIX.bin/.idx, --json-keys PREFIX_KEY_document.bin/.idx",

@@ -13,11 +13,11 @@ Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 
-from megatron_coe.cli.command_line import missing_package, required, run
+from megatron_coe.cli.command_line import new_parser, required, run
 from megatron_coe.utils.files import check_writable
+from megatron_coe.utils.imports import missing_package, quiet_megatron
 
 with required():
     from megatron_coe.analysis.runs import Run
@@ -59,8 +59,7 @@ def can_be_analyzed(the_run: Run) -> bool:
 
 
 def analyze(the_run: Run, output: Path):
-    # Megatron says so in every module; for a conversion it does not matter.
-    warnings.filterwarnings("ignore", module="megatron.*")
+    quiet_megatron()
     try:
         from transformers.utils import logging
 
@@ -84,9 +83,7 @@ def analyze(the_run: Run, output: Path):
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, prog)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--output",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_coe.cli.command_line import add_config_argument
+from megatron_coe.cli.command_line import add_config_arguments, new_parser
 from megatron_coe.training.pretrain import Request, pretrain
 
 NAME = "pretrain_coe.py"
@@ -40,13 +40,8 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config_argument(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over the file"
-    )
+    parser = new_parser(__doc__, prog)
+    add_config_arguments(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--dry-run", action="store_true", help="print settings, sizes and data, and stop"

@@ -9,7 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_coe.cli.command_line import add_text_arguments, fields_of, required, run
+from megatron_coe.cli.command_line import (
+    add_text_arguments,
+    fields_of,
+    new_parser,
+    required,
+    run,
+)
 
 with required():
     from megatron_coe.data.tokenizer import train_tokenizer
@@ -32,9 +38,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, prog)
     add_text_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces (default 4096)")

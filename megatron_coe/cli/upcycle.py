@@ -9,10 +9,15 @@ Exit status: 0 done, 2 a mistake or a damaged input (said in one line; nothing i
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 
-from megatron_coe.cli.command_line import add_tokenizer_argument, run
+from megatron_coe.cli.command_line import (
+    add_renamed,
+    add_tokenizer_argument,
+    new_parser,
+    run,
+)
+from megatron_coe.utils.imports import quiet_megatron
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -21,8 +26,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def command(options: argparse.Namespace) -> None:
-    # Megatron says so in every module; for a conversion it does not matter.
-    warnings.filterwarnings("ignore", module="megatron.*")
+    quiet_megatron()
     from megatron_coe.conversion.malloc import release_freed_memory
     from megatron_coe.conversion.upcycle import upcycle  # imports Megatron, which takes seconds
 
@@ -32,10 +36,9 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    parser = new_parser(__doc__, prog)
+    add_renamed(
+        parser,
         "--input",
         "--load",
         type=Path,
@@ -47,5 +50,5 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--iterations", type=int, default=2, metavar="C", help="of the CoE model (default: 2)"
     )
-    parser.add_argument("--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
+    add_renamed(parser, "--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
     return parser.parse_args(arguments)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
-from megatron_coe.cli.command_line import run
+from megatron_coe.cli.command_line import add_renamed, new_parser, run
+from megatron_coe.utils.imports import quiet_megatron
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def command(options: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", module="megatron.*")
+    quiet_megatron()
     # These import Megatron, which takes seconds.
     from megatron_coe.checkpoint.directory import find_checkpoints
     from megatron_coe.checkpoint.errors import BadCheckpointError
@@ -54,10 +54,9 @@ def command(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    parser = new_parser(__doc__, prog)
+    add_renamed(
+        parser,
         "--input",
         "--load",
         type=Path,

@@ -10,6 +10,8 @@ import difflib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_NO_RUNS = {"evaluate", "megatron_lm"}
+"""Folders of `examples/` whose YAML files are not settings of runs."""
 
 
 def presets_folder() -> Path:
@@ -36,14 +38,11 @@ def find_settings(name: str) -> Path:
         is named.
     """
     path = Path(name)
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    is_there = path.exists() and not path.is_dir()  # a pipe is no file, and can be read
+    if is_there or path.suffix in (".yaml", ".yml"):
         return path
     if name in (known := preset_names()):
         return presets_folder() / f"{name}.yaml"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean the preset {near[0]!r}?" if near else f"known are {', '.join(known)}"
     raise ValueError(f"{name!r} is neither a file nor a preset; {hint}")
-
-
-_NO_RUNS = {"evaluate", "megatron_lm"}
-"""Folders whose YAML files are not settings of runs."""

@@ -36,7 +36,7 @@ class Request:
     """What a training command asks for.
 
     Attributes:
-        config: YAML file of the run, or a preset's name.
+        config: YAML file of the run.
         overrides: `section.key=value`, which win over the file.
         dry_run: print settings, sizes and data, and stop.
         eval_only: validate the latest checkpoint, and stop.

@@ -30,3 +30,8 @@ def quiet_imports() -> None:
     """Let Megatron-Core be imported without its warnings about what this package does not use."""
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+
+
+def quiet_megatron() -> None:
+    """Ignore all warnings of Megatron's modules, for commands that train nothing."""
+    warnings.filterwarnings("ignore", module="megatron.*")

@@ -19,6 +19,8 @@ from tests.docs.pages import LAUNCHERS, Command, Mark
 BATCH = {"pretrain.sbatch": "pretrain_coe.py", "convert.sbatch": "tools/convert_checkpoint.py"}
 """Batch scripts, and the programs that their own arguments go to."""
 
+INSTALLED = ("torchrun", "coe")
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -39,8 +41,8 @@ def invocation_of(root: Path, command: Command) -> Invocation | None:
             if not (root / rest[0]).exists():  # a module that is installed: pytest, venv
                 return None
         return Invocation(rest[0], tuple(rest[1:])) if rest else None
-    if launcher == "torchrun":
-        return Invocation("torchrun", tuple(rest))
+    if launcher in INSTALLED:
+        return Invocation(launcher, tuple(rest))
     if launcher == "coe":
         return Invocation("megatron_coe/cli/main.py", tuple(rest))
     if launcher == "sbatch":
@@ -56,7 +58,7 @@ def faults_of(root: Path, commands: Iterable[Command]) -> list[str]:
     commands = list(commands)
     complaints = [f"{c}: {fault}" for c in commands for fault in _files_missing(root, c)]
     judged = [(c, i) for c in commands if (i := invocation_of(root, c))]
-    judged = [(c, i) for c, i in judged if i.program == "torchrun" or (root / i.program).exists()]
+    judged = [(c, i) for c, i in judged if i.program in INSTALLED or (root / i.program).exists()]
     asked = [[invocation.program, *invocation.arguments] for _, invocation in judged]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.docs.parsers", str(root)],

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_coe.cli import main as coe
 from megatron_coe.config.presets import find_settings
 
 ANY_FILE = "examples/quickstart.yaml"
@@ -83,6 +84,8 @@ def parsed(root: Path, program: str, arguments: list[str]) -> argparse.Namespace
             from torch.distributed.run import parse_args
 
             parse_args(arguments)
+        elif program == "coe":
+            coe.main()
         else:
             path = root / program
             text = path.read_text(encoding="utf-8")

@@ -173,7 +173,7 @@ class Bench:
 
     def _make_hf(self, folder: Path) -> None:
         source = self.copy("exporting", ("checkpoint",))
-        self._must("tools/convert_checkpoint.py to-hf --load {d}/run/checkpoints --save {d}/hf",
+        self._must("tools/convert_checkpoint.py to-hf --input {d}/run/checkpoints --output {d}/hf",
                    source)  # fmt: skip
         shutil.copytree(source / "hf", folder / "hf")
 

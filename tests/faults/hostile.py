@@ -23,7 +23,7 @@ from tests.faults.commands import TRAIN, Case, main
 from tests.faults.payloads import system
 from tests.faults.spoil import Make
 
-_FROM_HF = "tools/convert_checkpoint.py from-hf --load {d}/hf --save {d}/out"
+_FROM_HF = "tools/convert_checkpoint.py from-hf --input {d}/hf --output {d}/out"
 _GENERATE = "tools/generate.py --device cpu --prompt one --max-new-tokens 1"
 
 
@@ -132,7 +132,7 @@ def _tokenizers() -> Iterator[Case]:
     )
     yield HostileCase(
         "tokenizer: template that leaves its sandbox",
-        f"{_GENERATE} --load {{d}}/hf",
+        f"{_GENERATE} --model {{d}}/hf",
         (),
         _template,
         ("hf",),
@@ -197,7 +197,7 @@ def _models() -> Iterator[Case]:
     def imported(name: str, spoil: Make, *says: str, command: str = _FROM_HF) -> Case:
         return HostileCase(f"model: {name}", command, says, spoil, ("hf",))
 
-    generate = f"{_GENERATE} --load {{d}}/hf"
+    generate = f"{_GENERATE} --model {{d}}/hf"
     weights = "model.safetensors"
     yield imported("pickled weights", _pickled_weights, "{d}/hf", weights)
     yield imported("pickled weights, to generate", _pickled_weights, "{d}/hf", command=generate)

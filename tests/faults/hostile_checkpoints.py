@@ -19,10 +19,10 @@ from tests.faults.spoil import Make
 
 STEP = "run/checkpoints/step_00000001"
 _CHECKPOINT = ("checkpoint",)
-_TO_HF = "tools/convert_checkpoint.py to-hf --load {d}/run/checkpoints --save {d}/out"
-_UPCYCLE = "tools/upcycle.py --load {d}/run/checkpoints --save {d}/out"
+_TO_HF = "tools/convert_checkpoint.py to-hf --input {d}/run/checkpoints --output {d}/out"
+_UPCYCLE = "tools/upcycle.py --input {d}/run/checkpoints --output {d}/out"
 _GENERATE = (
-    "tools/generate.py --device cpu --prompt one --max-new-tokens 1 --load {d}/run/checkpoints"
+    "tools/generate.py --device cpu --prompt one --max-new-tokens 1 --model {d}/run/checkpoints"
 )
 
 

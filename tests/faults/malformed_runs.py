@@ -24,8 +24,8 @@ _FULL = {"plant": "tests.faults.commands:small_files"}
 _PLOT = "tools/plot_runs.py {d}/metrics.jsonl --output {d}/x.png"
 _REPORT = "tools/report.py {d}/run --output {d}/x.html"
 _ANALYZE = "tools/analyze_routing.py --output {d}/x --tokens 64 --permutations 1 --device cpu"
-_COMPARE = "tools/compare.py {d}/run.yaml --directory {d}/x"
-_EXPERIMENT = "tools/run_experiment.py main --seeds 1 --directory {d}/x"
+_COMPARE = "tools/compare.py {d}/run.yaml --output {d}/x"
+_EXPERIMENT = "tools/run_experiment.py main --seeds 1 --output {d}/x"
 _BENCHMARK = "tools/benchmark.py --scale tiny --what layer --rounds 1"
 
 
@@ -68,35 +68,35 @@ def _comparing() -> Iterator[Case]:
     yield Case("compare: nothing", "tools/compare.py", ("configs",))
     yield Case(
         "compare: one name twice",
-        "tools/compare.py {d}/run.yaml {d}/sub/run.yaml --directory {d}/x",
+        "tools/compare.py {d}/run.yaml {d}/sub/run.yaml --output {d}/x",
         ("run", "same name"),
         write("sub/run.yaml", ""),
     )
     yield Case(
         "compare: missing settings",
-        "tools/compare.py {d}/none.yaml --directory {d}/x",
+        "tools/compare.py {d}/none.yaml --output {d}/x",
         ("{d}/none.yaml",),
     )
     yield Case(
         "compare: broken settings",
-        "tools/compare.py {d}/b.yaml --directory {d}/x",
+        "tools/compare.py {d}/b.yaml --output {d}/x",
         ("{d}/b.yaml", "train.stepz"),
         write("b.yaml", "train: {stepz: 1}"),
     )
     yield Case(
         "compare: broken override",
-        "tools/compare.py {d}/run.yaml --directory {d}/x --set train.stepz=1",
+        "tools/compare.py {d}/run.yaml --output {d}/x train.stepz=1",
         ("train.stepz",),
     )
     yield Case("compare: seed is a word", "tools/compare.py {d}/run.yaml --seeds one", ("one",))
     yield Case(
         "compare: the same seed twice",
-        "tools/compare.py {d}/run.yaml --directory {d}/x --seeds 1 1",
+        "tools/compare.py {d}/run.yaml --output {d}/x --seeds 1 1",
         ("seeds", "1"),
     )
     yield Case(
         "compare: no held-out data",
-        "tools/compare.py {d}/run.yaml --directory {d}/x --set data.valid=[]",
+        "tools/compare.py {d}/run.yaml --output {d}/x data.valid=[]",
         ("data.valid",),
     )
     yield Case("compare: no jobs", f"{_COMPARE} --jobs 0", ("--jobs 0",))
@@ -104,19 +104,19 @@ def _comparing() -> Iterator[Case]:
     yield Case("compare: seed below 0", f"{_COMPARE} --seeds -1", ("-1",))
     yield Case(
         "compare: directory is a file",
-        "tools/compare.py {d}/run.yaml --seeds 1 --directory {d}/in.txt",
+        "tools/compare.py {d}/run.yaml --seeds 1 --output {d}/in.txt",
         ("{d}/in.txt/run_seed-1/settings.yaml",),
     )
     yield Case(
         "compare: run of other settings",
         f"{_COMPARE} --seeds 1",
-        ("{d}/x/run_seed-1/settings.yaml", "steps: 3", "--directory"),
+        ("{d}/x/run_seed-1/settings.yaml", "steps: 3", "--output"),
         write("x/run_seed-1/settings.yaml", "train: {steps: 3}\n"),
     )
     yield Case(
         "compare: run of settings that are no text",
         f"{_COMPARE} --seeds 1",
-        ("{d}/x/run_seed-1/settings.yaml", "--directory"),
+        ("{d}/x/run_seed-1/settings.yaml", "--output"),
         write("x/run_seed-1/settings.yaml", b"\xff\xfe\0"),
     )
 
@@ -139,19 +139,21 @@ def _experimenting() -> Iterator[Case]:
             f"{_EXPERIMENT} --{option} {value}",
             (f"--{option}", value),
         )
-    yield Case("experiment: data alone", f"{_EXPERIMENT} --data {{d}}/in.jsonl", ("--valid-data",))
-    own = f"{_EXPERIMENT} --valid-data {{d}}/in.jsonl --vocab-size 290 --set model.vocab_size=290"
-    yield Case("experiment: missing data", f"{own} --data {{d}}/none.jsonl", ("{d}/none.jsonl",))
-    yield Case("experiment: data is a folder", f"{own} --data {{d}}", ("{d}", "directory"))
+    yield Case(
+        "experiment: data alone", f"{_EXPERIMENT} --input {{d}}/in.jsonl", ("--valid-input",)
+    )
+    own = f"{_EXPERIMENT} --valid-input {{d}}/in.jsonl --vocab-size 290 model.vocab_size=290"
+    yield Case("experiment: missing data", f"{own} --input {{d}}/none.jsonl", ("{d}/none.jsonl",))
+    yield Case("experiment: data is a folder", f"{own} --input {{d}}", ("{d}", "directory"))
     yield Case(
         "experiment: broken data",
-        f"{own} --data {{d}}/b.jsonl --qa-keys query response",
+        f"{own} --input {{d}}/b.jsonl --qa-keys query response",
         ("{d}/b.jsonl:2",),
         write("b.jsonl", '{"query": "a", "response": "b"}\n{"query\n'),
     )
     yield Case(
         "experiment: no such keys",
-        f"{own} --data {{d}}/in.jsonl --qa-keys question answer",
+        f"{own} --input {{d}}/in.jsonl --qa-keys question answer",
         ("{d}/in.jsonl:1", "'question'"),
     )
     yield Case(
@@ -169,13 +171,11 @@ def _experimenting() -> Iterator[Case]:
         ("size of the model below 0", "model.hidden_size=-64", "model.hidden_size=-64"),
         ("layout for several", "parallel.tensor_model_parallel_size=2", "tensor_model_parallel"),
     ):
-        yield Case(
-            f"experiment: --set {name}", f"{_EXPERIMENT} --dry-run --set {change}", tuple(says)
-        )
+        yield Case(f"experiment: {name}", f"{_EXPERIMENT} --dry-run {change}", tuple(says))
     data, runs = "x/generated-1024/data", "x/generated-1024/tiny"
     yield Case(
         "experiment: directory is a file",
-        "tools/run_experiment.py main --seeds 1 --directory {d}/in.txt",
+        "tools/run_experiment.py main --seeds 1 --output {d}/in.txt",
         ("{d}/in.txt",),
     )
     yield Case(
@@ -187,13 +187,13 @@ def _experimenting() -> Iterator[Case]:
     yield Case(
         "experiment: run of other settings",
         _EXPERIMENT,
-        (f"{{d}}/{runs}/moe_8-64_seed-1/settings.yaml", "steps: 3", "--directory"),
+        (f"{{d}}/{runs}/moe_8-64_seed-1/settings.yaml", "steps: 3", "--output"),
         write(f"{runs}/moe_8-64_seed-1/settings.yaml", "train: {steps: 3}\n"),
     )
     yield Case(
         "experiment: last run of other settings",
         _EXPERIMENT,
-        (f"{{d}}/{runs}/coe-2_3-64_seed-1/settings.yaml", "--directory"),
+        (f"{{d}}/{runs}/coe-2_3-64_seed-1/settings.yaml", "--output"),
         write(f"{runs}/coe-2_3-64_seed-1/settings.yaml", "train: {steps: 3}\n"),
     )
     yield Case("experiment: full disk", _EXPERIMENT, ("{d}/x", "File too large"), **_FULL)
@@ -262,14 +262,18 @@ def _reporting() -> Iterator[Case]:
 
 def _analyzing() -> Iterator[Case]:
     keys = "--qa-keys query response"
-    texts = f"--data {{d}}/in.jsonl {keys}"
-    yield Case("analyze: no model", f"{_ANALYZE} {texts}", ("--load",))
-    yield Case("analyze: no data", f"{_ANALYZE} --load {{d}}/hf", ("--data",))
-    yield Case("analyze: missing model", f"{_ANALYZE} {texts} --load {{d}}/none", ("{d}/none",))
-    yield Case("analyze: a file", f"{_ANALYZE} {texts} --load {{d}}/in.txt", ("{d}/in.txt",))
-    yield Case("analyze: folder without model", f"{_ANALYZE} {texts} --load {{d}}", ("{d}",))
+    texts = f"--input {{d}}/in.jsonl {keys}"
+    yield Case("analyze: no model", f"{_ANALYZE} {texts}", ("--model",))
+    yield Case("analyze: no data", f"{_ANALYZE} --model {{d}}/hf", ("--input",))
+    yield Case("analyze: missing model", f"{_ANALYZE} {texts} --model {{d}}/none", ("{d}/none",))
+    yield Case("analyze: a file", f"{_ANALYZE} {texts} --model {{d}}/in.txt", ("{d}/in.txt",))
+    yield Case("analyze: folder without model", f"{_ANALYZE} {texts} --model {{d}}", ("{d}",))
     model: dict = {"needs": ("hf",)}
-    known, config, weights = f"{_ANALYZE} --load {{d}}/hf", "hf/config.json", "hf/model.safetensors"
+    known, config, weights = (
+        f"{_ANALYZE} --model {{d}}/hf",
+        "hf/config.json",
+        "hf/model.safetensors",
+    )
     for option, value, says in (
         ("tokens", "0", "tokens=0"),
         ("tokens", "some", "some"),
@@ -291,43 +295,43 @@ def _analyzing() -> Iterator[Case]:
         edit_json(config, max_position_embeddings=16),
         **model,
     )
-    yield Case("analyze: missing data", f"{known} --data {{d}}/none", ("{d}/none",), **model)
-    yield Case("analyze: data is a folder", f"{known} --data {{d}}", ("{d}",), **model)
+    yield Case("analyze: missing data", f"{known} --input {{d}}/none", ("{d}/none",), **model)
+    yield Case("analyze: data is a folder", f"{known} --input {{d}}", ("{d}",), **model)
     yield Case(
         "analyze: empty data",
-        f"{known} --data {{d}}/e.txt",
+        f"{known} --input {{d}}/e.txt",
         ("{d}/e.txt", "too little text"),
         write("e.txt", ""),
         **model,
     )
     yield Case(
         "analyze: broken data",
-        f"{known} --data {{d}}/b.jsonl",
+        f"{known} --input {{d}}/b.jsonl",
         ("{d}/b.jsonl:1",),
         write("b.jsonl", "{\n"),
         **model,
     )
     yield Case(
-        "analyze: broken data set", f"{known} --data {{d}}/a", ("{d}/a.idx",), cut("a.idx", 0.5),
+        "analyze: broken data set", f"{known} --input {{d}}/a", ("{d}/a.idx",), cut("a.idx", 0.5),
         **model,
     )  # fmt: skip
     yield Case(
         "analyze: data of another tokenizer",
-        f"{known} --data {{d}}/b",
+        f"{known} --input {{d}}/b",
         ("{d}/b", "another tokenizer"),
         _data_of_another_tokenizer,
         **model,
     )
     yield Case(
         "analyze: output is a file",
-        f"tools/analyze_routing.py --load {{d}}/hf {texts} --output {{d}}/in.txt",
+        f"tools/analyze_routing.py --model {{d}}/hf {texts} --output {{d}}/in.txt",
         ("{d}/in.txt",),
         cut(weights, 0.6),  # which is not come to
         **model,
     )
     yield Case(
         "analyze: output below a file",
-        f"tools/analyze_routing.py --load {{d}}/hf {texts} --output {{d}}/in.txt/x",
+        f"tools/analyze_routing.py --model {{d}}/hf {texts} --output {{d}}/in.txt/x",
         ("{d}/in.txt/x",),
         cut(weights, 0.6),  # which is not come to
         **model,
@@ -341,7 +345,7 @@ def _analyzing() -> Iterator[Case]:
         ("weights cut short", cut(weights, 0.6)),
     ):
         yield Case(f"analyze: {name}", f"{known} {texts}", ("{d}/hf", *says), make, **model)
-    of_run = f"{_ANALYZE} --load {{d}}/run {texts}"
+    of_run = f"{_ANALYZE} --model {{d}}/run {texts}"
     yield Case(
         "analyze: run without checkpoints",
         of_run,

@@ -26,22 +26,22 @@ _PREPARE = "tools/preprocess_data.py --tokenizer {d}/t.model --output-prefix {d}
 _LEARN = "tools/train_tokenizer.py --output {d}/x.model"
 _ESTIMATE = "tools/estimate.py --config {d}/run.yaml"
 _PLAN = "tools/plan.py --config {d}/run.yaml model.vocab_size=290"
-_TO_HF = "tools/convert_checkpoint.py to-hf --save {d}/out --load {d}/run/checkpoints"
-_FROM_HF = "tools/convert_checkpoint.py from-hf --save {d}/out --load {d}/hf"
+_TO_HF = "tools/convert_checkpoint.py to-hf --output {d}/out --input {d}/run/checkpoints"
+_FROM_HF = "tools/convert_checkpoint.py from-hf --output {d}/out --input {d}/hf"
 _GENERATE = "tools/generate.py --device cpu"
 _STEP = "run/checkpoints/step_00000001"
 
 
 def _making_data() -> Iterator[Case]:
     corpus = "tools/make_corpus.py"
-    yield Case("make_corpus: no folder", corpus, ("--output-dir",))
+    yield Case("make_corpus: no folder", corpus, ("--output",))
     yield Case(
-        "make_corpus: nothing", f"{corpus} --output-dir {{d}}/x --train-size 0", ("train_size=0",)
+        "make_corpus: nothing", f"{corpus} --output {{d}}/x --train-size 0", ("train_size=0",)
     )
-    yield Case("make_corpus: a word", f"{corpus} --output-dir {{d}}/x --train-size many", ("many",))
+    yield Case("make_corpus: a word", f"{corpus} --output {{d}}/x --train-size many", ("many",))
     yield Case(
         "make_corpus: output is a file",
-        f"{corpus} --output-dir {{d}}/in.txt --train-size 1 --valid-size 1",
+        f"{corpus} --output {{d}}/in.txt --train-size 1 --valid-size 1",
         ("{d}/in.txt",),
     )
     yield Case("train_tokenizer: no input", _LEARN, ("--input",))
@@ -204,16 +204,16 @@ def _converting() -> Iterator[Case]:
     yield Case("convert: no direction", tool, ("direction",))
     yield Case("convert: unknown direction", f"{tool} sideways", ("sideways",))
     yield Case(
-        "convert: no source", f"{tool} to-hf --load {{d}}/none --save {{d}}/out", ("{d}/none",)
+        "convert: no source", f"{tool} to-hf --input {{d}}/none --output {{d}}/out", ("{d}/none",)
     )
     yield Case(
         "convert: folder without checkpoint",
-        f"{tool} to-hf --load {{d}} --save {{d}}/out",
+        f"{tool} to-hf --input {{d}} --output {{d}}/out",
         ("{d}", "checkpoint"),
     )
     yield Case(
         "convert: folder without model",
-        f"{tool} from-hf --load {{d}} --save {{d}}/out",
+        f"{tool} from-hf --input {{d}} --output {{d}}/out",
         ("{d}/config.json",),
     )
     for word in ("0", "-5MB", "many", "nan", "1e999GB"):
@@ -228,7 +228,7 @@ def _converting() -> Iterator[Case]:
     )
     yield Case(
         "convert: target below a file",
-        f"{tool} to-hf --load {{d}}/run/checkpoints --save {{d}}/in.txt/out",
+        f"{tool} to-hf --input {{d}}/run/checkpoints --output {{d}}/in.txt/out",
         ("{d}/in.txt/out",),
         **checkpoint,
     )
@@ -284,26 +284,26 @@ def _converting() -> Iterator[Case]:
         write("hf/model.safetensors.index.json", '{"weight_map": {"a": "none.safetensors"}}'),
         "none.safetensors",
     )
-    upcycle = "tools/upcycle.py --load {d}/hf --save {d}/out"
+    upcycle = "tools/upcycle.py --input {d}/hf --output {d}/out"
     yield Case(
-        "upcycle: no source", "tools/upcycle.py --load {d}/none --save {d}/out", ("{d}/none",)
+        "upcycle: no source", "tools/upcycle.py --input {d}/none --output {d}/out", ("{d}/none",)
     )
     yield Case("upcycle: one iteration", f"{upcycle} --iterations 1", ("iterations=1",), **model)
     yield Case("upcycle: iterations are a word", f"{upcycle} --iterations two", ("two",))
     yield Case("upcycle: already a chain", upcycle, ("coe_iterations=2",), **model)
     yield Case(
         "upcycle: target exists",
-        "tools/upcycle.py --load {d}/hf --save {d}",
+        "tools/upcycle.py --input {d}/hf --output {d}",
         ("{d}", "new folder"),
         **model,
     )
     yield Case("upcycle: no iteration", f"{upcycle} --iterations 0", ("iterations=0",), **model)
     yield Case(
-        "upcycle: a file", "tools/upcycle.py --load {d}/in.txt --save {d}/out", ("{d}/in.txt",)
+        "upcycle: a file", "tools/upcycle.py --input {d}/in.txt --output {d}/out", ("{d}/in.txt",)
     )
     yield Case(
         "upcycle: folder without model",
-        "tools/upcycle.py --load {d} --save {d}/out",
+        "tools/upcycle.py --input {d} --output {d}/out",
         ("{d}", "checkpoint"),
     )
     yield Case(
@@ -316,12 +316,12 @@ def _converting() -> Iterator[Case]:
     yield Case("upcycle: weights cut short", upcycle, ("{d}/hf",), cut(weights, 0.6), **model)
     yield Case(
         "upcycle: checkpoint of a chain",
-        "tools/upcycle.py --load {d}/run/checkpoints --save {d}/out",
+        "tools/upcycle.py --input {d}/run/checkpoints --output {d}/out",
         ("{d}/run/checkpoints/step_00000001", "coe_iterations=2"),
         **checkpoint,
     )
     moe: dict = {"needs": ("moe",)}
-    of_run = "tools/upcycle.py --load {d}/run/checkpoints --save"
+    of_run = "tools/upcycle.py --input {d}/run/checkpoints --output"
     yield Case(
         "upcycle: damaged checkpoint",
         f"{of_run} {{d}}/out",
@@ -352,27 +352,27 @@ def _converting() -> Iterator[Case]:
 
 
 def _generating() -> Iterator[Case]:
-    yield Case("generate: no model", f"{_GENERATE} --prompt x", ("--load",))
-    yield Case("generate: no prompt", f"{_GENERATE} --load {{d}}", ("--prompt",))
+    yield Case("generate: no model", f"{_GENERATE} --prompt x", ("--model",))
+    yield Case("generate: no prompt", f"{_GENERATE} --model {{d}}", ("--prompt",))
     yield Case(
         "generate: two kinds of prompts",
-        f"{_GENERATE} --load {{d}} --prompt x --input {{d}}/in.txt",
+        f"{_GENERATE} --model {{d}} --prompt x --input {{d}}/in.txt",
         ("--input",),
     )
     yield Case(
         "generate: folder without model",
-        f"{_GENERATE} --load {{d}} --prompt x",
+        f"{_GENERATE} --model {{d}} --prompt x",
         ("{d}", "no model"),
     )
     yield Case(
         "generate: folder is missing",
-        f"{_GENERATE} --load {{d}}/none --prompt x",
+        f"{_GENERATE} --model {{d}}/none --prompt x",
         ("{d}/none", "does not exist"),
     )
     model: dict = {"needs": ("hf",)}
-    known = f"{_GENERATE} --load {{d}}/hf --prompt x"
+    known = f"{_GENERATE} --model {{d}}/hf --prompt x"
     yield Case(
-        "generate: empty prompt", f"{_GENERATE} --load {{d}}/hf --prompt ''", ("empty",), **model
+        "generate: empty prompt", f"{_GENERATE} --model {{d}}/hf --prompt ''", ("empty",), **model
     )
     for option, value in (
         ("max-new-tokens", "0"),
@@ -409,34 +409,34 @@ def _generating() -> Iterator[Case]:
     )
     yield Case(
         "generate: broken records",
-        f"{_GENERATE} --load {{d}}/hf --input {{d}}/b.jsonl",
+        f"{_GENERATE} --model {{d}}/hf --input {{d}}/b.jsonl",
         ("{d}/b.jsonl:1",),
         write("b.jsonl", "{\n"),
         **model,
     )
     yield Case(
         "generate: no records",
-        f"{_GENERATE} --load {{d}}/hf --input {{d}}/e.jsonl",
+        f"{_GENERATE} --model {{d}}/hf --input {{d}}/e.jsonl",
         ("{d}/e.jsonl",),
         write("e.jsonl", ""),
         **model,
     )
     yield Case(
         "generate: missing records",
-        f"{_GENERATE} --load {{d}}/hf --input {{d}}/none.jsonl",
+        f"{_GENERATE} --model {{d}}/hf --input {{d}}/none.jsonl",
         ("{d}/none.jsonl",),
         **model,
     )
     yield Case(
         "generate: no such key in the records",
-        f"{_GENERATE} --load {{d}}/hf --input {{d}}/in.jsonl --json-keys body",
+        f"{_GENERATE} --model {{d}}/hf --input {{d}}/in.jsonl --json-keys body",
         ("{d}/in.jsonl:1", "body"),
         **model,
     )
     yield Case("generate: keys of a prompt", f"{known} --json-keys a", ("--json-keys",), **model)
     yield Case(
         "generate: prompt is too long",
-        f"{_GENERATE} --load {{d}}/hf --prompt '{'one ' * 30}'",
+        f"{_GENERATE} --model {{d}}/hf --prompt '{'one ' * 30}'",
         ("prompt 1", "max_position_embeddings=16"),
         edit_json("hf/config.json", max_position_embeddings=16),
         **model,
@@ -461,20 +461,20 @@ def _generating() -> Iterator[Case]:
     checkpoint: dict = {"needs": ("checkpoint",)}
     yield Case(
         "generate: damaged checkpoint",
-        f"{_GENERATE} --load {{d}}/run/checkpoints --prompt x",
+        f"{_GENERATE} --model {{d}}/run/checkpoints --prompt x",
         ("{d}/run/checkpoints/step_00000001", "common.pt"),
         cut(f"{_STEP}/common.pt", 0.5),
         **checkpoint,
     )
     yield Case(
         "generate: empty checkpoint",
-        f"{_GENERATE} --load {{d}}/empty --prompt x",
+        f"{_GENERATE} --model {{d}}/empty --prompt x",
         ("{d}/empty", "no model"),
         folder_at("empty/step_00000001"),
     )
     yield Case(
         "generate: checkpoint without its tokenizer",
-        f"{_GENERATE} --load {{d}}/run/checkpoints --prompt x",
+        f"{_GENERATE} --model {{d}}/run/checkpoints --prompt x",
         ("tokenizer",),
         _forget_tokenizer,
         **checkpoint,

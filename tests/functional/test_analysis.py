@@ -59,7 +59,7 @@ def table(path: Path) -> list[dict[str, str]]:
 def analysis(home: Path) -> Path:
     """The analysis of the folder `hf-1`, with its control."""
     done = run(
-        home, "analyze_routing.py", "--load", "hf-1", "--data", "text.jsonl", "--random-init",
+        home, "analyze_routing.py", "--model", "hf-1", "--input", "text.jsonl", "--random-init",
         "--tokens", TOKENS, "--permutations", 9, "--output", "out", forked=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
@@ -97,7 +97,7 @@ def test_tables_and_pictures_of_a_folder(home: Path, analysis: Path) -> None:
 
 def test_a_checkpoint_routes_as_the_folder_that_it_came_from(home: Path, analysis: Path) -> None:
     done = run(
-        home, "analyze_routing.py", "--load", "run", "--data", "d_text_document",
+        home, "analyze_routing.py", "--model", "run", "--input", "d_text_document",
         "--tokens", TOKENS, "--permutations", 9, "--output", "of-run",
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
@@ -110,10 +110,10 @@ def test_a_checkpoint_routes_as_the_folder_that_it_came_from(home: Path, analysi
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--load", "none", "--data", "text.jsonl"), "none: neither a Hugging Face folder"),
-        (("--load", "hf-1", "--data", "none"), "none: neither a data set"),
-        (("--load", "hf-1", "--data", "text.jsonl", "--qa-keys", "q", "a"), "no key 'q'"),
-        (("--load", "hf-1", "--data", "text.jsonl", "--permutations", 0), "permutations=0"),
+        (("--model", "none", "--input", "text.jsonl"), "none: neither a Hugging Face folder"),
+        (("--model", "hf-1", "--input", "none"), "none: neither a data set"),
+        (("--model", "hf-1", "--input", "text.jsonl", "--qa-keys", "q", "a"), "no key 'q'"),
+        (("--model", "hf-1", "--input", "text.jsonl", "--permutations", 0), "permutations=0"),
     ],
     ids=["no model", "no data", "no key", "no shuffles"],
 )

@@ -74,14 +74,14 @@ def imported(tmp_path_factory):
     special = write_tokenizer(model, home / "hf")
     path = home / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | special))
-    done = convert(home, "from-hf", "--load", "hf", "--save", "checkpoints")
+    done = convert(home, "from-hf", "--input", "hf", "--output", "checkpoints")
     assert done.returncode == 0, done.stderr
     return home
 
 
 def test_there_and_back_and_loaded_with_remote_code(imported):
     done = convert(
-        imported, "to-hf", "--load", "checkpoints", "--save", "again",
+        imported, "to-hf", "--input", "checkpoints", "--output", "again",
         *("--dtype", "bf16"), *("--max-shard-size", "0.05MB"), forked=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -118,7 +118,7 @@ def test_an_older_export_runs_by_the_package_and_is_refreshed_by_two_files(impor
     generate = ("--prompt", "one two", "--max-new-tokens", 8)
     texts = []
     for folder in ("hf", "old"):
-        done = zygote.run("tools/generate.py", "--load", folder, *generate, cwd=imported)
+        done = zygote.run("tools/generate.py", "--model", folder, *generate, cwd=imported)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
     assert texts[0] == texts[1] != ""
@@ -145,7 +145,7 @@ def test_training_starts_from_an_imported_model(imported):
     assert "resumed from checkpoints/step_00000000" in done.stdout
     assert (imported / "checkpoints" / "step_00000002").is_dir()
 
-    done = convert(imported, "to-hf", "--load", "checkpoints", "--save", "trained")
+    done = convert(imported, "to-hf", "--input", "checkpoints", "--output", "trained")
     assert done.returncode == 0, done.stderr
     kept = json.loads((imported / "hf" / "config.json").read_text())
     exported = json.loads((imported / "trained" / "config.json").read_text())
@@ -160,10 +160,10 @@ def test_training_starts_from_an_imported_model(imported):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["from-hf", "--load", "nowhere", "--save", "out"], "nowhere/config.json"),
-        (["to-hf", "--load", "checkpoints", "--save", "hf"], "hf exists already"),
+        (["from-hf", "--input", "nowhere", "--output", "out"], "nowhere/config.json"),
+        (["to-hf", "--input", "checkpoints", "--output", "hf"], "hf exists already"),
         (
-            ["to-hf", "--load", "checkpoints", "--save", "out", "--as", "deepseek_v2"],
+            ["to-hf", "--input", "checkpoints", "--output", "out", "--as", "deepseek_v2"],
             "inner_iter=2",
         ),
     ],
@@ -180,7 +180,7 @@ def test_a_mistake_is_one_line(imported, arguments, told):
 
 def test_a_size_that_is_none_is_told(imported):
     done = convert(
-        imported, "to-hf", "--load", "checkpoints", "--save", "out", "--max-shard-size", "big"
+        imported, "to-hf", "--input", "checkpoints", "--output", "out", "--max-shard-size", "big"
     )
     assert done.returncode == 2
     assert "'big' is no size" in done.stderr

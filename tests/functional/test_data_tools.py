@@ -54,7 +54,7 @@ def test_from_nothing_to_token_files(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym", reason="the corpus needs the extra `data`")
     for name, seed in (("a", "1"), ("b", "2")):
         done = run(
-            "make_corpus", *("--output-dir", tmp_path / name, "--train-size", 300),
+            "make_corpus", *("--output", tmp_path / name, "--train-size", 300),
             *("--valid-size", 40), PYTHONHASHSEED=seed,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -117,7 +117,7 @@ def test_wrong_arguments_are_one_line(
             "--output-prefix": "out",
         },
         "train_tokenizer": {"--input": "in.jsonl", "--output": "new.model"},
-        "make_corpus": {"--output-dir": "corpus"},
+        "make_corpus": {"--output": "corpus"},
     }[tool] | changes
     done = subprocess.run(
         command(tool, *(word for option in options.items() for word in option)),

@@ -182,8 +182,8 @@ def test_models_are_compared(workplace):
     small = "train.steps=1 train.global_batch_size=2 train.micro_batch_size=2 train.eval_samples=2"
     done = subprocess.run(
         [
-            *(sys.executable, "tools/compare.py", "--seeds", "1", "--directory", "runs/compare"),
-            *("--set", "model.num_layers=1", "model.num_moe_experts=8", *small.split(), "--"),
+            *(sys.executable, "tools/compare.py", "--seeds", "1", "--output", "runs/compare"),
+            *("model.num_layers=1", "model.num_moe_experts=8", *small.split()),
             *("examples/compare/moe_8-32.yaml", "examples/compare/coe-2_4-32.yaml"),
         ],
         cwd=workplace,

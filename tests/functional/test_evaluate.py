@@ -81,7 +81,7 @@ def home(tmp_path_factory) -> Path:
         *("model.hidden_size=64", "model.moe_ffn_hidden_size=64", "log.dir=run"),
         *(f"train.steps={STEPS}", f"train.eval_interval={STEPS}"),
     )  # fmt: skip
-    folders = ("--load", "run/checkpoints", "--save", "my-model")
+    folders = ("--input", "run/checkpoints", "--output", "my-model")
     run(home, ROOT / "tools/convert_checkpoint.py", "to-hf", *folders)
 
     write_jsonl(home / DATA / "valid.jsonl", list((LEARNT | WRONG).items()))

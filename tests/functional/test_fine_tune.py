@@ -80,7 +80,7 @@ def losses(run: Path | str) -> list[float]:
 
 def test_the_whole_way_from_a_folder_of_others(home):
     """Every command as the page has it, in processes of their own."""
-    done = convert(home, "from-hf", "--load", "my-model", "--save", "runs/tuned/checkpoints")
+    done = convert(home, "from-hf", "--input", "my-model", "--output", "runs/tuned/checkpoints")
     assert done.returncode == 0, done.stderr
     step = Path("runs/tuned/checkpoints/step_00000000")
     prepared = ("--tokenizer", step / "tokenizer", "--output-prefix", "my", "--append-eod")
@@ -92,7 +92,7 @@ def test_the_whole_way_from_a_folder_of_others(home):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"resumed from {step}" in done.stdout
-    done = convert(home, "to-hf", "--load", "runs/tuned/checkpoints", "--save", "my-tuned-model")
+    done = convert(home, "to-hf", "--input", "runs/tuned/checkpoints", "--output", "my-tuned-model")
     assert done.returncode == 0, done.stderr
     before, after = (Path(folder) for folder in ("my-model", "my-tuned-model"))
     assert (after / "tokenizer.json").read_bytes() == (before / "tokenizer.json").read_bytes()
@@ -210,7 +210,7 @@ def test_another_tokenizer_in_its_place_is_not_taken(home, capsys):
     train_tokenizer([Path("texts.txt")], Path("t.model"), fields=Fields(), vocab_size=285)
     assert load_tokenizer("t.model").tokenize(TEXT) != trained
 
-    done = convert(home, "to-hf", "--load", "imp/checkpoints", "--save", "exported")
+    done = convert(home, "to-hf", "--input", "imp/checkpoints", "--output", "exported")
     assert done.returncode == 0, done.stderr
     exported = PreTrainedTokenizerFast.from_pretrained("exported")
     assert exported.encode(TEXT, add_special_tokens=False) == trained
@@ -247,7 +247,7 @@ def test_own_weights_are_tuned_and_the_same_command_resumes(home, capsys):
     assert "resumed from runs/second/checkpoints/step_00000002" in told
     assert f"checkpoint.load={home / step} is not read again" in told
     assert len(losses("runs/second")) == 4
-    done = convert(home, "to-hf", "--load", "runs/second/checkpoints", "--save", "again")
+    done = convert(home, "to-hf", "--input", "runs/second/checkpoints", "--output", "again")
     assert done.returncode == 0, done.stderr
 
 
@@ -287,7 +287,7 @@ def test_a_prompt_begins_as_the_documents_of_training_did(home, begins):
     )
     assert done.returncode == 0, done.stderr
     train(step / "config.yaml", "train.steps=1", "data.train=[mine_text_document]")
-    done = convert(home, "to-hf", "--load", "imp/checkpoints", "--save", "exported")
+    done = convert(home, "to-hf", "--input", "imp/checkpoints", "--output", "exported")
     assert done.returncode == 0, done.stderr
 
     expected = [tokenizer.bos] * begins + tokenizer.tokenize("one two")

@@ -89,7 +89,7 @@ def expected(home: Path, prompt: str, count: int) -> str:
 @pytest.mark.parametrize("form", ["hf", "checkpoints"])
 def test_the_likeliest_text_of_either_form(home: Path, generate, form: str) -> None:
     done = generate(
-        *("--load", form, "--prompt", "one two", "--prompt", "six", "--max-new-tokens", 25),
+        *("--model", form, "--prompt", "one two", "--prompt", "six", "--max-new-tokens", 25),
         forked=form != "hf",
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,7 +100,7 @@ def test_the_likeliest_text_of_either_form(home: Path, generate, form: str) -> N
 
 def test_questions_beside_the_true_answers(home: Path, generate) -> None:
     done = generate(
-        *("--load", "hf", "--input", "qa.jsonl", "--qa-keys", "q", "a"),
+        *("--model", "hf", "--input", "qa.jsonl", "--qa-keys", "q", "a"),
         *("--samples", 2, "--max-new-tokens", 5),
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -116,7 +116,7 @@ def test_a_seed_makes_sampling_repeatable(home: Path, generate) -> None:
     texts = []
     for _ in range(2):
         done = generate(
-            *("--load", "hf", "--prompt", "one", "--max-new-tokens", 30),
+            *("--model", "hf", "--prompt", "one", "--max-new-tokens", 30),
             *("--temperature", 1.5, "--top-k", 20, "--top-p", 0.99, "--seed", 1),
         )
         assert (done.returncode, done.stderr) == (0, "")
@@ -133,7 +133,7 @@ def piped(home: Path, tmp_path: Path) -> Iterator[tuple[zygote.Process, int]]:
     os.mkfifo(files / "out0")
     process = zygote.shared().start(
         "tools/generate.py",
-        ["--load", "hf", "--prompt", "one", "--max-new-tokens", POSITIONS],
+        ["--model", "hf", "--prompt", "one", "--max-new-tokens", POSITIONS],
         files,
         environment(home, temporary),
         cwd=home,
@@ -161,7 +161,7 @@ def test_ctrl_c_leaves_no_temporary_folder(home: Path, tmp_path: Path) -> None:
     temporary.mkdir()
     process = zygote.shared().start(
         "tools/generate.py",
-        ["--load", "checkpoints", "--prompt", "one", "--max-new-tokens", POSITIONS],
+        ["--model", "checkpoints", "--prompt", "one", "--max-new-tokens", POSITIONS],
         files,
         environment(home, temporary),
         cwd=home,
@@ -184,10 +184,13 @@ def test_a_reader_that_has_enough_is_no_error(home: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--load", "nowhere", "--prompt", "one"), "nowhere does not exist"),
-        (("--load", "checkpoints", "--prompt", "one " * POSITIONS), "max_position_embeddings=4000"),
-        (("--load", "hf", "--input", "qa.jsonl"), "qa.jsonl:1: no key 'text'"),
-        (("--load", "hf", "--prompt", "one", "--samples", 1), "belong to --input"),
+        (("--model", "nowhere", "--prompt", "one"), "nowhere does not exist"),
+        (
+            ("--model", "checkpoints", "--prompt", "one " * POSITIONS),
+            "max_position_embeddings=4000",
+        ),
+        (("--model", "hf", "--input", "qa.jsonl"), "qa.jsonl:1: no key 'text'"),
+        (("--model", "hf", "--prompt", "one", "--samples", 1), "belong to --input"),
     ],
     ids=["no folder", "too long", "no key", "no input"],
 )
@@ -208,6 +211,6 @@ def test_a_checkpoint_that_lacks_a_tokenizer_is_told(home: Path, generate) -> No
     save_file(load_file(home / "hf" / "model.safetensors"), bare / "model.safetensors")
     from_hf(bare, home / "bare-checkpoints")
     step = "bare-checkpoints/step_00000000"
-    done = generate("--load", step, "--prompt", "one")
+    done = generate("--model", step, "--prompt", "one")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {step} has no tokenizer")

@@ -46,7 +46,7 @@ def test_a_package_that_a_command_imports_late_is_named(package, tmp_path):
     blocked = f"import sys; sys.modules['{package}'] = None; {RUN}"
     command = [sys.executable, "-c", blocked, REPO / "tools" / "generate.py"]
     done = subprocess.run(
-        [*command, "--load", tmp_path, "--prompt", "x"], cwd=REPO, capture_output=True, text=True
+        [*command, "--model", tmp_path, "--prompt", "x"], cwd=REPO, capture_output=True, text=True
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]  # transformers has its own words about torch

@@ -56,7 +56,7 @@ def test_it_exports_the_model_and_prints_answers_beside_the_true_ones(copy: Path
     folder = copy / "runs" / "quickstart"
     sizes = ("--train-size", "2000", "--valid-size", "200")
     run(
-        copy, sys.executable, "tools/make_corpus.py", *("--output-dir", str(folder / "data")),
+        copy, sys.executable, "tools/make_corpus.py", *("--output", str(folder / "data")),
         *sizes,
     )  # fmt: skip
     quickstart = ("make", "quickstart", "OVERRIDES=train.steps=2 train.eval_interval=2")

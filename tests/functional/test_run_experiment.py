@@ -50,9 +50,9 @@ def records(folder: Path) -> list[dict]:
 def test_it_goes_on_where_it_was_broken_off(tmp_path):
     texts = write_texts(tmp_path / "train.jsonl", 400), write_texts(tmp_path / "held.jsonl", 40)
     arguments = (
-        *("shared", "--seeds", 1, "--jobs", 1, "--directory", tmp_path / "out"),
-        *("--data", texts[0], "--valid-data", texts[1], "--qa-keys", "question", "answer"),
-        *("--vocab-size", 300, "--set", *MINUTE_SCALE, "model.vocab_size=300"),
+        *("shared", "--seeds", 1, "--jobs", 1, "--output", tmp_path / "out"),
+        *("--input", texts[0], "--valid-input", texts[1], "--qa-keys", "question", "answer"),
+        *("--vocab-size", 300, *MINUTE_SCALE, "model.vocab_size=300"),
     )
     runs = tmp_path / "out" / "train-300" / "tiny"
     process = subprocess.Popen(
@@ -90,7 +90,7 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
     other = run(*arguments, "train.lr=1e-2")
     assert other.returncode == 2
     assert len(other.stderr.splitlines()) == 1
-    for text in ("settings.yaml", "lr: 0.003, now lr: 0.01", "--directory"):
+    for text in ("settings.yaml", "lr: 0.003, now lr: 0.01", "--output"):
         assert text in other.stderr
 
 
@@ -100,22 +100,22 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
         (["best"], "best"),
         (["main", "--scale", "huge"], "huge"),
         (["main", "--seeds", "0"], "--seeds 0"),
-        (["main", "--data", "none.jsonl"], "--valid-data"),
-        (["main", "--data", "none.jsonl", "--valid-data", "none.jsonl"], "none.jsonl"),
-        (["main", "--set", "train.stepz=1"], "train.stepz"),
-        (["main", "--dry-run", "--set", "model.moe_router_topk=99"], "moe_router_topk=99"),
+        (["main", "--input", "none.jsonl"], "--valid-input"),
+        (["main", "--input", "none.jsonl", "--valid-input", "none.jsonl"], "none.jsonl"),
+        (["main", "train.stepz=1"], "train.stepz"),
+        (["main", "--dry-run", "model.moe_router_topk=99"], "moe_router_topk=99"),
     ],
     ids=["experiment", "scale", "seeds", "half of the data", "no data", "a setting", "a model"],
 )
 def test_mistakes_are_told_in_one_message(tmp_path, arguments, named):
-    done = run(*arguments, "--directory", tmp_path / "out")
+    done = run(*arguments, "--output", tmp_path / "out")
     assert (done.returncode, done.stdout) == (2, "")
     assert named in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_prints_sizes_and_trains_nothing(tmp_path):
-    done = run("layers", "--dry-run", "--directory", tmp_path / "out")
+    done = run("layers", "--dry-run", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "MoE(8/64), 3 x layers | moe_8-64_12-layers" in done.stdout
     assert "9 runs" in done.stdout and " min " in done.stdout

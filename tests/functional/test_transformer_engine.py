@@ -33,12 +33,12 @@ main("model.fp8=hybrid")
 IMPORTING = {
     "pretrain_coe.py": ["--config", "{config}"],
     "tools/benchmark.py": ["--what", "experts"],
-    "tools/convert_checkpoint.py": ["to-hf", "--load", "{run}", "--save", "{out}"],
+    "tools/convert_checkpoint.py": ["to-hf", "--input", "{run}", "--output", "{out}"],
     "tools/estimate.py": ["--config", "{config}"],
     "tools/plan.py": ["--config", "{config}", "--gpus", "8"],
-    "tools/run_experiment.py": ["main", "--directory", "{out}", "--dry-run"],
-    "tools/upcycle.py": ["--load", "{run}", "--save", "{out}", "--iterations", "2"],
-    "tools/verify_checkpoint.py": ["--load", "{run}"],
+    "tools/run_experiment.py": ["main", "--output", "{out}", "--dry-run"],
+    "tools/upcycle.py": ["--input", "{run}", "--output", "{out}", "--iterations", "2"],
+    "tools/verify_checkpoint.py": ["--input", "{run}"],
 }
 """Commands that import Megatron-Core whatever they are given, with arguments to get them there."""
 

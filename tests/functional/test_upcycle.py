@@ -44,7 +44,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_mixture_is_upcycled_trained_and_exported(home, single_rank, monkeypatch):
-    done = upcycle(home, "--load", "mixture", "--iterations", "2", "--save", "chain", forked=False)
+    done = upcycle(
+        home, "--input", "mixture", "--iterations", "2", "--output", "chain", forked=False
+    )
     assert done.returncode == 0, done.stderr
     step = Path("chain/step_00000000")
     assert done.stdout == f"mixture -> {step}; train it with --config {step}/config.yaml\n"
@@ -62,7 +64,7 @@ def test_a_mixture_is_upcycled_trained_and_exported(home, single_rank, monkeypat
     assert len(losses) == STEPS
     assert losses[-1] < 0.8 * losses[0]
 
-    done = convert(home, "to-hf", "--load", "chain", "--save", "exported")
+    done = convert(home, "to-hf", "--input", "chain", "--output", "exported")
     assert done.returncode == 0, done.stderr
     exported = weights_of(home / "exported")
     gates = {name: tensor for name, tensor in exported.items() if "coe_weights" in name}
@@ -94,7 +96,7 @@ def test_a_mixture_is_upcycled_trained_and_exported(home, single_rank, monkeypat
 def test_a_mistake_is_one_line(home):
     write_random_model(home / "no mixture", seed=2)
     before = sorted(home.iterdir())
-    done = upcycle(home, "--load", "no mixture", "--save", "out")
+    done = upcycle(home, "--input", "no mixture", "--output", "out")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "no mixture/config.json: coe_iterations=2" in done.stderr

@@ -31,10 +31,10 @@ def folder(single_rank, tmp_path):
 
 def test_good_and_bad_are_told_apart(folder, capsys):
     newest, older = find_checkpoints(folder)
-    main(["--load", str(folder)])
+    main(["--input", str(folder)])
     assert capsys.readouterr().out == f"{newest}: good, step 2\n{older}: good, step 1\n"
     (newest / "notes.txt").write_text("the good one")
-    main(["--load", str(folder)])
+    main(["--input", str(folder)])
     assert "does not list notes.txt" in capsys.readouterr().err
     assert latest_valid_checkpoint(make_settings(folder).checkpoint) == newest
     assert f"{newest}: manifest.json does not list notes.txt" in capsys.readouterr().err
@@ -44,12 +44,12 @@ def test_good_and_bad_are_told_apart(folder, capsys):
     (newest / "__7_0.distcp").unlink()
     data = older / "__0_1.distcp"
     data.write_bytes(data.read_bytes()[:-1])
-    main(["--load", str(newest)])
+    main(["--input", str(newest)])
     with pytest.raises(ValueError, match=r"1 of 2 checkpoint\(s\)"):
-        main(["--load", str(folder)])
+        main(["--input", str(folder)])
     assert f"{older}: bad: __0_1.distcp has" in capsys.readouterr().out
     told = subprocess.run(
-        [sys.executable, TOOL, "--load", folder / "nowhere"], capture_output=True, text=True
+        [sys.executable, TOOL, "--input", folder / "nowhere"], capture_output=True, text=True
     )
     assert told.returncode == 2
     assert told.stderr.startswith("error: ")
@@ -61,8 +61,8 @@ def test_a_manifest_is_written_once(folder, capsys):
     (newest / "manifest.json").unlink()
     settings = make_settings(folder)
     assert latest_valid_checkpoint(settings.checkpoint) == older
-    main(["--load", str(newest), "--write-manifest"])
+    main(["--input", str(newest), "--write-manifest"])
     assert latest_valid_checkpoint(settings.checkpoint) == newest
     with pytest.raises(ValueError, match="1 of 1"):
-        main(["--load", str(newest), "--write-manifest"])
+        main(["--input", str(newest), "--write-manifest"])
     assert "is there already" in capsys.readouterr().out

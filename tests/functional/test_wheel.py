@@ -84,7 +84,7 @@ def test_it_trains_converts_and_generates(installed: Path, tmp_path: Path) -> No
         *[("preprocess", "--input", "text.txt", "--tokenizer", "t.model", "--output-prefix", "t")],
         ("train", "--config", "quickstart", *SMALL, *data),
         ("convert", "to-hf", "--input", "run/checkpoints", "--output", "hf"),
-        ("generate", "--load", "hf", "--prompt", "2 + 2", "--max-new-tokens", 2),
+        ("generate", "--model", "hf", "--prompt", "2 + 2", "--max-new-tokens", 2),
     ):
         done = coe(installed, tmp_path, *arguments)
         assert done.returncode == 0, done.stderr

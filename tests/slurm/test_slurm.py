@@ -117,8 +117,8 @@ def test_a_time_limit_interrupts_a_run_that_then_ends_as_if_it_had_not(
     weights = []
     for run in (tmp_path / "run", unbroken):
         exported = tmp_path / f"{run.name}-hf"
-        convert = (REPO / "slurm/convert.sbatch", "to-hf", "--load", run / "checkpoints")
-        converted = cluster.finish(submit("--mem=1G", *convert, "--save", exported))
+        convert = (REPO / "slurm/convert.sbatch", "to-hf", "--input", run / "checkpoints")
+        converted = cluster.finish(submit("--mem=1G", *convert, "--output", exported))
         assert converted["JobState"] == "COMPLETED", output(tmp_path, "coe-convert")
         weights.append((exported / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]

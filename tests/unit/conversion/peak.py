@@ -28,8 +28,8 @@ def resident(field: str) -> int:
 def main(small: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:  # brings in what is imported on first use
-        convert(["from-hf", "--load", small, "--save", f"{folder}/checkpoint"])
-        convert(["to-hf", "--load", f"{folder}/checkpoint", "--save", f"{folder}/hf"])
+        convert(["from-hf", "--input", small, "--output", f"{folder}/checkpoint"])
+        convert(["to-hf", "--input", f"{folder}/checkpoint", "--output", f"{folder}/hf"])
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     before = resident("VmRSS")
     convert(list(arguments))

@@ -60,10 +60,10 @@ def test_one_file_and_one_layer_at_most(tmp_path, size):
     from_hf(tmp_path / "one", tmp_path / "checkpoint")
 
     there = peak(
-        small, "to-hf", "--load", tmp_path / "checkpoint", "--save", tmp_path / "several",
+        small, "to-hf", "--input", tmp_path / "checkpoint", "--output", tmp_path / "several",
         "--max-shard-size", size,
     )  # fmt: skip
-    back = peak(small, "from-hf", "--load", tmp_path / "several", "--save", tmp_path / "again")
+    back = peak(small, "from-hf", "--input", tmp_path / "several", "--output", tmp_path / "again")
     files = [path.stat().st_size for path in (tmp_path / "several").glob("*.safetensors")]
     assert len(files) > 1
     assert max(files) <= 1.01 * shard, "the head of the file comes on top"
