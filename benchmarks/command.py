@@ -119,6 +119,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="JSON file with every sample")
     options = parser.parse_intermixed_args()
+    options.overrides += options.set
     options.vary = setting_variants_of(options.vary)
     least = {
         **dict.fromkeys(("warmup", "profiles"), 0),
@@ -164,7 +165,7 @@ def harness_of(options: argparse.Namespace, device):
         profiles=options.profiles,
         steps=options.steps,
         setting_variants=options.vary,
-        changes=(*options.overrides, *options.set),
+        changes=tuple(options.overrides),
     )
 
 

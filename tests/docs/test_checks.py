@@ -148,7 +148,7 @@ def test_marks_are_read(text, mark):
         ("python tools/gone.py --load a", "there is no tools/gone.py"),
         ("coe verify --input a", None),
         ("coe verify --inputs a", "--inputs"),
-        ("coe verfy --input a", "verfy"),
+        ("coe check --input a", "check"),
         ("python tools/tool.py --load examples/gone.yaml", "there is no examples/gone.yaml"),
         ("make all test JOBS=3", None),
         ("make tests", "the Makefile has no tests"),

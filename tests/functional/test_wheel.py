@@ -75,6 +75,27 @@ def test_it_holds_the_package_its_presets_and_the_license(wheel: Path) -> None:
     assert modules <= names
 
 
+def test_every_command_says_how_it_is_called(installed: Path, tmp_path: Path) -> None:
+    """In one process: that they can be imported is what the checkout could hide."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+from megatron_coe.cli import main
+for name in main.COMMANDS:
+    sys.argv = ["coe", name, "--help"]
+    try:
+        main.main()
+    except SystemExit as end:
+        assert end.code == 0
+assert main.__file__.startswith({str(installed)!r})
+assert "torch" not in sys.modules, "slow to import"
+"""
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: coe ") == len(COMMANDS)
+
+
 def test_it_trains_converts_and_generates(installed: Path, tmp_path: Path) -> None:
     """The whole way in an empty folder, the presets by their names."""
     (tmp_path / "text.txt").write_text("".join(f"{n} + {n} = {2 * n}\n" for n in range(400)))

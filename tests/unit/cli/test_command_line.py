@@ -77,7 +77,7 @@ def test_settings_for_all_runs_of_a_comparison(former, monkeypatch):
         ),
     )
     changes = ["train.steps=3", "train.lr=1"]
-    words = ["compare/moe_8-32", "paper/coe-2_4-64", "--seeds", "1"]
+    words = ["compare/moe_8-32", "paper/coe-2_4-64"]
     words += ["--set", *changes] if former else changes
     assert compare.main(words) == 0
     assert given == {"configs": ["moe_8-32.yaml", "coe-2_4-64.yaml"], "overrides": changes}
@@ -94,7 +94,7 @@ def test_every_command_says_how_it_is_called(command, monkeypatch, capsys):
 
 
 def test_a_command_that_is_none_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["coe", "trian"])
+    monkeypatch.setattr(sys, "argv", ["coe", "training"])
     with pytest.raises(SystemExit) as end:
         coe.main()
-    assert end.value.code == 2 and "'trian' (choose from" in capsys.readouterr().err
+    assert end.value.code == 2 and "'training' (choose from" in capsys.readouterr().err
