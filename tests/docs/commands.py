@@ -24,7 +24,7 @@ INSTALLED = ("torchrun", "coe")
 
 @dataclass(frozen=True)
 class Invocation:
-    """A program of this repository, or torchrun, and its arguments."""
+    """A program of this repository, `coe` or torchrun, and its arguments."""
 
     program: str
     arguments: tuple[str, ...]
@@ -43,8 +43,6 @@ def invocation_of(root: Path, command: Command) -> Invocation | None:
         return Invocation(rest[0], tuple(rest[1:])) if rest else None
     if launcher in INSTALLED:
         return Invocation(launcher, tuple(rest))
-    if launcher == "coe":
-        return Invocation("megatron_coe/cli/main.py", tuple(rest))
     if launcher == "sbatch":
         for number, word in enumerate(rest):
             if word.endswith(".sbatch"):

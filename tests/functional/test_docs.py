@@ -128,9 +128,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SEEN_FROM_A_COPY:
         (folder / name).symlink_to(REPO / name)
     (folder / "bin").mkdir()
-    python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore "$@"\n')
-    python.chmod(0o755)
+    for name, started in (("python", ""), ("coe", "-m megatron_coe.cli.main")):
+        program = folder / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore {started} "$@"\n')
+        program.chmod(0o755)
     (example,) = re.findall(r"```yaml\n(.*?)```", TRAINING, flags=re.DOTALL)
     (folder / "my-run.yaml").write_text(example, encoding="utf-8")
     for parameters in run_literally(of_data=True):
