@@ -197,3 +197,4 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports --no-logo
 	$(PY) tests/lint/words.py
+	$(PY) -m mypy

@@ -2,6 +2,7 @@
 
     versions            what the supported Megatron-Core lines name or shape differently
     transformer_engine  whether Transformer Engine is there, whole, and of use on this machine
+    modules             reading and replacing what a module of theirs holds
     mtp                 the weight of multi-token prediction's losses
     recompute           selective recomputation without a compiler
     patches             what Megatron-Core gets wrong where Transformer Engine cannot be used

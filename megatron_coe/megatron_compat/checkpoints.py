@@ -39,19 +39,19 @@ def load_sharded_state(
 @contextmanager
 def _index_given(index: Metadata) -> Iterator[None]:
     """Let torch's reader of checkpoints take this index for that of the file."""
-    original = FileSystemReader.read_metadata
+    reader: Any = FileSystemReader
+    original = reader.read_metadata
 
     def read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
-        if getattr(index, "storage_meta", None) is None:
-            index.storage_meta = StorageMeta()
+        index.storage_meta = getattr(index, "storage_meta", None) or StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
 
-    FileSystemReader.read_metadata = read_metadata
+    reader.read_metadata = read_metadata
     try:
         yield
     finally:
-        FileSystemReader.read_metadata = original
+        reader.read_metadata = original
 
 
 def _given(common: dict[str, Any]) -> Any:

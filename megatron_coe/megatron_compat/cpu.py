@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import logging
-import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_coe.megatron_compat.modules import load_module, loaded_modules, rebind
 
 CPU = torch.device("cpu")
 
@@ -124,16 +125,15 @@ def _nothing(*args: object, **kwargs: object) -> None:
 
 
 def _patch_current_device() -> None:
-    torch.cuda.current_device = _current_device
+    cuda: Any = torch.cuda
+    cuda.current_device = _current_device
 
 
 def _patch_streams() -> None:
-    torch.cuda.Stream = Stream
-    torch.cuda.Event = Event
-    torch.cuda.stream = _stream_context
-    torch.cuda.current_stream = _default_stream
-    torch.cuda.default_stream = _default_stream
-    torch.cuda.synchronize = _nothing
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.Event, cuda.stream = Stream, Event, _stream_context
+    cuda.current_stream = cuda.default_stream = _default_stream
+    cuda.synchronize = _nothing
 
 
 # --- random numbers -------------------------------------------------------------------------------
@@ -163,13 +163,14 @@ def _not_about_the_shared_generator(record: logging.LogRecord) -> bool:
 
 def _patch_rng() -> None:
     """The one CPU generator plays the CUDA generator's part, for seeds and for the tracker."""
-    for namespace in (torch.cuda, torch.cuda.random):
+    namespaces: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
+    for namespace in namespaces:
         namespace.get_rng_state = _get_rng_state
         namespace.set_rng_state = _set_rng_state
         namespace.manual_seed = _manual_seed
     # Without CUDA this function queues itself for a CUDA start that never comes.
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
-    _rebind(random._set_cuda_rng_state, _set_tracked_rng_state)
+    random = load_module("megatron.core.tensor_parallel.random")
+    rebind(random._set_cuda_rng_state, _set_tracked_rng_state)
     # The tracker warns when the CPU generator moves inside a fork; here that is its purpose.
     logging.getLogger(random.__name__).addFilter(_not_about_the_shared_generator)
 
@@ -206,7 +207,7 @@ class TorchOnCpu(types.ModuleType):
 @functools.cache
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
-    def create(*args: object, **kwargs: object) -> torch.Tensor:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.device(kwargs.get("device") or CPU).type == "cuda":
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
@@ -219,13 +220,13 @@ def _patch_literal_devices() -> None:
 
     view = TorchOnCpu("torch")
     for name in _LITERAL_CUDA if PARTS_ARE_PARTIALS else (*_LITERAL_CUDA, *_LITERAL_CUDA_0_16):
-        importlib.import_module(name).torch = view
+        load_module(name).torch = view
 
 
 def _patch_pinned_memory() -> None:
     """Rotary positions of context-parallel ranks come from a pinned tensor."""
     view = _TorchUnpinned("torch")
-    importlib.import_module("megatron.core.models.common.embeddings.rope_utils").torch = view
+    load_module("megatron.core.models.common.embeddings.rope_utils").torch = view
 
 
 class _TorchUnpinned(types.ModuleType):
@@ -235,7 +236,7 @@ class _TorchUnpinned(types.ModuleType):
         return getattr(torch, name)
 
     @staticmethod
-    def tensor(data: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+    def tensor(data: object, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         return torch.tensor(data, **options)
 
 
@@ -243,7 +244,8 @@ def _patch_tensor_cuda() -> None:
     def cuda(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return self
 
-    torch.Tensor.cuda = cuda
+    tensor: Any = torch.Tensor
+    tensor.cuda = cuda
 
 
 # --- single functions -----------------------------------------------------------------------------
@@ -273,29 +275,29 @@ def _patch_type_strings() -> None:
 
     All three run once at set-up or once per step, so the mode costs training nothing.
     """
-    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer = load_module("megatron.core.optimizer.optimizer")
+    distributed = load_module("megatron.core.optimizer.distrib_optimizer")
     for cls in (optimizer.Float16OptimizerWithFloat16Params, distributed.DistributedOptimizer):
         cls.__init__ = _with_cuda_type_strings(cls.__init__)
-    clip = importlib.import_module("megatron.core.optimizer.clip_grads")
+    clip = load_module("megatron.core.optimizer.clip_grads")
     function = clip.clip_grad_by_total_norm_fp32
-    _rebind(function, _with_cuda_type_strings(function))
+    rebind(function, _with_cuda_type_strings(function))
 
 
-def _to_host(tensor: object, as_numpy: bool = False, record_stream: bool = False) -> object:
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> object:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _patch_split_sizes() -> None:
     """The dispatcher turns split sizes into numbers only where they are CUDA tensors."""
-    importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    _rebind(moe_utils.maybe_move_tensor_to_cpu, _to_host)
+    load_module("megatron.core.transformer.moe.token_dispatcher")
+    moe_utils = load_module("megatron.core.transformer.moe.moe_utils")
+    rebind(moe_utils.maybe_move_tensor_to_cpu, _to_host)
 
 
 def _patch_uneven_parts() -> None:
     """gloo gathers and scatters parts of one size; experts divided over EP and ETP have others."""
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings = load_module("megatron.core.tensor_parallel.mappings")
     gather = mappings._gather_along_first_dim
     reduce_scatter = mappings._reduce_scatter_along_first_dim
 
@@ -317,8 +319,8 @@ def _patch_uneven_parts() -> None:
         torch.distributed.all_reduce(total, group=group)
         return total.split(input_split_sizes)[group.rank()].clone()
 
-    _rebind(gather, gather_parts)
-    _rebind(reduce_scatter, scatter_sum)
+    rebind(gather, gather_parts)
+    rebind(reduce_scatter, scatter_sum)
 
 
 # Where torch.compile leaves the function it was given.
@@ -328,9 +330,9 @@ _COMPILED_FROM = "_torchdynamo_orig_callable"
 def _patch_fusions() -> None:
     """Megatron's ``jit_fuser`` is ``torch.compile``: on a CPU that is a C++ build per function and
     process, and a new one as routing changes the shapes. Its functions run eagerly instead."""
-    jit = importlib.import_module("megatron.core.jit")
-    _rebind(jit.jit_fuser, jit.noop_decorator)
-    for module in _megatron_modules():
+    jit = load_module("megatron.core.jit")
+    rebind(jit.jit_fuser, jit.noop_decorator)
+    for module in loaded_modules("megatron.core"):
         classes = [v for v in vars(module).values() if isinstance(v, type)]
         for namespace in (module, *(c for c in classes if c.__module__ == module.__name__)):
             for name, value in list(vars(namespace).items()):
@@ -366,17 +368,3 @@ def _keep_freed_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
-
-
-def _megatron_modules() -> Iterator[types.ModuleType]:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and module is not None:
-            yield module
-
-
-def _rebind(original: object, replacement: object) -> None:
-    """Replace ``original`` under every name that a Megatron module has imported it by."""
-    for module in _megatron_modules():
-        for name, value in list(vars(module).items()):
-            if value is original:
-                setattr(module, name, replacement)

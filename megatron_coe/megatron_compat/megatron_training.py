@@ -7,17 +7,16 @@ from the wheel and to run on a CPU, and its two ways to be called.
 
 from __future__ import annotations
 
-import importlib
-import sys
 import types
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
 
 from megatron_coe.megatron_compat.cpu import TorchOnCpu
+from megatron_coe.megatron_compat.modules import load_module, loaded_modules
 from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
 
 
@@ -29,7 +28,7 @@ def install() -> None:
     Raises:
         ModuleNotFoundError: there is no `megatron.training`.
     """
-    importlib.import_module("megatron.training.training")
+    load_module("megatron.training.training")
     tables = [EVERYWHERE] if torch.cuda.is_available() else [EVERYWHERE, ON_CPU]
     for table in tables:
         for patch in table.values():
@@ -70,7 +69,7 @@ def pretrain(
 def _patch_dataset_helpers() -> None:
     """Before training Megatron runs ``make`` among its data sets. The wheel has the compiled
     library there but no Makefile: ``make`` fails, and the run ends."""
-    utils = importlib.import_module("megatron.core.datasets.utils")
+    utils = load_module("megatron.core.datasets.utils")
     if not Path(utils.__file__).with_name("Makefile").exists():
         utils.compile_helpers = _nothing
 
@@ -120,15 +119,15 @@ def _patch_torch() -> None:
     """The training modules write ``device="cuda"`` out and ask ``torch.cuda`` about devices. They
     get a view of ``torch``; everyone else keeps the truth."""
     view = _TorchOnOneGpu("torch")
-    for module in _training_modules():
+    for module in loaded_modules("megatron.training"):
         if getattr(module, "torch", None) is torch:
             module.torch = view
 
 
 def _patch_kernel_warm_up() -> None:
     """Fused kernels are compiled and run once on the GPU before training."""
-    importlib.import_module("megatron.training.training").set_jit_fusion_options = _nothing
-    initialize = importlib.import_module("megatron.training.initialize")
+    load_module("megatron.training.training").set_jit_fusion_options = _nothing
+    initialize = load_module("megatron.training.initialize")
     if hasattr(initialize, "fused_kernels"):  # the 0.16 line also builds some with nvcc
         initialize.fused_kernels.load = _nothing
 
@@ -138,12 +137,6 @@ ON_CPU: dict[str, Callable[[], None]] = {
     "kernel_warm_up": _patch_kernel_warm_up,
 }
 """One row per kind of CUDA-only spot, as `megatron_compat.cpu.PATCHES` has them for the core."""
-
-
-def _training_modules() -> Iterator[types.ModuleType]:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.training") and module is not None:
-            yield module
 
 
 def _nothing(*args: object, **kwargs: object) -> None:

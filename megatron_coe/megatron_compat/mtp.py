@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from megatron.core.models.gpt import gpt_model
 from torch import Tensor
@@ -35,11 +36,15 @@ def _without_local_factor(process_mtp_loss: Callable[..., Tensor]) -> Callable[.
         labels: Tensor | None,
         loss_mask: Tensor | None,
         compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
-        **others: object,
+        **others: Any,
     ) -> Tensor:
         compute = compute_language_model_loss
         # Without labels Megatron shifts the mask once more: that form is left to it.
-        if others["config"].calculate_per_token_loss and None not in (labels, loss_mask):
+        if (
+            labels is not None
+            and loss_mask is not None
+            and others["config"].calculate_per_token_loss
+        ):
             compute = _dividing(compute, loss_mask, others["cp_group"], others["packed_seq_params"])
         return process_mtp_loss(
             labels=labels, loss_mask=loss_mask, compute_language_model_loss=compute, **others

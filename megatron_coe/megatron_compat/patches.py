@@ -10,7 +10,6 @@ still kept out.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import logging
 import os
@@ -19,10 +18,12 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from megatron_coe.megatron_compat import transformer_engine
+from megatron_coe.megatron_compat.modules import load_module, loaded_modules
 from megatron_coe.megatron_compat.transformer_engine import have_te
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def _tell_of_unusable_te() -> None:
 def _importable(name: str) -> bool:
     """Whether ``import name`` works; whatever a broken package raises means that it does not."""
     try:
-        importlib.import_module(name)
+        load_module(name)
     except Exception:
         return False
     return True
@@ -118,12 +119,10 @@ _DECIDING = (
 )
 
 
-def _megatron_modules() -> Iterator[types.ModuleType]:
+def _megatron_modules() -> Iterator[Any]:
     for name in _DECIDING:
-        importlib.import_module(name)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and module is not None:
-            yield module
+        load_module(name)
+    return loaded_modules("megatron.core")
 
 
 _TE_FLAG = re.compile(r"HAVE_(TE|GTP|FUSED_QKV_ROPE)")
@@ -144,9 +143,9 @@ def _patch_unusable_te() -> None:
                 setattr(module, name, False)
             elif inspect.isfunction(value) and _is_of_te(value):
                 setattr(module, name, None)
-    importlib.import_module("megatron.core.transformer.attention").SplitAlongDim = None
-    norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
-    importlib.import_module("megatron.core.transformer.transformer_block").LayerNormImpl = norm
+    load_module("megatron.core.transformer.attention").SplitAlongDim = None
+    norm = load_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    load_module("megatron.core.transformer.transformer_block").LayerNormImpl = norm
     _use_torch_optimizers()
     _use_local_multi_tensor_functions()
 
@@ -181,14 +180,14 @@ def _never(module: object) -> bool:
 
 def _patch_router_gemm() -> None:
     """``moe_utils`` leaves ``te_general_gemm`` undefined, then compares it with ``None``."""
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils = load_module("megatron.core.transformer.moe.moe_utils")
     moe_utils.te_general_gemm = None
 
 
 def _patch_selective_recompute() -> None:
     """``CheckpointWithoutOutput(fp8=False)``, its default, means "with fp8" and calls Transformer
     Engine; only ``None`` means without."""
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random = load_module("megatron.core.tensor_parallel.random")
     cls = random.CheckpointWithoutOutput
     fp8, *others = cls.__init__.__defaults__  # fp8 is the first parameter
     if fp8 is False:
@@ -201,13 +200,13 @@ def _patch_distributed_optimizer_load() -> None:
     (``KeyError``) or, of checkpoints that are sharded as its buffers are (``dp_reshardable``, the
     default of Megatron's `pretrain`), copies the count from before loading: 0, so that Adam takes
     trained moments for new ones."""
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    module = load_module("megatron.core.optimizer.distrib_optimizer")
     set_states = module.DistributedOptimizer._set_main_param_and_optimizer_states
     if hasattr(set_states, "__wrapped__"):
         return
 
     @functools.wraps(set_states)
-    def keep_step(self, model_param, tensors):
+    def keep_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         restored = {"step": state["step"]} if "step" in state else {}
@@ -222,20 +221,20 @@ def _patch_distributed_optimizer_state() -> None:
     them all one tensor as their step count, which counts once per parameter and step: the updates
     that follow are wrong, without a word. And fp32 weights are loaded through views that need
     gradients, which torch refuses outside of ``no_grad``."""
-    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    module = load_module("megatron.core.optimizer.distrib_optimizer")
     optimizer_class = module.DistributedOptimizer
     state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
     if hasattr(state_dict, "__wrapped__"):
         return
 
     @functools.wraps(state_dict)
-    def complete_before(self):
+    def complete_before(self: Any) -> dict[str, Any]:
         complete_adam_state(self.optimizer)
         return state_dict(self)
 
     @functools.wraps(load_state_dict)
     @torch.no_grad()
-    def complete_after(self, state):
+    def complete_after(self: Any, state: dict[str, Any]) -> None:
         load_state_dict(self, state)
         complete_adam_state(self.optimizer)
 
@@ -264,7 +263,7 @@ def complete_adam_state(optimizer: torch.optim.Optimizer) -> None:
 def _patch_gradient_norm() -> None:
     """Megatron's own L2 norm of many tensors reads one value per tensor back to the host, so that a
     GPU waits as often in every step."""
-    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    clip_grads = load_module("megatron.core.optimizer.clip_grads")
     if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
         clip_grads.l2_norm_impl = _l2_norm
 
@@ -283,8 +282,8 @@ def _l2_norm(
 
 def _patch_foreign_apex() -> None:
     """Any importable ``apex`` makes Megatron choose its FusedLayerNorm, which then refuses."""
-    apex_norm = importlib.import_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
-    torch_norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    apex_norm = load_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
+    torch_norm = load_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     for module in _megatron_modules():
         if getattr(module, "HAVE_APEX", False):
             module.HAVE_APEX = False
@@ -297,10 +296,10 @@ def _patch_foreign_apex() -> None:
 
 
 def _use_torch_optimizers() -> None:
-    optimizer = importlib.import_module("megatron.core.optimizer")
+    optimizer = load_module("megatron.core.optimizer")
     optimizer.Adam, optimizer.SGD = torch.optim.AdamW, torch.optim.SGD
     optimizer.USING_PYTORCH_OPTIMIZER = True
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    distributed = load_module("megatron.core.optimizer.distrib_optimizer")
     distributed.Adam = torch.optim.Adam
     distributed.HAVE_APEX_OR_TE = False
     distributed.USING_APEX_OPTIMIZER = distributed.USING_TE_OPTIMIZER = False
@@ -308,9 +307,9 @@ def _use_torch_optimizers() -> None:
 
 def _use_local_multi_tensor_functions() -> None:
     """Copy, scale and measure many tensors by Megatron's own functions."""
-    utils = importlib.import_module("megatron.core.utils")
-    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
-    for module in (clip_grads, importlib.import_module("megatron.core.optimizer.optimizer")):
+    utils = load_module("megatron.core.utils")
+    clip_grads = load_module("megatron.core.optimizer.clip_grads")
+    for module in (clip_grads, load_module("megatron.core.optimizer.optimizer")):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm

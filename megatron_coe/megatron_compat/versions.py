@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from megatron.core import __version__ as MEGATRON_VERSION
@@ -46,7 +46,7 @@ for 0.16 may name them."""
 
 # --- parts of layers ------------------------------------------------------------------------------
 
-Part = type | partial | ModuleSpec
+Part: TypeAlias = type | partial[Any] | ModuleSpec
 """How a spec names a module to build."""
 
 
@@ -77,10 +77,11 @@ def with_module(part: Part, module: type, **params: object) -> Part:
         part = copy(part)
         part.module, part.params = module, {**(part.params or {}), **params}
         return part
-    return partial(module, *part.args, **{**part.keywords, **params})
+    given = part if isinstance(part, partial) else partial(part)
+    return partial(module, *given.args, **{**given.keywords, **params})
 
 
-ExpertModules = tuple[type, object] | partial
+ExpertModules: TypeAlias = tuple[type, object] | partial[Any]
 """What `BackendSpecProvider.grouped_mlp_modules` returns: (class, submodules) or a `partial`."""
 
 
@@ -99,7 +100,7 @@ def experts_part(modules: ExpertModules) -> Part:
     return ModuleSpec(module=module, submodules=submodules)
 
 
-def no_graph_scopes() -> list | None:
+def no_graph_scopes() -> list[Any] | None:
     """`cuda_graph_scope` of a configuration without CUDA graphs of parts of a layer.
 
     The current line renamed the field to `cuda_graph_modules` and wants the old one unset.

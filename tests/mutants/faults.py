@@ -606,7 +606,7 @@ FAULTS = [
     Fault(
         "the index of a newer torch is left to torch",
         "megatron_coe/megatron_compat/checkpoints.py",
-        "    FileSystemReader.read_metadata = read_metadata\n",
+        "    reader.read_metadata = read_metadata\n",
         "",
         OF_VERSIONS,
     ),

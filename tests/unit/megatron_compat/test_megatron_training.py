@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_coe.megatron_compat import megatron_training
+from megatron_coe.megatron_compat.modules import loaded_modules
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the patches are for CPUs")
 
@@ -56,7 +57,7 @@ def unpatched(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.datasets import utils
     from megatron.training import global_vars
 
-    for module in megatron_training._training_modules():
+    for module in loaded_modules("megatron.training"):
         if hasattr(module, "torch"):
             monkeypatch.setattr(module, "torch", torch)
     monkeypatch.setattr(utils, "compile_helpers", utils.compile_helpers)
