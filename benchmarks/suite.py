@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ class Harness:
         settings = self.settings(preset, *changes)
         seed_everything(settings.train.seed)
         provider = build_provider(settings, self.device)
-        return replace(provider, calculate_per_token_loss=False)
+        return provider.with_fields(calculate_per_token_loss=False)
 
     def time(self, variants: Sequence[Variant]) -> Samples:
         return interleave(variants, self.rounds, self.warmup, self.device, self.clock)

@@ -64,7 +64,7 @@ def build_part(part: Part, **arguments: object) -> torch.nn.Module:
     return part(**arguments) if isinstance(part, partial) else build_module(part, **arguments)
 
 
-def part_submodules(part: Part) -> object:
+def part_submodules(part: Part) -> Any:
     """The parts of a part, or None."""
     if isinstance(part, ModuleSpec):
         return part.submodules

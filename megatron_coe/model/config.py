@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
@@ -120,7 +121,8 @@ class CoEConfig(MLATransformerConfig):
         if isinstance(self.activation_func, str):
             self.activation_func = _one_of("activation_func", self.activation_func, ACTIVATIONS)
         if getattr(self, "cuda_graph_modules", None) == "full":
-            self.cuda_graph_modules = []  # what 0.19 calls its own default, which it warns about
+            # What 0.19 calls its own default, which it warns about.
+            self.cuda_graph_modules: list[str] = []
         self._check_chain()
         self._check_experts()
         self._check_layout()
@@ -133,7 +135,7 @@ class CoEConfig(MLATransformerConfig):
         self._check_rope()
         if self.output_layer_init_method is None:
             # The authors draw every linear with one std; Megatron would scale the output ones down.
-            self.output_layer_init_method = init_method_normal(self.init_method_std)
+            self.output_layer_init_method: Any = init_method_normal(self.init_method_std)
         super().__post_init__()
 
     # -- what it describes -------------------------------------------------------------------
@@ -326,7 +328,7 @@ def _positive(field: str, value: int, meaning: str = "") -> None:
         )
 
 
-def _one_of(field: str, value: str, choices: dict):
+def _one_of(field: str, value: str, choices: dict[str, Any]) -> Any:
     if value not in choices:
         raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(choices)}.")
     return choices[value]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -58,7 +59,7 @@ def get_coe_decoder_block_spec(
     )
     # Megatron repeats the same object: without this, layers would share one spec even now.
     block.layer_specs = [deepcopy(spec) for spec in block.layer_specs]
-    substitutes = {MLASelfAttention: LatentAttention}
+    substitutes: dict[type, type] = {MLASelfAttention: LatentAttention}
     if use_transformer_engine:
         for spec in block.layer_specs:
             _share_checkpoint_keys(spec.submodules, config)
@@ -118,7 +119,7 @@ def _local_substitutes(backend: TorchSpecProvider, rms_norm: bool) -> dict[type,
     }
 
 
-def _substitute(spec, substitutes: dict[type, type]):
+def _substitute(spec: Any, substitutes: dict[type, type]) -> Any:
     """Replace modules throughout a spec, in place, and return it (or a module's substitute)."""
     if isinstance(spec, type):
         return substitutes.get(spec, spec)

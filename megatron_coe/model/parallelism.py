@@ -8,9 +8,10 @@ ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, product
+from typing import Any
 
 _LISTED = 12  # legal sizes that a message names at most
 
@@ -109,8 +110,9 @@ def _plain(given: Mapping[str, int]) -> dict[str, int]:
     width = given.get("kv_channels")
     if heads and width is None and "hidden_size" in given:
         width = given["hidden_size"] // heads
-    known = heads and groups and width
-    return {"qkv_width": (heads + 2 * groups) * width} if known else {}
+    if not (heads and groups and width):
+        return {}
+    return {"qkv_width": (heads + 2 * groups) * width}
 
 
 # Megatron's ways to give pipeline stages different numbers of layers; it checks them itself.
@@ -236,13 +238,15 @@ def nearest_legal(layout: Layout, extents: Extents) -> Layout | None:
             changed
             for names in combinations(_NAMES, count)
             for values in product(*(candidates[name] for name in names))
-            if not complaint(
-                changed := replace(layout, **dict(zip(names, values, strict=True))), extents
-            )
+            if not complaint(changed := replace(layout, **_named(names, values)), extents)
         ]
         if legal:
             return min(legal, key=lambda other: _distance(layout, other))
     return None
+
+
+def _named(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
+    return dict(zip(names, values, strict=True))
 
 
 def divisors(number: int) -> list[int]:

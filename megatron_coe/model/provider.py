@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
@@ -41,6 +42,10 @@ class CoEModelProvider(CoEConfig):
 
     fp16_lm_cross_entropy: bool = False
     """Megatron's: compute the loss of half-precision logits without casting them up."""
+
+    def with_fields(self, **values: Any) -> CoEModelProvider:
+        """Return a copy with other values of these fields. Raises: ValueError, as `finalize`."""
+        return replace(self, **values)
 
     def finalize(self) -> None:
         """Check the fields, and derive what follows from them, once more: after assignments.

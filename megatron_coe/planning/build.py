@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -47,7 +47,7 @@ def build_rank(plan: Plan, rank: int) -> Built:
     if not 0 <= rank < plan.world_size:
         raise ValueError(f"rank {rank} is none of the {plan.world_size}: give 0 … world size - 1")
     # Initializing would spend minutes on drawing numbers that nobody can see.
-    model = replace(plan.model, backend="torch", perform_initialization=False)
+    model = plan.model.with_fields(backend="torch", perform_initialization=False)
     stages = model.virtual_pipeline_model_parallel_size
     with _fake_ranks(plan, rank), _OnMeta():
         stage = parallel_state.get_pipeline_model_parallel_rank()

@@ -176,8 +176,7 @@ def lay_out(
     """The model in a layout, with what goes with it: sequence parallelism, the pipeline's way of
     communicating, and the shared expert under the dispatch where that crosses GPUs."""
     tp, vpp = layout.tensor_model_parallel_size, layout.virtual_pipeline_model_parallel_size
-    return replace(
-        model,
+    return model.with_fields(
         **vars(layout),
         **changes,
         sequence_parallel=tp > 1,

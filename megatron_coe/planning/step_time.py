@@ -93,7 +93,7 @@ def _layer_seconds(plan: Plan, is_moe: bool, cluster: Cluster) -> float:
     if is_moe:
         macs -= model.coe_iterations * model.moe_router_topk * _expert(plan)
     dense = 2 * macs * plan.own_tokens / (gpu.flops * MATRIX_EFFICIENCY)
-    core = 2 * flops.attention_core_macs(model, model.seq_length) * plan.own_tokens
+    core: float = 2 * flops.attention_core_macs(model, model.seq_length) * plan.own_tokens
     core /= gpu.flops * ATTENTION_EFFICIENCY
     kept = layer_kept(plan, is_moe)
     moved = (_TOUCHES * kept.held + (_TOUCHES + 2) * kept.remade) / gpu.memory_bandwidth

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,7 @@ class Norm:
 
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
-    ) -> RMSNorm | LayerNorm:
+    ) -> Any:  # RMSNorm or LayerNorm
         """
         Raises:
             ValueError: `config.normalization` is neither "RMSNorm" nor "LayerNorm".
@@ -130,7 +131,7 @@ class _NormBase(torch.nn.Module):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         values = torch.full((self.hidden_size,), fill, dtype=config.params_dtype, device=device)
         parameter = torch.nn.Parameter(values)
-        parameter.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # a mark
         return parameter
 
     def _gain(self) -> Tensor:
@@ -205,7 +206,7 @@ class SDPACoreAttention(MegatronModule):
         self.v_channels = v_channels or config.kv_channels
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(self.k_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.cp_group = None
+        self.cp_group: torch.distributed.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
             self.cp_group = groups.cp
@@ -247,7 +248,7 @@ class SDPACoreAttention(MegatronModule):
         lengths = (query.shape[0], key.shape[0])
         if self.cp_group is not None:
             self._refuse_beyond_causal(attention_mask, mask_type, lengths)
-            context_BNSE = self._attend_across_ranks(query, key, value)
+            context_BNSE = self._attend_across_ranks(query, key, value, self.cp_group)
         else:
             keep, is_causal = _visible_keys(attention_mask, mask_type, lengths, query.device)
             context_BNSE = self._attend(query, key, value, keep, is_causal)
@@ -259,17 +260,19 @@ class SDPACoreAttention(MegatronModule):
         plain = mask is None and mask_type is AttnMaskType.causal and lengths[0] == lengths[1]
         if not plain:
             raise ValueError(
-                f"context_parallel_size={self.cp_group.size()} with attn_mask_type="
+                f"context_parallel_size={self.config.context_parallel_size} with attn_mask_type="
                 f"{mask_type.name}, {'no' if mask is None else 'an'} attention_mask and "
                 f"{lengths[0]} queries for {lengths[1]} keys: backend='torch' shares out causal "
                 "attention of a sequence to itself only; set context_parallel_size=1"
             )
 
-    def _attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_across_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, group: torch.distributed.ProcessGroup
+    ) -> Tensor:
         """[B, N, S / CP, E]: this rank's two chunks of queries over the whole sequence's keys."""
-        rank, last = self.cp_group.rank(), 2 * self.cp_group.size() - 1
+        rank, last = group.rank(), 2 * group.size() - 1
         widths = (key.shape[-1], value.shape[-1])
-        both = _gather_in_order(torch.cat([key, value], dim=-1), self.cp_group)
+        both = _gather_in_order(torch.cat([key, value], dim=-1), group)
         contexts = []
         for chunk, part in zip((rank, last - rank), query.chunk(2), strict=True):
             seen = (chunk + 1) * part.shape[0]

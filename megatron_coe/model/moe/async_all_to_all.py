@@ -8,10 +8,12 @@ gloo exchanges in threads of its own and NCCL on a stream of its own: the same c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 Splits = list[int] | None
 """Rows to or from each rank of the group; None for as many from each."""
@@ -61,13 +63,13 @@ class Exchange:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
         return exchange._send(tensors, exchange.received, exchange.sent)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange._wait()
         gradients, ctx.exchange._returning = ctx.exchange._returning, ()
         return None, *gradients
@@ -75,14 +77,14 @@ class _Start(torch.autograd.Function):
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
         exchange._wait()
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         exchange = ctx.exchange
         exchange._returning = exchange._send(gradients, exchange.sent, exchange.received)
         return None, *gradients  # which nobody reads: `_Start` gives what comes back

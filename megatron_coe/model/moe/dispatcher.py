@@ -17,7 +17,7 @@ Axis letters: T tokens, H hidden, N experts, K chosen, R = T * K rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoETokenDispatcher,
 )
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.async_all_to_all import Exchange
@@ -102,6 +102,7 @@ class LocalDispatcher(MoETokenDispatcher):
         """Rows [R, H] sorted by expert, their counts [N] on the device, and their weights [R]."""
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
+        assert self.order is not None
         rows, probs = _ToExperts.apply(hidden_states, probs, *self.order[:3])
         return rows, self.order.counts, probs
 
@@ -111,6 +112,7 @@ class LocalDispatcher(MoETokenDispatcher):
             self.shared_experts.linear_fc2_forward()
             self.shared_experts.post_forward_comm()
         order, self.order = self.order, None  # what is remembered would keep the graph alive
+        assert order is not None
         return _FromExperts.apply(hidden_states, order.token, order.row)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
@@ -136,17 +138,19 @@ class AsyncDispatcher(MoEAlltoAllTokenDispatcher):
         self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The parent's, but what it returns has not arrived."""
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+        self.tokens_per_expert: Tensor = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
         )
         self._dispatched = Exchange(self.ep_group, self.output_splits, self.input_splits)
-        return self._dispatched.start(permutated_local_input_tokens, permuted_probs)
+        rows, probs = self._dispatched.start(permutated_local_input_tokens, permuted_probs)
+        return rows, probs
 
     def dispatch_postprocess(
         self, global_input_tokens: Tensor, global_probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The parent's, once the rows are there."""
         exchange, self._dispatched = self._dispatched, None
+        assert exchange is not None
         return super().dispatch_postprocess(*exchange.finish(global_input_tokens, global_probs))
 
 
@@ -155,14 +159,14 @@ class _ToExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, probs: Tensor, token: Tensor, slot: Tensor, row: Tensor
+        ctx: Any, x: Tensor, probs: Tensor, token: Tensor, slot: Tensor, row: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(row)
         return x.index_select(0, token), probs.flatten().index_select(0, slot)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dx: Tensor, dprobs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx: Tensor, dprobs: Tensor) -> tuple[Tensor | None, ...]:
         (row,) = ctx.saved_tensors
         return _sum_rows(dx, row), dprobs.index_select(0, row.flatten()).view_as(row), *[None] * 3
 
@@ -171,13 +175,13 @@ class _FromExperts(torch.autograd.Function):
     """y [R, H] -> the sum of each token's K rows [T, H]."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, token: Tensor, row: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, token: Tensor, row: Tensor) -> Tensor:
         ctx.save_for_backward(token)
         return _sum_rows(y, row)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (token,) = ctx.saved_tensors
         return dy.index_select(0, token), None, None
 

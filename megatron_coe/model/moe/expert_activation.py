@@ -67,7 +67,8 @@ class ByAutograd:
         inputs = [tensor.detach().requires_grad_() for tensor in (hidden_TO, probs_T1)]
         with torch.enable_grad():
             y = self.forward(*inputs)
-        return y.detach(), *torch.autograd.grad(y, inputs, dy_TF)
+        dhidden_TO, dprobs_T1 = torch.autograd.grad(y, inputs, dy_TF)
+        return y.detach(), dhidden_TO, dprobs_T1
 
 
 def _weighted(y_TF: Tensor, probs_T1: Tensor) -> Tensor:

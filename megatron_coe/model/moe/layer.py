@@ -10,6 +10,7 @@ Axis letters: S sequence, B batch, H hidden, C iterations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -18,6 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 from megatron_coe.model.config import CoEConfig
@@ -121,7 +123,7 @@ class CoELayer(MoELayer):
         """Take one of ours in place of the parent's, where there is one for the layout."""
         if self.config.dispatches_locally:
             overlapped = self.token_dispatcher.shared_experts
-            self.token_dispatcher = LocalDispatcher(self.config, groups)
+            self.token_dispatcher: MoETokenDispatcher = LocalDispatcher(self.config, groups)
             if overlapped is not None:
                 self.token_dispatcher.set_shared_experts(overlapped)
         elif self.config.dispatches_asynchronously:
@@ -163,11 +165,11 @@ def _closed_gate(config: CoEConfig) -> torch.nn.Parameter:
     """An upcycled iteration's gate [H] as it starts: the iteration adds nothing yet."""
     gate = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
     # Each rank sees its part of the sequence: Megatron sums such gradients over the TP ranks.
-    gate.sequence_parallel = config.sequence_parallel
+    gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # a mark
     return gate
 
 
-def keep_chain_output(training: bool, fused: bool):
+def keep_chain_output(training: bool, fused: bool) -> Callable[..., Tensor]:
     """The `mlp_bda` of the modes without stream: the layer's output is x(C), h is not added.
 
     Has the interface of `get_bias_dropout_add` (megatron/core/fusions/fused_bias_dropout.py);

@@ -153,6 +153,7 @@ class CoERouter(TopKRouter):
         groups, which decide the choice, left aside) that its K experts hold: from K / N, if all
         scores are alike, to 1. Choices count before any is dropped for want of capacity.
         """
+        assert self.tally is not None
         scores_TN = self.scores(logits_TN)
         chosen_T = (scores_TN * routing_map).sum(dim=1, dtype=torch.float64)
         confidence_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALIZING_EPS)
@@ -351,7 +352,8 @@ class IterationRouters(torch.nn.ModuleList):
 
     def set_layer_number(self, layer_number: int) -> None:
         """Tell every router its layer, counted from 1; without it nothing would be logged."""
-        for router in self:
+        for router in self.children():
+            assert isinstance(router, CoERouter)
             router.set_layer_number(layer_number)
 
     def forward(
