@@ -291,7 +291,7 @@ FAULTS = [
     Fault(
         "output layers start smaller, as Megatron's",
         CONFIG,
-        "self.output_layer_init_method = init_method_normal(self.init_method_std)",
+        "self.output_layer_init_method: Any = init_method_normal(self.init_method_std)",
         "pass",
         OF_MODEL,
     ),
