@@ -197,11 +197,11 @@ class Checkpointer:
 
         The next save tries again. If the disk fills up meanwhile, that save fails.
         """
-        errors = []
+        errors: list[OSError] = []
         try:
             folders.update_latest(checkpoint)
-        except OSError as error:
-            errors.append(error)
+        except OSError as failure:
+            errors.append(failure)
         self._loadable[checkpoint] = True
         errors += folders.prune(
             checkpoint.parent,
@@ -222,13 +222,14 @@ class Checkpointer:
     def _is_loadable(self, checkpoint: Path) -> bool:
         """Return whether this run could load a checkpoint; each is checked once."""
         if checkpoint not in self._loadable:
-            last = self._resumed_from
-            was_refused = last is not None and step_of(checkpoint) > last
+            step, last = step_of(checkpoint), self._resumed_from
+            was_refused = step is not None and last is not None and step > last
             self._loadable[checkpoint] = not was_refused and is_loadable(checkpoint)
         return self._loadable[checkpoint]
 
     def _together(self, step: int, action: Callable[[], Any]) -> Any:
         """Call `write_on_all_ranks`, and delete the partial checkpoint if it fails."""
+        assert self.options.save is not None
         folder = Path(self.options.save)
         try:
             return write_on_all_ranks(f"{folder / step_name(step)} was not written", action)

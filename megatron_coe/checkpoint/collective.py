@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -23,7 +23,8 @@ def write_on_all_ranks(what: str, action: Callable[[], T]) -> T:
 
     Raises: CheckpointWriteError with the reason of the first rank that failed.
     """
-    result, error = None, None
+    result: T | None = None
+    error: str | None = None
     try:
         result = action()
     except OSError as failure:
@@ -36,7 +37,7 @@ def write_on_all_ranks(what: str, action: Callable[[], T]) -> T:
         error = f"rank {dist.get_rank()} on {socket.gethostname()}: {error}"
     if first := _first_error(error):
         raise CheckpointWriteError(f"{what}: {first}")
-    return result
+    return cast("T", result)
 
 
 def check_on_all_ranks(check: Callable[[], T]) -> T:
@@ -46,7 +47,8 @@ def check_on_all_ranks(check: Callable[[], T]) -> T:
 
     Raises: BadCheckpointError of the first rank that failed, of the class that it raised.
     """
-    result, error = None, None
+    result: T | None = None
+    error: BadCheckpointError | None = None
     try:
         result = check()
     except BadCheckpointError as failure:
@@ -55,7 +57,7 @@ def check_on_all_ranks(check: Callable[[], T]) -> T:
         error = BadCheckpointError(str(failure))
     if first := _first_error(error):
         raise first
-    return result
+    return cast("T", result)
 
 
 def _first_error(error: T | None) -> T | None:

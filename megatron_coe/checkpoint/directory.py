@@ -30,7 +30,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
-    return sorted(named, key=step_of, reverse=True)
+    return sorted(named, key=_step, reverse=True)
 
 
 def resolve_checkpoint(checkpoint: Path) -> Path:
@@ -116,10 +116,10 @@ def prune(
     wanted, old = keep, []
     holding = {parent for path in needed for parent in (path.resolve(), *path.resolve().parents)}
     for path in find_checkpoints(folder):
-        if step_of(path) > step:
+        if _step(path) > step:
             continue
         if wanted == 0:
-            is_between = keep_every == 0 or step_of(path) % keep_every
+            is_between = keep_every == 0 or _step(path) % keep_every
             if is_between and path.resolve() not in holding:
                 old.append(path)
         elif is_loadable(path):
@@ -171,6 +171,12 @@ def check_latest(folder: Path, found: list[Path]) -> str | None:
     if name != names[0]:
         return f"{path}: names {name}, and the newest is {names[0]}"
     return None
+
+
+def _step(checkpoint: Path) -> int:
+    step = step_of(checkpoint)
+    assert step is not None
+    return step
 
 
 def _remove(checkpoint: Path) -> None:

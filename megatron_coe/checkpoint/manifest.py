@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error
     plain = all(
-        type(digests.size) is int and isinstance(digests.sha256, str) and _is_plain(name)
+        type(digests.size) is int and type(digests.sha256) is str and _is_plain(name)
         for name, digests in files.items()
     )
     if not plain or type(manifest.step) is not int or manifest.text() != text:

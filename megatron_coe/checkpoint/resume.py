@@ -63,7 +63,7 @@ def select_start(
         options, must_resume and options.load is None, repair and not must_resume
     )
     if options.load is None:
-        return own and Start(own, weights_only=False)
+        return Start(own, weights_only=False) if own else None
     load = Path(options.load)
     if own:
         is_same = load.resolve() in (own.resolve(), own.parent.resolve())

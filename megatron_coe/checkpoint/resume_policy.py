@@ -101,10 +101,10 @@ def changes(
         is_models = key.startswith("model.") and key != _LENGTH
         if policy is _SILENT or (model_only and not is_models):
             continue
-        values = [_value(key, side) for side in (old, new)]
-        if _comparable(key, values[0]) != _comparable(key, values[1]):
+        then, here = _value(key, old), _value(key, new)
+        if _comparable(key, then) != _comparable(key, here):
             keeps = key == "train.steps" and _keeps_schedule(before.train, now.train, step)
-            found.append(Change(key, *values, is_refused=policy is _REFUSED and not keeps))
+            found.append(Change(key, then, here, is_refused=policy is _REFUSED and not keeps))
     return found
 
 
@@ -119,7 +119,8 @@ def _keeps_schedule(before: TrainSettings, now: TrainSettings, step: int) -> boo
 def tokenizer_change(checkpoint: Path, tokenizer: Tokenizer) -> Change | None:
     """Compare a tokenizer with that of a checkpoint; None if the ids are the same."""
     if difference := tokenizer_difference(checkpoint, tokenizer):
-        return Change(_TOKENIZER, *map(describe_identity, difference), is_refused=True)
+        then, here = map(describe_identity, difference)
+        return Change(_TOKENIZER, then, here, is_refused=True)
     return None
 
 

@@ -231,7 +231,7 @@ class _AnyTensorProperties(TensorProperties):
                 f"it has {len(state)} properties of a tensor, torch {torch.__version__} {known}"
             )
         super().__setstate__(state[:known])
-        self.__class__ = TensorProperties
+        self.__class__ = TensorProperties  # type: ignore[assignment]  # its parent
 
 
 class _ExtraStateUnpickler(pickle.Unpickler):

@@ -13,6 +13,7 @@ import io
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -77,7 +78,7 @@ class ShardFile:
                 else:
                     tensor = _compact(data)
                     file.expect(tensor.reshape(-1).view(torch.uint8).numpy())
-                    torch.save(tensor, file)
+                    torch.save(tensor, cast("IO[bytes]", file))
                 place = _StorageInfo(self.name, start, file.tell() - start)
                 results.append(WriteResult(item.index, place.length, place))
             return Written({self.name: file.close()}, results)

@@ -77,6 +77,7 @@ def run_state(
         tokenizer: what identifies the tokenizer of the run's data.
         data: what identifies each of its training sets.
     """
+    assert train_state.optimizer is not None and train_state.schedule is not None
     with _gathered_parameters(train_state):
         state = _model_state(train_state)
         state["optimizer"] = OptimizerState(train_state.optimizer, state).tensors
@@ -147,8 +148,8 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
     try:
         loaded = load_sharded_state(state, path, contents.index, common)
     except (CheckpointingException, CheckpointException) as error:
-        reason = str(error).strip().split("\n")[-1]
-        raise ValueError(f"checkpoint {path} does not fit this model: {reason}") from error
+        cause = str(error).strip().split("\n")[-1]
+        raise ValueError(f"checkpoint {path} does not fit this model: {cause}") from error
     for key, chunk in _chunks(train_state):
         chunk.load_state_dict({**loaded[key], **dict.fromkeys(absent[key])})
     if optimizer_state is not None:

@@ -59,7 +59,7 @@ def tokenizer_difference(step: Path, tokenizer: Tokenizer) -> tuple[Identity, Id
     """
     own, now = own_tokenizer(step), identity_of(tokenizer)
     before = read_common(step).get("tokenizer")
-    if before == now or (before is None and own is None):
+    if before == now:
         return None
     if own is not None:
         copy = load_tokenizer(own)
@@ -67,7 +67,7 @@ def tokenizer_difference(step: Path, tokenizer: Tokenizer) -> tuple[Identity, Id
         is_rebuilt = before["kind"] != now["kind"]
         if before == now or (is_rebuilt and copy.vocabulary() == tokenizer.vocabulary()):
             return None
-    return before, now
+    return None if before is None else (before, now)
 
 
 def describe_identity(identity: Identity) -> str:

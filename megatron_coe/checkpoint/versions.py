@@ -75,7 +75,7 @@ def unreadable_error(folder: Path, error: BadCheckpointError) -> BadCheckpointEr
     )
 
 
-def _is_newer(theirs: str | None, ours: str) -> bool:
+def _is_newer(theirs: str | None, ours: str | None) -> bool:
     """Compare releases, without the names of builds (`+cpu`, `+cu130`)."""
     try:
         public = [Version(Version(version or "0").public) for version in (theirs, ours)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -126,7 +127,7 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     # None leaves one-dimensional parameters and biases without decay; {} overrides nothing.
-    overrides = {} if train.decay_all_parameters else None
+    overrides: dict[str, Any] | None = {} if train.decay_all_parameters else None
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     fuse_update(optimizer)
     complete_state(optimizer)

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -25,6 +25,9 @@ from megatron_coe.model.moe.router import CoERouter
 
 FORWARD, BACKWARD, PARAMETER = 0, 1, 2
 """Kinds of findings, in the order in which they are preferred."""
+
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ class NonFiniteTracer:
     ) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
             if getattr(parameter, "grad_added_to_main_grad", False):
-                gradient = parameter.main_grad  # autograd got an uninitialized stand-in
+                # What autograd got is an uninitialized stand-in.
+                gradient = parameter.main_grad  # type: ignore[attr-defined]  # Megatron's
             if not is_finite(gradient):
                 self.note(PARAMETER, place)
 
@@ -214,11 +218,10 @@ class _Probe(torch.autograd.Function):
         return gradient, None
 
 
-def _ancestor(
-    chunk: torch.nn.Module, name: str, kind: type[torch.nn.Module]
-) -> torch.nn.Module | None:
+def _ancestor(chunk: torch.nn.Module, name: str, kind: type[M]) -> M | None:
     """Return the innermost module of a kind that `name` is or belongs to."""
-    found, module = None, chunk
+    found: M | None = None
+    module: Any = chunk
     for part in name.split("."):
         module = getattr(module, part, None)
         if isinstance(module, kind):

@@ -63,7 +63,7 @@ class StopRequest:
 
         number = torch.tensor(self.received or 0, dtype=torch.int32, device=device)
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        return signal.Signals(number.item()) if number else None
+        return signal.Signals(int(number.item())) if number else None
 
     def raise_if_stopped(self, device: torch.device, before: str, saves: bool) -> None:
         """Raise StoppedError on every rank, if some rank has received a signal. A collective.
@@ -89,7 +89,7 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def _log(self) -> None:
-        if is_local_rank_0():
+        if is_local_rank_0() and self.received:
             text = f"{self.received.name}: stopping before the next step (Ctrl-C again: at once)\n"
             os.write(2, text.encode())  # not print, which this may have interrupted
 

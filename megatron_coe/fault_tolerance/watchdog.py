@@ -221,7 +221,7 @@ class Watchdog:
         _log_failure(failure, self._rank)
         if failure.status == RANK_FAILURE:
             _log(f"rank {self._rank} was in {self._heartbeat}; the stacks of its threads:")
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         end_process(failure.status)
 
     # --- reports ----------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Watchdog:
 
     def _own_report(self) -> Report:
         heartbeat = self._heartbeat
-        frame = sys._current_frames().get(self._main_thread)
+        frame = sys._current_frames().get(self._main_thread or 0)
         while frame is not None and frame.f_code.co_filename == __file__:
             frame = frame.f_back
         waits, line = False, "no Python code"
@@ -346,7 +346,8 @@ def watched(
     if not timeout_s:
         yield
         return
-    watchdog = Watchdog(store.clone(), rank, world_size, timeout_s, heartbeat)
+    own_store = store.clone()  # type: ignore[attr-defined]  # which torch's stub lacks
+    watchdog = Watchdog(own_store, rank, world_size, timeout_s, heartbeat)
     watchdog.start()
     try:
         yield

@@ -19,7 +19,7 @@ import numpy as np
 
 _BLOCK = 1 << 20
 
-Buffer = bytes | memoryview | np.ndarray
+Buffer = bytes | memoryview
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class HashedFile:
             raise
         self._size += done
         if self._digest is not None and done:
-            self._to_hash.put(self._stable if self._is_stable(view) else bytes(view))
+            self._to_hash.put(self._announced(view) or bytes(view))
         return done
 
     def tell(self) -> int:
@@ -132,12 +132,13 @@ class HashedFile:
         self._to_hash.put(None)
         self._file.close()
 
-    def _is_stable(self, view: memoryview) -> bool:
-        """Return whether the bytes are exactly the announced memory."""
+    def _announced(self, view: memoryview) -> memoryview | None:
+        """Return the announced memory if it is these bytes: unlike the view it keeps them alive."""
         stable = self._stable
         if stable is None or len(view) != stable.nbytes:
-            return False
-        return np.frombuffer(view, np.uint8).ctypes.data == stable.ctypes.data
+            return None
+        is_same = np.frombuffer(view, np.uint8).ctypes.data == stable.ctypes.data
+        return stable.data if is_same else None
 
     def _hash(self) -> str:
         digest = hashlib.sha256()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 
@@ -48,10 +48,10 @@ def call_on_rank_0(function: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             outcome = [(function(), None)]
-        except (ValueError, OSError) as error:
-            outcome = [(None, error)]
+        except (ValueError, OSError) as failure:
+            outcome = [(None, failure)]
     dist.broadcast_object_list(outcome)
     ((result, error),) = outcome
     if error is not None:
         raise error
-    return result
+    return cast("T", result)

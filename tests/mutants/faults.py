@@ -578,7 +578,7 @@ FAULTS = [
     Fault(
         "bad checkpoints of a later step count among the newest",
         "megatron_coe/checkpoint/directory.py",
-        "if step_of(path) > step:",
+        "if _step(path) > step:",
         "if False:",
         OF_FOLDERS,
     ),
