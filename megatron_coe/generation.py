@@ -199,7 +199,7 @@ class _TextStreamer(BaseStreamer):
 def _encode(
     folder: Path, named: Path, prompts: Sequence[str], trust_remote_code: bool = False
 ) -> tuple[PreTrainedTokenizerBase, list[Tensor]]:
-    """A folder's tokenizer and the prompts' ids; errors call the folder `named`."""
+    """Load a folder's tokenizer, and encode the prompts with it; errors call the folder `named`."""
     if not tokenizer_files(folder):
         raise ValueError(f"{named} has no tokenizer (such as tokenizer.json)")
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -230,7 +230,7 @@ def _encode(
 def _load_model(
     folder: Path, named: Path, dtype: torch.dtype | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A folder's model in evaluation mode, with all its weights; errors call the folder `named`."""
+    """Load a folder's model for evaluation, with all weights; errors call the folder `named`."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),

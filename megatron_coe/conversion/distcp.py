@@ -40,7 +40,7 @@ class CheckpointReader:
     """The model's tensors in a checkpoint folder, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: ValueError for an index that is damaged or names anything but tensors."""
+        """Read a folder's index. Raises: ValueError: it is damaged or names more than tensors."""
         self.folder = folder
         try:
             self._index = read_index(folder)
@@ -58,8 +58,10 @@ class CheckpointReader:
             ]
 
     def find(self, keys: Iterable[str], layer: int | None) -> str | None:
-        """Return the key a tensor is stored under: its layer's own, or that of all layers stacked;
-        None if there is neither."""
+        """Return the key a tensor is stored under; None if it is not stored.
+
+        It is the key of its layer, or that of all layers stacked.
+        """
         for key in keys:
             for spelling in (_of_layer(key, layer), key):
                 if spelling in self._chunks:

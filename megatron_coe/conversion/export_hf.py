@@ -116,7 +116,7 @@ def describe(checkpoint: Path, folder: Path, tokenizer: Path | None = None) -> N
 
 
 def _with_one_router(parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """A standard MoE model does not number its router."""
+    """Return the parts as a standard MoE model names them, which does not number its router."""
     return {name.replace(".mlp.gate.0.", ".mlp.gate."): shape for name, shape in parts.items()}
 
 
@@ -150,7 +150,7 @@ def _write_description(
 
 
 def _read_kept(path: Path) -> hf_config.Config:
-    """A file of the folder that the model was imported from; empty if it was not imported."""
+    """Read a file of the folder a model was imported from; empty if it was not imported."""
     return read_json(path) if path.is_file() else {}
 
 

@@ -125,7 +125,7 @@ def _training_rows(settings: Settings, step: Path) -> Iterator[tuple[str, str]]:
 
 
 def _software(step: Path) -> str:
-    """The packages that trained it and that exported it."""
+    """Return the packages that trained the model and that exported it."""
     path = step / VERSIONS_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     trained = [f"{name} {found[name]}" for name in found if found[name]]

@@ -23,7 +23,7 @@ class ShardReader:
     """The weights of a folder by name; one file is open at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: ValueError for a missing or damaged file, naming it."""
+        """Read the index of a folder. Raises: ValueError naming a missing or damaged file."""
         self.folder = folder
         self._file_of = self._read_index()
         self._open_path: Path | None = None

@@ -87,5 +87,5 @@ def upcycled(moe: StoredModel, iterations: int) -> StoredModel:
 
 
 def _without_iteration(weight: Weight) -> str:
-    """A weight's name, the same for the routers of all iterations and for a single one."""
+    """Return a weight's name, the same for the routers of all iterations and for a single one."""
     return re.sub(r"\.router\.\d+\.", ".router.", weight.keys[0])

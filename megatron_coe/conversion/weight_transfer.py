@@ -146,7 +146,7 @@ def _refuse_zeros(name: str, tensor: Tensor, source: Path) -> None:
 
 
 def _as_own_storage(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, copied if it is a view, which would keep its whole storage in memory."""
+    """Return the tensor, copied if it is a view: one would keep its whole storage in memory."""
     tensor = tensor.to(dtype).contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 

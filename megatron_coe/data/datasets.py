@@ -113,7 +113,7 @@ class PaddedDataset(MegatronDataset):
         }
 
     def _read(self, document: int, length: int) -> np.ndarray:
-        """The first `length` tokens of a document, which may be several sequences (sentences)."""
+        """Read the first `length` tokens of a document, which may be several sentences."""
         first, end = self.dataset.document_indices[document : document + 2]
         parts: list[np.ndarray] = []
         for sequence in range(first, end):

@@ -73,7 +73,7 @@ class SentencePieceTokenizer(Tokenizer):
     """Tokenizer of a SentencePiece `.model` file."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: ValueError when the file is not a SentencePiece model."""
+        """Load a SentencePiece model. Raises: ValueError when the file is none."""
         model = path.read_bytes()
         if not model:
             raise ValueError(f"tokenizer {path} is not a SentencePiece model (it is empty)")
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """Tokenizer of a Hugging Face folder (extra `hf`), read locally, without running its code."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: ValueError when the folder holds no tokenizer, or transformers is missing."""
+        """Load a folder. Raises: ValueError: it holds no tokenizer, or transformers is missing."""
         if not tokenizer_files(path):
             raise ValueError(
                 f"tokenizer {path}: the folder holds none of tokenizer.json, tokenizer.model, "

@@ -140,7 +140,7 @@ class CoeGate(nn.Module):
         return logits_TN, probs_TK, indices_TK, losses
 
     def _top_k(self, scores_TN: Tensor) -> Tensor:
-        """Indices of the K highest scores [T, K], within the best groups if routing is limited.
+        """Return indices of the K highest scores [T, K], of the best groups if these are limited.
 
         A group is ranked by its best expert (DeepSeek-V2, section 2.2.2).
         """
@@ -272,7 +272,7 @@ class CoeRotaryEmbedding(nn.Module):
         return frequencies, rope.get("attention_factor", over / under)
 
     def _pair_of_rotations(self, rotations: float) -> float:
-        """The (fractional) pair that makes so many rotations over the original context."""
+        """Return the (fractional) pair that makes so many rotations over the original context."""
         rope = self.config.rope_parameters
         wavelengths = rope["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return self.size * math.log(wavelengths) / (2 * math.log(rope["rope_theta"]))
@@ -377,7 +377,7 @@ class CoeAttention(nn.Module):
         return self.o_proj(output), weights
 
     def _interface(self) -> Callable:
-        """The configured implementation of attention.
+        """Return the configured implementation of attention.
 
         transformers 5 and 4 search a model's source for the spelling of these calls to find out
         whether it supports `set_attn_implementation`.

@@ -256,7 +256,7 @@ def _feed_forward(at: _Names, keys: str, name: str, size: int) -> list[Weight]:
 
 
 def _norm(at: _Names, modules_have_it: bool) -> Weight:
-    """The norm before the MLP; with local plain attention it has TE's fused name."""
+    """Return the norm before the MLP; with local plain attention it has TE's fused name."""
     spellings = ["pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"]
     keys = "|".join(spellings if modules_have_it else reversed(spellings))
     return at.same(keys, "post_attention_layernorm.weight", at.config.hidden_size)

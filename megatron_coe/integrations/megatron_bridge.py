@@ -96,7 +96,8 @@ class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
     """
 
     def __init__(self, name: str, weight: Weight, expert: int | None = None) -> None:
-        """
+        """Map a parameter to a weight of the table, or to a part of it.
+
         Args:
             name: of the parameter in a model, with the layer's number.
             expert: its number over all ranks, where each expert has a parameter of its own; None
@@ -173,7 +174,7 @@ class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
         return result
 
     def _part(self, ep_rank: int) -> Weight:
-        """The part of the table's weight that an expert-parallel rank holds in this parameter."""
+        """Return the part of the weight that an expert-parallel rank holds in this parameter."""
         if not self.weight.experts:
             return self.weight
         count = self.weight.experts // self.ep_size

@@ -151,7 +151,7 @@ def provider_from_args(args: Namespace) -> CoEModelProvider:
 
 
 def _vocab_size(args: Namespace) -> int:
-    """Number of token ids, from the tokenizer: the arguments hold the padded number.
+    """Return the number of token ids, from the tokenizer: the arguments hold the padded number.
 
     Without a tokenizer, as in programs that only convert weights, every row counts as a token.
     """
@@ -194,7 +194,7 @@ def _refuse_other_models(args: Namespace) -> None:
 
 
 def _with_flag(error: ValueError) -> ValueError:
-    """The same error, with Megatron-LM's argument for the field it begins with."""
+    """Return the same error, with Megatron-LM's argument for the field it begins with."""
     field = str(error).partition("=")[0]
     flag = FLAGS.get(field, f"--{field.replace('_', '-')}" if field.isidentifier() else None)
     return ValueError(f"{error} (Megatron-LM's argument: {flag})" if flag else str(error))

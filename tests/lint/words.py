@@ -45,7 +45,16 @@ BANNED_NAMES = {
     "point_at": "update_latest",
 }
 
-NOT_YET = ("megatron_coe/", "benchmarks/", "experiments/", "tools/", "pretrain_coe.py", "tests/")
+NOT_YET = (
+    *(
+        f"megatron_coe/{name}/"
+        for name in (
+            *("analysis", "cli", "config", "distributed", "megatron_compat", "model", "planning"),
+            "training",
+        )
+    ),
+    *("benchmarks/", "experiments/", "tools/", "pretrain_coe.py", "tests/"),
+)
 """Folders whose words are still to be put right; they are read only when named."""
 
 VERBS = frozenset(

@@ -76,7 +76,8 @@ def to_fields(hf: Config) -> dict[str, JSON]:
 
 
 def read_rope(hf: Config) -> Config:
-    """Return `rope_theta` and `rope_scaling` (None or YaRN's keys) from either spelling:
+    """Return `rope_theta` and `rope_scaling` (None or YaRN's keys) from either spelling.
+
     transformers 5 writes both into `rope_parameters`.
 
     Raises: ValueError when a value is not supported, or the spellings disagree.
