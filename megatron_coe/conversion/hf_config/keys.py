@@ -6,12 +6,12 @@ Every key of an imported configuration is in one of these tables or is refused.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 
-JSON: TypeAlias = "str | int | float | bool | list[JSON] | dict[str, JSON] | None"
-Config: TypeAlias = "dict[str, JSON]"
+JSON: TypeAlias = Any  # as `json.loads` gives it; what a value is must be checked
+Config: TypeAlias = dict[str, JSON]
 
 # --- identity ---------------------------------------------------------------------------------
 
