@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_coe.cli.command_line import new_parser, required, run
 from megatron_coe.utils.files import check_writable
@@ -21,6 +22,9 @@ from megatron_coe.utils.imports import missing_package, quiet_megatron
 
 with required():
     from megatron_coe.analysis.runs import Run
+
+if TYPE_CHECKING:
+    from megatron_coe.analysis.results import Analysis
 
 ANALYSIS = "analysis"
 
@@ -58,7 +62,7 @@ def can_be_analyzed(the_run: Run) -> bool:
     return there and bool(find_checkpoints(the_run.metrics.parent / "checkpoints"))
 
 
-def analyze(the_run: Run, output: Path):
+def analyze(the_run: Run, output: Path) -> Analysis:
     quiet_megatron()
     try:
         from transformers.utils import logging

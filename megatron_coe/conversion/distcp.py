@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -74,11 +75,16 @@ class CheckpointReader:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of a tensor, with the axis of stacked layers if it has one."""
-        return tuple(self._index.state_dict_metadata[key].size)
+        return tuple(self._described(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of a tensor."""
-        return self._index.state_dict_metadata[key].properties.dtype
+        return self._described(key).properties.dtype
+
+    def _described(self, key: str) -> TensorStorageMetadata:
+        metadata = self._index.state_dict_metadata[key]
+        assert isinstance(metadata, TensorStorageMetadata)
+        return metadata
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """Read a tensor, or its slice of one layer when all layers are stacked in it.
@@ -111,7 +117,7 @@ class CheckpointReader:
         try:
             with path.open("rb") as file:
                 content = _create_file_view(file, place.offset, place.length)
-                return torch.load(content, map_location="cpu", weights_only=True)
+                return torch.load(cast("IO[bytes]", content), map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: {key} cannot be read, the file is damaged") from error
 
@@ -125,7 +131,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file = HashedFile(folder / DATA_FILE, hashed=False)
-        self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def write(self, key: str, tensor: Tensor, layer: int | None = None, layers: int = 0) -> None:
@@ -135,10 +141,10 @@ class CheckpointWriter:
         if layer is not None:
             tensor, offset = tensor[None], torch.Size([layer, *offset])
             size, total = tensor.shape, torch.Size([layers, *total])
-        if key not in self._tensors:
-            properties = TensorProperties(dtype=tensor.dtype)
-            self._tensors[key] = TensorStorageMetadata(properties, total, [])
-        self._tensors[key].chunks.append(ChunkStorageMetadata(offset, size))
+        properties = TensorProperties(dtype=tensor.dtype)
+        stored = self._stored.setdefault(key, TensorStorageMetadata(properties, total, []))
+        assert isinstance(stored, TensorStorageMetadata)
+        stored.chunks.append(ChunkStorageMetadata(offset, size))
         if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
             # torch.save would store a view with its whole storage.
             tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -146,16 +152,16 @@ class CheckpointWriter:
 
     def write_extra_state(self, key: str, place: Iterable[int], grid: Iterable[int]) -> None:
         """Write the empty state that modules load at `place` of a grid of layers and experts."""
-        place, grid = (".".join(map(str, numbers)) for numbers in (place, grid))
-        key = f"{key}/shard_{place}_{grid}"
-        self._tensors[key] = BytesStorageMetadata()
+        spelled = "_".join(".".join(map(str, numbers)) for numbers in (place, grid))
+        key = f"{key}/shard_{spelled}"
+        self._stored[key] = BytesStorageMetadata()
         self._append(MetadataIndex(key), [None])
 
     def close(self) -> None:
         """Write the index, without which nothing can be read."""
         self._file.close()
         with (self.folder / INDEX_FILE).open("wb") as file:
-            pickle.dump(Metadata(self._tensors, storage_data=self._places), file)
+            pickle.dump(Metadata(self._stored, storage_data=self._places), file)
 
     def abandon(self) -> None:
         """Close the file if it is not closed."""
@@ -164,7 +170,7 @@ class CheckpointWriter:
     def _append(self, index: MetadataIndex, content: Tensor | list[None]) -> None:
         start = self._file.tell()
         try:
-            torch.save(content, self._file)
+            torch.save(content, cast("IO[bytes]", self._file))
         except RuntimeError as error:
             raise (self._file.error or error) from error
         self._places[index] = _StorageInfo(DATA_FILE, start, self._file.tell() - start)

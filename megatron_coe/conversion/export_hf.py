@@ -131,9 +131,10 @@ def _write_description(
 
     Returns: the content of `config.json`, and how training used the tokenizer.
     """
-    kept, ids = hf_folder(step), {}
+    kept = hf_folder(step)
+    ids: hf_config.Config = {}
     original = _read_kept(kept / HF_CONFIG)
-    length = _trained_length(original, provider, is_trained=step_of(step) > 0)
+    length = _trained_length(original, provider, is_trained=bool(step_of(step)))
     usage = Usage(length, prepends_bos(step))
     if settings.data.tokenizer:
         ids = write_tokenizer(Path(settings.data.tokenizer), folder, usage)

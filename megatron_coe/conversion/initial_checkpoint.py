@@ -80,7 +80,9 @@ def _write_weights(step: Path, model: StoredModel) -> None:
     writer = CheckpointWriter(step)
     try:
         for weight in model.table:
-            key, place, grid = weight.keys[0], (), ()
+            key = weight.keys[0]
+            place: tuple[int, ...] = ()
+            grid: tuple[int, ...] = ()
             if weight.layer is not None and stacked:
                 writer.write(key, model.read(weight), weight.layer, layers)
                 place, grid = (weight.layer,), (layers,)

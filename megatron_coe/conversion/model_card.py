@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
@@ -108,17 +109,18 @@ def _model_rows(provider: CoEModelProvider, usage: Usage) -> Iterator[tuple[str,
 def _training_rows(settings: Settings, step: Path) -> Iterator[tuple[str, str]]:
     """Rows about the run; none for a model that was imported and not trained since."""
     data, train = settings.data, settings.train
-    if not step_of(step):
+    number = step_of(step)
+    if not number:
         return
     yield "run", Path(settings.log.dir).name
     names = ", ".join(f"`{Path(prefix).name}`" for prefix in data.train)
     yield "training data", f"{names} (mode `{data.mode}`)"
     sequences = read_common(step)["progress"]["samples"]
-    yield "steps, sequences", f"{step_of(step):,} of {train.steps:,}, {sequences:,}"
+    yield "steps, sequences", f"{number:,} of {train.steps:,}, {sequences:,}"
     path = Path(settings.log.dir, METRICS_FILE)
     records = read_records(path) if path.is_file() else []
     for key, what in (("train_loss", "training"), ("valid_loss", "validation")):
-        known = [r for r in records if key in r and r["step"] <= step_of(step)]
+        known = [r for r in records if key in r and cast("int", r["step"]) <= number]
         if known:
             value = f"{known[-1][key]:.4f} (step {known[-1]['step']:,})"
             yield f"{what} loss, nats per token", value

@@ -137,7 +137,7 @@ class ShardWriter:
         if count == 1:
             self._temporary(0).rename(self.folder / SINGLE_FILE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._names):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._temporary(number).rename(self.folder / file)

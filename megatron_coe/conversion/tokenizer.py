@@ -86,7 +86,7 @@ def check_tokenizer(source: Path, folder: Path, usage: Usage) -> None:
 
     Raises: ValueError naming a text with other ids.
     """
-    trained, exported = load_tokenizer(source), load_tokenizer(folder)
+    trained, exported = load_tokenizer(source), HuggingFaceTokenizer(folder)
     options: dict[str, bool] = {}
     if isinstance(trained, SentencePieceTokenizer):
         model = SentencePieceModel(trained.processor)

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ class _Builder(BlendedMegatronDatasetBuilder):
         cls: type[Dataset] | Callable[..., Dataset],
         is_built_on_rank: Callable[[], bool],
         synchronize_ranks: bool,
-        *args: object,
+        *args: Any,
     ) -> Dataset:
         if cls is BlendedDataset and not torch.distributed.is_initialized():
             *arguments, config = args
@@ -221,7 +221,9 @@ def build_datasets(
             **options,
         )
 
-    def build(split: Split, chosen: Sequence[IndexedFile], size: int | None, **options: object):
+    def build(
+        split: Split, chosen: Sequence[IndexedFile], size: int | None, **options: object
+    ) -> Any:
         kind = PackedDataset if mode == "packed" else PaddedDataset
         described = config(split, chosen, **options)
         use = (kind.__name__, split.name, size, seq_length, described.random_seed, weights)

@@ -24,9 +24,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined]  # made at import
+    ModelProto,
+)
 
-from megatron_coe.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from megatron_coe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -148,6 +150,7 @@ def export_warning(tokenizer: Tokenizer) -> str | None:
         if isinstance(tokenizer, SentencePieceTokenizer):
             reason = fast_tokenizer(SentencePieceModel(tokenizer.processor)).warning
         else:
+            assert isinstance(tokenizer, HuggingFaceTokenizer)
             reason = tokenizer.incompatibility()
     except ModuleNotFoundError:  # then nothing can be exported either
         return None
@@ -215,14 +218,14 @@ def _convert(model: SentencePieceModel) -> tokenizers.Tokenizer:
     specification = model.proto.trainer_spec
     if specification.model_type == specification.UNIGRAM:
         tokenizer = Tokenizer(_unigram(model))
-        splits = _unigram_splits(model)
+        splits: tokenizers.pre_tokenizers.PreTokenizer | None = _unigram_splits(model)
     elif specification.model_type in (specification.BPE, specification.CHAR):
         tokenizer = Tokenizer(_bpe(model))
         splits = _bpe_splits(model)
     else:
         raise ValueError("it has no exact Hugging Face form: models of whole words have none")
     tokenizer.normalizer = _normalizer(model)
-    if splits:
+    if splits is not None:
         tokenizer.pre_tokenizer = splits
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -302,12 +305,12 @@ def _isolated(texts: Iterable[str], *patterns: str) -> tokenizers.pre_tokenizers
 
 def _normalizer(model: SentencePieceModel) -> tokenizers.normalizers.Normalizer:
     from tokenizers import Regex
-    from tokenizers.normalizers import Prepend, Replace, Sequence
+    from tokenizers.normalizers import Normalizer, Prepend, Replace, Sequence
 
     specification = model.proto.normalizer_spec
     prefix = SPACE if specification.add_dummy_prefix else ""
     # The first step: a text of characters that are mapped to nothing would be empty later.
-    steps = [Prepend(prefix)] if prefix else []
+    steps: list[Normalizer] = [Prepend(prefix)] if prefix else []
     if specification.precompiled_charsmap:
         steps += _charsmap(specification.precompiled_charsmap, model.user_defined)
     if specification.remove_extra_whitespaces:
@@ -322,11 +325,11 @@ def _normalizer(model: SentencePieceModel) -> tokenizers.normalizers.Normalizer:
 def _charsmap(charsmap: bytes, user_defined: list[str]) -> list[tokenizers.normalizers.Normalizer]:
     """Map characters as the model does, except in user-defined symbols."""
     from tokenizers import Regex
-    from tokenizers.normalizers import Precompiled, Replace
+    from tokenizers.normalizers import Normalizer, Precompiled, Replace
 
     mapped = Precompiled(charsmap)
     # `mapped` would treat these two as one character, a grapheme cluster of Unicode.
-    steps = [Replace(Regex("\r(?=\n)"), mapped.normalize_str("\r")), mapped]
+    steps: list[Normalizer] = [Replace(Regex("\r(?=\n)"), mapped.normalize_str("\r")), mapped]
     changed = [symbol for symbol in user_defined if mapped.normalize_str(symbol) != symbol]
     for number, symbol in enumerate(sorted(changed, key=len)):
         stand_in = chr(_STAND_INS + number)

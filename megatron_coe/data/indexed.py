@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
-from torch.utils.data import Dataset
 
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.utils.errors import DataError
@@ -137,7 +136,7 @@ def identify(file: IndexedFile) -> dict[str, Any]:
     for suffix in ("idx", "bin"):
         content = np.memmap(f"{file.prefix}.{suffix}", mode="r")
         for part in _sampled(content.size, DIGESTED_BYTES):
-            digest.update(content[part])
+            digest.update(content[part].data)
     return {
         "name": Path(file.prefix).name,
         "documents": file.documents,
@@ -321,7 +320,7 @@ def data_summary(prefixes: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def unigram_entropy(dataset: Dataset) -> float:
+def unigram_entropy(dataset: Any) -> float:
     """Return the entropy of a dataset's loss targets, in nats per token.
 
     It is the loss of the best model that ignores all context, over the tokens that count in the

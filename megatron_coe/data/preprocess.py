@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -115,7 +115,7 @@ class _Encoder:
 
     def _append(self, text: str, ids: list[int]) -> list[int]:
         """Append a document's tokens to `ids`; return the lengths of its sentences, [] if empty."""
-        lengths = []
+        lengths: list[int] = []
         for sentence in self._splitter.tokenize(text) if self._splitter else [text]:
             tokens = self._tokenizer.tokenize(sentence)
             if tokens:
@@ -241,8 +241,8 @@ def preprocess(
             _account(encoded, names, summary)
             for writer, ids, documents in zip(writers, encoded.ids, encoded.documents, strict=True):
                 writer.add(ids, documents)
-            documents = max(summary.documents.values())
-            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            most = max(summary.documents.values())
+            bar.set_postfix_str(f"{most:,} documents", refresh=False)
             bar.update(encoded.position - bar.n)
         if not all(summary.documents.values()):
             nothing = [name for name, count in summary.documents.items() if count == 0]
@@ -300,7 +300,9 @@ def _writers(prefixes: list[str], dtype: type[np.integer]) -> Iterator[list[_Wri
             writer.commit()
 
 
-def _encode(chunks: Iterator[Chunk], encoder: _Encoder, workers: int) -> Iterator[_Encoded]:
+def _encode(
+    chunks: Iterator[Chunk], encoder: _Encoder, workers: int
+) -> Generator[_Encoded, None, None]:
     """Encode chunks in their order, by `workers` processes (1: in this one)."""
     if workers == 1:
         yield from map(encoder, chunks)
@@ -344,8 +346,8 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in caught[:1]:
-            signal.raise_signal(number)
+        for first in caught[:1]:
+            signal.raise_signal(first)
 
 
 _worker_encoder: _Encoder

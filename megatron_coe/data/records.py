@@ -14,7 +14,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -83,10 +83,8 @@ class Fields:
 
     def values(self, raw: RawRecord, *, plain: bool = False) -> tuple[str, ...]:
         """Return the value of each key of one record; arguments and errors as in `texts`."""
-        if plain:
-            return (_decode(raw.rstrip(b"\r\n")),)
         if isinstance(raw, bytes):
-            return self._from_json(_decode(raw))
+            return (_decode(raw.rstrip(b"\r\n")),) if plain else self._from_json(_decode(raw))
         return tuple(self._from_cell(*cell) for cell in zip(self.keys, raw, strict=True))
 
     def _from_json(self, line: str) -> tuple[str, ...]:
@@ -236,7 +234,7 @@ def _text_file_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
 
 def _decompressed(
     path: Path, raw: BinaryIO, compression: str
-) -> AbstractContextManager[BinaryIO | io.BufferedReader]:
+) -> AbstractContextManager[Iterable[bytes]]:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == ".zst":
@@ -245,7 +243,7 @@ def _decompressed(
     return nullcontext(raw)
 
 
-def _line_chunks(path: Path, raw: BinaryIO, lines: BinaryIO) -> Iterator[Chunk]:
+def _line_chunks(path: Path, raw: BinaryIO, lines: Iterable[bytes]) -> Iterator[Chunk]:
     first, size, plain = 1, 0, _kind(path)[0] == ".txt"
     records: list[RawRecord] = []
     for line in lines:
@@ -271,7 +269,7 @@ def _parquet_chunks(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
             for batch in table.iter_batches(batch_size=CHUNK_RECORDS, columns=list(keys)):
                 # As bytes: a value that is not UTF-8 is then an invalid record, not a bad file.
                 columns = [_as_bytes(batch, place).to_pylist() for place in places]
-                records = list(zip(*columns, strict=True))
+                records: list[RawRecord] = list(zip(*columns, strict=True))
                 position = file_bytes * (first + len(records) - 1) // table.metadata.num_rows
                 yield Chunk(path, first, records, position)
                 first += len(records)
@@ -336,6 +334,6 @@ def _check_unicode(key: str, text: str) -> None:
         raise RecordError(f"key {key!r} holds a lone surrogate at {error.start}") from error
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") or "none"

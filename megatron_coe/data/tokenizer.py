@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
@@ -30,7 +30,7 @@ NO_TOKEN = -1  # no such token, in SentencePiece and Megatron's datasets
 # SentencePiece writes its number of threads into the model and sums scores per thread: with a fixed
 # number the same texts give the same bytes on any machine, for one version of SentencePiece.
 TRAINER_THREADS = 4
-SPECIAL_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
+SPECIAL_IDS: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
 
 
 class Tokenizer(ABC):
@@ -171,7 +171,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return None
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HuggingFaceTokenizer:
     """Load the tokenizer of a SentencePiece model file or a Hugging Face folder.
 
     Raises: ValueError when there is none at `path`, or it cannot be read.

@@ -7,6 +7,8 @@ transformers (4.57 or 5.x) and nothing else.
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 BOOLEANS_OF_MODE = {
@@ -183,7 +185,7 @@ class CoeConfig(PretrainedConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         tie_word_embeddings: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -233,7 +235,8 @@ class CoeConfig(PretrainedConfig):
 
         mode = residual_mode(residual, inner_residual, outer_residual)
         self.residual = mode if mode in KEY_MODES else None
-        self.inner_residual, self.outer_residual = BOOLEANS_OF_MODE.get(mode, (None, None))
+        booleans: tuple[bool | None, bool | None] = BOOLEANS_OF_MODE.get(mode, (None, None))
+        self.inner_residual, self.outer_residual = booleans
         self.rope_parameters = _rope_parameters(rope_theta, rope_scaling, rope_parameters)
         self._check()
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -287,12 +290,12 @@ class CoeConfig(PretrainedConfig):
         self.rope_parameters = _rope_parameters(self.rope_theta, value, None)
 
     @property
-    def torch_dtype(self):
+    def torch_dtype(self) -> Any:
         """The weights' dtype: the authors' name of what transformers now calls `dtype`."""
         return self.dtype
 
     @torch_dtype.setter
-    def torch_dtype(self, value) -> None:
+    def torch_dtype(self, value: Any) -> None:
         self.dtype = value
 
     def has_experts(self, layer: int) -> bool:

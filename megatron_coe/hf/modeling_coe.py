@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,11 @@ try:
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-    def record_outputs(forward):
+    def record_outputs(forward: Callable) -> Callable:
         return merge_with_config_defaults(capture_outputs(forward))
 except ImportError:  # transformers 4
     from transformers.utils.generic import OutputRecorder
-    from transformers.utils.generic import check_model_inputs as record_outputs
+    from transformers.utils.generic import check_model_inputs as record_outputs  # type: ignore[no-redef]
 
 __all__ = ["CoeForCausalLM", "CoeForSequenceClassification", "CoeModel", "CoePreTrainedModel"]
 
@@ -223,7 +224,8 @@ class CoeMoE(nn.Module):
 
     def _update(self, x: Tensor, t: int) -> Tensor:
         """f_t(x): routed and shared experts of one iteration."""
-        router = self.gate[t] if self.config.use_igate else self.gate
+        routers: Any = self.gate
+        router = routers[t] if self.config.use_igate else routers
         _, probs_TK, indices_TK, _ = router(x)
         update = self.experts(x.flatten(0, -2), indices_TK, probs_TK).view_as(x)
         return update + self.shared_experts(x) if self.config.n_shared_experts else update
@@ -327,6 +329,7 @@ class CoeAttention(nn.Module):
     """Base of both kinds of attention, which differ in how they project."""
 
     is_causal = True
+    o_proj: nn.Linear
 
     def __init__(self, config: CoeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -542,7 +545,10 @@ class CoePreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(iteration_scale)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs: object
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable = checkpoint,
+        **kwargs: object,
     ) -> None:
         # The reentrant variant, the default of transformers 4, would detach the auxiliary loss
         # from the layers.
@@ -607,6 +613,7 @@ class CoeModel(CoePreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None else 0
         key_length = past + S
         cache_position = torch.arange(past, key_length, device=device)
+        mask: Tensor | BlockMask | None
         if attention_mask is not None and len(attention_mask.shape) == 4:
             mask, key_length = attention_mask, attention_mask.shape[-1]
             attention_mask = None
@@ -714,7 +721,7 @@ def causal_mask(
             attention_mask = None
     if implementation not in ("eager", "sdpa", "flex_attention"):
         return attention_mask
-    if packed:
+    if packed and position_ids is not None:
         begins_BS = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
         packed = bool(begins_BS.any())
     if implementation == "sdpa" and attention_mask is None and not packed and (past == 0 or S == 1):
@@ -784,7 +791,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         token_type_ids: Tensor | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Compute the logits [B, S, V] of tokens [B, S].
 
@@ -828,7 +835,7 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             aux_loss = config.aux_loss_alpha * reduce_aux_losses(losses_B, labels, **kwargs)
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **kwargs)
-            if balanced:
+            if aux_loss is not None:
                 loss = loss + (aux_loss - aux_loss.detach())
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -10,7 +10,7 @@ Axis letters: H hidden, V vocabulary, N routed experts, F feed-forward size of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -107,9 +107,9 @@ class _Names:
             keys, {name: shape}, lambda tensor: [tensor], lambda parts: parts[0], traits
         )
 
-    def rows(self, keys: str, parts: dict[str, Shape]) -> Weight:
+    def rows(self, keys: str, parts: Mapping[str, Shape]) -> Weight:
         """Return a weight of parts of one shape, concatenated along the first axis."""
-        return self._row(keys, parts, lambda tensor: tensor.chunk(len(parts)), torch.cat)
+        return self._row(keys, parts, lambda tensor: tensor.chunk(len(parts)), _join_rows)
 
     def vocabulary(self, keys: str, name: str) -> Weight:
         """Return a weight with a row per token id, padded with zeros in Megatron."""
@@ -165,7 +165,7 @@ class _Names:
     def _row(
         self,
         keys: str,
-        parts: dict[str, Shape],
+        parts: Mapping[str, Shape],
         split: Callable[[Tensor], Sequence[Tensor]],
         join: Callable[[Sequence[Tensor]], Tensor],
         traits: dict[str, bool] | None = None,
@@ -190,6 +190,10 @@ def _output_layer(at: _Names) -> list[Weight]:
     return [norm, at.vocabulary("output_layer.weight", "lm_head.weight")]
 
 
+def _join_rows(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
+
+
 def _latent_attention(at: _Names) -> list[Weight]:
     c, attn = at.config, "self_attention."
     H, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
@@ -211,12 +215,12 @@ def _latent_attention(at: _Names) -> list[Weight]:
         ]
     fused = f"{attn}linear_kv_up_proj.layer_norm_weight"
     down = (rank + c.qk_pos_emb_head_dim, H)
-    up = (heads * (c.qk_head_dim + c.v_head_dim), rank)
+    from_latent = (heads * (c.qk_head_dim + c.v_head_dim), rank)
     return [
         *rows,
         at.same(f"{attn}linear_kv_down_proj.weight", "self_attn.kv_a_proj_with_mqa.weight", *down),
         at.same(f"{attn}kv_layernorm.weight|{fused}", "self_attn.kv_a_layernorm.weight", rank),
-        at.same(f"{attn}linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", *up),
+        at.same(f"{attn}linear_kv_up_proj.weight", "self_attn.kv_b_proj.weight", *from_latent),
         at.same(f"{attn}linear_proj.weight", "self_attn.o_proj.weight", H, heads * c.v_head_dim),
     ]
 

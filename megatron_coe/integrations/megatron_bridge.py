@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class CoEBridgeProvider(CoEModelProvider, ModelProviderMixin[GPTModel]):
     command lines change fields first, and `finalize` follows.
     """
 
-    vocab_size: int | None = None
+    vocab_size: int | None = None  # type: ignore[assignment]  # until Bridge fills it in
     """Number of token ids; None: the tokenizer's, filled in by Bridge."""
 
     should_pad_vocab: bool = False
@@ -71,9 +72,11 @@ class CoEBridgeProvider(CoEModelProvider, ModelProviderMixin[GPTModel]):
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding tables."""
-        return super().padded_vocab_size if self.should_pad_vocab else self.vocab_size
+        if self.should_pad_vocab:
+            return super().padded_vocab_size
+        return self.vocab_size  # type: ignore[return-value]  # filled in by then
 
-    def provide(
+    def provide(  # type: ignore[override]  # Bridge's interface: the groups are set before
         self,
         pre_process: bool | None = None,
         post_process: bool | None = None,
@@ -168,7 +171,7 @@ class TableMapping(MegatronParamMapping[dict[str, Tensor]]):
             full = part.join([torch.cat(list(each), axis) for each in shards])
         if not self.weight.experts:
             return _named(part, full)
-        result = {}
+        result: dict[str, Tensor] = {}
         for rank, experts in enumerate(self._gather_from_ep_ranks(full)):
             result |= _named(self._part(rank), experts)
         return result
@@ -351,5 +354,5 @@ def _account_for(table: Iterable[Weight], hf_pretrained: PreTrainedCausalLM) -> 
         )
 
 
-def _model_fields(config: PretrainedConfig) -> dict[str, object]:
+def _model_fields(config: PretrainedConfig) -> dict[str, Any]:
     return hf_config.to_model_fields(config.to_dict(), config.name_or_path or "configuration")

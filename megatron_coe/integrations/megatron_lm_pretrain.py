@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -44,7 +45,7 @@ _IGNORED = {
 """Arguments of Megatron's that `pretrain_gpt.py` reads and this module does not, and why."""
 
 
-def model_provider(*args: object, **kwargs: object) -> GPTModel:
+def model_provider(*args: Any, **kwargs: Any) -> GPTModel:
     """Build a pipeline stage of the CoE model; `pretrain` calls it first of all these functions.
 
     Raises:
@@ -72,7 +73,7 @@ def forward_step(
     return output, partial(loss_function, batch["loss_mask"])
 
 
-def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Any]:
     """Read this rank's part of the next micro-batch, on its device.
 
     Token ids, labels and positions [B, S] (int64) and loss mask [B, S] (float32), with
@@ -117,7 +118,7 @@ def train_valid_test_datasets_provider(
     ).build()
 
 
-train_valid_test_datasets_provider.is_distributed = True
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 """Makes Megatron call it on every rank, not only on the first of a tensor-parallel group."""
 
 

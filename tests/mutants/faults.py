@@ -361,8 +361,8 @@ FAULTS = [
     Fault(
         "norms without weight decay",
         SETUP,
-        "overrides = {} if train.decay_all_parameters else None",
-        "overrides = None",
+        "= {} if train.decay_all_parameters else None",
+        "= None",
         OF_SETUP,
     ),
     Fault(
@@ -655,8 +655,8 @@ FAULTS = [
     Fault(
         "any memory of the same size is taken for the announced",
         "megatron_coe/utils/fsynced.py",
-        "return np.frombuffer(view, np.uint8).ctypes.data == stable.ctypes.data",
-        "return True",
+        "is_same = np.frombuffer(view, np.uint8).ctypes.data == stable.ctypes.data",
+        "is_same = True",
         ("tests/unit/utils/test_fsynced.py",),
     ),
     Fault(

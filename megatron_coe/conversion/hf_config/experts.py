@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_coe.conversion.hf_config.keys import JSON, Config
 from megatron_coe.model.config import CoEConfig
 
@@ -73,7 +75,8 @@ def _router_keys(config: CoEConfig) -> Config:
             f"moe_router_topk_scaling_factor={scaling} with moe_router_pre_softmax=False cannot be "
             "expressed in the Hugging Face format, where norm_topk_prob excludes a factor"
         )
-    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    kinds: Any = config.moe_router_load_balancing_type
+    coefficients: Any = config.moe_aux_loss_coeff
     if isinstance(kinds, str):
         kinds, coefficients = [kinds], [coefficients]
     losses = dict(zip(kinds, coefficients, strict=True))
