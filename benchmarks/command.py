@@ -14,9 +14,15 @@ import dataclasses
 import os
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_coe.cli.command_line import new_parser, run
 from megatron_coe.utils.files import check_writable
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.suite import Harness
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BENCHMARKS = (
@@ -56,7 +62,7 @@ def command(options: argparse.Namespace) -> None:
     ranks = world_size()
     with process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
         speaks = is_rank_0()
-        heading = {
+        heading: dict[str, object] = {
             "commit": commit(REPOSITORY),
             "machine": report.machine(device),
             "versions": versions(),
@@ -146,7 +152,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def harness_of(options: argparse.Namespace, device):
+def harness_of(options: argparse.Namespace, device: torch.device) -> Harness:
     """Sizes and counts as the options and the machine say."""
     from benchmarks.scale import SCALES
     from benchmarks.suite import Harness

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,7 +19,7 @@ _GROUPS = "torch._C._distributed_c10d."
 Interval = tuple[float, float]
 
 
-def exposed_share(work: Callable[[], None], device: torch.device) -> float:
+def exposed_share(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of exposed communication over all seconds of `work`, on this rank."""
     if device.type == "cuda":
         return _on_gpu(work)
@@ -44,12 +45,12 @@ class _Calls:
         self._known: dict[tuple[type, str], bool] = {}
         self._latest = time.perf_counter()
 
-    def __call__(self, frame: FrameType, event: str, function: object) -> None:
+    def __call__(self, frame: FrameType, event: str, function: Any) -> None:
         if event in ("c_return", "c_exception") and self._is_of_groups(function):
             self.seconds += time.perf_counter() - self._latest
         self._latest = time.perf_counter()
 
-    def _is_of_groups(self, function: object) -> bool:
+    def _is_of_groups(self, function: Any) -> bool:
         # Not by `id(function)`: a bound method lasts as long as its call, and its number is reused.
         name = type(getattr(function, "__self__", None)), function.__name__
         if name not in self._known:
@@ -57,7 +58,7 @@ class _Calls:
         return self._known[name]
 
 
-def _on_gpu(work: Callable[[], None]) -> float:
+def _on_gpu(work: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         started = time.perf_counter()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +40,10 @@ class Head:
     def variants(self) -> list[Variant]:
         """Each forward and backward, for both gradients."""
         losses = {MEGATRON: self._by_megatron, FUSED: self._fused}
-        variants = [
-            self._variant(name, lambda lap, f=f: self._loss(f, lap)) for name, f in losses.items()
-        ]
+        variants = [self._variant(name, partial(self._loss, f)) for name, f in losses.items()]
         return [*variants, self._variant(PRODUCTS, self._products)]
 
-    def result(self, name: str) -> dict[str, Tensor]:
+    def result(self, name: str) -> dict[str, Any]:
         """Loss and gradients of a run of that variant."""
         self._clear()
         self._loss({MEGATRON: self._by_megatron, FUSED: self._fused}[name], lambda part: None)

@@ -32,7 +32,7 @@ _SHAPED_BY_CONTENTS = {
 }
 
 
-def count_host_syncs(work: Callable[[], None], device: torch.device) -> Counter[str]:
+def count_host_syncs(work: Callable[[], object], device: torch.device) -> Counter[str]:
     """How often `work` waits at each place, as `file:line`."""
     if device.type == "cuda":
         return _warned_of(work)
@@ -42,7 +42,7 @@ def count_host_syncs(work: Callable[[], None], device: torch.device) -> Counter[
     return counts
 
 
-def _warned_of(work: Callable[[], None]) -> Counter[str]:
+def _warned_of(work: Callable[[], object]) -> Counter[str]:
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -72,6 +73,7 @@ def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
     """A CoE layer as the model's specs have it, of no model: its balance is logged nowhere."""
     block = get_coe_decoder_block_spec(provider, resolve_backend(provider.backend))
     layer = build_part(block.layer_specs[0].submodules.mlp, config=provider)
+    assert isinstance(layer, CoELayer)
     return layer.to(device, provider.params_dtype)
 
 
@@ -117,7 +119,7 @@ class PassVariant:
         """A run with nobody looking at the clock. (It adds to the gradients that are there.)"""
         self.run(lambda part: None)
 
-    def result(self) -> dict[str, Tensor]:
+    def result(self) -> dict[str, Any]:
         """Outputs, and gradients of inputs and weights, of one run.
 
         The weights' tell most: beside the residual an update of freshly drawn weights is small.
@@ -125,7 +127,7 @@ class PassVariant:
         self.prepare()
         ys = self.forward(self.module, *self.xs)
         torch.autograd.backward(ys, self.dys)
-        found = {f"output {i}": y.detach() for i, y in enumerate(ys)}
+        found: dict[str, Any] = {f"output {i}": y.detach() for i, y in enumerate(ys)}
         found |= {f"gradient of input {i}": x.grad for i, x in enumerate(self.xs)}
         return found | weight_gradients(self.module.module)
 
@@ -140,7 +142,7 @@ def weight_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     """What has gathered in the gradient buffers of the routers, all together, and of the first
     and the last expert, under names that do not depend on how a module keeps its weights."""
     layer = module.layer if isinstance(module, StockIterations) else module
-    experts = layer.experts if isinstance(layer, MoELayer) else layer
+    experts: Any = layer.experts if isinstance(layer, MoELayer) else layer
     found: dict[str, Tensor] = {}
     if isinstance(layer, MoELayer):
         found["gradient of routers"] = sum(p.main_grad for p in layer.router.parameters())

@@ -83,7 +83,7 @@ def _within(label: str, method: Callable) -> Callable:
 
 
 def measure_phases(
-    work: Callable[[], None], calls: Sequence[Target], device: torch.device
+    work: Callable[[], object], calls: Sequence[Target], device: torch.device
 ) -> Phases:
     """Seconds that `work` spends in each phase."""
     activities = [ProfilerActivity.CPU]

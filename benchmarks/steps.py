@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ class StepVariant:
         return Variant(self.name, self._run, flops=self.flops, tokens=self.tokens)
 
     def _run(self, lap: Lap) -> None:
-        optimizer = self.trainer.train_state.optimizer
+        optimizer: Any = self.trainer.train_state.optimizer
         prepare = optimizer.prepare_grads  # Megatron's first call of every update
 
         def prepare_grads() -> bool:
@@ -148,5 +149,6 @@ def share_memory(variants: Sequence[StepVariant]) -> None:
 
 def _adam_state(variant: StepVariant) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
     """Of each parameter that the optimizer updates itself, not by an fp32 copy."""
-    parts = variant.trainer.train_state.optimizer.chained_optimizers
+    optimizer: Any = variant.trainer.train_state.optimizer
+    parts = optimizer.chained_optimizers
     return {parameter: state for part in parts for parameter, state in part.optimizer.state.items()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
 
 from benchmarks import head, kernels, layers, memory, phases, steps, transformers_baseline
 from benchmarks.agreement import check_agreement
@@ -104,16 +105,18 @@ def layer(harness: Harness) -> Outcome:
     """The whole layer: CoE, MoE, and Megatron's own called C times."""
     variants: list[PassVariant] = []
     providers: list[CoEModelProvider] = []
-    batch = None
+    batch: tuple[Tensor, Tensor] | None = None
     for name, (preset, changes) in harness.models((COE, MOE)).items():
         provider = harness.provider(preset, *changes)
-        batch = batch or layers.random_batch(provider, harness.scale.sequences, harness.device)
+        if batch is None:
+            batch = layers.random_batch(provider, harness.scale.sequences, harness.device)
         module = layers.build_layer(provider, harness.device)
         if not variants:
             stock = layers.build_stock(provider, harness.device)
             stock.share_weights(module)
         variants.append(layers.layer_variant(name, module, provider, batch))
         providers.append(provider)
+    assert batch is not None
     variants.append(layers.layer_variant("stock MoELayer, C times", stock, providers[0], batch))
     differences = _agreement(variants[0], variants[-1], providers[0])
     timed = [variant.variant() for variant in variants]
@@ -152,7 +155,7 @@ def output_head(harness: Harness) -> Outcome:
     variants = benchmark.variants()
     names = head.MEGATRON, head.FUSED
     differences = check_agreement(
-        names, *(benchmark.result(name) for name in names), benchmark.x.dtype
+        names, benchmark.result(names[0]), benchmark.result(names[1]), benchmark.x.dtype
     )
     samples = harness.time(variants)
     outcome = _pass_table(harness, "head", "Output head and loss", variants, samples)
@@ -194,8 +197,8 @@ def peak_memory(harness: Harness) -> Outcome:
         variant.trainer.step()
         held = memory.held_by(variant.trainer.train_state)
         found[name] = memory.footprint(held, variant.variant().run, harness.device)
-        passing = [found[name].passing[part] for part in PARTS]
-        figures = (found[name].held, *passing, found[name].peak)
+        of_parts = [found[name].passing[part] for part in PARTS]
+        figures = (found[name].held, *of_parts, found[name].peak)
         outcome.rows.append([name, *(f"{value / 2**20:,.0f} MiB" for value in figures)])
         outcome.details[name] = dict(zip(outcome.header[1:], figures, strict=True))
         _discard(variant.trainer.train_state.chunks)
@@ -216,7 +219,7 @@ def host_syncs(harness: Harness) -> Outcome:
     for name, (preset, changes) in harness.models((COE, MOE)).items():
         variant = steps.build_step(name, harness.settings(preset, *changes), harness.device)
         variant.trainer.step()
-        counts = count_host_syncs(lambda variant=variant: variant.trainer.step(), harness.device)
+        counts = count_host_syncs(variant.trainer.step, harness.device)
         places = ", ".join(f"{place} {count}" for place, count in counts.most_common())
         outcome.rows.append([name, str(counts.total()), places])
         outcome.figures.setdefault("host_syncs", Spread.of([counts.total()]))
@@ -359,7 +362,7 @@ def _pass_table(
 
 
 def _phase_table(
-    harness: Harness, work: dict[str, tuple[Callable[[], None], Sequence[phases.Target]]]
+    harness: Harness, work: Mapping[str, tuple[Callable[[], object], Sequence[phases.Target]]]
 ) -> Outcome:
     """Seconds of each phase, the least of several profiled runs."""
     found = {}

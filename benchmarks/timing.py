@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ class Stopwatch:
     def __init__(self, device: torch.device, clock: str = "wall") -> None:
         self._on_gpu = device.type == "cuda"
         self._now = CLOCKS[clock]
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str, Any]] = []  # a time, or on a GPU an event
 
     def start(self) -> None:
         """Nothing that was asked for earlier is still under way when the time begins."""
@@ -110,7 +111,7 @@ class Stopwatch:
             seconds[name] = seconds.get(name, 0.0) + self._between(begin, end)
         return {**seconds, TOTAL: sum(seconds.values())}
 
-    def _between(self, begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    def _between(self, begin: Any, end: Any) -> float:
         if self._on_gpu:
             return begin.elapsed_time(end) / 1e3  # it counts milliseconds
         return end - begin

@@ -6,10 +6,12 @@ Both sides are one model: this package's with one iteration and the stream's res
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from benchmarks.layers import BACKWARD, FORWARD
@@ -35,7 +37,7 @@ class Pair:
     """The two models and the batch that both take."""
 
     provider: CoEModelProvider
-    ours: torch.nn.Module
+    ours: DistributedDataParallel
     theirs: DeepseekV2ForCausalLM
     tokens: Tensor
     """[B, S], as `labels`."""
@@ -80,7 +82,7 @@ class Pair:
     def _clear(self) -> None:
         self.theirs.zero_grad(set_to_none=True)
 
-    def _run(self, loss_of, lap: Lap) -> None:
+    def _run(self, loss_of: Callable[[], Tensor], lap: Lap) -> None:
         if loss_of == self._our_loss:
             self.ours.zero_grad_buffer()  # within the time: theirs needs none
         loss = loss_of()

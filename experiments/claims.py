@@ -57,9 +57,13 @@ class Finding:
 class Claim(Protocol):
     """Something that results decide."""
 
-    text: str
-    control: bool
-    """Measured beside the paper's claims, to understand them; no part of the verdict."""
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def control(self) -> bool:
+        """Measured beside the paper's claims, to understand them; no part of the verdict."""
+        ...
 
     def judge(self, results: Results) -> Finding: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -188,7 +188,7 @@ def _over_checkpoints(axes: Axes, rows: Sequence[Row], value: Callable[[Row], fl
             np.mean([value(row) for row in rows if (row["model"], row["layer"]) == (model, layer)])
             for model in models
         ]
-        style = {"color": color, "marker": "o", "markersize": 3}
+        style: dict[str, Any] = {"color": color, "marker": "o", "markersize": 3}
         axes.plot(range(len(models)), means, label=f"layer {layer}", **style)
     axes.set_xticks(
         range(len(models)), [model.removeprefix("step_").lstrip("0") or "0" for model in models]
@@ -219,4 +219,5 @@ def _legend_of_layers(axes: Axes) -> None:
 
 def _scale(figure: Figure, image: AxesImage, panels: Iterable[Axes], label: str) -> None:
     bar = figure.colorbar(image, ax=list(panels), label=label)
+    assert bar.solids is not None
     bar.solids.set_rasterized(True)  # one picture instead of 256 rectangles

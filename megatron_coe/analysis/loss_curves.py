@@ -37,9 +37,9 @@ class Group:
         common = sorted(set.intersection(*(set(points) for points in of_runs)))
         curve = []
         for step in common:
-            places, values = zip(*(points[step] for points in of_runs), strict=True)
+            at, values = zip(*(points[step] for points in of_runs), strict=True)
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            curve.append((statistics.mean(places), statistics.mean(values), spread))
+            curve.append((statistics.mean(at), statistics.mean(values), spread))
         return curve
 
 

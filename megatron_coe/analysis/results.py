@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Analysis:
             [N, N] for each pair of iterations.
     """
 
-    about: dict[str, object]
+    about: dict[str, Any]
     routers: list[Row] = field(default_factory=list)
     transitions: list[Row] = field(default_factory=list)
     training: list[Row] = field(default_factory=list)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from megatron_coe.analysis.mutual_information import (
 from megatron_coe.analysis.routing import Ints
 from megatron_coe.model.moe.expert_usage import usage
 
-Row = dict[str, str | int | float]
+Row: TypeAlias = dict[str, Any]
+"""A row of a table: texts and numbers by column."""
 
 DISTANCES = (1, 2, 4, 8, 16)
 """How far apart the tokens are whose experts are compared."""
@@ -95,12 +97,12 @@ def transition_rows(routing: Routing, text: Text, test: PermutationTest) -> Iter
     N, K = routing.experts, routing.choices.shape[-1]
     for place, first, second, matrix in coactivations(routing):
         found = {name: test.run(first, second, (N, N), each) for name, each in shuffles.items()}
-        counts = (measure.expert_counts(choices, N) for choices in (first, second))
+        of_first, of_second = (measure.expert_counts(choices, N) for choices in (first, second))
         yield {
             **place,
             **asdict(measure.transition(matrix)),
             "overlap": measure.overlap(first, second),
-            "overlap_by_chance": measure.chance_overlap(*counts, K),
+            "overlap_by_chance": measure.chance_overlap(of_first, of_second, K),
             "information": found["any_token"]["information"],
             **{
                 f"{name}_{key}": value
@@ -125,9 +127,9 @@ def training_rows(routings: Sequence[Routing]) -> Iterator[Row]:
 
     Raises: ValueError where the checkpoints are not of one shape.
     """
-    for before, after in itertools.pairwise(routings):
-        if before.choices.shape != after.choices.shape or before.experts != after.experts:
-            raise ValueError(f"{before.name} and {after.name} are not of one model: routers differ")
+    for one, other in itertools.pairwise(routings):
+        if one.choices.shape != other.choices.shape or one.experts != other.experts:
+            raise ValueError(f"{one.name} and {other.name} are not of one model: routers differ")
     for number, current in enumerate(routings):
         earlier, last = routings[max(0, number - 1)], routings[-1]
         places = zip(_routers(earlier), _routers(current), _routers(last), strict=True)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_coe.config.run_config import Settings, load_settings
-from megatron_coe.utils.metrics_file import read_records
+from megatron_coe.utils.metrics_file import Record, read_records
 from megatron_coe.utils.run_files import CONFIG_FILE, METRICS_FILE
 
 
@@ -22,7 +22,7 @@ class Run:
     """
 
     metrics: Path
-    records: list[dict[str, float]]
+    records: list[Record]
 
     @staticmethod
     def read(path: Path) -> Run:

@@ -111,6 +111,7 @@ def load_heatmaps(run: Run, names: Sequence[str]) -> Figure:
     for axes in panels[-1]:
         axes.set(xlabel="step")
     bar = figure.colorbar(image, ax=list(panels.flat), label="load / mean (2: or more)")
+    assert bar.solids is not None
     bar.solids.set_rasterized(True)
     return figure
 

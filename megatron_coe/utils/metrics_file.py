@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from megatron_coe.utils.files import atomic_path
 
-Record = dict[str, float | list[float]]
+Record = dict[str, Any]
 """Metrics of a step by name: numbers, and the lists of numbers that `LISTS` are."""
 
 LISTS = re.compile(r"load/.*")
