@@ -221,8 +221,8 @@ def experts_variant(
     counts = natural_counts(provider, tokens).to(device)
 
     def forward(experts: torch.nn.Module, *xs: Tensor) -> tuple[Tensor, ...]:
-        chained = getattr(experts.module, "chained", nullcontext)  # Megatron's know no chain
-        with chained(len(xs)):
+        # Megatron's experts have no such thing.
+        with getattr(experts.module, "shared_weights", nullcontext)():
             return tuple(experts(x_RH, counts, probs)[0] for x_RH in xs)
 
     flops = expert_flops(provider, len(xs) * rows)

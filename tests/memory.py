@@ -63,7 +63,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "upcycled": {"model": {"coe_upcycled": True, "coe_residual": "outer"}},
     "multi-token prediction": {"model": {"mtp_num_layers": 1}},
-    "weight gradients merged": {"model": {"coe_merge_weight_gradients": True}},
     "recompute moe_act": {
         "model": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
     },

@@ -76,11 +76,6 @@ class CoEConfig(MLATransformerConfig):
     holds all experts whole, one without communication; where experts are spread over ranks, one
     whose all-to-alls run under the shared expert. The numbers are the same; False is to compare."""
 
-    coe_merge_weight_gradients: bool = False
-    """Make an expert's weight gradients once for all iterations, from all their rows, instead of
-    once for each. Without effect on Transformer Engine's experts, and where iterations are
-    recomputed by themselves (`recompute_modules` with "moe")."""
-
     vocab_size: int = 0
     """Number of token ids. 0 while it is not known: the tables then count nothing."""
 

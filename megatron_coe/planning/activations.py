@@ -132,15 +132,7 @@ def iteration_kept(plan: Plan, t: int) -> Kept:
 
 
 def _chain(plan: Plan) -> Kept:
-    model = plan.model
-    kept = sum((iteration_kept(plan, t) for t in range(model.coe_iterations)), Kept())
-    merged = model.coe_merge_weight_gradients and model.backend != "te"
-    if merged and not _recomputes(plan, "moe"):
-        # Until the first iteration's turn comes, each later one leaves its activation, its output's
-        # gradient, and in place of what fc1 put out the gradient of that.
-        width = model.hidden_size + model.moe_ffn_hidden_size // plan.expert_tp
-        kept += Kept(0, model.coe_iterations * plan.routed_rows * width * plan.element_size)
-    return kept
+    return sum((iteration_kept(plan, t) for t in range(plan.model.coe_iterations)), Kept())
 
 
 def _norm(plan: Plan, width: int, tokens: int) -> int:

@@ -97,7 +97,6 @@ VARIANTS = {
         "recompute_granularity": "selective",
         "recompute_modules": ["moe_act", "shared_experts"],
     },
-    "weight gradients merged": {"coe_iterations": 3, "coe_merge_weight_gradients": True},
     "mtp": {"coe_iterations": 2, "mtp_num_layers": 2},
     "recompute": {
         "coe_iterations": 2,

@@ -61,7 +61,7 @@ def test_every_subject_of_one_process(tmp_path):
 
 
 def test_values_of_a_setting_are_arms(tmp_path):
-    output, setting = tmp_path / "benchmark.json", "model.coe_merge_weight_gradients"
+    output, setting = tmp_path / "benchmark.json", "model.moe_router_pre_softmax"
     result = benchmark(
         *("--what", "experts", "--vary", f"{setting}=on,off", "--clock", "processor"),
         *("--threads", 1, "--scale", "tiny", "--rounds", 2, "--output", output),

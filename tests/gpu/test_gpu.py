@@ -13,7 +13,7 @@ from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
 from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.model.moe.expert_activation import SwiGLU
 from megatron_coe.model.moe.grouped_linear import grouping
-from megatron_coe.model.moe.grouped_mlp import Chain, expert_mlp
+from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 from megatron_coe.training.out_of_memory import explained
 from tests.builders import build_layer, randomize, reference_of, tiny_config, weigh_balance_losses
 
@@ -37,11 +37,8 @@ def error(ours: torch.Tensor, oracle: torch.Tensor) -> float:
     return ((ours.double() - oracle.double()).abs().max() / oracle.abs().max()).item()
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_grouped_mm_is_a_product_per_expert(
-    device: torch.device, dtype: torch.dtype, merged: bool
-) -> None:
+def test_grouped_mm_is_a_product_per_expert(device: torch.device, dtype: torch.dtype) -> None:
     rows = torch.tensor([5, 0, 64, 17])
     generator = torch.Generator().manual_seed(0)
 
@@ -54,9 +51,9 @@ def test_grouped_mm_is_a_product_per_expert(
     one_kernel = dtype == torch.bfloat16 and ONE_KERNEL
     assert isinstance(chosen, torch.Tensor) == one_kernel, "the sizes must stay on the device"
     groups = rows.cumsum(0, dtype=torch.int32).to(device)
-    chain = Chain(w1, w2, calls=2, merged=merged)
-    y = expert_mlp(x, probs, chain, groups, SwiGLU())
-    y = y + expert_mlp(y, probs, chain, groups, SwiGLU())
+    shared = SharedWeights(w1, w2)
+    y = expert_mlp(x, probs, shared, groups, SwiGLU())
+    y = y + expert_mlp(y, probs, shared, groups, SwiGLU())
     dy = random(86, 64).detach()
     grads = torch.autograd.grad(y, leaves, dy)
 

@@ -303,17 +303,17 @@ FAULTS = [
         OF_EXPERTS,
     ),
     Fault(
-        "merged weight gradients made of the last call's rows only",
+        "Megatron is not told that its buffers have the weight gradients",
         EXPERT_MLP,
-        "pieces = [piece for piece in pieces if len(piece[0])] or pieces[:1]",
-        "pieces = pieces[:1]",
+        "weight.grad_added_to_main_grad = True",
+        "weight.grad_added_to_main_grad = False",
         OF_EXPERT_MLP,
     ),
     Fault(
-        "weight gradients of an earlier backward pass counted again",
+        "a frozen projection leaves the other one without a gradient",
         EXPERT_MLP,
-        "passed = [number for number, ticket in enumerate(tickets) if ticket is not None]",
-        "passed = list(gradients.pieces) or [0]",
+        "fc1, fc2, call, wants_dw1 or wants_dw2",
+        "fc1, fc2, call, call.parameters[0].requires_grad and call.parameters[1].requires_grad",
         OF_EXPERT_MLP,
     ),
     Fault(
@@ -321,13 +321,6 @@ FAULTS = [
         EXPERT_MLP,
         "self.beta = 1 if main_grads else 0",
         "self.beta = 0",
-        OF_EXPERT_MLP,
-    ),
-    Fault(
-        "rows of merged calls sorted by another order than the experts'",
-        EXPERT_MLP,
-        "order = experts.argsort(stable=True)",
-        "order = experts.argsort(stable=True, descending=True)",
         OF_EXPERT_MLP,
     ),
     Fault(
@@ -417,8 +410,8 @@ FAULTS = [
     Fault(
         "experts' weights read before they are gathered",
         "megatron_coe/model/moe/experts.py",
-        "Chain(self.linear_fc1(), self.linear_fc2(), calls, merged)",
-        "Chain(self.linear_fc1.weight, self.linear_fc2.weight, calls, merged)",
+        "self._shared = SharedWeights(self.linear_fc1(), self.linear_fc2())",
+        "self._shared = SharedWeights(self.linear_fc1.weight, self.linear_fc2.weight)",
         ("tests/distributed/test_training.py",),
     ),
     Fault(

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from megatron_coe.model.moe.expert_activation import ByAutograd, ExpertActivation, SwiGLU
 from megatron_coe.model.moe.grouped_linear import grouping
-from megatron_coe.model.moe.grouped_mlp import Chain, expert_mlp
+from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 
 Offsets = tuple[tuple[int, int, int], ...]
 """Megatron's sharded offsets: (axis, index of this fragment, number of fragments) each."""
@@ -237,7 +237,7 @@ class GroupedExperts(MegatronModule):
             pg_collection=groups,
         )
         self.activation = _activation(config)
-        self._chain: Chain | None = None
+        self._shared: SharedWeights | None = None
         self.register_load_state_dict_post_hook(_forget_extra_states)
 
     def forward(
@@ -261,25 +261,18 @@ class GroupedExperts(MegatronModule):
             probs_T1 = torch.ones_like(probs_T1)
         w1, w2 = self.linear_fc1.weight, self.linear_fc2.weight
         groups = grouping(x_TH, tokens_per_expert, (*w1.shape[1:], *w2.shape[1:]))
-        chain = self._chain
-        if chain is None or chain.exhausted:
-            chain = Chain(self.linear_fc1(), self.linear_fc2(), calls=1)
+        weights = self._shared or SharedWeights(self.linear_fc1(), self.linear_fc2())
         fp8_hidden = self.config.activation_func_fp8_input_store
-        return expert_mlp(x_TH, probs_T1, chain, groups, self.activation, fp8_hidden), None
+        return expert_mlp(x_TH, probs_T1, weights, groups, self.activation, fp8_hidden), None
 
     @contextmanager
-    def chained(self, calls: int) -> Iterator[None]:
-        """Within it, up to `calls` calls share one node of the graph for their weights.
-
-        Autograd then sees one gradient per parameter, complete after the last of their backward
-        passes; and it can be made of all their rows at once (`coe_merge_weight_gradients`).
-        """
-        merged = getattr(self.config, "coe_merge_weight_gradients", False)  # Megatron's: none
-        self._chain = Chain(self.linear_fc1(), self.linear_fc2(), calls, merged)
+    def shared_weights(self) -> Iterator[None]:
+        """Let all calls within share one node of the graph for their weights: `SharedWeights`."""
+        self._shared = SharedWeights(self.linear_fc1(), self.linear_fc2())
         try:
             yield
         finally:
-            self._chain = None  # the graph has what it needs of it
+            self._shared = None  # the graph has what it needs of it
 
     def backward_dw(self) -> None:
         """Nothing to do: weight gradients are never delayed here."""

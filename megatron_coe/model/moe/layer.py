@@ -89,7 +89,7 @@ class CoELayer(MoELayer):
 
         residual, upcycled = self.config.coe_residual, self.config.coe_upcycled
         x_0 = x = hidden_states
-        with self._experts_chained():
+        with self._weights_shared():
             for t in range(self.config.coe_iterations):
                 update = self._iterate(t, x, padding_mask)
                 if upcycled and t > 0:
@@ -102,11 +102,13 @@ class CoELayer(MoELayer):
                     x = update
         return x, None
 
-    def _experts_chained(self) -> AbstractContextManager[None]:
-        """Let the iterations share what `GroupedExperts.chained` says. An iteration that is
-        recomputed by itself is one in a graph of its own, and shares nothing."""
+    def _weights_shared(self) -> AbstractContextManager[None]:
+        """Let the iterations share one node of the graph for the experts' weights.
+
+        An iteration that is recomputed by itself has a graph of its own, and shares nothing.
+        """
         if isinstance(self.experts, GroupedExperts) and not self.moe_layer_recompute:
-            return self.experts.chained(self.config.coe_iterations)
+            return self.experts.shared_weights()
         return nullcontext()
 
     def route(

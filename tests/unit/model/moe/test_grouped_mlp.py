@@ -1,5 +1,5 @@
-"""The experts' autograd function: both kernels, gradients made at once or merged over a chain's
-calls, into autograd or into Megatron's buffers, against the definition differentiated by autograd.
+"""The experts' autograd function: both kernels, several calls with the same weights, gradients into
+autograd or into Megatron's buffers, against the definition differentiated by autograd.
 
 Tolerances, relative to the largest entry: fp64 1e-10, fp32 1e-5, bf16 3e-2 (against fp32).
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from megatron_coe.model.moe.expert_activation import ByAutograd, SwiGLU
 from megatron_coe.model.moe.grouped_linear import grouping
-from megatron_coe.model.moe.grouped_mlp import Chain, expert_mlp
+from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 
 E, H, WIDTH = 5, 16, 8
 COUNTS = {
@@ -61,20 +61,20 @@ def oracle(x, probs, w1, w2, counts):
     return torch.cat([swiglu(x_e @ w1_e.T, p_e) @ w2_e.T for x_e, p_e, w1_e, w2_e in parts])
 
 
-def chain_of(x, probs, w1, w2, calls, passes):
+def iterate(x, probs, w1, w2, calls, passes):
     """x(t) = x(t-1) + experts(x(t-1)), rows in another order for every call."""
     for number, counts in enumerate(calls):
         x = x + passes(x.flip(0), probs + number, w1, w2, counts)
     return x
 
 
-def ours(kernel, merged, calls, activation=None):
-    """The same chain's call by the function under test; one `Chain` for the chain of calls."""
+def ours(kernel, activation=None):
+    """The same call by the function under test; one `SharedWeights` for all calls."""
     shared = None
 
     def run(x, probs, w1, w2, counts):
         nonlocal shared
-        shared = shared or Chain(w1, w2, calls, merged)
+        shared = shared or SharedWeights(w1, w2)
         return expert_mlp(x, probs, shared, groups_of(counts, kernel), activation or SwiGLU())
 
     return run
@@ -84,30 +84,28 @@ def assert_close(got, want, tolerance):
     assert (got - want).abs().max() <= tolerance * want.abs().max().clamp(min=1e-30)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
 @pytest.mark.parametrize("activation", [SwiGLU(), ByAutograd(swiglu)], ids=["swiglu", "autograd"])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "kernel"), [FP64, FP32, GROUPED], ids=["fp64", "fp32", "grouped"]
 )
-def test_a_chains_gradients_match_the_definition(
-    dtype, tolerance, kernel, counts, activation, merged
+def test_gradients_of_several_calls_match_the_definition(
+    dtype, tolerance, kernel, counts, activation
 ):
     calls = [counts, counts[::-1], [sum(counts), 0, 0, 0, 0]]
     w1, w2 = weights(dtype)
     x, probs, upstream = inputs(sum(counts), dtype)
     leaves = (x, probs, w1, w2)
-    want = chain_of(*leaves, calls, oracle)
-    got = chain_of(*leaves, calls, ours(kernel, merged, 3, activation))
+    want = iterate(*leaves, calls, oracle)
+    got = iterate(*leaves, calls, ours(kernel, activation))
     assert_close(got, want, tolerance)
     wanted = torch.autograd.grad(want, leaves, upstream)
     for a, b in zip(torch.autograd.grad(got, leaves, upstream), wanted, strict=True):
         assert_close(a, b, tolerance)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
 @pytest.mark.parametrize("counts", [COUNTS["empty"], [0] * E], ids=["empty", "no_rows"])
-def test_megatrons_buffers_get_the_sum_of_micro_batches_in_flight(counts, merged):
+def test_megatrons_buffers_get_the_sum_of_micro_batches_in_flight(counts):
     """Two graphs alive at once, as under a pipeline; the hook that reduces gradients fires once for
     each and finds the buffer complete."""
     w1, w2 = parameters = weights(torch.float64)
@@ -115,7 +113,7 @@ def test_megatrons_buffers_get_the_sum_of_micro_batches_in_flight(counts, merged
     batches = [inputs(sum(counts), torch.float64, seed) for seed in (3, 4)]
     expected, partial_sums = [torch.zeros_like(w) for w in parameters], []
     for x, probs, upstream in batches:
-        output = chain_of(x, probs, w1, w2, calls, oracle)
+        output = iterate(x, probs, w1, w2, calls, oracle)
         grads = torch.autograd.grad(output, parameters, upstream, allow_unused=True)
         for total, grad in zip(expected, grads, strict=True):
             total += 0 if grad is None else grad
@@ -127,7 +125,7 @@ def test_megatrons_buffers_get_the_sum_of_micro_batches_in_flight(counts, merged
         accumulate.register_hook(
             lambda *_, w=weight: seen.append((w.grad is None, w.main_grad.clone()))
         )
-    outputs = [chain_of(x, p, w1, w2, calls, ours("loop", merged, 2)) for x, p, _ in batches]
+    outputs = [iterate(x, p, w1, w2, calls, ours("loop")) for x, p, _ in batches]
     for output, (_, _, upstream) in zip(outputs, batches, strict=True):
         output.backward(upstream)
         for weight in parameters:
@@ -140,8 +138,7 @@ def test_megatrons_buffers_get_the_sum_of_micro_batches_in_flight(counts, merged
     assert all(w.grad_added_to_main_grad for w in parameters)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
-def test_parts_of_a_graph_can_be_differentiated_in_any_order(merged):
+def test_parts_of_a_graph_can_be_differentiated_in_any_order():
     """First the input's gradient alone, then the first call's part, then all of it, twice."""
     counts = COUNTS["uneven"]
     w1, w2 = weights(torch.float64)
@@ -154,13 +151,12 @@ def test_parts_of_a_graph_can_be_differentiated_in_any_order(merged):
         for output, leaves in parts:
             yield from torch.autograd.grad(output, leaves, upstream, retain_graph=True)
 
-    for got, want in zip(gradients(ours("loop", merged, 2)), gradients(oracle), strict=True):
+    for got, want in zip(gradients(ours("loop")), gradients(oracle), strict=True):
         assert_close(got, want, 1e-10)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_frozen_projection_gets_no_gradient(frozen, merged):
+def test_a_frozen_projection_gets_no_gradient(frozen):
     counts = COUNTS["uneven"]
     w1, w2 = parameters = weights(torch.float64)
     x, probs, upstream = inputs(sum(counts), torch.float64)
@@ -168,14 +164,13 @@ def test_a_frozen_projection_gets_no_gradient(frozen, merged):
     want, parameters[1 - frozen].grad = parameters[1 - frozen].grad, None
     parameters[frozen].grad = None
     parameters[frozen].requires_grad_(False)
-    ours("loop", merged, 1)(x, probs, w1, w2, counts).backward(upstream)
+    ours("loop")(x, probs, w1, w2, counts).backward(upstream)
     assert parameters[frozen].grad is None
     assert_close(parameters[1 - frozen].grad, want, 1e-10)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
 @pytest.mark.parametrize("kernel", ["loop", "grouped_mm"])
-def test_sixteen_bits_with_fp32_probabilities(kernel, merged):
+def test_sixteen_bits_with_fp32_probabilities(kernel):
     counts = COUNTS["empty"]
     w1, w2 = weights(torch.bfloat16)
     x, probs, upstream = inputs(sum(counts), torch.bfloat16)
@@ -183,7 +178,7 @@ def test_sixteen_bits_with_fp32_probabilities(kernel, merged):
     leaves = (x, probs, w1, w2)
     exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
     want = oracle(*exact, counts)
-    got = ours(kernel, merged, 1)(*leaves, counts)
+    got = ours(kernel)(*leaves, counts)
     assert got.dtype == torch.bfloat16
     assert_close(got.float(), want, 3e-2)
     wanted = torch.autograd.grad(want, exact, upstream.float())
@@ -199,23 +194,23 @@ def test_a_sum_can_be_differentiated():
     leaves = (x, probs, *weights(torch.float32))
     wanted = torch.autograd.grad(oracle(*leaves, counts).sum(), leaves)
     for kernel in ("loop", "grouped_mm"):
-        got = torch.autograd.grad(ours(kernel, False, 1)(*leaves, counts).sum(), leaves)
+        got = torch.autograd.grad(ours(kernel)(*leaves, counts).sum(), leaves)
         for a, b in zip(got, wanted, strict=True):
             assert_close(a, b, 1e-5)
 
 
-def test_many_experts_share_a_turn_and_large_ones_have_their_own(monkeypatch):
+def test_many_experts_share_a_block_and_large_ones_have_their_own(monkeypatch):
     from megatron_coe.model.moe import grouped_mlp as module
 
     counts = [3, 8, 1, 0, 5]
     x, probs, upstream = inputs(sum(counts), torch.float64)
     leaves = (x, probs, *weights(torch.float64))
     wanted = torch.autograd.grad(oracle(*leaves, counts), leaves, upstream)
-    for rows, turns in ((1, [1, 1, 2, 1]), (4, [1, 1, 2, 1]), (9, [1, 3, 1]), (99, [5])):
-        monkeypatch.setattr(module, "_TURN_BYTES", rows * 2 * WIDTH * 8)
-        taken = module._turns(counts, leaves[2])
-        assert [len(turn.counts) for turn in taken] == turns
-        got = torch.autograd.grad(ours("loop", False, 1)(*leaves, counts), leaves, upstream)
+    for rows, blocks in ((1, [1, 1, 2, 1]), (4, [1, 1, 2, 1]), (9, [1, 3, 1]), (99, [5])):
+        monkeypatch.setattr(module, "_BLOCK_BYTES", rows * 2 * WIDTH * 8)
+        taken = module._expert_blocks(counts, leaves[2])
+        assert [len(block.counts) for block in taken] == blocks
+        got = torch.autograd.grad(ours("loop")(*leaves, counts), leaves, upstream)
         for a, b in zip(got, wanted, strict=True):
             assert_close(a, b, 1e-10)
 
@@ -232,10 +227,10 @@ def test_only_inputs_and_the_first_projection_are_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = ours("loop", False, 1)(x, probs, w1, w2, counts)
+        y = ours("loop")(x, probs, w1, w2, counts)
     assert sum(kept.values()) == 4 * (rows * (H + 1 + 2 * WIDTH) + w1.numel() + w2.numel())
     with torch.no_grad():
-        assert torch.equal(y, ours("loop", False, 1)(x, probs, w1, w2, counts))
+        assert torch.equal(y, ours("loop")(x, probs, w1, w2, counts))
 
 
 def test_an_eight_bit_copy_can_be_kept_instead():
@@ -249,7 +244,7 @@ def test_an_eight_bit_copy_can_be_kept_instead():
 
     pairs = zip(x.split(counts), probs.split(counts), w1, w2, strict=True)
     want = torch.cat([rounded(a @ u.T, p) @ v.T for a, p, u, v in pairs])
-    got = expert_mlp(x, probs, Chain(w1, w2, 1), counts, SwiGLU(), fp8_hidden=True)
+    got = expert_mlp(x, probs, SharedWeights(w1, w2), counts, SwiGLU(), fp8_hidden=True)
     assert_close(got, oracle(x, probs, w1, w2, counts), 1e-5)  # forward in full
     leaves = (x, probs, w1, w2)
     wanted = torch.autograd.grad(want, leaves, upstream)
@@ -257,19 +252,18 @@ def test_an_eight_bit_copy_can_be_kept_instead():
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["each", "merged"])
-def test_nothing_waits_for_the_garbage_collector(merged):
+def test_nothing_waits_for_the_garbage_collector():
     counts = COUNTS["uneven"]
     x, probs, upstream = inputs(sum(counts), torch.float32)
     w1, w2 = weights(torch.float32)
     gc.collect()
     gc.disable()
     try:
-        chain = Chain(w1, w2, 1, merged)
-        y = expert_mlp(x, probs, chain, counts, SwiGLU())
-        alive = [weakref.ref(chain.gradients), weakref.ref(chain.fc1)]
+        shared = SharedWeights(w1, w2)
+        y = expert_mlp(x, probs, shared, counts, SwiGLU())
+        alive = [weakref.ref(shared), weakref.ref(shared.fc1)]
         y.backward(upstream)
-        del chain, y
+        del shared, y
         assert not any(ref() for ref in alive)
     finally:
         gc.enable()

@@ -133,7 +133,6 @@ FEATURES = {
         "recompute_modules": ["shared_experts"],
     },
     "shared expert overlapped with dispatch": {"moe_shared_expert_overlap": True},
-    "weight gradients merged": {"coe_merge_weight_gradients": True},
     "scores scaled": {"moe_router_topk_scaling_factor": 2.5},
     "one expert of many": {"moe_router_topk": 1},
     "all experts": {"moe_router_topk": 7},
