@@ -52,7 +52,9 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("model.moe_token_dispatcher_type", _SILENT),
     ("model.moe_grouped_gemm", _SILENT),
     ("model.attention_backend", _SILENT),
-    ("model.coe_merge_weight_gradients", _SILENT),  # of settings written before it was dropped
+    # Of settings written before they were dropped.
+    ("model.coe_merge_weight_gradients", _SILENT),
+    ("model.coe_own_dispatchers", _SILENT),
     ("model.*_dropout", _PRINTED),
     ("model.moe_aux_loss_coeff", _PRINTED),
     ("model.moe_z_loss_coeff", _PRINTED),

@@ -62,8 +62,7 @@ def add_coe_args(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--coe-megatron-dispatcher",
-        action="store_false",
-        dest="coe_own_dispatchers",
+        action="store_true",
         help="dispatch tokens by Megatron's own all-to-all dispatcher",
     )
     group.add_argument(
@@ -134,6 +133,11 @@ def provider_from_args(args: Namespace) -> CoEModelProvider:
             if name in own and name.startswith(("coe_", "moe_"))
         }
     )
+    if (
+        getattr(args, "coe_megatron_dispatcher", False)
+        and values["moe_token_dispatcher_type"] == "alltoall"
+    ):
+        values["moe_token_dispatcher_type"] = "megatron_alltoall"
     values.update(
         seq_length=args.max_position_embeddings,
         vocab_size=_vocab_size(args),

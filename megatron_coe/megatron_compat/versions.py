@@ -37,13 +37,12 @@ PARTS_ARE_PARTIALS = _MINOR >= 18
 """Whether layer parts are `functools.partial`s of classes (current line), not `ModuleSpec`s."""
 
 RETIRED_FIELDS = {
-    "coe_merge_weight_gradients": (True, False),
     "async_tensor_model_parallel_allreduce": (True, False),
     "moe_extended_tp": (False,),
     "moe_use_legacy_grouped_gemm": (False,),
 }
-"""Model fields that this package or Megatron's current line has dropped, with their harmless
-values: settings written before, or for 0.16, may name them."""
+"""Model fields that the current line has dropped, with their harmless values: settings written
+for 0.16 may name them."""
 
 # --- parts of layers ------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -71,11 +72,6 @@ class CoEConfig(MLATransformerConfig):
     through learnable gates a_t [H], which start at zero, where the layer is still that mixture:
     x(1) = f_1(x(0)), x(t) = x(t-1) + a_t * f_t(x(t-1)) for t >= 2, output h + x(C)."""
 
-    coe_own_dispatchers: bool = True
-    """Use those of `megatron_coe.model.moe.dispatcher` for Megatron's "alltoall": where a rank
-    holds all experts whole, one without communication; where experts are spread over ranks, one
-    whose all-to-alls run under the shared expert. The numbers are the same; False is to compare."""
-
     vocab_size: int = 0
     """Number of token ids. 0 while it is not known: the tables then count nothing."""
 
@@ -105,6 +101,10 @@ class CoEConfig(MLATransformerConfig):
     mscale_all_dim: float = 0.707
     moe_grouped_gemm: bool = True
     moe_token_dispatcher_type: str = "alltoall"
+    """`alltoall`: those of `megatron_coe.model.moe.dispatcher`, without communication where a rank
+    holds all experts whole, with all-to-alls that run under the shared expert where experts are
+    sharded. `megatron_alltoall`: Megatron's own, for comparison; the numbers are the same."""
+
     moe_router_topk: int = 4
     moe_router_pre_softmax: bool = True
     moe_router_dtype: str | None = "fp32"
@@ -131,7 +131,18 @@ class CoEConfig(MLATransformerConfig):
         if self.output_layer_init_method is None:
             # The authors draw every linear with one std; Megatron would scale the output ones down.
             self.output_layer_init_method: Any = init_method_normal(self.init_method_std)
-        super().__post_init__()
+        with self.known_dispatcher():
+            super().__post_init__()
+
+    @contextmanager
+    def known_dispatcher(self) -> Iterator[None]:
+        """Call Megatron's "alltoall" by its own name, while Megatron's code reads the field."""
+        kind = self.moe_token_dispatcher_type
+        self.moe_token_dispatcher_type = kind.removeprefix("megatron_")
+        try:
+            yield
+        finally:
+            self.moe_token_dispatcher_type = kind
 
     # -- what it describes -------------------------------------------------------------------
 
@@ -149,8 +160,7 @@ class CoEConfig(MLATransformerConfig):
             or self.moe_expert_capacity_factor is not None
             or self.moe_router_padding_for_quantization
         )
-        wanted = self.coe_own_dispatchers and self.moe_token_dispatcher_type == "alltoall"
-        return wanted and one_rank and not dense_map
+        return self.moe_token_dispatcher_type == "alltoall" and one_rank and not dense_map
 
     @property
     def dispatches_asynchronously(self) -> bool:
@@ -158,9 +168,8 @@ class CoEConfig(MLATransformerConfig):
 
         Megatron's `moe_shared_expert_overlap` is its own way to do so, on CUDA streams.
         """
-        wanted = self.coe_own_dispatchers and self.moe_token_dispatcher_type == "alltoall"
-        spread = self.expert_model_parallel_size > 1
-        return wanted and spread and not self.moe_shared_expert_overlap
+        spread = self.expert_model_parallel_size > 1 and not self.moe_shared_expert_overlap
+        return self.moe_token_dispatcher_type == "alltoall" and spread
 
     @property
     def padded_vocab_size(self) -> int:

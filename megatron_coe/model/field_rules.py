@@ -71,7 +71,7 @@ NEEDS_TE = (
 )
 """Fields that cannot be configured without Transformer Engine."""
 
-DISPATCHERS = ("allgather", "alltoall")
+DISPATCHERS = ("allgather", "alltoall", "megatron_alltoall")
 
 _MOE_GRAPHS = {"moe", "moe_router", "moe_preprocess"}
 

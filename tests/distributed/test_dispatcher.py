@@ -114,7 +114,7 @@ def _errors(sizes: dict, C: int, feature: str) -> dict[str, float]:
     from megatron_coe.model.moe.dispatcher import AsyncDispatcher
 
     ours = _layer(sizes, C, **FEATURES[feature])
-    theirs = _layer(sizes, C, coe_own_dispatchers=False, **FEATURES[feature])
+    theirs = _layer(sizes, C, moe_token_dispatcher_type="megatron_alltoall", **FEATURES[feature])
     theirs.load_state_dict(ours.state_dict())
     assert type(ours.token_dispatcher) is AsyncDispatcher
     assert type(theirs.token_dispatcher) is MoEAlltoAllTokenDispatcher

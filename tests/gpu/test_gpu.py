@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest entry;
 
 DISPATCHERS = {
     "local": {},
-    "alltoall": {"coe_own_dispatchers": False},
+    "alltoall": {"moe_token_dispatcher_type": "megatron_alltoall"},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 

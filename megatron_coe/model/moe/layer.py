@@ -46,7 +46,8 @@ class CoELayer(MoELayer):
         **later: bool | str | None,
     ) -> None:
         """`later`: what only Megatron's later versions give and take (`is_mtp_layer`, `name`)."""
-        super().__init__(config, submodules, layer_number, pg_collection, **later)
+        with config.known_dispatcher():
+            super().__init__(config, submodules, layer_number, pg_collection, **later)
         self._choose_dispatcher(pg_collection or get_default_pg_collection())
         for parameter in self.experts.parameters():
             # Megatron reduces expert gradients over all replicas only if EP > 1; at TP > 1 with

@@ -25,13 +25,16 @@ def make_bench(device, *setting_variants: str) -> Harness:
     )
 
 
+DISPATCHERS = ("alltoall", "megatron_alltoall")
+
+
 @pytest.mark.parametrize("benchmark", [layer, step])
 def test_a_setting_is_compared_with_itself_changed(single_rank, benchmark):
     harness = make_bench(
-        single_rank, "model.coe_own_dispatchers=true", "model.coe_own_dispatchers=false"
+        single_rank, *(f"model.moe_token_dispatcher_type={kind}" for kind in DISPATCHERS)
     )
     outcome = benchmark(harness)
-    names = [f"coe-2_4-64 model.coe_own_dispatchers={value}" for value in ("true", "false")]
+    names = [f"coe-2_4-64 model.moe_token_dispatcher_type={kind}" for kind in DISPATCHERS]
     assert [row[0] for row in outcome.rows][:2] == names
     assert set(names) <= set(outcome.samples)
     assert all(len(row) == len(outcome.header) for row in outcome.rows)

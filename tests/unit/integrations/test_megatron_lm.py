@@ -19,13 +19,14 @@ ARGS = {"transformer_impl": "local", "position_embedding_type": "rope"}
 
 def test_a_coe_model_has_arguments_of_its_own() -> None:
     parser = add_coe_args(ArgumentParser())
-    assert vars(parser.parse_args([])).keys() <= {f.name for f in fields(CoEModelProvider)}
+    own = vars(parser.parse_args([])).keys() - {"coe_megatron_dispatcher"}
+    assert own <= {f.name for f in fields(CoEModelProvider)}
     assert vars(parser.parse_args([])) == {
         "coe_iterations": 2,
         "coe_residual": "inner",
         "coe_independent_gate": True,
         "coe_upcycled": False,
-        "coe_own_dispatchers": True,
+        "coe_megatron_dispatcher": False,
         "moe_router_group_score": "sum",
     }
     given = parser.parse_args(["--coe-shared-gate", "--coe-residual", "addinit"])

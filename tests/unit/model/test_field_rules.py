@@ -121,12 +121,12 @@ def test_one_router_for_all_iterations_cannot_replay() -> None:
     assert one.moe_enable_routing_replay
 
 
-@pytest.mark.parametrize("own_dispatcher", [True, False])
-def test_each_iteration_replays_its_own_choice(single_rank, own_dispatcher: bool) -> None:
+@pytest.mark.parametrize("dispatcher", ["alltoall", "megatron_alltoall"])
+def test_each_iteration_replays_its_own_choice(single_rank, dispatcher: str) -> None:
     """Recorded with some weights, replayed with others: the experts are those recorded."""
     RouterReplay.global_router_replay_instances.clear()
     config = tiny_config(
-        coe_iterations=3, moe_enable_routing_replay=True, coe_own_dispatchers=own_dispatcher
+        coe_iterations=3, moe_enable_routing_replay=True, moe_token_dispatcher_type=dispatcher
     )
     layer = build_layer(config).train()
     recorders = RouterReplay.global_router_replay_instances

@@ -58,7 +58,7 @@ def test_rows_are_sorted_by_expert_then_token(groups) -> None:
 @pytest.mark.parametrize("skewed", [False, True], ids=["all experts", "two experts"])
 def test_rows_weights_and_sums_are_megatrons(groups, skewed: bool) -> None:
     """With experts that multiply each row by its weight and its expert's number."""
-    config = tiny_config(coe_own_dispatchers=False)
+    config = tiny_config(moe_token_dispatcher_type="megatron_alltoall")
     theirs = MoEAlltoAllTokenDispatcher(N, list(range(N)), config, groups)
     ours = LocalDispatcher(tiny_config(), groups)
     x, probs, chosen = routing(1, skewed)
@@ -124,7 +124,7 @@ def test_nothing_is_remembered_between_passes(groups) -> None:
 DISPATCHERS = {
     LocalDispatcher: [{}, {"moe_router_topk": 1}, {"moe_shared_expert_overlap": True}],
     MoEAlltoAllTokenDispatcher: [
-        {"coe_own_dispatchers": False},
+        {"moe_token_dispatcher_type": "megatron_alltoall"},
         {"moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "aux_loss"},
     ],
     MoEAllGatherTokenDispatcher: [{"moe_token_dispatcher_type": "allgather"}],
@@ -202,4 +202,4 @@ def test_a_layer_never_waits_for_the_device(without_values, changes: dict, paddi
 def test_megatrons_dispatcher_does_wait(without_values) -> None:
     """Or the test above would show nothing."""
     with pytest.raises((NotImplementedError, RuntimeError)):
-        pass_without_values({"coe_own_dispatchers": False}, padding=False)
+        pass_without_values({"moe_token_dispatcher_type": "megatron_alltoall"}, padding=False)

@@ -25,7 +25,7 @@ from tests.builders import (
 S, B = 6, 3
 DISPATCHERS = {
     "local": {},
-    "alltoall": {"coe_own_dispatchers": False},
+    "alltoall": {"moe_token_dispatcher_type": "megatron_alltoall"},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 SETTINGS = list(

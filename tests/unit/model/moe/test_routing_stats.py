@@ -17,7 +17,7 @@ CHOICES = {
     "sigmoid": {"moe_router_score_function": "sigmoid"},
     "three iterations": {"coe_iterations": 3},
     "one router for all": {"coe_iterations": 3, "coe_independent_gate": False},
-    "Megatron's dispatchers": {"coe_own_dispatchers": False},
+    "Megatron's dispatchers": {"moe_token_dispatcher_type": "megatron_alltoall"},
     "scaled": {"moe_router_topk_scaling_factor": 2.5, "moe_router_topk": 1},
     "recomputed": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "tokens dropped": {
@@ -98,9 +98,9 @@ def test_only_training_counts(single_rank) -> None:
     assert not tally.collect().any()
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["compact", "as maps"])
-def test_padding_that_is_told_is_left_out(single_rank, own: bool) -> None:
-    layer, tally, seen = build({"coe_own_dispatchers": own})
+@pytest.mark.parametrize("dispatcher", ["alltoall", "megatron_alltoall"])
+def test_padding_that_is_told_is_left_out(single_rank, dispatcher: str) -> None:
+    layer, tally, seen = build({"moe_token_dispatcher_type": dispatcher})
     mask_BS = torch.arange(S)[None] >= torch.tensor([[S], [2], [4]])
     with tally.counting():
         layer(random_input(5), padding_mask=mask_BS)
