@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.timing import Lap, Variant
 from megatron_coe.megatron_compat.versions import build_part
-from megatron_coe.model.backends import resolve_backend
+from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.flops import ffn_params, moe_work
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec

@@ -19,7 +19,7 @@ from megatron_coe.megatron_compat.versions import (
     part_submodules,
     with_module,
 )
-from megatron_coe.model.backends import resolve_backend
+from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
 from megatron_coe.model.moe.experts import GroupedExperts

@@ -17,7 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_coe.model.backends import resolve_backend
+from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
 from megatron_coe.model.vocab_padding import mask_vocab_padding

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from megatron_coe import __version__
 from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import layout_of, num_microbatches
-from megatron_coe.model.backends import resolve_backend
+from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
 

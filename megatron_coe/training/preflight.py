@@ -21,6 +21,7 @@ from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.indexed import IndexedFile
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.model import backends
+from megatron_coe.model.backends.select import refuse_unusable
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.training.metrics_logger import check_wandb
 from megatron_coe.utils.environment import refuse_unused_gpus
@@ -55,7 +56,7 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
     device = backends.prepare()
     tokenizer = load_tokenizer(settings.data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
-    backends.refuse_unusable(provider)
+    refuse_unusable(provider)
     files = check_files(settings, tokenizer, provider.seq_length, saves, dry)
     warnings = [idle_gpus] if idle_gpus else []
     if is_rank_0():

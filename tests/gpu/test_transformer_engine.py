@@ -93,7 +93,7 @@ KINDS = {
 
 
 def test_auto_takes_transformer_engine(single_rank) -> None:
-    from megatron_coe.model.backends import resolve_backend
+    from megatron_coe.model.backends.select import resolve_backend
     from megatron_coe.model.backends.te import TESpecProvider
 
     assert isinstance(resolve_backend("auto"), TESpecProvider)

@@ -9,7 +9,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_coe.megatron_compat.versions import part_class, part_submodules
-from megatron_coe.model.backends import resolve_backend
+from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.model.config import RESIDUAL_MODES
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
 from megatron_coe.model.moe.experts import GroupedExperts

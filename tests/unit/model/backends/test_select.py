@@ -11,14 +11,14 @@ import torch
 
 from megatron_coe.megatron_compat import cpu, patches, transformer_engine
 from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
-from megatron_coe.model import backends
+from megatron_coe.model.backends import select
 from megatron_coe.model.field_rules import NEEDS_TE
 from tests.stub_te import write_te
 
 
 def test_preparing_twice_changes_nothing_more(device):
     stream, optimizer_init = torch.cuda.Stream, _distributed_optimizer().__init__
-    assert backends.prepare() == device
+    assert select.prepare() == device
     assert torch.cuda.Stream is stream and _distributed_optimizer().__init__ is optimizer_init
 
 
@@ -32,22 +32,22 @@ def _distributed_optimizer():
 def test_auto_is_plain_pytorch_without_transformer_engine(device):
     from megatron_coe.model.backends.torch import TorchSpecProvider
 
-    assert device == torch.device("cpu") and not backends.have_te()
-    assert isinstance(backends.resolve_backend("auto"), TorchSpecProvider)
-    assert isinstance(backends.resolve_backend("torch"), TorchSpecProvider)
+    assert device == torch.device("cpu") and not transformer_engine.have_te()
+    assert isinstance(select.resolve_backend("auto"), TorchSpecProvider)
+    assert isinstance(select.resolve_backend("torch"), TorchSpecProvider)
 
 
-@pytest.mark.skipif(backends.have_te(), reason="Transformer Engine is installed")
+@pytest.mark.skipif(transformer_engine.have_te(), reason="Transformer Engine is installed")
 def test_transformer_engine_is_refused_where_it_is_missing(device):
     with pytest.raises(ValueError, match="backend='te' needs Transformer Engine, which "):
-        backends.resolve_backend("te")
+        select.resolve_backend("te")
 
 
 def test_an_unknown_backend_is_refused_with_the_choices(device):
     with pytest.raises(
         ValueError, match=r"backend='jax' is unknown: choose one of auto, torch, te"
     ):
-        backends.resolve_backend("jax")
+        select.resolve_backend("jax")
 
 
 def test_cpu_patches_refuse_to_hide_a_gpu(monkeypatch):
@@ -62,7 +62,7 @@ def test_a_local_rank_without_a_device_is_refused(monkeypatch, device, local_ran
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(ValueError, match=f"LOCAL_RANK={local_rank} names no CUDA device"):
-        backends.prepare()
+        select.prepare()
 
 
 STUBS = ("amp_C", "apex", "transformer_engine")
@@ -91,7 +91,7 @@ def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_im
     patches._importable.cache_clear()
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
-    assert not backends.have_apex()
+    assert not patches.have_apex()
     with pytest.warns(RuntimeWarning, match="is not NVIDIA Apex") as caught:
         patches.install()
         patches.install()
@@ -102,7 +102,7 @@ def test_apex_is_known_by_what_it_offers(tmp_path, monkeypatch, device, fresh_im
     patches._importable.cache_clear()
     patches._warn_of_foreign_apex.cache_clear()
     importlib.invalidate_caches()
-    assert backends.have_apex()
+    assert patches.have_apex()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         patches.install()
@@ -115,7 +115,11 @@ def test_a_broken_transformer_engine_stops_before_anything_is_patched(
     monkeypatch.syspath_prepend(str(write_te(tmp_path, __init__="raise OSError('no libcuda')")))
     monkeypatch.setattr(patches, "PATCHES", dict.fromkeys(patches.PATCHES, pytest.fail))
     transformer_engine.import_error.cache_clear()
-    for ask in (backends.have_te, patches.install, lambda: backends.resolve_backend("auto")):
+    for ask in (
+        transformer_engine.have_te,
+        patches.install,
+        lambda: select.resolve_backend("auto"),
+    ):
         with pytest.raises(ValueError, match=r"cannot be imported.*: OSError: no libcuda") as error:
             ask()
         assert "\n" not in str(error.value)
@@ -170,9 +174,9 @@ def test_what_the_backend_has_not_is_refused_by_name(device, field):
     from tests.builders import tiny_provider
 
     ((name, value),) = field.items()
-    backends.refuse_unusable(tiny_provider(backend="torch"))
+    select.refuse_unusable(tiny_provider(backend="torch"))
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
-        backends.refuse_unusable(tiny_provider(backend="torch", **field))
+        select.refuse_unusable(tiny_provider(backend="torch", **field))
 
 
 def test_every_field_that_needs_transformer_engine_is_one_of_megatrons():
@@ -181,6 +185,6 @@ def test_every_field_that_needs_transformer_engine_is_one_of_megatrons():
     from megatron_coe.model.provider import CoEModelProvider
 
     here = {field.name for field in fields(CoEModelProvider)}
-    assert set(backends._NEED_TE) - set(NEEDS_TE) <= here
+    assert set(select._NEED_TE) - set(NEEDS_TE) <= here
     if PARTS_ARE_PARTIALS:  # some of `NEEDS_TE` came with 0.19
         assert set(NEEDS_TE) <= here
