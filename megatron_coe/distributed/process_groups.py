@@ -26,9 +26,9 @@ def rendezvous() -> dist.Store:
 
 
 @contextmanager
-def lone_process() -> Iterator[None]:
-    """Torch's process group of this process alone, whoever else there is."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def lone_process(backend: str = "gloo") -> Iterator[None]:
+    """Make torch's process group of this process alone, whoever else there is."""
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
