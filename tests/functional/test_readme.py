@@ -28,7 +28,7 @@ def test_the_example_builds_a_model(tmp_path: Path) -> None:
 
 def test_every_path_it_names_exists() -> None:
     named = set(re.findall(r"\]\(([^)#:]+)\)", README))
-    tree = README.split("## What is where")[1]
+    tree = README.split("## Repository layout")[1].split("## ")[0]
     named |= set(re.findall(r"^    ([\w./]+)", tree, flags=re.MULTILINE))
     named |= {
         f"megatron_coe/{name}"
@@ -39,7 +39,12 @@ def test_every_path_it_names_exists() -> None:
 
 
 def test_every_preset_it_names_exists() -> None:
-    table = README.split("## The paper's models")[1].split("## ")[0]
+    page = (REPO / "docs/presets.md").read_text(encoding="utf-8")
+    table = page.split("## The paper's models")[1]
     named = set(re.findall(r"`((?:coe|moe)[\w-]+)`", table))
     assert len(named) > 15
     assert not [name for name in named if not (REPO / f"examples/paper/{name}.yaml").exists()]
+
+
+def test_it_is_one_page() -> None:
+    assert len(README.splitlines()) <= 120
