@@ -4,7 +4,7 @@
 #   DATA=my/corpus TOKENIZER=my/tokenizer.model GPUS=8 examples/megatron_lm/train.sh [arguments]
 #
 # What is added on the command line wins. Without DATA the data are random tokens.
-#   DATA              prefix of the .bin/.idx pair that tools/preprocess_data.py has written
+#   DATA              prefix of the .bin/.idx pair that coe preprocess has written
 #   VALID             likewise of the validation set; without it, 2% of DATA
 #   TOKENIZER         the SentencePiece model that they were encoded with
 #   GPUS              processes on this machine (1)

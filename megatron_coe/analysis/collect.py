@@ -135,7 +135,7 @@ def _note(calls: list, name: str, module: nn.Module, inputs: tuple, output: obje
     if not isinstance(output, tuple) or len(output) < 3:
         raise ValueError(
             f"{name}: {type(module).__name__} of this version of transformers does not return what "
-            "it chose; convert the model (tools/convert_checkpoint.py from-hf, then to-hf)"
+            "it chose; convert the model (coe convert from-hf, then to-hf)"
         )
     calls.append((output[1], output[2]))
 

@@ -58,7 +58,7 @@ def check_start(options: CheckpointSettings) -> None:
         raise ValueError(
             f"checkpoint.load={options.load}: "
             + (
-                "a Hugging Face folder becomes a checkpoint by tools/convert_checkpoint.py from-hf"
+                "a Hugging Face folder becomes a checkpoint by coe convert from-hf"
                 if is_exported
                 else "there is no checkpoint to start from; name one, or null for initial weights"
             )

@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BadCheckpointError(
             f"{MANIFEST_FILE} is missing, so that nothing in it can be verified; if it was written "
             "by an earlier version or with checkpoint.verify=false and you trust it, load it with "
-            "checkpoint.verify=false, or let tools/verify_checkpoint.py --write-manifest write one"
+            "checkpoint.verify=false, or let coe verify --write-manifest write one"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error

@@ -4,7 +4,7 @@
     coe report runs/quickstart --output quickstart.html --no-analysis
 
 It shows losses and other curves, routing maps, the settings, samples (answers.txt) and the last
-figures. Routing comes from RUN/analysis, where tools/analyze_routing.py has left it; without that
+figures. Routing comes from RUN/analysis, where coe analyze has left it; without that
 the run's checkpoints are analyzed on its held-out data, into that folder.
 
 Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.

@@ -44,7 +44,7 @@ def remedies(settings: Settings) -> list[str]:
             " ".join(f"model.{key}={_text(value)}" for key, value in RECOMPUTE[name].items())
         )
     found.append(
-        "more ranks to a replica (tools/plan.py ranks the layouts of a number of GPUs by memory "
+        "more ranks to a replica (coe plan ranks the layouts of a number of GPUs by memory "
         "and time)"
     )
     found.append("a shorter model.seq_length")

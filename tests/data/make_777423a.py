@@ -192,13 +192,14 @@ def _options(
     name: list[str], parser: argparse.ArgumentParser
 ) -> Iterator[tuple[list[str], dict[str, list[str] | None]]]:
     options = {}
-    for action in parser._actions:
+    positional = {action.dest: action for action in parser._actions if not action.option_strings}
+    for option, action in {**positional, **parser._option_string_actions}.items():
         if isinstance(action, argparse._SubParsersAction):
             for command, inner in action.choices.items():
                 yield from _options([*name, command], inner)
         elif not isinstance(action, argparse._HelpAction):
             choices = None if action.choices is None else sorted(map(str, action.choices))
-            options |= dict.fromkeys(action.option_strings or [action.dest], choices)
+            options[option] = choices
     yield name, options
 
 

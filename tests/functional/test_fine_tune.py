@@ -186,7 +186,7 @@ def test_a_folder_of_others_is_no_checkpoint_to_load(home, capsys):
     step = from_hf(Path("my-model"), Path("imp/checkpoints"))
     named = ("checkpoint.load=my-model", "checkpoint.save=new", "data.train=[train_text_document]")
     assert pretrain_coe.main(["--config", str(step / "config.yaml"), *named]) == CONFIG_ERROR
-    assert "convert_checkpoint.py from-hf" in capsys.readouterr().err
+    assert "coe convert from-hf" in capsys.readouterr().err
 
 
 def test_the_command_can_be_repeated_that_names_a_checkpoints_settings(home, capsys):
