@@ -15,7 +15,7 @@ bf16. (A pass too many or too few differs by about 1.)"""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """||ours - theirs|| / ||theirs||; 0 where both are zero."""
+    """Return ||ours - theirs|| / ||theirs||; 0 where both are zero."""
     gap = torch.linalg.vector_norm(ours.double() - theirs.double())
     norm = torch.linalg.vector_norm(theirs.double())
     return float(gap / norm) if norm > 0 else float(gap)
@@ -27,7 +27,7 @@ def check_agreement(
     theirs: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """The relative difference of each value that both variants name.
+    """Return the relative difference of each value that both variants name.
 
     Args:
         dtype: that both have computed in (their gradients may be kept in a wider one).

@@ -153,7 +153,7 @@ def parse() -> argparse.Namespace:
 
 
 def harness_of(options: argparse.Namespace, device: torch.device) -> Harness:
-    """Sizes and counts as the options and the machine say."""
+    """Return sizes and counts as the options and the machine say."""
     from benchmarks.scale import SCALES
     from benchmarks.suite import Harness
 
@@ -176,7 +176,7 @@ def harness_of(options: argparse.Namespace, device: torch.device) -> Harness:
 
 
 def setting_variants_of(varied: list[str]) -> tuple[tuple[str, ...], ...]:
-    """Every combination of the values given, as overrides of settings."""
+    """Return every combination of the values given, as overrides of settings."""
     choices = []
     for text in varied:
         key, equals, values = text.partition("=")

@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 
 def exposed_share(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of exposed communication over all seconds of `work`, on this rank."""
+    """Return seconds of exposed communication over all seconds of `work`, on this rank."""
     if device.type == "cuda":
         return _on_gpu(work)
     watch = _Calls()
@@ -75,13 +75,13 @@ def _on_gpu(work: Callable[[], object]) -> float:
 
 
 def uncovered(intervals: list[Interval], cover: list[Interval]) -> float:
-    """How much of the union of `intervals` lies outside the union of `cover`."""
+    """Return how much of the union of `intervals` lies outside the union of `cover`."""
     both = union(intervals + cover)
     return _length(both) - _length(union(cover))
 
 
 def union(intervals: list[Interval]) -> list[Interval]:
-    """Disjoint intervals, in order, that cover the same points."""
+    """Return disjoint intervals, in order, that cover the same points."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:

@@ -38,13 +38,13 @@ class Head:
     vocab_size: int
 
     def variants(self) -> list[Variant]:
-        """Each forward and backward, for both gradients."""
+        """Return each forward and backward, for both gradients."""
         losses = {MEGATRON: self._by_megatron, FUSED: self._fused}
         variants = [self._variant(name, partial(self._loss, f)) for name, f in losses.items()]
         return [*variants, self._variant(PRODUCTS, self._products)]
 
     def result(self, name: str) -> dict[str, Any]:
-        """Loss and gradients of a run of that variant."""
+        """Return loss and gradients of a run of that variant."""
         self._clear()
         self._loss({MEGATRON: self._by_megatron, FUSED: self._fused}[name], lambda part: None)
         return {"dx": self.x.grad, "dweight": self.weight.grad}
@@ -84,7 +84,7 @@ class Head:
 
 
 def random_head(provider: CoEModelProvider, tokens: int, device: torch.device) -> Head:
-    """With the sizes and dtype of a model.
+    """Return an output layer with the sizes and dtype of a model.
 
     Raises: ValueError: this PyTorch has no `linear_cross_entropy` (it came with 2.13).
     """

@@ -33,7 +33,7 @@ _SHAPED_BY_CONTENTS = {
 
 
 def count_host_syncs(work: Callable[[], object], device: torch.device) -> Counter[str]:
-    """How often `work` waits at each place, as `file:line`."""
+    """Count how often `work` waits at each place, as `file:line`."""
     if device.type == "cuda":
         return _warned_of(work)
     counts: Counter[str] = Counter()
@@ -64,7 +64,7 @@ def _place(file: str, line: int) -> str:
 
 
 def _caller() -> str:
-    """The innermost line of the call under way that belongs to neither torch's modes nor to us."""
+    """Return the innermost line of the current call that is neither of torch's modes nor ours."""
     frame = sys._getframe(2)
     while frame.f_back is not None and (
         frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename

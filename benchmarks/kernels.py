@@ -21,8 +21,10 @@ Shape = tuple[int, int, int, int]
 
 
 def kernel_variants(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Variant]:
-    """One linear layer per expert, its output and both gradients: by a loop, by `grouped_mm`, and
-    all rows by one matrix."""
+    """Return the variants of one linear layer per expert: loop, `grouped_mm`, one dense product.
+
+    Each computes the output and both gradients.
+    """
     experts, inputs, outputs, rows = shape
 
     def matrix(*shape: int) -> Tensor:

@@ -70,7 +70,7 @@ class StockIterations(torch.nn.Module):
 
 
 def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
-    """A CoE layer as the model's specs have it, of no model: its balance is logged nowhere."""
+    """Build a CoE layer by the model's specs, outside a model: its aux loss is logged nowhere."""
     block = get_coe_decoder_block_spec(provider, resolve_backend(provider.backend))
     layer = build_part(block.layer_specs[0].submodules.mlp, config=provider)
     assert isinstance(layer, CoELayer)
@@ -78,7 +78,7 @@ def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
 
 
 def build_stock(provider: CoEModelProvider, device: torch.device) -> StockIterations:
-    """Megatron's layer of the same sizes; its residual is that of mode `inner`."""
+    """Return Megatron's layer of the same sizes; its residual is that of mode `inner`."""
     if provider.coe_residual != "inner":
         raise ValueError(f"coe_residual={provider.coe_residual!r}: the stock chain has 'inner'")
     return StockIterations(provider).to(device, provider.params_dtype)
@@ -103,7 +103,7 @@ class PassVariant:
         return Variant(self.name, self.run, self.prepare, self.flops, self.tokens)
 
     def prepare(self) -> None:
-        """No gradients; and balance losses weigh as they are, whatever a training step left."""
+        """Clear gradients, and weigh auxiliary losses as they are, whatever a step has left."""
         self.module.zero_grad_buffer()
         for x in self.xs:
             x.grad = None
@@ -116,11 +116,11 @@ class PassVariant:
         lap(BACKWARD)
 
     def work(self) -> None:
-        """A run with nobody looking at the clock. (It adds to the gradients that are there.)"""
+        """Run once without a clock; adds to the gradients that are there."""
         self.run(lambda part: None)
 
     def result(self) -> dict[str, Any]:
-        """Outputs, and gradients of inputs and weights, of one run.
+        """Return the outputs, and the gradients of inputs and weights, of one run.
 
         The weights' tell most: beside the residual an update of freshly drawn weights is small.
         """
@@ -133,14 +133,16 @@ class PassVariant:
 
 
 def under_training(module: torch.nn.Module, provider: CoEModelProvider) -> DistributedDataParallel:
-    """Wrapped as `megatron_coe.distributed.train_state.build_model` wraps a model."""
+    """Wrap a module as `megatron_coe.distributed.train_state.build_model` wraps a model."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=provider.bf16)
     return DistributedDataParallel(config=provider, ddp_config=config, module=module)
 
 
 def weight_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    """What has gathered in the gradient buffers of the routers, all together, and of the first
-    and the last expert, under names that do not depend on how a module keeps its weights."""
+    """Return the gradient buffers of the routers, summed, and of the first and last expert.
+
+    Their names do not depend on how a module keeps its weights.
+    """
     layer = module.layer if isinstance(module, StockIterations) else module
     experts: Any = layer.experts if isinstance(layer, MoELayer) else layer
     found: dict[str, Tensor] = {}
@@ -161,7 +163,7 @@ def layer_variant(
     provider: CoEModelProvider,
     batch: tuple[Tensor, Tensor],
 ) -> PassVariant:
-    """A whole layer as a variant, on x [S, B, H] and the gradient of its output."""
+    """Return a whole layer as a variant, on x [S, B, H] and the gradient of its output."""
 
     def forward(module: torch.nn.Module, x_SBH: Tensor) -> tuple[Tensor, ...]:
         output = module(x_SBH)
@@ -177,7 +179,7 @@ def layer_variant(
 def random_batch(
     provider: CoEModelProvider, sequences: int, device: torch.device, seed: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """x [S, B, H] of unit variance, as a norm leaves it, and a gradient of the same shape."""
+    """Draw x [S, B, H] of unit variance, as a norm leaves it, and a gradient of the same shape."""
     generator = torch.Generator().manual_seed(seed)
     shape = (provider.seq_length, sequences, provider.hidden_size)
     x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -193,7 +195,7 @@ def expert_flops(config: CoEConfig, rows: int) -> int:
 
 
 def natural_counts(config: CoEConfig, tokens: int, seed: int = 2) -> Tensor:
-    """Rows of each expert [N] as a fresh router divides T tokens: even, but for chance."""
+    """Return rows of each expert [N] as a fresh router divides T tokens: even, but for chance."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, config.num_moe_experts, generator=generator)
     chosen = scores.topk(config.moe_router_topk, dim=1).indices
@@ -207,7 +209,7 @@ def experts_variant(
     tokens: int,
     device: torch.device,
 ) -> PassVariant:
-    """The routed experts in C passes, each over rows of its own that are sorted already."""
+    """Return the routed experts in C passes, each over rows of its own that are sorted already."""
     rows = tokens * provider.moe_router_topk
     generator = torch.Generator().manual_seed(3)
 
@@ -230,7 +232,7 @@ def experts_variant(
 
 
 def dense_variant(provider: CoEModelProvider, tokens: int, device: torch.device) -> Variant:
-    """The ceiling: as many multiplications as the routed experts', in products of all rows at once.
+    """Return the ceiling: as many multiplications as the routed experts', in dense products.
 
     Nothing but `torch.mm`, into memory that is there already: up and gate, down, and for each the
     gradients of its input and of its weight.

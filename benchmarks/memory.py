@@ -31,19 +31,19 @@ class Footprint:
 def footprint(
     held: Iterable[Tensor], run: Callable[[Lap], None], device: torch.device
 ) -> Footprint:
-    """Of a variant that has run before, so that nothing of its state is still to be made."""
+    """Measure a variant that has run before, so that all its state is there."""
     measure = _peaks_on_gpu if device.type == "cuda" else _peaks_on_cpu
     return Footprint(storage_bytes(held), measure(run))
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, each counted once."""
+    """Return bytes of the storages behind the tensors, each counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}.values())
 
 
 def held_by(train_state: TrainState) -> Iterable[Tensor]:
-    """Every tensor of a model in training."""
+    """Yield every tensor of a model in training."""
     for chunk in train_state.chunks:
         yield from module_tensors(chunk.module)  # `chunk.buffers` are those of the gradients
     for part in getattr(train_state.optimizer, "chained_optimizers", [train_state.optimizer]):
@@ -54,7 +54,7 @@ def held_by(train_state: TrainState) -> Iterable[Tensor]:
 
 
 def module_tensors(module: torch.nn.Module) -> Iterable[Tensor]:
-    """Parameters with the gradients that Megatron's DDP keeps for them, and buffers."""
+    """Yield parameters with the gradients that Megatron's DDP keeps for them, and buffers."""
     for parameter in module.parameters():
         yield parameter
         if isinstance(gradient := getattr(parameter, "main_grad", None), Tensor):
@@ -78,7 +78,7 @@ def _peaks_on_gpu(run: Callable[[Lap], None]) -> dict[str, int]:
 
 
 def _peaks_on_cpu(run: Callable[[Lap], None]) -> dict[str, int]:
-    """By the allocations that torch's profiler sees; libraries' own workspaces are not torch's."""
+    """Sum the allocations that torch's profiler sees, which libraries' own workspaces are not."""
 
     def lap(part: str) -> None:
         with record_function(_LAP + part):

@@ -30,7 +30,7 @@ Phases = dict[str, tuple[float, float]]
 
 
 def targets(model: torch.nn.Module) -> Iterator[Target]:
-    """The calls of a model that are phases, by Megatron's names for the parts."""
+    """Yield the calls of a model that are phases, by Megatron's names for the parts."""
     for name, module in model.named_modules():
         part = name.rpartition(".")[2]
         if isinstance(module, MoELayer):
@@ -59,7 +59,7 @@ def _layer_targets(layer: MoELayer) -> Iterator[Target]:
 
 @contextmanager
 def marked(calls: Iterable[Target]) -> Iterator[None]:
-    """These objects' methods run within ranges; afterwards they are as they were."""
+    """Run these objects' methods within profiler ranges; restore them afterwards."""
     with ExitStack() as stack:
         for owner, name, phase in calls:
             method = getattr(owner, name, None)
@@ -85,7 +85,7 @@ def _within(label: str, method: Callable) -> Callable:
 def measure_phases(
     work: Callable[[], object], calls: Sequence[Target], device: torch.device
 ) -> Phases:
-    """Seconds that `work` spends in each phase."""
+    """Measure the seconds that `work` spends in each phase."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -101,7 +101,7 @@ def measure_phases(
 
 
 def smallest(profiles: Sequence[Phases]) -> Phases:
-    """Of each phase the smallest times of several runs, which other work disturbed least."""
+    """Return the shortest time of each phase over several runs, the least disturbed."""
     return {
         phase: (
             min(found.get(phase, (0.0, 0.0))[0] for found in profiles),
@@ -112,7 +112,7 @@ def smallest(profiles: Sequence[Phases]) -> Phases:
 
 
 def largest_first(profiles: Iterable[Phases]) -> list[str]:
-    """All the phases there are, by the most time that any profile found in them."""
+    """Return all the phases there are, by the most time that any profile found in them."""
     most: dict[str, float] = {}
     for found in profiles:
         for phase, times in found.items():
@@ -135,7 +135,7 @@ def attribute(events: EventList, on_gpu: bool) -> Phases:
 
 
 def _makers(events: EventList) -> dict[int, str]:
-    """The phase that each sequence number was given out in."""
+    """Return the phase that each sequence number was given out in."""
     makers: dict[int, str] = {}
     for event in events:
         if event.sequence_nr >= 0 and _node_of(event) is None:
@@ -154,7 +154,7 @@ def _phase_of(event: FunctionEvent, makers: dict[int, str]) -> tuple[str, bool]:
 
 
 def _node_of(event: FunctionEvent | None) -> FunctionEvent | None:
-    """The node of the backward pass that an event belongs to, if any."""
+    """Return the node of the backward pass that an event belongs to, if any."""
     while event is not None:
         if event.name.startswith("autograd::engine::evaluate_function"):
             return event
@@ -163,7 +163,7 @@ def _node_of(event: FunctionEvent | None) -> FunctionEvent | None:
 
 
 def _range_of(event: FunctionEvent | None, below: FunctionEvent | None = None) -> str | None:
-    """The phase of the innermost range around an event, below that ancestor."""
+    """Return the phase of the innermost range around an event, below that ancestor."""
     while event is not None and event is not below:
         if event.name.startswith(PREFIX):
             return event.name.removeprefix(PREFIX)

@@ -31,7 +31,7 @@ class Outcome:
     """More tables of the same benchmark."""
 
     def markdown(self) -> str:
-        """The title and the table, then the further ones."""
+        """Return the title and the table, then the further ones."""
         parts = [f"**{self.title}**", "", markdown_table(self.header, self.rows)]
         for other in self.further:
             parts += ["", other.markdown()]
@@ -54,7 +54,7 @@ class Target:
     """The benchmark that measures it, as `--what` takes it."""
 
     def bounds(self, on_gpu: bool) -> tuple[float | None, float | None]:
-        """(must, stretch) on such a device; None where it is nobody's target there."""
+        """Return (must, stretch) on such a device; None where there is no target."""
         if on_gpu:
             return self.must_gpu, self.stretch_gpu
         return self.must_cpu, self.stretch_cpu
@@ -92,7 +92,7 @@ TARGETS = (
 
 
 def target_table(figures: dict[str, Spread], on_gpu: bool) -> str:
-    """Every target with what was measured here; what was not is said so."""
+    """Return every target with what was measured here; what was not is said so."""
     rows = []
     for target in TARGETS:
         must, stretch = target.bounds(on_gpu)
@@ -120,13 +120,13 @@ def _verdict(value: float, must: float | None, stretch: float | None, at_most: b
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What it was measured on, and how busy that was."""
+    """Return what it was measured on, and how busy that was."""
     load = [round(load, 2) for load in os.getloadavg()]
     return {**machine_of(device), "threads": torch.get_num_threads(), "load": load}
 
 
 def write_json(path: Path, heading: dict[str, object], outcomes: list[Outcome]) -> None:
-    """Everything, with every sample."""
+    """Write everything, with every sample."""
     document = {**heading, "outcomes": [asdict(outcome) for outcome in outcomes]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")

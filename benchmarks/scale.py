@@ -52,7 +52,7 @@ SCALES = {
 
 
 def preset_settings(preset: Path, scale: Scale, *changes: str) -> Settings:
-    """A preset of examples/paper at that scale, `changes` winning over both.
+    """Return a preset of examples/paper at that scale, `changes` winning over both.
 
     Raises: ValueError, OSError: as `load_settings`.
     """

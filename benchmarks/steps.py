@@ -64,7 +64,7 @@ class StepVariant:
         return self.trainer.train_state.chunks[0]
 
     def calls(self) -> list[Target]:
-        """What of a step is to be told apart."""
+        """Return what of a step is to be told apart."""
         train_state = self.trainer.train_state
         calls = list(targets(self.model))
         calls += [
@@ -80,7 +80,7 @@ class StepVariant:
         return self.tokens * self.provider.flops_per_token(self.provider.seq_length)
 
     def variant(self) -> Variant:
-        """The step in two parts, the second beginning where the optimizer is called."""
+        """Return the step in two parts, the second beginning where the optimizer is called."""
         return Variant(self.name, self._run, flops=self.flops, tokens=self.tokens)
 
     def _run(self, lap: Lap) -> None:
@@ -100,7 +100,7 @@ class StepVariant:
 
 
 def build_step(name: str, settings: Settings, device: torch.device) -> StepVariant:
-    """A freshly initialized model in training; Megatron's parallel groups must be there."""
+    """Return a freshly initialized model in training; Megatron's parallel groups must be there."""
     seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
     train_state = build_train_state(provider, settings.parallel, settings.train, device)
@@ -148,7 +148,7 @@ def share_memory(variants: Sequence[StepVariant]) -> None:
 
 
 def _adam_state(variant: StepVariant) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of each parameter that the optimizer updates itself, not by an fp32 copy."""
+    """Return the state of each parameter that the optimizer updates itself, not by an fp32 copy."""
     optimizer: Any = variant.trainer.train_state.optimizer
     parts = optimizer.chained_optimizers
     return {parameter: state for part in parts for parameter, state in part.optimizer.state.items()}

@@ -50,7 +50,7 @@ class Harness:
     """`section.key=value` for every variant."""
 
     def check(self) -> None:
-        """Raises: ValueError, OSError: no such preset, or what is laid over it cannot be."""
+        """Check the presets and overrides. Raises: ValueError, OSError: one cannot be used."""
         for preset, changes in self.models((COE, MOE)).values():
             build_provider(self.settings(preset, *changes), self.device)
 
@@ -58,7 +58,7 @@ class Harness:
         return preset_settings(self.presets / f"{preset}.yaml", self.scale, *changes, *self.changes)
 
     def provider(self, preset: str, *changes: str) -> CoEModelProvider:
-        """Of a layer by itself: its balance losses weigh as they are."""
+        """Return the provider of a layer by itself, with auxiliary losses not scaled by tokens."""
         settings = self.settings(preset, *changes)
         seed_everything(settings.train.seed)
         provider = build_provider(settings, self.device)
@@ -75,7 +75,7 @@ class Harness:
 
 
 def experts(harness: Harness) -> Outcome:
-    """Routed experts, forward and backward, beside Megatron's and the dense ceiling."""
+    """Measure routed experts, forward and backward, beside Megatron's and the dense ceiling."""
     models = harness.models((COE, MOE))
     variants: list[PassVariant] = []
     providers = []
@@ -102,7 +102,7 @@ def experts(harness: Harness) -> Outcome:
 
 
 def layer(harness: Harness) -> Outcome:
-    """The whole layer: CoE, MoE, and Megatron's own called C times."""
+    """Measure the whole layer: CoE, MoE, and Megatron's own called C times."""
     variants: list[PassVariant] = []
     providers: list[CoEModelProvider] = []
     batch: tuple[Tensor, Tensor] | None = None
@@ -140,17 +140,17 @@ def layer(harness: Harness) -> Outcome:
 
 
 def step(harness: Harness) -> Outcome:
-    """A whole training step: CoE-2(4/64) and MoE(8/64)."""
+    """Measure a whole training step: CoE-2(4/64) and MoE(8/64)."""
     return _steps(harness, "step", (COE, MOE))
 
 
 def matched(harness: Harness) -> Outcome:
-    """A whole training step of the pair with exactly equal expert passes."""
+    """Measure a whole training step of the pair with exactly equal expert passes."""
     return _steps(harness, "matched", (MATCHED_COE, MATCHED_MOE))
 
 
 def output_head(harness: Harness) -> Outcome:
-    """The output head with its loss, which is the same for CoE and MoE."""
+    """Measure the output layer with its loss, which is the same for CoE and MoE."""
     benchmark = head.random_head(harness.provider(MOE), harness.scale.tokens, harness.device)
     variants = benchmark.variants()
     names = head.MEGATRON, head.FUSED
@@ -188,7 +188,7 @@ def transformers(harness: Harness) -> Outcome:
 
 
 def peak_memory(harness: Harness) -> Outcome:
-    """Bytes held and bytes passing through in a training step, one model after the other."""
+    """Measure bytes held and bytes passing through in a training step, model by model."""
     outcome = Outcome("memory", f"Memory of a training step, {_sizes(harness)}")
     outcome.header = ["model", "held", *(f"passing, {part}" for part in PARTS), "peak"]
     found = {}
@@ -212,7 +212,7 @@ def peak_memory(harness: Harness) -> Outcome:
 
 
 def host_syncs(harness: Harness) -> Outcome:
-    """How often a training step makes the host wait for the device."""
+    """Count how often a training step makes the host wait for the device."""
     how = "waits" if harness.device.type == "cuda" else "calls that would wait on a GPU"
     outcome = Outcome("host_syncs", f"Host syncs of a training step ({how})")
     outcome.header = ["model", "in all", "by place"]
@@ -228,7 +228,7 @@ def host_syncs(harness: Harness) -> Outcome:
 
 
 def parallel(harness: Harness) -> Outcome:
-    """The share of a step that this rank waits for others, experts divided over all ranks."""
+    """Measure the share of a step that a rank waits for others, experts sharded over all ranks."""
     ranks = torch.distributed.get_world_size()
     if ranks < 2:
         raise ValueError("--what parallel needs several ranks: start it with torchrun")
@@ -256,7 +256,7 @@ def parallel(harness: Harness) -> Outcome:
 
 
 def long(harness: Harness) -> Outcome:
-    """Many steps of CoE-2(4/64) in a row, without validation or checkpoints."""
+    """Measure many steps of CoE-2(4/64) in a row, without validation or checkpoints."""
     variant = steps.build_step(COE, harness.settings(COE), harness.device)
 
     def run(lap: Callable[[str], None]) -> None:
@@ -280,7 +280,7 @@ def long(harness: Harness) -> Outcome:
 
 
 def linear_kernels(harness: Harness) -> Outcome:
-    """One linear layer per expert: the loop, `grouped_mm` and the dense product."""
+    """Measure one linear layer per expert: the loop, `grouped_mm` and the dense product."""
     outcome = Outcome("kernels", "GFLOP/s of one linear layer per expert, forward and backward")
     outcome.header = ["experts x (inputs -> outputs), rows each", "loop", "grouped_mm", "dense"]
     dtype = torch.bfloat16 if harness.device.type == "cuda" else torch.float32
@@ -351,7 +351,7 @@ def _steps(harness: Harness, benchmark: str, pair: tuple[str, str]) -> Outcome:
 def _pass_table(
     harness: Harness, benchmark: str, title: str, variants: Sequence[Variant], samples: Samples
 ) -> Outcome:
-    """Seconds forward and backward, and the rate, of each variant."""
+    """Return seconds forward and backward, and the rate, of each variant."""
     outcome = Outcome(benchmark, f"{title}, {_sizes(harness)}", samples=samples)
     outcome.header = ["variant", "forward, s", "backward, s", "fastest, s", "GFLOP/s"]
     for variant in variants:
@@ -364,7 +364,7 @@ def _pass_table(
 def _phase_table(
     harness: Harness, work: Mapping[str, tuple[Callable[[], object], Sequence[phases.Target]]]
 ) -> Outcome:
-    """Seconds of each phase, the least of several profiled runs."""
+    """Return seconds of each phase, the least of several profiled runs."""
     found = {}
     for name, (run, calls) in work.items():
         profiles = [
@@ -380,7 +380,7 @@ def _phase_table(
 
 
 def _stock_experts(harness: Harness, provider: CoEModelProvider, ours: PassVariant) -> PassVariant:
-    """Megatron's `SequentialMLP` with the weights of our experts."""
+    """Return Megatron's `SequentialMLP` with the weights of our experts."""
     stock = layers.build_stock(provider, harness.device)
     stock.share_experts(ours.module.module)
     return layers.experts_variant(
@@ -396,7 +396,7 @@ def _agreement(
 
 
 def _rate_over(samples: Samples, variant: Variant, dense: Variant) -> Spread:
-    """A variant's rate over the dense one's, formed within each round."""
+    """Return a variant's rate over the dense one's, formed within each round."""
     pairs = zip(samples[variant.name][TOTAL], samples[dense.name][TOTAL], strict=True)
     return Spread.of([variant.flops / ours / (dense.flops / theirs) for ours, theirs in pairs])
 
@@ -413,8 +413,11 @@ def _sizes(harness: Harness) -> str:
 
 
 def _discard(modules: Iterator[torch.nn.Module] | Sequence[torch.nn.Module]) -> None:
-    """Let models go: a dispatcher remembers tensors of its last pass, and by their graph the
-    model's gradient hooks, a circle that Python's collector cannot see."""
+    """Let models be freed.
+
+    A dispatcher remembers tensors of its last pass, and by their graph the model's gradient hooks:
+    a circle that Python's collector cannot see.
+    """
     for module in modules:
         for part in module.modules():
             if isinstance(part, MoELayer):

@@ -64,7 +64,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Raises: ValueError for no values at all."""
+        """Compute median and quartiles. Raises: ValueError for no values at all."""
         if not values:
             raise ValueError("no samples: give --rounds at least 1")
         if len(values) == 1:
@@ -73,7 +73,7 @@ class Spread:
         return cls(median, lower, upper, min(values), max(values))
 
     def text(self, digits: int = 3) -> str:
-        """Median, and the quartiles in brackets."""
+        """Return median, and the quartiles in brackets."""
         shown = (f"{value:,.{digits}f}" for value in (self.median, self.lower, self.upper))
         return "{} ({} … {})".format(*shown)
 
@@ -87,7 +87,7 @@ class Stopwatch:
         self._marks: list[tuple[str, Any]] = []  # a time, or on a GPU an event
 
     def start(self) -> None:
-        """Nothing that was asked for earlier is still under way when the time begins."""
+        """Start the clock, once the device has finished earlier work."""
         if self._on_gpu:
             torch.cuda.synchronize()
         self._marks = []
@@ -103,7 +103,7 @@ class Stopwatch:
             self._marks.append((name, self._now()))
 
     def stop(self) -> dict[str, float]:
-        """Seconds of each part since `start`, and of all."""
+        """Return seconds of each part since `start`, and of all."""
         if self._on_gpu:
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
@@ -143,11 +143,11 @@ def interleave(
 
 
 def ratio(samples: Samples, variant: str, to: str, part: str = TOTAL) -> Spread:
-    """The time of `variant` over that of `to`, formed within each round."""
+    """Return the time of `variant` over that of `to`, formed within each round."""
     pairs = zip(samples[variant][part], samples[to][part], strict=True)
     return Spread.of([ours / theirs for ours, theirs in pairs])
 
 
 def rate(samples: Samples, variant: Variant, part: str = TOTAL) -> Spread:
-    """GFLOP/s of a variant."""
+    """Return the GFLOP/s of a variant."""
     return Spread.of([variant.flops / seconds / 1e9 for seconds in samples[variant.name][part]])

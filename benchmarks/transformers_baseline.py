@@ -61,7 +61,7 @@ class Pair:
         ]
 
     def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of both: the loss and three gradients that all the others feed into."""
+        """Return both models' loss and three gradients that all the others feed into."""
         for variant in self.variants():
             variant.prepare()
             variant.run(lambda part: None)
@@ -109,7 +109,7 @@ _LAYER, _UP = "model.layers.", "gate_up_proj"
 
 
 def build_pair(settings: Settings, device: torch.device) -> Pair:
-    """Both models with one set of weights.
+    """Return both models with one set of weights.
 
     Raises: ValueError: transformers is not installed, or has no choice of experts.
     """

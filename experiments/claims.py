@@ -83,7 +83,7 @@ class Contrast:
     control: bool = False
 
     def values(self, results: Results) -> list[float]:
-        """The contrast of each seed."""
+        """Return the contrast of each seed."""
         losses = [results.losses[variant] for variant in self.weights]
         weights = self.weights.values()
         return [
@@ -126,12 +126,12 @@ class Contrast:
 
 
 def lower(text: str, variant: str, than: str, control: bool = False) -> Contrast:
-    """The loss of a variant is lower than another's."""
+    """State the claim that the loss of a variant is lower than another's."""
     return Contrast(text, {variant: 1, than: -1}, control=control)
 
 
 def no_worse(text: str, variant: str, than: str, control: bool = False) -> Contrast:
-    """The loss of a variant is not higher than another's by more than `MARGIN`."""
+    """State the claim that a variant's loss exceeds another's by no more than `MARGIN`."""
     return Contrast(text, {variant: 1, than: -1}, reference=than, control=control)
 
 
@@ -178,8 +178,8 @@ class MemorySaving:
 
     def judge(self, results: Results) -> Finding:
         saved, in_all = (
-            1 - of_arm[self.variant] / of_arm[self.than]
-            for of_arm in (results.state, results.memory)
+            1 - of_variant[self.variant] / of_variant[self.than]
+            for of_variant in (results.state, results.memory)
         )
         less, more = (results.state[name] / 2**20 for name in (self.variant, self.than))
         verdict = Verdict.UNKNOWN
@@ -201,7 +201,7 @@ class MemorySaving:
 
 
 def overall(findings: Sequence[Finding]) -> Verdict:
-    """Of an experiment: what its claims have in common, a failed one deciding for all."""
+    """Return an experiment's verdict, that of its claims; a failed one decides for all."""
     verdicts = [finding.verdict for finding in findings if not finding.control]
     if Verdict.FAILS in verdicts:
         return Verdict.FAILS

@@ -1,8 +1,8 @@
-"""Run one of the paper's experiments: train its variants, and say whether its claim holds.
+r"""Run one of the paper's experiments: train its variants, and say whether its claim holds.
 
     python tools/run_experiment.py main --scale tiny --seeds 3
     python tools/run_experiment.py memory --scale small --seeds 5 --dry-run
-    python tools/run_experiment.py compute --input gsm8k/train.parquet \\
+    python tools/run_experiment.py compute --input gsm8k/train.parquet \
         --valid-input gsm8k/test.parquet --qa-keys question answer
 
 Leaves a table (Markdown and CSV), a picture and a verdict (Markdown and JSON) in
@@ -96,8 +96,8 @@ def command(options: argparse.Namespace) -> None:
             settings = scale.settings_of(variant, seed, runs_folder / name, data, options.overrides)
             runs.append(Run(name, settings))
     variants = [variant.name for variant in experiment.variants]
-    of_arms = {name: runs[number :: len(variants)] for number, name in enumerate(variants)}
-    firsts = {name: own[0].settings for name, own in of_arms.items()}
+    of_variants = {name: runs[number :: len(variants)] for number, name in enumerate(variants)}
+    firsts = {name: own[0].settings for name, own in of_variants.items()}
     sizes, machine = sizes_of(firsts, source.vocab_size)
     jobs = options.jobs or machine.jobs
     total = sum(sizes[name].flops for name in variants) * len(seeds)
@@ -114,7 +114,7 @@ def command(options: argparse.Namespace) -> None:
         return
     make_data(source, folder / "data")
     train(runs, jobs, options.threads)
-    folders = {name: [run.folder for run in own] for name, own in of_arms.items()}
+    folders = {name: [run.folder for run in own] for name, own in of_variants.items()}
     losses = {name: [*map(last_validation_loss, own)] for name, own in folders.items()}
     outcome = Outcome(experiment, scale.name, seeds, sizes, folders, losses)
     written = write_report(outcome, runs_folder / experiment.name)

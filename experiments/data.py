@@ -30,7 +30,7 @@ class Source:
     keys: list[str] = field(default_factory=lambda: ["query", "response"])
 
     def check(self) -> None:
-        """Raises: ValueError if only one of the files is named; OSError if one is missing."""
+        """Check the files. Raises: ValueError: only one is named; OSError: one is missing."""
         if (self.train is None) != (self.valid is None):
             raise ValueError("--input and --valid-input belong together: name both files, or none")
         for path in (self.train, self.valid):
@@ -57,7 +57,7 @@ class Data:
 
 
 def make_data(source: Source, folder: Path) -> Data:
-    """The data in `folder`, where they are not there yet.
+    """Make the data in `folder`, where they are not there yet.
 
     Raises: ValueError for text that cannot be read, or a folder with other data; OSError.
     """

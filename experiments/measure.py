@@ -45,7 +45,7 @@ class Machine:
 
 
 def sizes_of(settings: dict[str, Settings], vocab_size: int) -> tuple[dict[str, Sizes], Machine]:
-    """Sizes by variant, and what they would be trained on.
+    """Return sizes by variant, and what they would be trained on.
 
     Args:
         vocab_size: ids of the tokenizer, which need not be there yet.
@@ -55,7 +55,8 @@ def sizes_of(settings: dict[str, Settings], vocab_size: int) -> tuple[dict[str, 
     with ProcessPoolExecutor(1, mp_context=server()) as pool:  # it has Megatron imported
         machine = pool.submit(_machine)
         sizes = {
-            name: pool.submit(_sizes_of, of_arm, vocab_size) for name, of_arm in settings.items()
+            name: pool.submit(_sizes_of, of_variant, vocab_size)
+            for name, of_variant in settings.items()
         }
         return {name: future.result() for name, future in sizes.items()}, machine.result()
 
@@ -84,7 +85,7 @@ def _sizes_of(settings: Settings, vocab_size: int) -> Sizes:
 
 
 def _machine(size: int = 1024, rounds: int = 8) -> Machine:
-    """By a large matrix product, on one thread or a GPU."""
+    """Measure a large matrix product, on one thread or a GPU."""
     import torch
 
     on_gpu = torch.cuda.is_available()

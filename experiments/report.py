@@ -38,7 +38,7 @@ class Outcome:
     losses: Mapping[str, Sequence[float]]
 
     def findings(self) -> list[Finding]:
-        """One for each claim."""
+        """Return one for each claim."""
         state = {name: sizes.state for name, sizes in self.sizes.items()}
         memory = {name: sizes.memory for name, sizes in self.sizes.items()}
         results = Results(self.losses, state, memory)
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def write_report(outcome: Outcome, folder: Path) -> list[Path]:
-    """Table, picture and verdict of an experiment in `folder`; returns their paths.
+    """Write table, picture and verdict of an experiment to `folder`; return their paths.
 
     Raises: ValueError: matplotlib is missing; OSError.
     """
@@ -70,7 +70,7 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
 
 
 def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
-    """What the variants are, before anything is trained."""
+    """Return what the variants are, before anything is trained."""
     head = ["variant", "preset", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     rows = [
         [
@@ -86,7 +86,7 @@ def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
 
 
 def table(outcome: Outcome) -> str:
-    """Markdown: what each variant costs and reaches."""
+    """Render as Markdown what each variant costs and reaches."""
     head = ["variant", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     head += [*(f"seed {seed}" for seed in outcome.seeds), "mean ± std", "paper"]
     rows = []
@@ -105,7 +105,7 @@ def table(outcome: Outcome) -> str:
 
 
 def table_csv(outcome: Outcome) -> str:
-    """The same for programs: one line for each variant."""
+    """Return the same for programs: one line for each variant."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"loss_seed_{seed}" for seed in outcome.seeds]
@@ -122,7 +122,7 @@ def table_csv(outcome: Outcome) -> str:
 
 
 def verdict(outcome: Outcome) -> str:
-    """Markdown: the paper's claim, and what was found of each part of it."""
+    """Render as Markdown the paper's claim, and what was found of each part of it."""
     findings = outcome.findings()
     head = ["claim", "criterion", "measured", "verdict"]
     rows = [
@@ -155,7 +155,7 @@ def verdict_json(outcome: Outcome) -> str:
 
 
 def _without_infinities(value: object) -> object:
-    """JSON has none: null, where a single seed leaves an end or a deviation unknown."""
+    """Replace infinities, which JSON lacks, by null: what a single seed leaves unknown."""
     if isinstance(value, dict):
         return {key: _without_infinities(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -43,13 +43,13 @@ class Scale:
         return self.expert_size is not None
 
     def run_name(self, variant: Variant, seed: int) -> str:
-        """The same for all experiments that could share the run."""
+        """Return the same for all experiments that could share the run."""
         return run_name(variant.name if self.shrinks else variant.longer or variant.name, seed)
 
     def settings_of(
         self, variant: Variant, seed: int, run: Path, data: Data, overrides: Sequence[str]
     ) -> Settings:
-        """Of the run of a variant with a seed, in folder `run`.
+        """Return the settings of the run of a variant with a seed, in folder `run`.
 
         Raises: ValueError for overrides that cannot be; OSError if the preset is missing.
         """
@@ -66,7 +66,7 @@ class Scale:
         return settings
 
     def _shrink(self, preset: Settings) -> list[str]:
-        """What of a preset's model is a size, made smaller."""
+        """Return what of a preset's model is a size, made smaller."""
         layers = preset.model["num_layers"] * self.layers // _PAPER_LAYERS
         shrunk = [f"num_layers={layers}", f"moe_ffn_hidden_size={self.expert_size}"]
         if preset.model["moe_shared_expert_intermediate_size"] is not None:

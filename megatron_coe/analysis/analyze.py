@@ -107,7 +107,7 @@ def _about(
 
 
 def as_table(analysis: Analysis) -> str:
-    """What matters most, as Markdown: dependence of iterations, or use of experts where C = 1."""
+    """Summarize as Markdown: the dependence of iterations, or with C = 1 the use of experts."""
     if not analysis.transitions:
         head = ["model", "layer", "entropy of use", "max / mean", "dead", "neighbors in common"]
         rows = [

@@ -48,8 +48,10 @@ class Routing:
 
 
 def find_models(load: Path) -> list[Path]:
-    """The models under a path: a Hugging Face folder or a checkpoint is one, a run's folder or its
-    folder of checkpoints holds one for each checkpoint, the oldest first.
+    """Find the models under a path, the oldest first.
+
+    A Hugging Face folder or a checkpoint is one; a run's folder or its folder of checkpoints holds
+    one for each checkpoint.
 
     Raises: ValueError if there is none.
     """
@@ -73,13 +75,13 @@ def run_name(model: Path) -> str:
 
 
 def trained_mode(model: Path) -> str:
-    """How the sequences of a model's training were made; Hugging Face folders do not tell."""
+    """Return how a model's training sequences were made; Hugging Face folders do not tell."""
     config = model / CONFIG_FILE
     return load_settings(config).data.mode if config.is_file() else "packed"
 
 
 def random_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same shape with initial weights: the control."""
+    """Return a model of the same shape with initial weights: the control."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(model.config).to(model.device).eval()
 
@@ -88,7 +90,7 @@ def random_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 def collect(
     model: PreTrainedModel, sequences: Sequence[Ints], name: str, batch_size: int = 8
 ) -> Routing:
-    """What the routers choose for each token of the sequences, which may differ in length.
+    """Return what the routers choose for each token of the sequences, which may differ in length.
 
     Shorter ones are padded behind, which causal attention does not see; padding is left out.
 
@@ -116,7 +118,7 @@ def collect(
 
 
 def _routers(model: PreTrainedModel, name: str) -> list[tuple[nn.Module, int]]:
-    """Every router with the number of its layer, in the order of their calls."""
+    """Return every router with the number of its layer, in the order of their calls."""
     found = []
     for path, module in model.base_model.named_modules():
         match = _ROUTER.fullmatch(path)
@@ -131,7 +133,7 @@ def _routers(model: PreTrainedModel, name: str) -> list[tuple[nn.Module, int]]:
 
 
 def _note(calls: list, name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-    """A forward hook: weights [T, K] and numbers [T, K] of the chosen experts."""
+    """Record the weights [T, K] and numbers [T, K] of the chosen experts, as a forward hook."""
     if not isinstance(output, tuple) or len(output) < 3:
         raise ValueError(
             f"{name}: {type(module).__name__} of this version of transformers does not return what "
@@ -141,7 +143,7 @@ def _note(calls: list, name: str, module: nn.Module, inputs: tuple, output: obje
 
 
 def _of_tokens(chosen: dict[int, list], is_token_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Choices and weights of a batch, [L, C, T, K] each, without padding.
+    """Return the choices and weights of a batch, [L, C, T, K] each, without padding.
 
     A router that all iterations share was called once for each.
     """
@@ -154,7 +156,7 @@ def _of_tokens(chosen: dict[int, list], is_token_T: Tensor) -> tuple[Tensor, Ten
 
 
 def _batches(sequences: Sequence[Ints], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids [B, S], and which of them are tokens [B, S]."""
+    """Yield ids [B, S], and which of them are tokens [B, S]."""
     for first in range(0, len(sequences), size):
         some = [torch.from_numpy(np.asarray(part)) for part in sequences[first : first + size]]
         ids_BS = nn.utils.rnn.pad_sequence(some, batch_first=True)

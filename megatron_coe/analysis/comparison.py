@@ -60,7 +60,7 @@ def compare(
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises: ValueError."""
+    """Raise ValueError for negative or repeated seeds."""
     if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
         raise ValueError(f"seeds={list(seeds)}: give each number once, 0 or more")
 
@@ -70,7 +70,7 @@ def run_name(model: str, seed: int) -> str:
 
 
 def as_table(losses: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> str:
-    """A Markdown table: each seed's loss, mean and standard deviation, and the paired difference.
+    """Return a Markdown table: each seed's loss, mean and deviation, and the paired difference.
 
     The difference is to the first model, seed by seed: its mean and standard deviation.
     """

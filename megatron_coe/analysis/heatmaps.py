@@ -95,7 +95,7 @@ def usage_map(name: str, rows: Sequence[Row], experts: int) -> Figure:
 
 
 def consistency_plot(name: str, rows: Sequence[Row]) -> Figure:
-    """How many experts tokens have in common that stand so far apart, over what chance gives."""
+    """Plot how many experts tokens so far apart have in common, over what chance gives."""
 
     def draw(axes: Axes, row: Row, style: dict) -> None:
         excess = [row[f"consistency_{d}"] / row["consistency_by_chance"] for d in DISTANCES]
@@ -113,8 +113,10 @@ def consistency_plot(name: str, rows: Sequence[Row]) -> Figure:
 
 
 def information_plot(rows: Sequence[Row]) -> Figure:
-    """Mutual information of choices at t and t + 1, by model: less that of shuffled tokens, and
-    less that of tokens shuffled among those of their id, which leaves what the id does not explain.
+    """Plot the mutual information of choices at t and t + 1, by model.
+
+    It is shown less that of shuffled tokens, and less that of tokens shuffled among those of their
+    id, which leaves what the id does not explain.
 
     Args:
         rows: of `transition_rows`, of one or several models.
@@ -155,7 +157,7 @@ _INFORMATION = {
 def training_plot(
     routers: Sequence[Row], transitions: Sequence[Row], training: Sequence[Row]
 ) -> Figure:
-    """Specialization over checkpoints: a panel per measure, a line per layer, mean of iterations.
+    """Plot specialization over checkpoints: a panel per measure, a line per layer.
 
     Args:
         routers, transitions, training: rows of `findings`, of checkpoints in order of time.
@@ -198,7 +200,7 @@ def _over_checkpoints(axes: Axes, rows: Sequence[Row], value: Callable[[Row], fl
 
 
 def _panel_per_iteration(rows: Sequence[Row], draw: Callable[[Axes, Row, dict], None]) -> Figure:
-    """Panels side by side, in each a curve per layer."""
+    """Return panels side by side, in each a curve per layer."""
     iterations = sorted({int(row["iteration"]) for row in rows})
     figure = new_figure(1 + 3.2 * len(iterations), 3.4)
     panels = np.atleast_1d(figure.subplots(1, len(iterations), sharey=True))

@@ -54,7 +54,7 @@ class Source:
     def read(
         self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, mode: str
     ) -> list[Ints]:
-        """The sequences' token ids, for a model of that configuration, trained in that mode.
+        """Return the sequences' token ids, for a model of that configuration, trained in that mode.
 
         Raises: ValueError for text that is damaged, too short, or of another tokenizer.
         """
@@ -88,7 +88,7 @@ class Source:
     def _tokenized_documents(
         self, path: Path, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[Ints]:
-        """Texts, begun as in training, and closed as by `preprocess_data.py --append-eod`."""
+        """Yield texts, begun as in training, and closed as by `preprocess_data.py --append-eod`."""
         first = tokenizer.encode("a")[:1]
         begin = first if first == [tokenizer.bos_token_id] else []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -113,7 +113,7 @@ def _cut(documents: Iterable[Ints], S: int, mode: str) -> Iterator[Ints]:
 
 
 def token_classes(ids: Ints, tokenizer: PreTrainedTokenizerBase) -> Ints:
-    """Index into `CLASSES` of each token, by its own text."""
+    """Return the index into `CLASSES` of each token, by its own text."""
     special = set(tokenizer.all_special_ids)
     known, place = np.unique(ids, return_inverse=True)
     names = (
@@ -153,5 +153,5 @@ def _stored_documents(prefix: str) -> Iterator[Ints]:
 
 
 def sequence_numbers(sequences: Sequence[Ints]) -> Ints:
-    """The number of the sequence that each token is of, [T]."""
+    """Return the number of the sequence that each token is of, [T]."""
     return np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])

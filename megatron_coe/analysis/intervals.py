@@ -39,6 +39,6 @@ class Interval:
 
 
 def spread(values: Sequence[float], form: str = ".4f") -> str:
-    """Mean and standard deviation (of the sample; of a single value unknown)."""
+    """Return mean and standard deviation (of the sample; of a single value unknown)."""
     deviation = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "?"
     return f"{statistics.mean(values):{form}} ± {deviation}"

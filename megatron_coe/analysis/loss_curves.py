@@ -44,7 +44,7 @@ class Group:
 
 
 def describe_end(group: Group) -> str:
-    """How low the validation loss came, beside the unigram entropy where it was recorded."""
+    """Return how low the validation loss came, beside the unigram entropy where it was recorded."""
     curve = group.curve(LOSSES["validation"], "steps")
     if not curve:
         return "no validation loss"
@@ -63,7 +63,7 @@ def describe_end(group: Group) -> str:
 def plot_losses(
     groups: Sequence[Group], axis: str = "steps", losses: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """Losses (nats per token) of groups of runs over steps, tokens, FLOPs or time.
+    """Return losses (nats per token) of groups of runs over steps, tokens, FLOPs or time.
 
     A band is the mean of a group's runs ± one standard deviation. With a single group, the unigram
     entropy of the validation text, which a finished run records, is a level line: a model below it
@@ -97,7 +97,7 @@ def plot_losses(
 
 
 def _first_there(groups: Sequence[Group]) -> list[str]:
-    """Validation losses if there are any; a word of what is there otherwise."""
+    """Return validation losses if there are any; a word of what is there otherwise."""
     for name, key in LOSSES.items():
         if any(group.curve(key, "steps") for group in groups):
             return [name]
@@ -123,7 +123,7 @@ def _draw(
 
 
 def _draw_entropy(axes: Axes, group: Group) -> None:
-    """A line, where all runs that know it agree."""
+    """Draw the unigram entropy as a line, where all runs that know it agree."""
     ends = [run.records[-1] for run in group.runs if run.records]
     levels = {record["unigram_entropy"] for record in ends if "unigram_entropy" in record}
     if len(levels) == 1:

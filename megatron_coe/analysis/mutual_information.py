@@ -27,7 +27,7 @@ Shuffle = Callable[[np.random.Generator], Ints]
 
 
 def mutual_information(table: Ints) -> float:
-    """I = Σ q_ij log(q_ij / (q_i q_j)) in nats, of a table of counts; q is its distribution."""
+    """Return Σ q_ij log(q_ij / (q_i q_j)) in nats, of a table of counts; q is its distribution."""
     total = table.sum()
     of_pairs, of_rows, of_columns = (
         _sum_of_n_log_n(counts) for counts in (table, table.sum(axis=1), table.sum(axis=0))
@@ -72,7 +72,7 @@ def dependence(
     permutations: int,
     generator: np.random.Generator,
 ) -> Dependence:
-    """Mutual information of labels [T, A] and [T, B], and with the second ones shuffled.
+    """Return mutual information of labels [T, A] and [T, B], and with the second ones shuffled.
 
     Args:
         sizes: how many labels there are on either side; they are numbered from 0.
@@ -93,12 +93,12 @@ def dependence(
 
 
 def any_token(tokens: int) -> Shuffle:
-    """Every order alike."""
+    """Return every order alike."""
     return lambda generator: generator.permutation(tokens)
 
 
 def shifted(tokens: int, least: int) -> Shuffle:
-    """The same order, begun elsewhere: moved on by at least `least` tokens, round the end."""
+    """Return the same order begun elsewhere: rotated by at least `least` tokens."""
     if tokens < 2 * least:
         raise ValueError(f"{tokens} tokens cannot be moved on by {least} or more: use more text")
     order = np.arange(tokens)
@@ -106,7 +106,7 @@ def shifted(tokens: int, least: int) -> Shuffle:
 
 
 def same_label(label_T: Ints) -> Shuffle:
-    """Every order that puts a token only where one of the same label stood."""
+    """Return every order that puts a token only where one of the same label stood."""
     order = np.argsort(label_T, kind="stable")
     sorted_T = label_T[order]
 

@@ -21,7 +21,7 @@ COLORS = ("#2a78d0", "#d9730d", "#2f9e5b", "#b0489b", "#8a6fd1", "#a17c1b", "#c9
 
 
 def colors(count: int) -> list[str]:
-    """So many colors for curves in their order; past `COLORS` they shade into one another."""
+    """Return so many colors for curves in their order; past `COLORS` they are interpolated."""
     if count <= len(COLORS):
         return list(COLORS[:count])
     from matplotlib import colormaps
@@ -32,7 +32,7 @@ def colors(count: int) -> list[str]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches.
+    """Return an empty figure of so many inches.
 
     Raises: ValueError if matplotlib is missing.
     """
@@ -56,8 +56,9 @@ def save(figure: Figure, output: Path) -> None:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """An `<svg>` to stand in HTML: text and lines in the color of the text around it (`color`),
-    what is white in `--paper`, no reference to anything outside.
+    """Render an `<svg>` to stand in HTML, without reference to anything outside.
+
+    Text and lines take the color of the text around it (`color`), white parts `--paper`.
 
     Args:
         name: different for each picture of a page, which keeps their ids apart.

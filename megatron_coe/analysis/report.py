@@ -74,7 +74,7 @@ def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> No
 
 
 def _summary(run: Run) -> Iterator[tuple[str, str]]:
-    """What a reader asks first, by name."""
+    """Yield what a reader asks first, by name."""
     settings = run.settings
     done = int(run.records[-1]["step"]) if run.records else 0
     yield "steps", f"{done:,} of {settings.train.steps:,}"
@@ -125,7 +125,7 @@ def _picture(figure: Figure, name: str, caption: str) -> Picture:
 
 
 def _last_figures(run: Run) -> Sequence[tuple[str, str, str]]:
-    """The newest value of everything that the run recorded."""
+    """Return the newest value of everything that the run recorded."""
     newest: dict[str, tuple[float, float]] = {}
     for record in run.records:
         newest |= {

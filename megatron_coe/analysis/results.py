@@ -50,7 +50,7 @@ class Analysis:
     matrices: dict[tuple[str, int], list[Ints]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Raises: ValueError if matplotlib is missing; OSError."""
+        """Write tables, figures and pictures. Raises: ValueError: no matplotlib; OSError."""
         for name, figure in self.pictures():
             save(figure, folder / f"{name}.png")
         for name in (*_TABLES, "usage"):
@@ -67,7 +67,7 @@ class Analysis:
 
     @staticmethod
     def read(folder: Path) -> Analysis:
-        """Raises: ValueError for files that `write` has not written; OSError."""
+        """Read what `write` wrote. Raises: ValueError for other files; OSError."""
         try:
             content = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
             rows = {
@@ -88,7 +88,7 @@ class Analysis:
             raise ValueError(f"{folder} holds no analysis of routing ({error})") from error
 
     def pictures(self) -> Iterator[tuple[str, Figure]]:
-        """Each picture and its name."""
+        """Yield each picture and its name."""
         if self.matrices:
             scale = heatmaps.CoactivationScale.of(chain.from_iterable(self.matrices.values()))
         for (model, layer), matrices in self.matrices.items():
@@ -120,7 +120,7 @@ class Analysis:
         return f"{run}, {name}" if run and run != name else name
 
     def shown(self, rows: Sequence[Row]) -> list[Row]:
-        """Rows of the last model and of the control."""
+        """Return rows of the last model and of the control."""
         return [row for row in rows if row["model"] in (self.about["models"][-1], RANDOM)]
 
 
@@ -147,7 +147,7 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _without_nan(value: object) -> object:
-    """JSON has no word for "not a number"."""
+    """Replace NaN, for which JSON has no word, by None."""
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):

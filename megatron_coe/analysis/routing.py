@@ -23,7 +23,7 @@ Floats = NDArray[np.floating]
 
 
 def expert_counts(choices_TK: Ints, experts: int) -> Ints:
-    """How many tokens each expert receives, [N]."""
+    """Return how many tokens each expert receives, [N]."""
     return np.bincount(choices_TK.reshape(-1), minlength=experts)
 
 
@@ -33,7 +33,7 @@ def overlap(first_TK: Ints, second_TK: Ints) -> float:
 
 
 def chance_overlap(first_N: Ints, second_N: Ints, topk: int) -> float:
-    """`overlap` of two choices that know nothing of one another: K Σ_i p_i q_i.
+    """Return the `overlap` of two independent choices: K Σ_i p_i q_i.
 
     An expert with the share p_i of all choices is among a token's K with probability K p_i.
 
@@ -44,7 +44,7 @@ def chance_overlap(first_N: Ints, second_N: Ints, topk: int) -> float:
 
 
 def local_consistency(choices_TK: Ints, sequence_T: Ints, distance: int = 1) -> float:
-    """`overlap` of the experts of tokens that stand `distance` apart in the same sequence.
+    """Return the `overlap` of the experts of tokens `distance` apart in the same sequence.
 
     Args:
         sequence_T: number of the sequence that each token is of; NaN if none is long enough.
@@ -59,7 +59,7 @@ def local_consistency(choices_TK: Ints, sequence_T: Ints, distance: int = 1) -> 
 
 
 def coactivation(first_TK: Ints, second_TK: Ints, experts: int) -> Ints:
-    """The paper's co-activation matrix M [N, N].
+    """Return the paper's co-activation matrix M [N, N].
 
     M_ij counts the tokens whose experts are i, among others, at iteration t (rows) and j, among
     others, at t + 1 (columns); its sum is T K².
@@ -68,14 +68,13 @@ def coactivation(first_TK: Ints, second_TK: Ints, experts: int) -> Ints:
 
 
 def expected_coactivation(matrix_NN: Ints) -> Floats:
-    """Return what M would be if the choices at t and t + 1 knew nothing of one another: the same
-    use of experts, in every combination."""
+    """Return M of independent choices at t and t + 1 that use the experts as much."""
     rows, columns = matrix_NN.sum(axis=1), matrix_NN.sum(axis=0)
     return np.outer(rows, columns) / matrix_NN.sum()
 
 
 def contingency(first_TA: Ints, second_TB: Ints, sizes: tuple[int, int]) -> Ints:
-    """How often each pair of a label on the left and one on the right belongs to one token."""
+    """Count how often each pair of a left and a right label belongs to one token."""
     rows, columns = sizes
     pairs = first_TA[:, :, None].astype(np.int64) * columns + second_TB[:, None, :]
     return np.bincount(pairs.reshape(-1), minlength=rows * columns).reshape(rows, columns)
@@ -119,7 +118,7 @@ def transition(matrix_NN: Ints) -> Transition:
 
 
 def divergence(first_N: Ints, second_N: Ints) -> float:
-    """Jensen-Shannon divergence of two usages: H((p + q) / 2) - (H(p) + H(q)) / 2.
+    """Return Jensen-Shannon divergence of two usages: H((p + q) / 2) - (H(p) + H(q)) / 2.
 
     0 where they are alike, log 2 where no expert is used in both.
     """

@@ -1,6 +1,6 @@
-"""All measures of a model's routing on a text, as flat rows: one per router, one per pair of
-iterations, one per checkpoint and the next.
+"""All measures of a model's routing on a text, as flat rows.
 
+There is one per router, one per pair of iterations, and one per checkpoint and the next.
 Every key of a row is a column of a CSV file; docs/analysis.md defines each. Axis letters as in
 `collect`.
 """
@@ -58,14 +58,14 @@ class PermutationTest:
             raise ValueError(f"seed={self.seed}: give 0 or more")
 
     def run(self, first: Ints, second: Ints, sizes: tuple[int, int], shuffle: Shuffle) -> Row:
-        """Dependence of labels [T, A] and [T, B] under one null hypothesis."""
+        """Test the dependence of labels [T, A] and [T, B] under one null hypothesis."""
         generator = np.random.default_rng(self.seed)
         found = dependence(first, second, sizes, shuffle, self.permutations, generator)
         return _as_row(found)
 
 
 def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
-    """One row per layer and iteration: use, weight, neighbors, what the token's id tells."""
+    """Yield one row per layer and iteration: use, weight, neighbors, what the token's id tells."""
     known, ids = np.unique(text.ids, return_inverse=True)
     N, shuffle = routing.experts, any_token(len(ids))
     for place, choices, weights in _routers(routing):
@@ -88,7 +88,7 @@ def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator
 
 
 def transition_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
-    """One row per layer and iteration but the last: how choices at t and t + 1 hang together."""
+    """Yield one row per layer and iteration but the last: how choices at t and t + 1 relate."""
     shuffles = {
         "any_token": any_token(len(text.ids)),
         "shifted": shifted(len(text.ids), least=_longest(text.sequences)),
@@ -122,8 +122,9 @@ def coactivations(routing: Routing) -> Iterator[tuple[Row, Ints, Ints, Ints]]:
 
 
 def training_rows(routings: Sequence[Routing]) -> Iterator[Row]:
-    """One row per checkpoint, layer and iteration: what has changed since the one before, and how
-    much of the last one's routing is there already.
+    """Yield one row per checkpoint, layer and iteration: what changed since the one before.
+
+    Each also says how much of the last one's routing is there already.
 
     Raises: ValueError where the checkpoints are not of one shape.
     """
@@ -149,7 +150,7 @@ def training_rows(routings: Sequence[Routing]) -> Iterator[Row]:
 
 
 def usage_rows(routing: Routing, text: Text) -> Iterator[Row]:
-    """One row per layer, iteration and expert: tokens it receives, in all and of each class."""
+    """Yield one row per layer, iteration and expert: its tokens, in all and of each class."""
     N = routing.experts
     for place, choices, _ in _routers(routing):
         table = measure.contingency(choices, text.classes[:, None], (N, len(CLASSES)))

@@ -55,7 +55,7 @@ class Run:
         return self.folder / SETTINGS_FILE
 
     def check(self) -> None:
-        """Raises: ValueError if a run with other settings is in its folder; OSError."""
+        """Check the folder. Raises: ValueError: a run with other settings is in it; OSError."""
         check_writable(self._written)
         if not self._written.exists():
             return
@@ -75,7 +75,7 @@ class Run:
                 temporary.write_text(self.settings.to_yaml(), encoding="utf-8")
 
     def is_done(self) -> bool:
-        """Whether its last step was made and validated."""
+        """Return whether its last step was made and validated."""
         if not (self.metrics.exists() and (self.folder / CONFIG_FILE).exists()):
             return False
         try:
@@ -87,7 +87,7 @@ class Run:
 
 
 def last_validation_loss(folder: Path) -> float:
-    """The newest validation loss of a run, nats per token.
+    """Return the newest validation loss of a run, nats per token.
 
     Raises: ValueError: there is none; OSError: there is no such run.
     """
@@ -99,7 +99,7 @@ def last_validation_loss(folder: Path) -> float:
 
 
 def server() -> ForkServerContext:
-    """Makes processes that have Megatron imported.
+    """Start the server of processes that have Megatron imported.
 
     Raises: ValueError: it cannot be imported beside a broken Transformer Engine.
     """
@@ -154,7 +154,7 @@ def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
 
 @contextlib.contextmanager
 def _ended_with_us(running: dict[ForkServerProcess, tuple[Run, float]]) -> Iterator[None]:
-    """Whatever ends the block early, the runs in progress are told to save, and waited for."""
+    """Tell the runs in progress to save, and wait for them, whatever ends the block early."""
     try:
         yield
     finally:
@@ -196,7 +196,7 @@ def _end_with_starter() -> None:
 
 
 def _difference(before: str, now: str) -> str:
-    """The first line that differs."""
+    """Return the first line that differs."""
     pairs = zip(before.splitlines(), now.splitlines(), strict=False)
     differing = (f"{old.strip()}, now {new.strip()}" for old, new in pairs if old != new)
     return next(differing, "one has more")

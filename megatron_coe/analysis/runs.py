@@ -26,7 +26,7 @@ class Run:
 
     @staticmethod
     def read(path: Path) -> Run:
-        """The run of a folder, or of a metrics.jsonl.
+        """Return the run of a folder, or of a metrics.jsonl.
 
         Raises: ValueError for broken records; OSError: there is no such file.
         """
@@ -43,7 +43,7 @@ class Run:
         return load_settings(self.metrics.parent / CONFIG_FILE)
 
     def values(self, name: str, axis: str = "steps") -> list[tuple[float, float]]:
-        """The points (place on the axis, value) of one figure, where it was recorded.
+        """Return the points (place on the axis, value) of one figure, where it was recorded.
 
         Args:
             axis: one of `AXES`.
@@ -57,14 +57,14 @@ class Run:
         return [(places[number], value) for number, value in points]
 
     def _places(self, axis: str) -> list[float]:
-        """Where on an axis each record is."""
+        """Return where on an axis each record is."""
         return list(_AXES[axis][1](self))
 
     def _steps(self) -> Sequence[float]:
         return [record["step"] for record in self.records]
 
     def _tokens(self) -> Sequence[float]:
-        """As recorded, or steps times tokens of a step."""
+        """Return tokens as recorded, or steps times tokens of a step."""
         if all("tokens" in record for record in self.records):
             return [record["tokens"] for record in self.records]
         per_step = self.settings.train.global_batch_size * self._seq_length
@@ -86,7 +86,7 @@ class Run:
         return [tokens * per_token for tokens in self._tokens()]
 
     def _seconds(self) -> Sequence[float]:
-        """As recorded, or tokens since the record before at the rate that a record tells.
+        """Return seconds as recorded, or tokens since the record before at a record's rate.
 
         Records without a rate (of a validation alone) stand where the next one's says.
         """

@@ -65,7 +65,7 @@ def training_plots(run: Run) -> Iterator[tuple[str, Figure, str]]:
 
 
 def draw(run: Run, panels: Sequence[Panel]) -> Figure:
-    """Curves over steps, some panels in a row."""
+    """Return curves over steps, some panels in a row."""
     columns = min(len(panels), IN_A_ROW)
     rows = -(-len(panels) // IN_A_ROW)
     figure = new_figure(max(3.4 * columns, 6.0), 2.8 * rows)
@@ -86,8 +86,9 @@ def draw(run: Run, panels: Sequence[Panel]) -> Figure:
 
 
 def load_heatmaps(run: Run, names: Sequence[str]) -> Figure:
-    """N times the load of every expert (rows) at every report (columns): a panel per layer and
-    iteration. 1 is the mean; white.
+    """Plot N times the load of every expert (rows) at every report (columns); 1 is the mean, white.
+
+    There is a panel per layer and iteration.
 
     Args:
         names: `load/iteration_T/layer_L` of all of them.
@@ -117,7 +118,7 @@ def load_heatmaps(run: Run, names: Sequence[str]) -> Figure:
 
 
 def _routing_panels(there: Sequence[str]) -> Iterator[Panel]:
-    """What is recorded of each iteration as a mean over layers."""
+    """Yield what is recorded of each iteration as a mean over layers."""
     figures = [*_ROUTING]
     losses = dict.fromkeys(name.split("/")[1] for name in there if name.startswith("balance/"))
     figures += [(f"balance/{loss}", loss.replace("_", " ")) for loss in losses]
@@ -129,6 +130,6 @@ def _routing_panels(there: Sequence[str]) -> Iterator[Panel]:
 
 
 def _edges(steps: Sequence[float]) -> list[float]:
-    """Of the columns of a map whose reports stand at `steps`: each begins where the last ended."""
+    """Return the edges of a map's columns, reports at `steps`: each begins where the last ended."""
     first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
     return [first, *steps]
