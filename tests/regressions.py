@@ -1,4 +1,4 @@
-"""Run the tests of mended faults on a commit from before: none may pass there.
+"""Run the tests of fixed faults on a commit from before: none may pass there.
 
     python tests/regressions.py 777423a
 

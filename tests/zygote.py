@@ -171,7 +171,7 @@ class Zygote:
         """Run `script` (relative to the tree) in the folder `cwd`, or in the tree's root.
 
         Args:
-            files: folder for what it prints; `out` and `err` of the rank are made anew.
+            files: folder for what it prints; `out` and `err` of the rank are made again.
             environment: all of it.
             plant: `module:function` to call in the new process before the script: a fault.
         """

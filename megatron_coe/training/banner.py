@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from megatron_coe import __version__
 from megatron_coe.config.run_config import Settings
@@ -42,7 +43,7 @@ def banner(
     return "\n".join([title, *(f"  {name:<8}{text}" for name, text in rows.items())])
 
 
-def _device(plan: Plan, machine: Mapping[str, object]) -> str:
+def _device(plan: Plan, machine: Mapping[str, Any]) -> str:
     precision = "bf16" if plan.model.bf16 else "fp32"
     needed = f"about {rank_memory(plan).total / GIB:.2f} GiB per rank"
     if "gpu" in machine:

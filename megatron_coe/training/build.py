@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,9 @@ def trainer(
         validator = None
         if valid_set is not None:
             source = _make_source(valid_set, settings.train, device)
-            validator = Validator(settings.train, train_state, source, len(valid_set), heartbeat)
+            validator = Validator(
+                settings.train, train_state, source, len(cast("Sized", valid_set)), heartbeat
+            )
         per_epoch = _samples_per_epoch(found.files, settings.data.mode, found.provider.seq_length)
         metrics_logger = _open_logger(settings, progress)
         if metrics_logger.is_enabled:
@@ -282,7 +284,7 @@ def _open_logger(settings: Settings, progress: Progress) -> NullLogger:
     last = last_step(settings.train)
     if not is_rank_0():
         return NullLogger(settings.log, last)
-    config = OmegaConf.to_container(OmegaConf.structured(settings))
+    config: Any = OmegaConf.to_container(OmegaConf.structured(settings))
     steps = settings.train.steps
     metrics_logger = MetricsLogger(settings.log, steps, progress.step, config, last_step=last)
     (metrics_logger.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -203,7 +203,7 @@ def check_wandb(log: LogSettings) -> None:
         )
 
 
-def _start_wandb(log: LogSettings, config: dict[str, object]):
+def _start_wandb(log: LogSettings, config: dict[str, object]) -> Any:
     import wandb
 
     return wandb.init(project=log.wandb_project, name=log.wandb_name, dir=log.dir, config=config)

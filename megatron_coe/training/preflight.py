@@ -87,7 +87,7 @@ def training_sets(data: DataSettings) -> list[str]:
 def data_arguments(settings: Settings, tokenizer: Tokenizer, seq_length: int) -> dict[str, Any]:
     """What `check_datasets` and `build_datasets` are asked for."""
     data, train = settings.data, settings.train
-    sources = data.train
+    sources: list[Any] = data.train
     if data.train_weights is not None:
         sources = list(zip(data.train, data.train_weights, strict=True))
     return {

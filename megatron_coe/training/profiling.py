@@ -19,23 +19,24 @@ class StepProfiler:
     """
 
     def __init__(self, log: LogSettings, enabled: bool) -> None:
-        self._window = tuple(log.profile_steps) if enabled and log.profile_steps else None
+        steps = log.profile_steps if enabled and log.profile_steps else (0, 0)
+        self._first, self._last = steps
         self._folder = Path(log.dir) / "profile"
         self._profile: profile | None = None
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around the step of that number, counted from 1."""
-        if self._window and number == self._window[0]:
+        if number == self._first:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
         yield
-        if self._profile is not None and number == self._window[1]:
+        if self._profile is not None and number == self._last:
             self._profile.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
-            first, last = self._window
-            self._profile.export_chrome_trace(str(self._folder / f"steps_{first}_{last}.json"))
+            path = self._folder / f"steps_{self._first}_{self._last}.json"
+            self._profile.export_chrome_trace(str(path))
             self._profile = None

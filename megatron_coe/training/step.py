@@ -75,7 +75,8 @@ class TrainStep:
         started_s = time.perf_counter()
         self._heartbeat.enter(STEP, progress.step + 1)
         self._start.note()
-        optimizer = self._train_state.optimizer
+        optimizer, schedule = self._train_state.optimizer, self._train_state.schedule
+        assert optimizer is not None and schedule is not None
         batches = self._source.training(progress.samples, self._num_microbatches)
         with self.collector.watching(is_logged):
             totals = self.compute_gradients(batches)
@@ -89,7 +90,7 @@ class TrainStep:
             progress.skipped_in_row = 0
         else:
             skipped = self._skip(progress, batches, loss, grad_norm)
-        self._train_state.schedule.step(1)
+        schedule.step(1)
         progress.step += 1
         progress.samples += self._train.global_batch_size
         if is_logged and self._source.device.type == "cuda":
@@ -100,12 +101,14 @@ class TrainStep:
 
     def compute_gradients(self, batches: list[Batch]) -> torch.Tensor:
         """Compute the gradients of the loss, summed over all ranks; return this rank's totals."""
+        optimizer = self._train_state.optimizer
+        assert optimizer is not None
         valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
         positions = self._train.global_batch_size * self._train_state.provider.seq_length
         for chunk in self._train_state.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        self._train_state.optimizer.zero_grad()
+        optimizer.zero_grad()
         forget_balance_losses()  # so that metrics are of one step, wherever the run began
         return forward_backward(
             self._train_state,

@@ -72,7 +72,7 @@ class Trainer:
         stop, validator = stop or StopRequest(), self.validator
         self._saved_step = self.progress.step
         self._seconds = self.metrics_logger.latest("seconds") or 0.0
-        owed = bool(validator) and validator.is_owed(self.progress.step, self.metrics_logger)
+        owed = validator is not None and validator.is_owed(self.progress.step, self.metrics_logger)
         while owed or self.progress.step < self.last_step:
             self._complete_save(wait=False)
             if reason := stop.received_on_any_rank(self.source.device):
@@ -168,7 +168,10 @@ class Trainer:
     def _position(self) -> dict[str, float]:
         """Return how far the run has come: in the data, and in seconds spent in steps."""
         samples = self.progress.samples
-        position = {"samples": samples, "tokens": samples * self.train_state.provider.seq_length}
+        position: dict[str, float] = {
+            "samples": samples,
+            "tokens": samples * self.train_state.provider.seq_length,
+        }
         if self.source.samples_per_epoch:
             position["epoch"] = samples / self.source.samples_per_epoch
         return position | {"seconds": self._seconds}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -80,7 +82,7 @@ class Validator:
             part = min(at_once, count - begin)
             totals += forward_backward(
                 self._train_state,
-                lambda part=part, begin=begin: source.validation(self.samples, part, begin),
+                partial(source.validation, self.samples, part, begin),
                 part,
                 source.micro_batch_size,
                 self._heartbeat,

@@ -60,7 +60,7 @@ def test_every_subject_of_one_process(tmp_path):
     assert result.stdout.count("not measured (needs a GPU)") == 2
 
 
-def test_values_of_a_setting_are_arms(tmp_path):
+def test_values_of_a_setting_are_variants(tmp_path):
     output, setting = tmp_path / "benchmark.json", "model.moe_router_pre_softmax"
     result = benchmark(
         *("--what", "experts", "--vary", f"{setting}=on,off", "--clock", "processor"),

@@ -31,14 +31,14 @@ TEXT = "one two three\nfour five six\nseven eight nine ten\n"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A model of others, a mixture, their tokenizer, two data sets, and a run of six steps."""
+    """A model of others, a standard MoE, their tokenizer, two data sets, and a run of six steps."""
     home = tmp_path_factory.mktemp("home")
     (home / "texts.txt").write_text(TEXT * 20)
     lines = (json.dumps({"text": line}) + "\n" for line in TEXT.splitlines() * 20)
     (home / "my.jsonl").write_text("".join(lines))
     train_tokenizer([home / "texts.txt"], home / "t.model", fields=Fields(), vocab_size=285)
-    mixture = {"coe_iterations": 1, "coe_residual": "outer"}
-    for name, seed, changes in (("my-model", 1, {}), ("mixture", 2, mixture)):
+    standard = {"coe_iterations": 1, "coe_residual": "outer"}
+    for name, seed, changes in (("my-model", 1, {}), ("mixture", 2, standard)):
         write_random_model(home / name, seed=seed, vocab_size=300, **changes)
         write_tokenizer(home / "t.model", home / name)
     for name in ("train", "other"):

@@ -13,7 +13,7 @@ from tests import zygote
 from tests.functional.test_convert import convert
 from tests.unit.conversion.models import megatron_logits, write_random_model
 
-MIXTURE = {"coe_iterations": 1, "coe_residual": "outer", "vocab_size": 300}
+STANDARD_MOE = {"coe_iterations": 1, "coe_residual": "outer", "vocab_size": 300}
 STEPS = 12
 
 
@@ -26,7 +26,7 @@ def home(tmp_path_factory) -> Path:
     from megatron_coe.data.tokenizer import train_tokenizer
 
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "mixture", seed=1, **MIXTURE)
+    write_random_model(home / "mixture", seed=1, **STANDARD_MOE)
     texts = home / "texts.txt"
     texts.write_text("one two three\nfour five six\n" * 20)
     train_tokenizer([texts], home / "t.model", fields=Fields(), vocab_size=285)
@@ -43,7 +43,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_a_mixture_is_upcycled_trained_and_exported(home, single_rank, monkeypatch):
+def test_a_standard_moe_is_upcycled_trained_and_exported(home, single_rank, monkeypatch):
     done = upcycle(
         home, "--input", "mixture", "--iterations", "2", "--output", "chain", forked=False
     )

@@ -58,19 +58,17 @@ def test_steps_share_memory_and_no_gradients(single_rank):
     harness = make_bench(single_rank)
     variants = [build_step(name, harness.settings(name), single_rank) for name in (COE, MOE)]
     share_memory(variants)
-    of_chain, of_mixture = (dict(variant.model.named_parameters()) for variant in variants)
-    shared = {
-        name for name in of_mixture if of_chain[name].data_ptr() == of_mixture[name].data_ptr()
-    }
-    assert set(of_mixture) == shared
-    assert set(of_chain) - shared == {"module.decoder.layers.0.mlp.router.1.weight"}
+    of_coe, of_moe = (dict(variant.model.named_parameters()) for variant in variants)
+    shared = {name for name in of_moe if of_coe[name].data_ptr() == of_moe[name].data_ptr()}
+    assert set(of_moe) == shared
+    assert set(of_coe) - shared == {"module.decoder.layers.0.mlp.router.1.weight"}
     expert = "module.decoder.layers.0.mlp.experts.linear_fc1.weight"
-    assert of_chain[expert].main_grad.data_ptr() != of_mixture[expert].main_grad.data_ptr()
-    before = of_chain[expert].detach().clone()
+    assert of_coe[expert].main_grad.data_ptr() != of_moe[expert].main_grad.data_ptr()
+    before = of_coe[expert].detach().clone()
     variants[0].trainer.step()  # the first has a learning rate of 0
     assert variants[0].trainer.step().grad_norm > 0
-    between = of_mixture[expert].detach().clone()
+    between = of_moe[expert].detach().clone()
     assert not torch.equal(before, between)
     for _ in range(2):
         variants[1].trainer.step()
-    assert not torch.equal(between, of_chain[expert].detach())
+    assert not torch.equal(between, of_coe[expert].detach())

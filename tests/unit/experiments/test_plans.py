@@ -50,7 +50,7 @@ def names_and_figures(text) -> set[str]:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda e: e.name)
-def test_claims_are_about_the_arms(experiment):
+def test_claims_are_about_the_variants(experiment):
     variants = [variant.name for variant in experiment.variants]
     assert len(set(variants)) == len(variants)
     named = set.union(*(names_and_figures(claim) for claim in experiment.claims))
