@@ -80,9 +80,9 @@ def single_rank(device: torch.device) -> Iterator[torch.device]:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    from megatron_coe.megatron_compat.versions import forget_balance_losses
+    from megatron_coe.megatron_compat.versions import clear_aux_losses
 
-    forget_balance_losses()  # sized by the first model of other tests
+    clear_aux_losses()  # sized by the first model of other tests
     MTPLossLoggingHelper.tracker.clear()  # likewise
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = torch.distributed.HashStore()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_coe.model.moe.expert_usage import entropy
+from megatron_coe.model.moe.load_stats import entropy
 
 Ints = NDArray[np.integer]
 Floats = NDArray[np.floating]

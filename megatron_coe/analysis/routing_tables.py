@@ -26,7 +26,7 @@ from megatron_coe.analysis.mutual_information import (
     shifted,
 )
 from megatron_coe.analysis.routing import Ints
-from megatron_coe.model.moe.expert_usage import usage
+from megatron_coe.model.moe.load_stats import load_stats
 
 Row: TypeAlias = dict[str, Any]
 """A row of a table: texts and numbers by column."""
@@ -78,7 +78,7 @@ def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator
         of_class = test.run(text.classes[:, None], choices, (len(CLASSES), N), shuffle)
         yield {
             **place,
-            **asdict(usage(counts)),
+            **asdict(load_stats(counts)),
             "weight": float(weights.sum(axis=-1).mean()),
             **near,
             "consistency_by_chance": measure.chance_overlap(counts, counts, choices.shape[1]),

@@ -80,11 +80,11 @@ def command(options: argparse.Namespace) -> None:
 def build(plan: Plan, rank: int | None) -> list[Built]:
     """The rank asked for, or the first of the first, the fullest and the last pipeline stage."""
     from megatron_coe.planning.build import build_rank
-    from megatron_coe.planning.memory import fullest_stage
+    from megatron_coe.planning.memory import peak_memory_stage
 
     stages = plan.model.pipeline_model_parallel_size
     each = plan.world_size // stages
-    firsts = sorted({0, fullest_stage(plan) * each, (stages - 1) * each})
+    firsts = sorted({0, peak_memory_stage(plan) * each, (stages - 1) * each})
     return [build_rank(plan, number) for number in ([rank] if rank is not None else firsts)]
 
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_coe.config.run_config import ParallelSettings, TrainSettings, warmup_steps
 from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
-from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.megatron_compat.versions import clear_aux_losses
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.weight_init import initialize_weights, undrawn_weights
 
@@ -74,7 +74,7 @@ def build_model(
     Args:
         seed: of the initial weights, which are the same in every layout.
     """
-    forget_balance_losses()  # of a model before this one
+    clear_aux_losses()  # of a model before this one
     prepare_recompute(provider)
     stages = parallel.virtual_pipeline_model_parallel_size
     with undrawn_weights(provider):

@@ -129,7 +129,7 @@ def get_batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- balance losses -------------------------------------------------------------------------------
 
 
-def record_balance_loss(
+def record_aux_loss(
     name: str,
     loss: Tensor,
     layer_number: int,
@@ -160,8 +160,8 @@ def record_balance_loss(
     )
 
 
-def recorded_balance_losses() -> dict[str, Tensor]:
-    """What this rank has recorded since `forget_balance_losses`, by name [num_layers]."""
+def recorded_aux_losses() -> dict[str, Tensor]:
+    """What this rank has recorded since `clear_aux_losses`, by name [num_layers]."""
     if PARTS_ARE_PARTIALS:
         return {name: entry.values for name, entry in moe_metrics_tracker().metrics.items()}
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
@@ -170,7 +170,7 @@ def recorded_balance_losses() -> dict[str, Tensor]:
     return {name: entry["values"] for name, entry in tracker.items()}
 
 
-def forget_balance_losses() -> None:
+def clear_aux_losses() -> None:
     """Empty Megatron's log of balance losses: a process has one, as long as the first model that
     it met has layers."""
     if PARTS_ARE_PARTIALS:

@@ -1,4 +1,4 @@
-"""`CoEConfig`: Megatron's transformer configuration plus what a chain of experts adds to it."""
+"""`CoEConfig`: Megatron's transformer configuration plus the fields of Chain-of-Experts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megatron_coe.model.parallelism import Layout, check_layout, extents_of
 RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 """How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
 
-STREAM_MODES = ("outer", "inner_outer")
-"""The modes whose layer adds the residual stream h to the chain's result."""
+RESIDUAL_STREAM_MODES = ("outer", "inner_outer")
+"""The modes whose layer adds the residual stream h to the last iteration's result."""
 
 GROUP_SCORES = ("sum", "max")
 
@@ -59,7 +59,7 @@ class CoEConfig(MLATransformerConfig):
     """
 
     coe_iterations: int = 2
-    """C: how often a token passes through the layer's experts. 1 is a plain mixture of experts."""
+    """C: how often a token passes through the layer's experts. 1 is a standard MoE."""
 
     coe_residual: str = "inner"
     """How iterations are joined, one of RESIDUAL_MODES."""
@@ -68,8 +68,8 @@ class CoEConfig(MLATransformerConfig):
     """True: a router per iteration. False: one router for all, asked again on every x(t-1)."""
 
     coe_upcycled: bool = False
-    """The chain grew out of a plain mixture of experts (C = 1, `outer`): later iterations enter
-    through learnable gates a_t [H], which start at zero, where the layer is still that mixture:
+    """The model is upcycled from a standard MoE (C = 1, `outer`): later iterations enter through
+    learnable iteration scales a_t [H], which start at zero, where the layer is still that MoE:
     x(1) = f_1(x(0)), x(t) = x(t-1) + a_t * f_t(x(t-1)) for t >= 2, output h + x(C)."""
 
     vocab_size: int = 0
@@ -79,7 +79,7 @@ class CoEConfig(MLATransformerConfig):
     """The embedding tables are padded to a multiple of this and of the tensor-parallel size."""
 
     share_embeddings_and_output_weights: bool = False
-    """Tie the output head to the embedding table."""
+    """Tie the output layer to the embedding table."""
 
     moe_router_group_score: str = "sum"
     """What ranks a group where `moe_router_group_topk` limits a token to some: `sum` of its
@@ -116,9 +116,8 @@ class CoEConfig(MLATransformerConfig):
         if isinstance(self.activation_func, str):
             self.activation_func = _one_of("activation_func", self.activation_func, ACTIVATIONS)
         if getattr(self, "cuda_graph_modules", None) == "full":
-            # What 0.19 calls its own default, which it warns about.
-            self.cuda_graph_modules: list[str] = []
-        self._check_chain()
+            self.cuda_graph_modules = []  # what 0.19 calls its own default, which it warns about
+        self._check_iterations()
         self._check_experts()
         self._check_layout()
         check_supported(self)
@@ -136,7 +135,7 @@ class CoEConfig(MLATransformerConfig):
 
     @contextmanager
     def known_dispatcher(self) -> Iterator[None]:
-        """Call Megatron's "alltoall" by its own name, while Megatron's code reads the field."""
+        """Name Megatron's own dispatcher as Megatron does, while its code reads the field."""
         kind = self.moe_token_dispatcher_type
         self.moe_token_dispatcher_type = kind.removeprefix("megatron_")
         try:
@@ -147,13 +146,13 @@ class CoEConfig(MLATransformerConfig):
     # -- what it describes -------------------------------------------------------------------
 
     @property
-    def adds_stream(self) -> bool:
-        """Whether the layer's output is h + x(C) (True) or x(C) alone."""
-        return self.coe_residual in STREAM_MODES
+    def adds_residual(self) -> bool:
+        """Return whether the layer's output is h + x(C) (True) or x(C) alone."""
+        return self.coe_residual in RESIDUAL_STREAM_MODES
 
     @property
     def dispatches_locally(self) -> bool:
-        """Whether tokens go to their experts by the local dispatcher, which drops and pads none."""
+        """Return whether the local dispatcher serves: it drops and pads no token."""
         one_rank = self.expert_model_parallel_size == self.expert_tensor_parallel_size == 1
         dense_map = (
             self.moe_router_fusion
@@ -164,7 +163,7 @@ class CoEConfig(MLATransformerConfig):
 
     @property
     def dispatches_asynchronously(self) -> bool:
-        """Whether tokens go to other ranks while the shared expert works on its own.
+        """Return whether tokens go to other ranks while the shared expert computes.
 
         Megatron's `moe_shared_expert_overlap` is its own way to do so, on CUDA streams.
         """
@@ -173,55 +172,55 @@ class CoEConfig(MLATransformerConfig):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding tables; the same for every layout whose TP divides the padding."""
+        """Return the rows of the embedding tables: alike where TP divides the padding."""
         multiple = math.lcm(self.make_vocab_size_divisible_by, self.tensor_model_parallel_size)
         return -(-self.vocab_size // multiple) * multiple
 
     @property
     def moe_layer_pattern(self) -> list[int]:
-        """1 for each CoE layer and 0 for each dense one, as `moe_layer_freq` says [L]."""
+        """Return 1 for each CoE layer and 0 for each dense one, by `moe_layer_freq` [L]."""
         if isinstance(self.moe_layer_freq, int):
             return [int(i % self.moe_layer_freq == 0) for i in range(self.num_layers)]
         return list(self.moe_layer_freq)
 
     def num_params(self, embeddings: bool = True) -> int:
-        """Number of parameters, with or without embedding table and output head."""
-        return flops.body_work(self).stored + embeddings * flops.embedding_params(self)
+        """Count the parameters, with or without embedding table and output layer."""
+        return flops.decoder_work(self).stored + embeddings * flops.embedding_params(self)
 
     def num_active_params(self, embeddings: bool = True) -> int:
-        """Number of parameters that one token can touch, each counted once.
+        """Count the parameters that one token can touch, each once.
 
         A token reaches at most C * K distinct routed experts of a layer: that bound is counted.
         """
-        return flops.body_work(self).active + embeddings * flops.embedding_params(self)
+        return flops.decoder_work(self).active + embeddings * flops.embedding_params(self)
 
     def flops_per_token(self, seq_length: int) -> int:
-        """Floating-point operations of training on one token (forward and backward)."""
+        """Return the floating-point operations of training on one token, forward and backward."""
         return flops.flops_per_token(self, seq_length)
 
     # -- checks --------------------------------------------------------------------------------
 
-    def _check_chain(self) -> None:
-        _positive("coe_iterations", self.coe_iterations, "1 is a plain mixture of experts")
+    def _check_iterations(self) -> None:
+        _positive("coe_iterations", self.coe_iterations, "1 is a standard MoE")
         _one_of("coe_residual", self.coe_residual, dict.fromkeys(RESIDUAL_MODES))
         if self.coe_upcycled and self.coe_residual != "outer":
             raise ValueError(
                 f"coe_upcycled=True with coe_residual={self.coe_residual!r}: an upcycled layer "
-                "adds its result to the stream, as the mixture it came from, and joins its "
-                "iterations by gates. Set coe_residual='outer'."
+                "adds its result to the residual stream, as the MoE it came from, and scales later "
+                "iterations. Set coe_residual='outer'."
             )
-        if self.hidden_dropout > 0 and not self.adds_stream:
+        if self.hidden_dropout > 0 and not self.adds_residual:
             raise ValueError(
                 f"hidden_dropout={self.hidden_dropout} with coe_residual={self.coe_residual!r}: "
-                "the layer's output is the stream itself, which dropout would destroy. Set "
-                f"hidden_dropout=0, or coe_residual to one of {STREAM_MODES}."
+                "the layer's output is the residual stream itself, which dropout would destroy. "
+                f"Set hidden_dropout=0, or coe_residual to one of {RESIDUAL_STREAM_MODES}."
             )
 
     def _check_experts(self) -> None:
         N, K = self.num_moe_experts, self.moe_router_topk
         if N is None:
             raise ValueError(
-                "num_moe_experts=None: a chain of experts needs the number of routed experts."
+                "num_moe_experts=None: a CoE model needs the number of routed experts."
             )
         _positive("num_moe_experts", N, "it counts the routed experts, without the shared one")
         _positive("moe_router_topk", K, "it is the number of experts a token takes per iteration")

@@ -1,4 +1,4 @@
-"""How large a model is and how much work it does, counted from its configuration alone.
+"""Parameters and FLOPs of a model, counted from its configuration alone.
 
 Everything here is arithmetic on a `CoEConfig`: no tensor is made, so a trillion-parameter model is
 counted as fast as a small one. `tests/unit/model/test_flops.py` holds these numbers against built
@@ -53,17 +53,17 @@ def _used_once(weights: int) -> MatrixWork:
 
 
 def _not_multiplied(weights: int) -> MatrixWork:
-    """Norm scales and gates: stored and active, but no matrix product nor counted as work."""
+    """Norm and iteration scales: stored and active, but no matrix product nor counted as work."""
     return MatrixWork(weights, weights, whole=weights)
 
 
 def norm_params(config: CoEConfig, size: int) -> int:
-    """Weights of one norm over `size` channels: a scale, and a shift too for LayerNorm."""
+    """Count the weights of one norm over `size` channels: a scale, for LayerNorm a shift too."""
     return size * (2 if config.normalization == "LayerNorm" else 1)
 
 
 def attention_work(config: CoEConfig) -> MatrixWork:
-    """Projections and inner norms of one self-attention (the S x S core has no weights)."""
+    """Count the projections and inner norms of one self-attention (the core has no weights)."""
     H, heads = config.hidden_size, config.num_attention_heads
     if not config.multi_latent_attention:
         groups, head_dim = config.num_query_groups, config.kv_channels
@@ -87,12 +87,12 @@ def attention_work(config: CoEConfig) -> MatrixWork:
 
 
 def ffn_params(config: CoEConfig, ffn_size: int) -> int:
-    """Weights of one feed-forward network of `ffn_size`: up (and gate) and down projections."""
+    """Count the weights of one feed-forward network: up (and gate) and down projections."""
     return config.hidden_size * ffn_size * (3 if config.gated_linear_unit else 2)
 
 
 def moe_work(config: CoEConfig) -> MatrixWork:
-    """Routers, experts and upcycling gates of one CoE layer, over its C iterations."""
+    """Count the routers, experts and iteration scales of one CoE layer, over its C iterations."""
     C, K, N = config.coe_iterations, config.moe_router_topk, config.num_moe_experts
     expert = ffn_params(config, config.moe_ffn_hidden_size)
     routers = (C if config.coe_independent_gate else 1) * N * config.hidden_size
@@ -108,14 +108,14 @@ def moe_work(config: CoEConfig) -> MatrixWork:
 
 
 def layer_work(config: CoEConfig, is_moe: bool) -> MatrixWork:
-    """One decoder layer with its two norms."""
+    """Count one decoder layer with its two norms."""
     mlp = moe_work(config) if is_moe else _used_once(ffn_params(config, config.ffn_hidden_size))
     norms = _not_multiplied(2 * norm_params(config, config.hidden_size))
     return attention_work(config) + mlp + norms
 
 
-def body_work(config: CoEConfig) -> MatrixWork:
-    """The decoder without embedding and output head, multi-token-prediction layers included."""
+def decoder_work(config: CoEConfig) -> MatrixWork:
+    """Count the decoder, multi-token-prediction layers included; no embedding, no output layer."""
     H = config.hidden_size
     work = _not_multiplied(norm_params(config, H))  # final norm
     work += layers_work(config, [bool(is_moe) for is_moe in config.moe_layer_pattern])
@@ -123,7 +123,7 @@ def body_work(config: CoEConfig) -> MatrixWork:
 
 
 def layers_work(config: CoEConfig, layers: list[bool]) -> MatrixWork:
-    """Decoder layers together: which are CoE layers (True) and which dense."""
+    """Count decoder layers together: which are CoE layers (True) and which dense."""
     work = MatrixWork()
     for is_moe in set(layers):
         work += layer_work(config, is_moe) * layers.count(is_moe)
@@ -131,7 +131,7 @@ def layers_work(config: CoEConfig, layers: list[bool]) -> MatrixWork:
 
 
 def mtp_work(config: CoEConfig) -> MatrixWork:
-    """The multi-token-prediction layers, which stand on the last pipeline stage."""
+    """Count the multi-token-prediction layers, which stand on the last pipeline stage."""
     if not config.mtp_num_layers:
         return MatrixWork()
     # Each joins the normed hidden state and the normed embedding: megatron/core/transformer/
@@ -143,13 +143,13 @@ def mtp_work(config: CoEConfig) -> MatrixWork:
 
 
 def embedding_params(config: CoEConfig) -> int:
-    """Embedding table and output head, as padded for tensor parallelism; one table when tied."""
+    """Count embedding table and output layer, padded for tensor parallelism; one table if tied."""
     tables = 1 if config.share_embeddings_and_output_weights else 2
     return tables * config.padded_vocab_size * config.hidden_size
 
 
 def attention_core_macs(config: CoEConfig, seq_length: int) -> int:
-    """Multiply-adds per token and layer of the causal S x S scores and their product with V."""
+    """Return a token's multiply-adds in a layer's causal S x S scores and their product with V."""
     if config.multi_latent_attention:
         widths = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
     else:
@@ -158,12 +158,12 @@ def attention_core_macs(config: CoEConfig, seq_length: int) -> int:
 
 
 def flops_per_token(config: CoEConfig, seq_length: int) -> int:
-    """Floating-point operations of one token's forward and backward pass.
+    """Return the floating-point operations of one token's forward and backward pass.
 
     A multiply-add counts two and the backward pass twice the forward, so 6 per multiply-add; norms,
     activations, softmax and the optimizer are left out, as is usual.
     """
     layers = config.num_layers + (config.mtp_num_layers or 0)
     heads = 1 + (config.mtp_num_layers or 0)
-    macs = body_work(config).macs + layers * attention_core_macs(config, seq_length)
+    macs = decoder_work(config).macs + layers * attention_core_macs(config, seq_length)
     return 6 * (macs + heads * config.padded_vocab_size * config.hidden_size)

@@ -30,7 +30,7 @@ from megatron_coe.megatron_compat.versions import (
 from megatron_coe.model.backends.mla import LatentAttention
 from megatron_coe.model.backends.torch import TorchSpecProvider
 from megatron_coe.model.config import CoEConfig
-from megatron_coe.model.moe.layer import CoELayer, keep_chain_output
+from megatron_coe.model.moe.layer import CoELayer, get_bias_add_without_residual
 from megatron_coe.model.moe.router import CoERouter, IterationRouters
 
 
@@ -40,7 +40,7 @@ def get_coe_decoder_block_spec(
     vp_stage: int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage's decoder layers, CoE where `moe_layer_freq` has an MoE layer.
+    """Return the spec of this pipeline stage's decoder layers, CoE where `moe_layer_freq` has MoE.
 
     Args:
         backend: which modules to build of; Megatron's Transformer Engine provider, or the
@@ -70,7 +70,7 @@ def get_coe_decoder_block_spec(
     block.layer_specs = [_substitute(spec, substitutes) for spec in block.layer_specs]
     for spec in block.layer_specs:
         if part_class(spec.submodules.mlp) is MoELayer:
-            _chain_experts(spec, config, backend, pg_collection)
+            _make_coe_layer(spec, config, backend, pg_collection)
     return block
 
 
@@ -91,20 +91,20 @@ def _share_checkpoint_keys(layer: TransformerLayerSubmodules, config: CoEConfig)
     layer.sharded_state_dict_keys_map = {**layer.sharded_state_dict_keys_map, **shared}
 
 
-def _chain_experts(
+def _make_coe_layer(
     layer_spec: ModuleSpec,
     config: CoEConfig,
     backend: BackendSpecProvider,
     pg_collection: ProcessGroupCollection | None,
 ) -> None:
-    """Turn a decoder layer's MoE into a chain of experts, in place."""
+    """Make a decoder layer's MoE layer a CoE layer, in place."""
     layer = layer_spec.submodules
     parts = part_submodules(layer.mlp)
     parts.router = IterationRouters if config.coe_independent_gate else CoERouter
     parts.experts = experts_part(backend.grouped_mlp_modules(config.moe_grouped_gemm))
     # The 0.16 line hands process groups to Megatron's own classes only.
     layer.mlp = with_module(layer.mlp, CoELayer, pg_collection=pg_collection)
-    layer.mlp_bda = get_bias_dropout_add if config.adds_stream else keep_chain_output
+    layer.mlp_bda = get_bias_dropout_add if config.adds_residual else get_bias_add_without_residual
 
 
 def _local_substitutes(backend: TorchSpecProvider, rms_norm: bool) -> dict[type, type]:

@@ -34,7 +34,7 @@ class Layout:
 
     @property
     def dense_ranks(self) -> int:
-        """Processes that share one copy of a sequence's work: TP x CP x PP."""
+        """Return the ranks over which one sequence's work is sharded: TP x CP x PP."""
         return (
             self.tensor_model_parallel_size
             * self.context_parallel_size
@@ -43,18 +43,18 @@ class Layout:
 
     @property
     def expert_ranks(self) -> int:
-        """Processes that share one copy of the experts: ETP x EP x PP."""
+        """Return the ranks over which one copy of the experts is sharded: ETP x EP x PP."""
         return self.expert_tp * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def world_multiple(self) -> int:
-        """The fewest processes that hold the layout; every legal number is a multiple."""
+        """Return the fewest ranks that hold the layout; every legal number is a multiple."""
         return math.lcm(self.dense_ranks, self.expert_ranks)
 
     @property
     def sequence_multiple(self) -> int:
-        """What a sequence's length must be a multiple of: two chunks per context-parallel rank
-        (they balance causal attention), and sequence parallelism cuts each rank's part again."""
+        """Return what a sequence's length must be a multiple of: two chunks per CP rank (they
+        balance causal attention), and sequence parallelism cuts each rank's part again."""
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         return math.lcm(2 * cp if cp > 1 else 1, tp * cp)
 
@@ -80,7 +80,7 @@ class Extents:
 
 
 def extents_of(model: Mapping[str, object], world_size: int | None = None) -> Extents:
-    """What is known of a model, by the names of its configuration's fields.
+    """Return what is known of a model, by the names of its configuration's fields.
 
     Sizes that are left out are derived as Megatron derives them, from those that are given.
     """
@@ -208,7 +208,7 @@ RULES = (
 
 
 def complaint(layout: Layout, extents: Extents) -> str | None:
-    """The first rule that the layout breaks, in words that name the values; None if it is legal."""
+    """Describe the first rule that the layout breaks, with the values; None if it is legal."""
     vpp, pp = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
     if vpp is not None and pp == 1:
         return f"{_VPP}={vpp} needs pipeline_model_parallel_size > 1"
@@ -221,7 +221,11 @@ def complaint(layout: Layout, extents: Extents) -> str | None:
 
 
 def check_layout(layout: Layout, extents: Extents) -> None:
-    """Raise ValueError for a layout that cannot be, with its values and the nearest legal one."""
+    """Refuse an illegal layout.
+
+    Raises:
+        ValueError: the message has the values and the nearest legal layout.
+    """
     words = complaint(layout, extents)
     if words is None:
         return
@@ -231,7 +235,7 @@ def check_layout(layout: Layout, extents: Extents) -> None:
 
 
 def nearest_legal(layout: Layout, extents: Extents) -> Layout | None:
-    """The legal layout that changes the fewest sizes, and these by the smallest factors."""
+    """Return the legal layout that changes the fewest sizes, and these by the smallest factors."""
     candidates = {name: _candidates(name, layout, extents) for name in _NAMES}
     for count in range(1, len(_NAMES) + 1):
         legal = [
@@ -250,7 +254,7 @@ def _named(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
+    """Return the divisors of a number, ascending."""
     low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*low, *(number // size for size in low)})
 

@@ -25,7 +25,7 @@ from megatron_coe.model.vocab_padding import mask_vocab_padding
 
 @dataclass
 class CoEModelProvider(CoEConfig):
-    """A CoE model to be: its configuration, and how to build one pipeline stage of it.
+    """The configuration of a CoE model, and how to build one pipeline stage of it.
 
     Megatron's parallel groups (`megatron.core.parallel_state`) exist before `provide` is called,
     with the sizes that the configuration names.
@@ -66,7 +66,7 @@ class CoEModelProvider(CoEConfig):
 
         Args:
             pre_process: has the embedding; None for "if this is the first stage".
-            post_process: has the output head; None for "if this is the last stage".
+            post_process: has the output layer; None for "if this is the last stage".
             vp_stage: index of the model chunk under interleaved pipelining.
             pg_collection: process groups; None for Megatron's global ones.
 

@@ -28,7 +28,7 @@ class ReferenceCoE:
         topk: K.
         residual: `inner` | `outer` | `addinit` | `inner_outer` | `none`.
         scaling: routed_scaling_factor, applied to the chosen scores.
-        coe_weights: upcycled chains only: a_t [H] for t = 2 ... C; x(1) = f_1(x(0)).
+        coe_weights: if upcycled, the iteration scales a_t [H] for t = 2 ... C; x(1) = f_1(x(0)).
     """
 
     gates: list[Tensor]
@@ -41,33 +41,31 @@ class ReferenceCoE:
     coe_weights: list[Tensor] | None = None
 
     def forward(self, x_SBH: Tensor) -> tuple[Tensor, Tensor]:
-        """The chain on x(0), the normed stream [S, B, H].
+        """Run the C iterations on x(0), the normed residual stream [S, B, H].
 
         Returns:
-            x(C) [S, B, H], to which modes `outer` and `inner_outer` then add the stream, and the
-            balance loss of each iteration [C], a mean over the B sequences without coefficient.
+            x(C) [S, B, H], to which modes `outer` and `inner_outer` then add the residual stream,
+            and the auxiliary loss of each iteration [C], a mean over the B sequences without
+            coefficient.
         """
         x_0 = x = x_SBH
         losses = []
         for t, gate in enumerate(self.gates):
             score_SBN = self.scores(x, gate)
             update = self.experts(x, score_SBN)  # f_t(x(t-1))
-            losses.append(self.balance_loss(score_SBN))
-            bases: dict[str, Tensor | int]
-            bases = {"inner": x, "inner_outer": x, "addinit": x_0, "outer": 0, "none": 0}
-            if self.coe_weights is not None and t > 0:
-                x = x + self.coe_weights[t - 1] * update
-            else:
-                x = bases[self.residual] + update
+            losses.append(self.aux_loss(score_SBN))
+            base = {"inner": x, "inner_outer": x, "addinit": x_0, "outer": 0, "none": 0}
+            upcycled = self.coe_weights is not None and t > 0
+            x = x + self.coe_weights[t - 1] * update if upcycled else base[self.residual] + update
         return x, torch.stack(losses)
 
     def scores(self, x_SBH: Tensor, gate_NH: Tensor) -> Tensor:
-        """Softmax over all routed experts, at least in fp32 [S, B, N]."""
+        """Return the softmax over all routed experts [S, B, N], at least in fp32."""
         dtype = torch.promote_types(x_SBH.dtype, torch.float32)
         return F.softmax(F.linear(x_SBH.to(dtype), gate_NH.to(dtype)), dim=-1)
 
     def experts(self, x_SBH: Tensor, score_SBN: Tensor) -> Tensor:
-        """Sum of the K best experts, weighted by their scores as they are, and the shared one."""
+        """Sum the top-k experts, weighted by their scores as they are, and the shared one."""
         chosen_SBK = score_SBN.topk(self.topk, dim=-1).indices
         rows = []
         for x_H, chosen, score in zip(
@@ -78,8 +76,8 @@ class ReferenceCoE:
         routed = torch.stack(rows).view_as(x_SBH).to(x_SBH.dtype)
         return routed if self.shared is None else routed + swiglu(x_SBH, *self.shared)
 
-    def balance_loss(self, score_SBN: Tensor) -> Tensor:
-        """DeepSeek's `seq_aux`: sum_i count_i / (S K / N) * mean_s score_i, then mean over B."""
+    def aux_loss(self, score_SBN: Tensor) -> Tensor:
+        """Return DeepSeek's `seq_aux`: sum_i count_i / (S K / N) * mean_s score_i, mean over B."""
         S, _, N = score_SBN.shape
         chosen_SBK = score_SBN.topk(self.topk, dim=-1).indices
         count_BN = F.one_hot(chosen_SBK, N).sum(dim=(0, 2)).to(score_SBN.dtype)
@@ -87,6 +85,6 @@ class ReferenceCoE:
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One expert: down(silu(gate(x)) * up(x)); x [..., H]."""
+    """Return one expert's down(silu(gate(x)) * up(x)); x [..., H]."""
     gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)

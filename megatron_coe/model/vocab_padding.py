@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 def mask_vocab_padding(
     output_layer: torch.nn.Module, vocab_size: int, padded_vocab_size: int, tp_group: ProcessGroup
 ) -> None:
-    """Give padding no probability, in whatever is made of an output layer's logits.
+    """Give padding no probability, in all that is computed from an output layer's logits.
 
     Args:
         output_layer: a column-parallel linear layer with `padded_vocab_size` rows over all ranks of

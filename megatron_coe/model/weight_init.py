@@ -66,7 +66,7 @@ def initialize_weights(model: GPTModel, seed: int) -> None:
     """Give this rank's part of a model the initial weights that belong to `seed`.
 
     Distributions are Megatron's (`init_method`, `output_layer_init_method`,
-    `embedding_init_method`) and `CoERouter`'s. Vectors, that is norms, biases and gates, stay as
+    `embedding_init_method`) and `CoERouter`'s. Vectors (norms, biases, iteration scales) stay as
     their modules made them: constant. Values are drawn in fp32, whatever the model's precision.
 
     Raises:

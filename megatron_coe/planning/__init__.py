@@ -1,1 +1,1 @@
-"""What a layout costs before it is paid for: memory, communication and time of a rank, on paper."""
+"""The cost of a layout before a run: memory, communication and time of a rank, by arithmetic."""

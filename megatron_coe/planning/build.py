@@ -1,4 +1,4 @@
-"""One rank's model of any layout, built in one process without memory: as Megatron builds it.
+"""Build one rank's model of any layout in one process, without memory, as Megatron builds it.
 
 Torch's fake process group plays the other ranks, and every tensor is on the meta device: shapes
 without storage. So what a rank of a thousand would hold is counted on a laptop, by the code that

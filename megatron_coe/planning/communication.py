@@ -51,7 +51,7 @@ class _Group:
 
 
 def collectives(plan: Plan, stage: int, cluster: Cluster) -> list[Collective]:
-    """All that a rank of a pipeline stage takes part in, but those of a few bytes."""
+    """List the collectives of a rank of a pipeline stage, but those of a few bytes."""
     made = _Maker(cluster, {group.name: group for group in _groups(plan)})
     parts = (_of_experts, _of_attention, _of_ends, _of_step)
     found = [collective for part in parts for collective in part(plan, stage, made)]
@@ -124,23 +124,23 @@ def _of_attention(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
 
 
 def _of_ends(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
-    """Embedding, output head and the neighboring pipeline stages."""
+    """Embedding, output layer and the neighboring pipeline stages."""
     m, part = plan.num_microbatches, _sequence_part(plan)
     if stage == 0:
         yield made("embedding: scatter", "TP", "micro-batch", m, 2, 2 * part)
     if stage == len(plan.chunks) - 1:
-        yield made("output head: gather and scatter", "TP", "micro-batch", m, 3, 3 * part)
+        yield made("output layer: gather and scatter", "TP", "micro-batch", m, 3, 3 * part)
     times, sent = m * len(plan.chunks[stage]), plan.own_tokens * _row(plan)
     name = "activations and gradients to neighbors"
     yield made(name, "PP", "micro-batch", times, 2, 2 * sent)
 
 
 def _of_step(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
-    """Gradients and weights of the replicas."""
+    """Gradients and weights over the data-parallel ranks."""
     weights, experts = stage_params(plan, stage)
     for name, group, params, n in (
-        ("", "DP", weights, plan.dense_replicas),
-        ("experts' ", "EDP", experts, plan.expert_replicas),
+        ("", "DP", weights, plan.dense_data_parallel_size),
+        ("experts' ", "EDP", experts, plan.expert_data_parallel_size),
     ):
         share = params * (n - 1) / n
         if plan.use_distributed_optimizer:
@@ -173,11 +173,11 @@ def _groups(plan: Plan) -> list[_Group]:
     return [
         _Group("TP", tp, 1),
         _Group("CP", cp, tp),
-        _Group("DP", plan.dense_replicas, tp),
+        _Group("DP", plan.dense_data_parallel_size, tp),
         _Group("PP", pp, plan.world_size // pp),
         _Group("ETP", etp, 1),
         _Group("EP", ep, etp),
-        _Group("EDP", plan.expert_replicas, etp * ep),
+        _Group("EDP", plan.expert_data_parallel_size, etp * ep),
     ]
 
 

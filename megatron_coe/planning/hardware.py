@@ -1,4 +1,4 @@
-"""What a GPU and its network can do, by their data sheets.
+"""GPUs and their networks, by their data sheets.
 
 Sources: NVIDIA's data sheets "A100 Tensor Core GPU" (2021), "H100 Tensor Core GPU" (2023), "H200
 Tensor Core GPU" (2024) and "DGX B200" (2024) for arithmetic without sparsity, memory and NVLink
@@ -44,7 +44,7 @@ _DEVICES = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 operations per second of a GPU by CUDA's name; None if it is not known."""
+    """Return the dense bf16 operations per second of a GPU by CUDA's name; None if unknown."""
     known = _DEVICES.get(device_name)
     return GPUS[known].flops if known else None
 
@@ -75,7 +75,7 @@ class Cluster:
     gpus_per_node: int = 8
 
     def collective(self, sent: float, size: int, stride: int, *, to_each: bool) -> float:
-        """Seconds of one collective.
+        """Return the seconds of one collective.
 
         Args:
             sent: bytes that each rank sends to others in all.

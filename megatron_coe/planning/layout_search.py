@@ -1,4 +1,4 @@
-"""Which layouts a model and a number of GPUs allow, ranked by the estimated time of a step."""
+"""Search the layouts that a model and a number of GPUs allow, ranked by estimated step time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ RECOMPUTE: dict[str, dict[str, object]] = {
         "recompute_num_layers": 1,
     },
 }
-"""What the search may recompute, the cheapest first; the fields of section `model` that ask for
-it. The first that fits is taken."""
+"""What the search may recompute, the cheapest first, as fields of section `model`. The first that
+fits is taken."""
 
 CONFIGURED = "as configured"
 
@@ -33,7 +33,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan with the memory of its fullest rank."""
+    """A plan with the memory of its peak-memory stage."""
 
     plan: Plan
     recompute: str
@@ -61,24 +61,24 @@ class Ranking:
 
 
 def estimate(plan: Plan, cluster: Cluster) -> Estimate:
-    """What a plan costs as it is."""
+    """Estimate what a plan costs as it is."""
     return Estimate(plan, CONFIGURED, rank_memory(plan), step_time(plan, cluster))
 
 
 def usable_memory(cluster: Cluster) -> float:
-    """Bytes of a GPU that a plan may fill."""
+    """Return the bytes of a GPU that a plan may fill."""
     return USABLE_MEMORY * cluster.gpu.memory
 
 
 def rank_layouts(
     model: CoEModelProvider, world_size: int, global_batch_size: int, cluster: Cluster
 ) -> Ranking:
-    """Every legal layout of `model` on `world_size` GPUs, each with its best micro-batch size.
+    """Rank the legal layouts of `model` on `world_size` GPUs, each with its best micro-batch size.
 
     The layout in `model` itself does not matter; its recomputation, where it asks for one, is kept.
 
     Raises:
-        ValueError: the model divides its layers over stages in a way of its own, or no layout is
+        ValueError: the model sets uneven pipeline stages, or no layout is
             legal for this number of GPUs and this batch.
     """
     for name in UNEVEN_STAGES:
@@ -101,7 +101,7 @@ def rank_layouts(
     if not legal:
         raise ValueError(
             f"no layout is legal for {world_size} GPUs with train.global_batch_size="
-            f"{global_batch_size}: each data-parallel replica needs the same number of sequences; "
+            f"{global_batch_size}: each data-parallel rank needs the same number of sequences; "
             "make the batch a multiple of the number of GPUs, or change the latter"
         )
     smallest = min(others, key=lambda c: c.memory.total, default=None)
@@ -109,7 +109,7 @@ def rank_layouts(
 
 
 def legal_layouts(model: CoEModelProvider, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Layouts by the rules of `megatron_coe.model.parallelism`, without the pointless ones: tensor
+    """Yield the layouts that `megatron_coe.model.parallelism` allows, but the pointless: tensor
     parallelism beyond a node, or expert-tensor parallelism other than 1 or TP."""
     extents = extents_of(vars(model), world_size)
     processes = divisors(world_size)
@@ -123,9 +123,9 @@ def legal_layouts(model: CoEModelProvider, world_size: int, gpus_per_node: int) 
                 continue
             yield plain
             for vpp in divisors(model.num_layers // pp)[1:] if pp > 1 else ():
-                rounds = replace(plain, virtual_pipeline_model_parallel_size=vpp)
-                if not complaint(rounds, extents):
-                    yield rounds
+                interleaved = replace(plain, virtual_pipeline_model_parallel_size=vpp)
+                if not complaint(interleaved, extents):
+                    yield interleaved
 
 
 def _candidates(
@@ -137,20 +137,20 @@ def _candidates(
 ) -> Iterator[Candidate]:
     """For each micro-batch size the cheapest recomputation that fits, up to the first that none
     makes fit, which is given too."""
-    replicas = world_size // layout.dense_ranks
+    data_parallel = world_size // layout.dense_ranks
     vpp, pp = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
     chosen = RECOMPUTE if model.recompute_granularity is None else {CONFIGURED: {}}
-    laid_out: dict[str, CoEModelProvider] = {}
+    parallelized: dict[str, CoEModelProvider] = {}
     for micro in MICRO_BATCHES:
-        if global_batch_size % (replicas * micro):
+        if global_batch_size % (data_parallel * micro):
             return
-        if vpp and global_batch_size // (replicas * micro) % pp:
+        if vpp and global_batch_size // (data_parallel * micro) % pp:
             return
         for name, changes in chosen.items():
-            if name not in laid_out:
-                laid_out[name] = lay_out(model, layout, changes)
+            if name not in parallelized:
+                parallelized[name] = parallelize(model, layout, changes)
             plan = Plan(
-                model=laid_out[name],
+                model=parallelized[name],
                 world_size=world_size,
                 micro_batch_size=micro,
                 global_batch_size=global_batch_size,
@@ -170,11 +170,11 @@ def _fits(candidate: Candidate, cluster: Cluster) -> bool:
     return candidate.memory.total <= usable_memory(cluster)
 
 
-def lay_out(
+def parallelize(
     model: CoEModelProvider, layout: Layout, changes: Mapping[str, object]
 ) -> CoEModelProvider:
-    """The model in a layout, with what goes with it: sequence parallelism, the pipeline's way of
-    communicating, and the shared expert under the dispatch where that crosses GPUs."""
+    """Return the model in a layout, with what goes with it: sequence parallelism, point-to-point
+    communication, and the shared expert overlapped with the dispatch where that crosses GPUs."""
     tp, vpp = layout.tensor_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     return model.with_fields(
         **vars(layout),

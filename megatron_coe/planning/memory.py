@@ -19,7 +19,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
-    """What the forward pass leaves for the backward pass, at its most."""
+    """What the forward pass saves for the backward pass, at its peak."""
     workspace: int = 0
     """Logits on their way to the loss, and their gradient on its way back."""
 
@@ -29,7 +29,7 @@ class Memory:
 
 
 def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
-    """Parameters (outside the routed experts, in them) of each rank of a pipeline stage.
+    """Count the parameters (outside the routed experts, in them) of a rank of a pipeline stage.
 
     Counted for the `torch` backend; Transformer Engine's keeps MLA's down projections whole on each
     tensor-parallel rank.
@@ -56,12 +56,15 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
 
 
 def stage_memory(plan: Plan, stage: int) -> Memory:
-    """Memory of a rank of a pipeline stage."""
+    """Estimate the memory of a rank of a pipeline stage."""
     dense, expert = stage_params(plan, stage)
     # Adam's two moments in fp32, and fp32 main weights beside 16-bit ones.
     state = 8 if plan.element_size == 4 else 12
     if plan.use_distributed_optimizer:
-        optimizer = state * dense // plan.dense_replicas + state * expert // plan.expert_replicas
+        optimizer = (
+            state * dense // plan.dense_data_parallel_size
+            + state * expert // plan.expert_data_parallel_size
+        )
     else:
         optimizer = state * (dense + expert)
     is_last = stage == plan.model.pipeline_model_parallel_size - 1
@@ -74,12 +77,12 @@ def stage_memory(plan: Plan, stage: int) -> Memory:
     )
 
 
-def fullest_stage(plan: Plan) -> int:
-    """The pipeline stage whose ranks need most."""
+def peak_memory_stage(plan: Plan) -> int:
+    """Return the pipeline stage whose ranks need most memory."""
     return max(plan.distinct_stages, key=lambda stage: stage_memory(plan, stage).total)
 
 
 def rank_memory(plan: Plan) -> Memory:
-    """Memory of the fullest rank."""
+    """Estimate the memory of a rank of the peak-memory stage."""
     stages = (stage_memory(plan, stage) for stage in plan.distinct_stages)
     return max(stages, key=lambda memory: memory.total)

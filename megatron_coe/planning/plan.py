@@ -1,4 +1,4 @@
-"""`Plan`: a model laid out over a number of processes, with the batch that they share."""
+"""`Plan`: a model parallelized over a number of processes, with the batch that they share."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Plan:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     on_gpu: bool = True
-    """Which kernels run: a CPU's keep some tensors more for the backward pass."""
+    """Which kernels run: a CPU's save some tensors more for the backward pass."""
 
     @property
     def element_size(self) -> int:
-        """Bytes of a weight or an activation."""
+        """Return the bytes of a weight or an activation."""
         return self.model.params_dtype.itemsize
 
     @property
@@ -43,53 +43,53 @@ class Plan:
 
     @property
     def data_parallel(self) -> int:
-        """Replicas that read different sequences."""
+        """Return the number of data-parallel ranks, which read different sequences."""
         model = self.model
         dense = model.tensor_model_parallel_size * model.context_parallel_size
         return self.world_size // (dense * model.pipeline_model_parallel_size)
 
     @property
-    def dense_replicas(self) -> int:
-        """Ranks that hold the same weights outside the experts and share their optimizer."""
+    def dense_data_parallel_size(self) -> int:
+        """Return how many ranks hold the same dense weights and shard their optimizer state."""
         return self.data_parallel * self.model.context_parallel_size
 
     @property
-    def expert_replicas(self) -> int:
-        """Ranks that hold the same experts and share their optimizer."""
+    def expert_data_parallel_size(self) -> int:
+        """Return how many ranks hold the same experts and shard their optimizer state."""
         model = self.model
         ranks = self.expert_tp * model.expert_model_parallel_size
         return self.world_size // (ranks * model.pipeline_model_parallel_size)
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches that each replica runs per step."""
+        """Return the micro-batches that each data-parallel rank runs per step."""
         return max(1, self.global_batch_size // (self.micro_batch_size * self.data_parallel))
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch in this rank's attention heads: S * B / CP."""
+        """Return the tokens of a micro-batch in this rank's attention heads: S * B / CP."""
         model = self.model
         return self.micro_batch_size * model.seq_length // model.context_parallel_size
 
     @property
     def own_tokens(self) -> int:
-        """Of these, the ones it holds between the matrix products: under TP, S is divided again."""
+        """Return those it holds between the matrix products: under TP, S is sharded again."""
         return self.tokens // self.model.tensor_model_parallel_size
 
     @property
     def routed_rows(self) -> int:
-        """Rows that this rank's experts process in one iteration of one micro-batch."""
+        """Return the dispatched tokens of one iteration of one micro-batch on this rank."""
         return self.own_tokens * self.model.moe_router_topk * self.expert_tp
 
     @cached_property
     def chunks(self) -> list[list[Chunk]]:
-        """Layers by pipeline stage and, within it, model chunk [PP][VPP][layers]."""
+        """Return the layers by pipeline stage and, within it, model chunk [PP][VPP][layers]."""
         model = self.model
         stages = model.pipeline_model_parallel_size
-        rounds = model.virtual_pipeline_model_parallel_size or 1
+        vp_stages = model.virtual_pipeline_model_parallel_size or 1
         chunks: list[list[Chunk]] = [[] for _ in range(stages)]
         pattern = iter(model.moe_layer_pattern)
-        for vp_stage in range(rounds):
+        for vp_stage in range(vp_stages):
             for stage in range(stages):
                 count = self._num_layers(stage, vp_stage)
                 chunks[stage].append([bool(next(pattern)) for _ in range(count)])
@@ -97,8 +97,8 @@ class Plan:
 
     @cached_property
     def distinct_stages(self) -> list[int]:
-        """The first pipeline stage of each kind: later ones with the same layers take the same time
-        and, with fewer micro-batches in flight, no more memory."""
+        """Return the first pipeline stage of each kind: later ones with the same layers take the
+        same time and, with fewer micro-batches in flight, no more memory."""
         last = len(self.chunks) - 1
         kinds: dict[tuple, int] = {}
         for stage, chunks in enumerate(self.chunks):
@@ -107,7 +107,7 @@ class Plan:
         return list(kinds.values())
 
     def layers(self, stage: int) -> Chunk:
-        """All layers of a pipeline stage, with multi-token prediction's on the last."""
+        """Return all layers of a pipeline stage, with multi-token prediction's on the last."""
         layers = [is_moe for chunk in self.chunks[stage] for is_moe in chunk]
         if stage == len(self.chunks) - 1:
             layers += [bool(self.model.moe_layer_pattern[-1])] * (self.model.mtp_num_layers or 0)

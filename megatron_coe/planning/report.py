@@ -1,4 +1,4 @@
-"""A ranking of layouts in words: tables, JSON, and the YAML that asks for a layout."""
+"""A ranking of layouts as tables, as JSON, and as the YAML that asks for a layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_coe.planning.activations import iteration_kept
+from megatron_coe.planning.activations import iteration_activations
 from megatron_coe.planning.build import Built
 from megatron_coe.planning.communication import Collective, collectives
 from megatron_coe.planning.hardware import Cluster
@@ -19,7 +19,7 @@ from megatron_coe.planning.layout_search import (
     Ranking,
     usable_memory,
 )
-from megatron_coe.planning.memory import GIB, fullest_stage
+from megatron_coe.planning.memory import GIB, peak_memory_stage
 from megatron_coe.planning.plan import Plan
 from megatron_coe.utils.tables import aligned_table
 
@@ -34,7 +34,7 @@ _SIZES = {
 
 
 def headline(plan: Plan, cluster: Cluster) -> str:
-    """The model, the machine and the batch."""
+    """Name the model, the machine and the batch in a line."""
     model = plan.model
     return (
         f"{model.num_params():,} parameters, {model.num_active_params():,} active; "
@@ -44,7 +44,7 @@ def headline(plan: Plan, cluster: Cluster) -> str:
 
 
 def ranking_table(ranking: Ranking, cluster: Cluster, top: int) -> str:
-    """The fastest layouts that fit, one a line."""
+    """Tabulate the fastest layouts that fit."""
     limit = usable_memory(cluster) / GIB
     title = f"the layout as configured; {limit:.0f} GiB of each GPU can be used"
     if [found.recompute for found in ranking.fitting] != [CONFIGURED]:
@@ -56,7 +56,7 @@ def ranking_table(ranking: Ranking, cluster: Cluster, top: int) -> str:
 
 
 def nothing_fits(ranking: Ranking, cluster: Cluster) -> str:
-    """Why there is no layout to recommend."""
+    """Say why there is no layout to recommend."""
     assert ranking.smallest is not None
     plan = ranking.smallest.plan
     return (
@@ -68,17 +68,19 @@ def nothing_fits(ranking: Ranking, cluster: Cluster) -> str:
 
 
 def details(estimate: Estimate, cluster: Cluster) -> str:
-    """Memory, activations by iteration, and collectives of the fullest rank."""
+    """List memory, activations by iteration and collectives of the peak-memory stage."""
     plan, memory, time = estimate.plan, estimate.memory, estimate.time
-    stage = fullest_stage(plan)
-    lines = [f"{_named(plan)}: a rank of pipeline stage {stage}, the fullest"]
+    stage = peak_memory_stage(plan)
+    lines = [f"{_named(plan)}: a rank of pipeline stage {stage}, the peak-memory stage"]
     parts = [(name, f"{value / GIB:9.2f} GiB") for name, value in asdict(memory).items()]
     lines += [f"  {name:<14}{value}" for name, value in parts]
     for t in range(plan.model.coe_iterations):
-        kept = iteration_kept(plan, t)
-        held, anew = kept.held / GIB, kept.remade / GIB
-        lines.append(f"  of each CoE layer and micro-batch, iteration {t + 1}: {held:.3f} GiB kept")
-        lines[-1] += f", {anew:.3f} GiB recomputed" if kept.remade else ""
+        of_iteration = iteration_activations(plan, t)
+        saved, recomputed = of_iteration.saved / GIB, of_iteration.recomputed / GIB
+        lines.append(
+            f"  of each CoE layer and micro-batch, iteration {t + 1}: {saved:.3f} GiB saved"
+        )
+        lines[-1] += f", {recomputed:.3f} GiB recomputed" if of_iteration.recomputed else ""
     lines += ["", "collectives of that rank"]
     header = ("", "over", "in each", "times a step", "calls", "MB sent", "ms")
     rows = (
@@ -96,7 +98,7 @@ def details(estimate: Estimate, cluster: Cluster) -> str:
 
 
 def as_yaml(estimate: Estimate) -> str:
-    """The settings that make a run of this plan."""
+    """Return the settings that make a run of this plan."""
     plan, model = estimate.plan, estimate.plan.model
     sections: dict[str, dict[str, Any]] = {"model": {}}
     if estimate.recompute not in ("none", CONFIGURED):
@@ -118,10 +120,10 @@ def as_yaml(estimate: Estimate) -> str:
 
 
 def as_dict(estimate: Estimate, cluster: Cluster) -> dict[str, Any]:
-    """Everything about an estimate, for JSON; bytes and seconds."""
+    """Return everything about an estimate, for JSON; bytes and seconds."""
     plan = estimate.plan
-    traffic: list[Collective] = collectives(plan, fullest_stage(plan), cluster)
-    iterations = [asdict(iteration_kept(plan, t)) for t in range(plan.model.coe_iterations)]
+    traffic: list[Collective] = collectives(plan, peak_memory_stage(plan), cluster)
+    iterations = [asdict(iteration_activations(plan, t)) for t in range(plan.model.coe_iterations)]
     return {
         "settings": yaml.safe_load(as_yaml(estimate)),
         "memory": {**asdict(estimate.memory), "total": estimate.memory.total},
@@ -132,7 +134,7 @@ def as_dict(estimate: Estimate, cluster: Cluster) -> dict[str, Any]:
 
 
 def built_table(ranks: Sequence[Built]) -> str:
-    """What was built beside what had been predicted."""
+    """Tabulate what was built beside what had been predicted."""
     header = ("rank", "stage", "built", "of them in experts", "predicted", "")
     rows = []
     for built in ranks:

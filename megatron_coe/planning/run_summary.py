@@ -1,4 +1,4 @@
-"""Sizes of a run on paper: parameters, work per token, and memory of a rank. Nothing is built."""
+"""Sizes of a run before it starts: parameters, FLOPs per token, memory of a rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_VOCABULARY = (
 
 
 def tokenizer_vocab_size(settings: Settings) -> int | None:
-    """Ids of the tokenizer that `settings` name, if it is there: a model on paper needs none.
+    """Return the number of ids of the tokenizer that `settings` name, or None if it is not there.
 
     Raises: ValueError: it cannot be read.
     """
@@ -26,7 +26,7 @@ def tokenizer_vocab_size(settings: Settings) -> int | None:
 
 
 def plan_of(settings: Settings, provider: CoEModelProvider, world_size: int, on_gpu: bool) -> Plan:
-    """What the planner asks about the run of `settings` on `world_size` processes."""
+    """Return the plan of the run of `settings` on `world_size` processes."""
     train, parallel = settings.train, settings.parallel
     return Plan(
         model=provider,
@@ -41,18 +41,18 @@ def plan_of(settings: Settings, provider: CoEModelProvider, world_size: int, on_
 
 
 def describe_sizes(plan: Plan) -> str:
-    """Sizes, work and the fullest rank's memory as a small table.
+    """Tabulate sizes, FLOPs and the memory of the peak-memory stage.
 
-    Of a model without a vocabulary, what its decoder comes to, and that this is not all.
+    Of a model without a vocabulary the decoder alone, and a line that says so.
     """
     model, S = plan.model, plan.model.seq_length
     memory = rank_memory(plan)
-    with_tables, body = model.num_params(), model.num_params(embeddings=False)
-    active, active_body = model.num_active_params(), model.num_active_params(embeddings=False)
+    with_tables, decoder = model.num_params(), model.num_params(embeddings=False)
+    active, active_decoder = model.num_active_params(), model.num_active_params(embeddings=False)
     rows = [
         ("vocabulary", f"{model.vocab_size:,} ids, padded to {model.padded_vocab_size:,}"),
-        ("parameters", f"{with_tables:,} ({body:,} without embedding and head)"),
-        ("active per token", f"at most {active:,} ({active_body:,})"),
+        ("parameters", f"{with_tables:,} ({decoder:,} without embedding and head)"),
+        ("active per token", f"at most {active:,} ({active_decoder:,})"),
         ("training FLOPs per token", f"{model.flops_per_token(S):,} at sequence length {S}"),
         ("memory of a rank", f"{memory.total / GIB:.2f} GiB, of {plan.world_size} rank(s)"),
         ("  weights", f"{memory.weights / GIB:.2f} GiB"),

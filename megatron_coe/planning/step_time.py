@@ -1,8 +1,10 @@
-"""Time of a step on paper: arithmetic, memory traffic, exposed communication, pipeline bubble.
+"""Time of a step by estimate: arithmetic, memory traffic, exposed communication, pipeline bubble.
+
+Experimental: not compared with the time of a cluster yet.
 
 The assumptions, each a line here and in docs/scaling.md: experts are equally loaded; matrix
 products run at a fixed share of the peak, grouped ones less by their half-empty tiles; all else
-costs the memory traffic of what is kept for the backward pass; collectives inside a layer wait and
+costs the memory traffic of what is saved for the backward pass; collectives inside a layer wait and
 are waited for, but those that hide under the shared expert; gradients and weights travel under the
 last backward and the first forward pass where they may.
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_coe.model import flops
-from megatron_coe.planning.activations import layer_kept
+from megatron_coe.planning.activations import layer_activations
 from megatron_coe.planning.communication import Collective, collectives
 from megatron_coe.planning.hardware import (
     ATTENTION_EFFICIENCY,
@@ -26,8 +28,8 @@ from megatron_coe.planning.memory import Memory, stage_memory
 from megatron_coe.planning.plan import Plan
 
 _TOUCHES = 5
-"""Times that a kept byte crosses the memory's interface: written, read and read again, and its
-gradient written and read. What is made anew for the backward pass is written and read once more."""
+"""Times that a saved byte crosses the memory's interface: written, read and read again, and its
+gradient written and read. What is recomputed is written and read once more."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class StepTime:
 
 
 def step_time(plan: Plan, cluster: Cluster) -> StepTime:
-    """The step of the slowest pipeline stage."""
+    """Estimate the step of the slowest pipeline stage."""
     times = (_stage_time(plan, stage, cluster) for stage in plan.distinct_stages)
     slowest = max(times, key=lambda time: time.total)
     model = plan.model
@@ -63,15 +65,16 @@ def _stage_time(plan: Plan, stage: int, cluster: Cluster) -> StepTime:
     inside = sum(c.times * c.seconds for c in traffic if c.place != "step") / m
     inside -= _hidden_by_shared_expert(plan, stage, traffic, cluster)
     after = _exposed_after(plan, traffic, compute)
-    rounds = model.virtual_pipeline_model_parallel_size or 1
-    bubble = (model.pipeline_model_parallel_size - 1) / rounds * (compute + inside)
+    vp_stages = model.virtual_pipeline_model_parallel_size or 1
+    bubble = (model.pipeline_model_parallel_size - 1) / vp_stages * (compute + inside)
     memory = stage_memory(plan, stage)
     optimizer = _optimizer_bytes(memory) / gpu.memory_bandwidth
     return StepTime(m * compute, m * inside + after, bubble, optimizer)
 
 
 def micro_batch_seconds(plan: Plan, stage: int, cluster: Cluster) -> float:
-    """Forward and backward pass of one micro-batch on a pipeline stage, without communication."""
+    """Return the seconds of one micro-batch, forward and backward, on a pipeline stage, without
+    communication."""
     model = plan.model
     seconds = 0.0
     layers = plan.layers(stage)
@@ -95,8 +98,8 @@ def _layer_seconds(plan: Plan, is_moe: bool, cluster: Cluster) -> float:
     dense = 2 * macs * plan.own_tokens / (gpu.flops * MATRIX_EFFICIENCY)
     core: float = 2 * flops.attention_core_macs(model, model.seq_length) * plan.own_tokens
     core /= gpu.flops * ATTENTION_EFFICIENCY
-    kept = layer_kept(plan, is_moe)
-    moved = (_TOUCHES * kept.held + (_TOUCHES + 2) * kept.remade) / gpu.memory_bandwidth
+    saved = layer_activations(plan, is_moe)
+    moved = (_TOUCHES * saved.saved + (_TOUCHES + 2) * saved.recomputed) / gpu.memory_bandwidth
     passes = 3.0  # a backward pass is twice a forward pass
     routed_passes = passes
     if model.recompute_granularity == "full":
@@ -107,8 +110,8 @@ def _layer_seconds(plan: Plan, is_moe: bool, cluster: Cluster) -> float:
 
 
 def _routed_seconds(plan: Plan, cluster: Cluster) -> float:
-    """One forward pass through a rank's experts: as fast as they multiply or their weights are
-    read, whichever is slower."""
+    """Seconds of a forward pass through a rank's experts: as fast as they multiply or their weights
+    are read, whichever is slower."""
     model, gpu = plan.model, cluster.gpu
     experts = model.num_moe_experts // model.expert_model_parallel_size
     rows = plan.routed_rows + experts * TILE_ROWS / 2
@@ -131,8 +134,8 @@ def _hidden_by_shared_expert(
     iterations = sum(plan.layers(stage)) * model.coe_iterations
     shared = flops.ffn_params(model, model.moe_shared_expert_intermediate_size)
     work = 6 * shared * plan.own_tokens * iterations
-    exchanged = sum(c.times * c.seconds for c in traffic if c.group == "EP")
-    return min(work / (cluster.gpu.flops * MATRIX_EFFICIENCY), exchanged / plan.num_microbatches)
+    all_to_alls = sum(c.times * c.seconds for c in traffic if c.group == "EP")
+    return min(work / (cluster.gpu.flops * MATRIX_EFFICIENCY), all_to_alls / plan.num_microbatches)
 
 
 def _exposed_after(plan: Plan, traffic: list[Collective], micro_batch: float) -> float:

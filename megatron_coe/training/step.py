@@ -17,7 +17,7 @@ from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.fault_tolerance.nonfinite import diagnose
-from megatron_coe.megatron_compat.versions import forget_balance_losses, get_batch_on_this_cp_rank
+from megatron_coe.megatron_compat.versions import clear_aux_losses, get_batch_on_this_cp_rank
 from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.grad_norms import GradientNorms
 from megatron_coe.training.loss import (
@@ -109,7 +109,7 @@ class TrainStep:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        forget_balance_losses()  # so that metrics are of one step, wherever the run began
+        clear_aux_losses()  # so that metrics are of one step, wherever the run began
         return forward_backward(
             self._train_state,
             lambda: iter(batches),

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_coe.config.run_config import TrainSettings
 from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.model.config import CoEConfig
-from megatron_coe.model.moe.aux_loss import collect_balance
-from megatron_coe.model.moe.expert_usage import usage
+from megatron_coe.model.moe.aux_loss import collect_aux_losses
+from megatron_coe.model.moe.load_stats import load_stats
 from megatron_coe.model.moe.routing_stats import RoutingStats
 from megatron_coe.planning.hardware import peak_flops
 from megatron_coe.utils.metrics_file import Record
@@ -67,7 +67,7 @@ class MetricsCollector:
         record |= {f"grad_norm/{group}": norm for group, norm in step.grad_norms.items()}
         record |= self._speed(step.seconds)
         record["memory_peak_bytes"] = memory_peak(self._device)
-        balance = collect_balance(self._provider, self._microbatches, self._device)
+        balance = collect_aux_losses(self._provider, self._microbatches, self._device)
         layers = coe_layers(self._provider)
         for loss, value_CL in balance.items():
             record |= _by_layer(f"balance/{loss}", value_CL.T[layers].tolist(), layers)
@@ -95,7 +95,7 @@ def routing_metrics(table_LCN1: torch.Tensor, config: CoEConfig) -> Record:
     layers = coe_layers(config)
     counts_LCN = table_LCN1[layers, :, :-1].numpy()
     tokens_LC = counts_LCN.sum(axis=-1) / config.moe_router_topk
-    used_LC = [[usage(counts_N) for counts_N in counts_CN] for counts_CN in counts_LCN]
+    used_LC = [[load_stats(counts_N) for counts_N in counts_CN] for counts_CN in counts_LCN]
     record: Record = {
         f"load/iteration_{t}/layer_{layer + 1}": (counts / counts.sum()).round(6).tolist()
         for layer, counts_CN in zip(layers, counts_LCN, strict=True)

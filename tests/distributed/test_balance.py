@@ -63,7 +63,7 @@ def _router_gradient(sizes: dict, loss: str, per_token: bool) -> dict:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from megatron_coe.model.moe.aux_loss import collect_balance
+    from megatron_coe.model.moe.aux_loss import collect_aux_losses
     from megatron_coe.model.moe.router import CoERouter
     from tests.builders import randomize, tiny_config, weigh_balance_losses
 
@@ -92,7 +92,7 @@ def _router_gradient(sizes: dict, loss: str, per_token: bool) -> dict:
 
     value = _objective(router, x, loss, dp_size)
     (expected,) = torch.autograd.grad(COEFF * value, router.weight)
-    logged = collect_balance(config, 1, torch.device("cpu"))
+    logged = collect_aux_losses(config, 1, torch.device("cpu"))
     return {
         "gradient": gradient.tolist(),
         "expected": expected.tolist(),
@@ -109,19 +109,19 @@ def _objective(router, x: torch.Tensor, loss: str, dp_size: int) -> torch.Tensor
     oracle = ReferenceCoE([router.weight], nothing, nothing, None, topk=router.topk)
     scores = oracle.scores(x, router.weight)
     if loss == "seq_aux_loss":
-        return oracle.balance_loss(scores)
+        return oracle.aux_loss(scores)
     if loss == "z_loss":
         return (x @ router.weight.T).logsumexp(dim=-1).square().mean()
     # aux_loss is one of each replica's micro-batch, global_aux_loss one of all replicas'.
     parts = scores.chunk(dp_size if loss == "aux_loss" else 1, dim=1)
-    return torch.stack([oracle.balance_loss(part.reshape(-1, 1, N)) for part in parts]).mean()
+    return torch.stack([oracle.aux_loss(part.reshape(-1, 1, N)) for part in parts]).mean()
 
 
 def _one_silent_stage() -> list[float]:
     from megatron.core import parallel_state
 
-    from megatron_coe.megatron_compat.versions import record_balance_loss
-    from megatron_coe.model.moe.aux_loss import collect_balance, iteration_key
+    from megatron_coe.megatron_compat.versions import record_aux_loss
+    from megatron_coe.model.moe.aux_loss import collect_aux_losses, iteration_key
     from tests.builders import tiny_config
 
     group = parallel_state.get_tensor_and_context_parallel_group()
@@ -132,6 +132,6 @@ def _one_silent_stage() -> list[float]:
         for t in range(2):
             key = iteration_key("seq_load_balancing_loss", t)
             loss = torch.tensor(1.0 + t)
-            record_balance_loss(key, loss, 1, config.num_layers, group, False)
-    logged = collect_balance(config, 1, torch.device("cpu"))["seq_aux_loss"]
+            record_aux_loss(key, loss, 1, config.num_layers, group, False)
+    logged = collect_aux_losses(config, 1, torch.device("cpu"))["seq_aux_loss"]
     return logged.sum(dim=0).tolist()

@@ -130,7 +130,7 @@ def _events(sizes: dict) -> list[str]:
     from megatron_coe.model.moe import async_all_to_all
 
     layer, events = _layer(sizes, 2), []
-    send, wait = async_all_to_all.Exchange._send, async_all_to_all.Exchange._wait
+    send, wait = async_all_to_all.AllToAll._send, async_all_to_all.AllToAll._wait
 
     def noted(name: str, function):
         def call(*args):
@@ -143,7 +143,7 @@ def _events(sizes: dict) -> list[str]:
         events.append("shared")
         output.register_hook(lambda _: events.append("shared"))
 
-    async_all_to_all.Exchange._send, async_all_to_all.Exchange._wait = (
+    async_all_to_all.AllToAll._send, async_all_to_all.AllToAll._wait = (
         noted("send", send),
         noted("wait", wait),
     )
@@ -151,5 +151,5 @@ def _events(sizes: dict) -> list[str]:
     try:
         _pass(layer)
     finally:
-        async_all_to_all.Exchange._send, async_all_to_all.Exchange._wait = send, wait
+        async_all_to_all.AllToAll._send, async_all_to_all.AllToAll._wait = send, wait
     return events

@@ -368,9 +368,9 @@ def _forget_models() -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-    from megatron_coe.megatron_compat.versions import forget_balance_losses
+    from megatron_coe.megatron_compat.versions import clear_aux_losses
 
-    forget_balance_losses()
+    clear_aux_losses()
     MTPLossLoggingHelper.tracker.clear()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
 

@@ -136,15 +136,15 @@ FAULTS = [
     Fault(
         "logged under the same iteration",
         ROUTER,
-        "self.iteration, self.compact = iteration, compact",
-        "self.iteration, self.compact = 0, compact",
+        "self.iteration, self.as_indices = iteration, as_indices",
+        "self.iteration, self.as_indices = 0, as_indices",
         OF_ROUTER,
     ),
     Fault(
         "one router used twice",
         ROUTER,
-        "return self[iteration](input, padding_mask, iteration, compact)",
-        "return self[max(iteration - 1, 0)](input, padding_mask, iteration, compact)",
+        "return self[iteration](input, padding_mask, iteration, as_indices)",
+        "return self[max(iteration - 1, 0)](input, padding_mask, iteration, as_indices)",
         OF_LAYER,
     ),
     Fault(
@@ -234,8 +234,8 @@ FAULTS = [
     Fault(
         "upcycled: gates miss the other ranks' part of the sequence",
         LAYER,
-        "gate.sequence_parallel = config.sequence_parallel",
-        "gate.sequence_parallel = False",
+        "scale.sequence_parallel = config.sequence_parallel",
+        "scale.sequence_parallel = False",
         OF_LAYOUTS,
     ),
     Fault(
@@ -277,7 +277,7 @@ FAULTS = [
     Fault(
         "stream added in the paper's mode",
         SPECS,
-        "get_bias_dropout_add if config.adds_stream else keep_chain_output",
+        "get_bias_dropout_add if config.adds_residual else get_bias_add_without_residual",
         "get_bias_dropout_add",
         OF_MODEL,
     ),
@@ -501,8 +501,8 @@ FAULTS = [
     Fault(
         "activations of one iteration only",
         "megatron_coe/planning/activations.py",
-        "for t in range(model.coe_iterations)), Kept())",
-        "for t in range(1)), Kept())",
+        "for t in range(plan.model.coe_iterations)), Saved())",
+        "for t in range(1)), Saved())",
         OF_PLANS,
     ),
     Fault(
@@ -774,23 +774,23 @@ FAULTS = [
     Fault(
         "routing is counted twice under recomputation",
         ROUTER,
-        "return self.tally is not None and self.training and torch.is_grad_enabled()",
-        "return self.tally is not None and self.training",
+        "return self.routing_counts is not None and self.training and torch.is_grad_enabled()",
+        "return self.routing_counts is not None and self.training",
         OF_ROUTING_STATS,
     ),
     Fault(
         "iterations are counted as one",
         ROUTER,
-        "self.tally[self.iteration] += torch.cat(",
-        "self.tally[0] += torch.cat(",
+        "self.routing_counts[self.iteration] += torch.cat(",
+        "self.routing_counts[0] += torch.cat(",
         OF_ROUTING_STATS,
     ),
     Fault(
         "told padding is counted",
         ROUTER,
         """            routing_map = routing_map & ~padding_mask[:, None]
-            confidence_T""",
-        "            confidence_T",
+            topk_mass_T""",
+        "            topk_mass_T",
         OF_ROUTING_STATS,
     ),
     Fault(

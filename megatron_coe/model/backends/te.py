@@ -1,6 +1,6 @@
 """Transformer Engine's modules behind Megatron's ``BackendSpecProvider``.
 
-Megatron's own provider, narrowed to what chains of experts use: Transformer Engine's grouped
+Megatron's own provider, narrowed to what CoE layers use: Transformer Engine's grouped
 linear layers, and never the legacy grouped experts, which need another CUDA source build.
 """
 
@@ -16,13 +16,13 @@ class TESpecProvider(megatron_te.TESpecProvider):
     """Modules for Megatron's layer specs, from Transformer Engine."""
 
     def refuse_unsupported(self, config: CoEConfig) -> None:
-        """Raise ValueError for a field that this backend's modules would refuse when built."""
+        """Raise ValueError for a field that this backend's modules refuse when built."""
         self.grouped_mlp_modules(config.moe_grouped_gemm)
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
     ) -> ExpertModules:
-        """`TEGroupedMLP`, or Megatron's loop over expert modules if no grouped GEMM is wanted.
+        """Return `TEGroupedMLP`, or Megatron's loop over expert modules without grouped GEMM.
 
         Raises:
             ValueError: Transformer Engine is too old for grouped linear layers.

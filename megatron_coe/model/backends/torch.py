@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ class TorchSpecProvider(BackendSpecProvider):
     """Modules for Megatron's layer specs (megatron/core/models/backends.py)."""
 
     def refuse_unsupported(self, config: CoEConfig) -> None:
-        """Raise ValueError for a field that this backend's modules would refuse when built."""
+        """Raise ValueError for a field that this backend's modules refuse when built."""
         for layer_number in range(1, config.num_layers + 1):
             _refuse_unsupported(config, layer_number)
         if config.moe_grouped_gemm:
@@ -67,20 +66,20 @@ class TorchSpecProvider(BackendSpecProvider):
         return None
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """`Norm` for all: like Transformer Engine's it follows `config.normalization`."""
+        """Return `Norm` for all: like Transformer Engine's it follows `config.normalization`."""
         return Norm
 
     def core_attention(self) -> type:
         return SDPACoreAttention
 
     def mla_self_attention(self) -> type:
-        """What must stand in specs for Megatron's `MLASelfAttention` (no part of the protocol)."""
+        """Return what replaces Megatron's `MLASelfAttention` (not in the protocol)."""
         return TensorParallelMLA
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
     ) -> ExpertModules:
-        """Grouped experts, or Megatron's loop over expert modules if no grouped GEMM is wanted."""
+        """Return grouped experts, or Megatron's loop over expert modules without grouped GEMM."""
         if moe_use_grouped_gemm:
             return expert_modules(experts.GroupedExperts)
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -98,8 +97,9 @@ class Norm:
 
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
-    ) -> Any:  # RMSNorm or LayerNorm
-        """
+    ) -> RMSNorm | LayerNorm:
+        """Build it.
+
         Raises:
             ValueError: `config.normalization` is neither "RMSNorm" nor "LayerNorm".
         """
@@ -221,7 +221,8 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """
+        """Attend from each query to the keys it may see.
+
         Args:
             query: [S, B, N, D]
             key: [Sk, B, G, D], N a multiple of G
@@ -262,7 +263,7 @@ class SDPACoreAttention(MegatronModule):
             raise ValueError(
                 f"context_parallel_size={self.config.context_parallel_size} with attn_mask_type="
                 f"{mask_type.name}, {'no' if mask is None else 'an'} attention_mask and "
-                f"{lengths[0]} queries for {lengths[1]} keys: backend='torch' shares out causal "
+                f"{lengths[0]} queries for {lengths[1]} keys: backend='torch' shards causal "
                 "attention of a sequence to itself only; set context_parallel_size=1"
             )
 

@@ -1,14 +1,13 @@
 """All-to-alls between ranks that run while the rank computes.
 
-An `Exchange` is started and, after whatever does not need its result, finished; going back, the
-reverse exchange is started where this one was finished and finished where it was started. Autograd
-takes the steps in reverse, so what was computed meanwhile has its backward pass meanwhile, too.
-gloo exchanges in threads of its own and NCCL on a stream of its own: the same code serves both.
+An `AllToAll` is started and, after whatever does not need its result, finished; in the backward
+pass the reverse one is started where this one was finished and finished where it was started.
+Autograd runs in reverse, so what was overlapped in the forward pass is overlapped in the backward
+pass, too. gloo communicates in threads of its own and NCCL on a stream of its own: the same code
+serves both.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ Splits = list[int] | None
 """Rows to or from each rank of the group; None for as many from each."""
 
 
-class Exchange:
+class AllToAll:
     """One all-to-all of the rows of some tensors, and the reverse one of their gradients.
 
     Args:
@@ -33,7 +32,7 @@ class Exchange:
         self._returning: tuple[Tensor, ...] = ()
 
     def start(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Begin; what is returned has its rows only once `finish` has been called with it."""
+        """Start; the returned tensors are filled only once `finish` has been called with them."""
         return _Start.apply(self, *tensors)
 
     def finish(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -63,30 +62,30 @@ class Exchange:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        return exchange._send(tensors, exchange.received, exchange.sent)
+    def forward(ctx: Any, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.all_to_all = all_to_all
+        return all_to_all._send(tensors, all_to_all.received, all_to_all.sent)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.exchange._wait()
-        gradients, ctx.exchange._returning = ctx.exchange._returning, ()
+        ctx.all_to_all._wait()
+        gradients, ctx.all_to_all._returning = ctx.all_to_all._returning, ()
         return None, *gradients
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        exchange._wait()
+    def forward(ctx: Any, all_to_all: AllToAll, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.all_to_all = all_to_all
+        all_to_all._wait()
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        exchange = ctx.exchange
-        exchange._returning = exchange._send(gradients, exchange.sent, exchange.received)
+        all_to_all = ctx.all_to_all
+        all_to_all._returning = all_to_all._send(gradients, all_to_all.sent, all_to_all.received)
         return None, *gradients  # which nobody reads: `_Start` gives what comes back
 
 

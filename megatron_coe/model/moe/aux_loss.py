@@ -1,4 +1,4 @@
-"""The balance losses of a step, per layer and iteration, gathered from all ranks.
+"""The auxiliary losses of a step, per layer and iteration, gathered from all ranks.
 
 Routers leave their losses in Megatron's own log (`megatron_coe.megatron_compat.versions`): the
 sum over iterations under Megatron's own name, and each iteration's under a name of its own.
@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_coe.megatron_compat.versions import (
-    forget_balance_losses,
-    recorded_balance_losses,
+    clear_aux_losses,
+    recorded_aux_losses,
 )
 from megatron_coe.model.config import CoEConfig
 
@@ -30,14 +30,14 @@ TRACKER_NAMES = {
 
 
 def iteration_key(name: str, iteration: int) -> str:
-    """Tracker name of one iteration's part of loss `name`; `iteration` counts from 0."""
+    """Return the tracker name of one iteration's part of loss `name`; `iteration` counts from 0."""
     return f"{name}_iteration_{iteration + 1}"
 
 
-def collect_balance(
+def collect_aux_losses(
     config: CoEConfig, num_microbatches: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Mean balance losses since the last call, and forget them.
+    """Return the mean auxiliary losses since the last call, and clear them.
 
     A collective: every rank of the model calls it, also one without CoE layers. Megatron's own
     reduction walks the keys a rank happens to have and hangs when two ranks' differ.
@@ -51,7 +51,7 @@ def collect_balance(
         [C, L], fp32 on the CPU; 1 is perfect balance for the balance losses, dense layers hold 0.
     """
     losses = list(_configured_losses(config))
-    recorded = recorded_balance_losses()
+    recorded = recorded_aux_losses()
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     values = torch.zeros(len(losses), config.coe_iterations, num_layers, device=device)
     for row, loss in enumerate(losses):
@@ -59,14 +59,14 @@ def collect_balance(
             key = iteration_key(TRACKER_NAMES[loss], t)
             if key in recorded:
                 values[row, t] = recorded[key]
-    forget_balance_losses()
+    clear_aux_losses()
     torch.distributed.all_reduce(
         values, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     )
     torch.distributed.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
     dp_size = parallel_state.get_data_parallel_world_size()
     return {
-        # Ranks hold shares of a loss; only the global one is shared out over data parallelism too.
+        # Ranks hold shares of a loss; only the global one is sharded over data parallelism too.
         loss: rows.cpu() / (num_microbatches * (1 if loss == "global_aux_loss" else dp_size))
         for loss, rows in zip(losses, values, strict=True)
     }

@@ -1,4 +1,4 @@
-"""Experts of a bounded capacity: which of the tokens that chose one are dropped.
+"""Bounded expert capacity: which of the tokens assigned to an expert are dropped.
 
 Axis letters: T tokens, N routed experts.
 """
@@ -24,7 +24,7 @@ def drop_tokens(
     if by_position:
         tokens = len(routing_map_TN)
         place_T1 = torch.arange(tokens, device=routing_map_TN.device).unsqueeze(1)
-        rank_TN = routing_map_TN * tokens - place_T1  # none alike, those who chose the expert first
+        rank_TN = routing_map_TN * tokens - place_T1  # all different, assigned tokens first
     kept_TN, map_TN = apply_router_token_dropping(
         rank_TN,
         routing_map_TN,

@@ -1,9 +1,9 @@
-"""Dispatchers of a CoE layer: rows to their experts and back.
+"""Dispatchers of a CoE layer: tokens to their experts and back.
 
 `LocalDispatcher` serves a rank that holds every expert: no all-to-all, so none of what Megatron's
 all-to-all dispatcher does around one either (a sort of chunks that are in order already, counts
 brought to the host, `masked_select`, whose size the host must know). With K known, the rows are
-T * K whatever is chosen: one sort of the chosen experts' numbers says where each goes, one gather
+T * K whatever is chosen: one sort of the expert indices says where each goes, one gather
 takes them there and one gather with a sum over K brings them back. Each is the other's adjoint, so
 the backward pass is made of the same two kernels, without atomics: deterministic on a GPU too.
 
@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_coe.model.config import CoEConfig
-from megatron_coe.model.moe.async_all_to_all import Exchange
+from megatron_coe.model.moe.async_all_to_all import AllToAll
 
 
 class Order(NamedTuple):
-    """Where rows stand when they are sorted by expert, tokens of one expert in their old order.
+    """Where dispatched tokens (rows) stand, sorted by expert, those of one expert in token order.
 
-    All on the tokens' device; int32, which halves what is kept for the backward pass.
+    All on the tokens' device; int32, which halves what is saved for the backward pass.
     """
 
     token: Tensor
@@ -53,10 +53,10 @@ class Order(NamedTuple):
 
 
 def order_by_expert(chosen_TK: Tensor, num_experts: int) -> Order:
-    """Sort T * K rows by the expert they go to; nothing is asked of the device.
+    """Sort T * K rows by the expert they go to, without a host sync.
 
     Args:
-        chosen_TK: integer numbers of the experts, each below `num_experts`.
+        chosen_TK: expert indices, each below `num_experts`.
     """
     T, K = chosen_TK.shape
     experts_R = chosen_TK.flatten()
@@ -72,10 +72,10 @@ def order_by_expert(chosen_TK: Tensor, num_experts: int) -> Order:
 
 
 class LocalDispatcher(MoETokenDispatcher):
-    """Rows to experts of the same rank (expert and expert-tensor parallelism of 1) and back.
+    """Dispatch to experts of the same rank and combine; for EP = ETP = 1.
 
-    Takes the router's compact answer: `probs` [T, K] and, where Megatron's dispatchers take a map
-    [T, N], the chosen experts [T, K]. Every token takes K experts: none is dropped.
+    Takes the router's index-based answer: `probs` [T, K] and, where Megatron's dispatchers take a
+    map [T, N], the expert indices [T, K]. Every token takes K experts: none is dropped.
     """
 
     def __init__(self, config: CoEConfig, pg_collection: ProcessGroupCollection) -> None:
@@ -85,7 +85,7 @@ class LocalDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`tokens` [S, B, H], `routing_map` the chosen experts [T, K], `probs` [T, K]."""
+        """Take `tokens` [S, B, H], expert indices as `routing_map` [T, K], and `probs` [T, K]."""
         self.hidden_shape = tokens.shape
         self.order = order_by_expert(routing_map, self.config.num_moe_experts)
         if self.shared_experts is not None:
@@ -93,13 +93,13 @@ class LocalDispatcher(MoETokenDispatcher):
         return tokens.view(-1, tokens.shape[-1]), probs
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens are where their experts are."""
+        """Return the arguments: all tokens are where their experts are."""
         return hidden_states, probs
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [R, H] sorted by expert, their counts [N] on the device, and their weights [R]."""
+        """Return rows [R, H] sorted by expert, counts [N] on the device, and probabilities [R]."""
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
         assert self.order is not None
@@ -107,51 +107,48 @@ class LocalDispatcher(MoETokenDispatcher):
         return rows, self.order.counts, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """The sum of each token's K rows [T, H]; the experts have weighed them already."""
+        """Return the sum of each token's K rows [T, H], which the experts have weighted."""
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward()
             self.shared_experts.post_forward_comm()
-        order, self.order = self.order, None  # what is remembered would keep the graph alive
-        assert order is not None
+        order, self.order = self.order, None  # a reference would keep the graph alive
         return _FromExperts.apply(hidden_states, order.token, order.row)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """As `token_dispatch`."""
+        """Return the argument, as `token_dispatch` does."""
         return hidden_states
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
-        """[T, H] -> [S, B, H], with an overlapped shared expert's output."""
+        """Return [T, H] as [S, B, H], with an overlapped shared expert's output."""
         output = hidden_states.view(self.hidden_shape)
         return output if self.shared_experts is None else output + self.shared_experts.get_output()
 
 
 class AsyncDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's, with rows on their way to other ranks from `token_dispatch` on until
-    `dispatch_postprocess` needs them. The shared expert's work fits in between.
+    """Megatron's, with the dispatch under way from `token_dispatch` until `dispatch_postprocess`
+    needs its result: the shared expert computes in between.
 
-    The rows' way back has nothing to hide under: the next iteration's router needs them.
+    The combine has nothing to overlap with: the next iteration's router needs its result.
     """
 
-    _dispatched: Exchange | None = None
+    _dispatched: AllToAll | None = None
 
     def token_dispatch(
         self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The parent's, but what it returns has not arrived."""
-        self.tokens_per_expert: Tensor = self._maybe_dtoh_and_synchronize(
+        """Start the parent's all-to-all; what is returned has not arrived."""
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
         )
-        self._dispatched = Exchange(self.ep_group, self.output_splits, self.input_splits)
-        rows, probs = self._dispatched.start(permutated_local_input_tokens, permuted_probs)
-        return rows, probs
+        self._dispatched = AllToAll(self.ep_group, self.output_splits, self.input_splits)
+        return self._dispatched.start(permutated_local_input_tokens, permuted_probs)
 
     def dispatch_postprocess(
         self, global_input_tokens: Tensor, global_probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The parent's, once the rows are there."""
-        exchange, self._dispatched = self._dispatched, None
-        assert exchange is not None
-        return super().dispatch_postprocess(*exchange.finish(global_input_tokens, global_probs))
+        """Wait for the rows, then do as the parent."""
+        all_to_all, self._dispatched = self._dispatched, None
+        return super().dispatch_postprocess(*all_to_all.finish(global_input_tokens, global_probs))
 
 
 class _ToExperts(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """What stands between an expert's two projections, times the router's weight, and its gradient.
 
-The backward pass computes the activation anew from the first projection's output: a pointwise pass
-is cheaper than keeping [T, F] more of every iteration. Both directions take rows of any number of
+The backward pass recomputes the activation from the first projection's output: a pointwise pass
+is cheaper than saving [T, F] more of every iteration. Both directions take rows of any number of
 experts, so a caller may go expert by expert while the rows are still in a CPU's cache.
 
 Axis letters: T rows, F expert FFN size, O = 2F (gate over up) or F.
@@ -22,12 +22,12 @@ class ExpertActivation(Protocol):
     the hidden rows (Megatron's rule)."""
 
     def forward(self, hidden_TO: Tensor, probs_T1: Tensor) -> Tensor:
-        """[T, F]"""
+        """Return activation(hidden) * probs [T, F]."""
 
     def backward(
         self, hidden_TO: Tensor, probs_T1: Tensor, dy_TF: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The result once more [T, F], and the gradients of hidden [T, O] and probs [T, 1].
+        """Return the result once more [T, F], and the gradients of hidden [T, O] and probs [T, 1].
 
         `dy_TF` may be overwritten.
         """

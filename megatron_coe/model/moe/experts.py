@@ -116,17 +116,17 @@ class GroupedLinear(torch.nn.Module):
         return torch.cat(own)
 
     def forward(self) -> torch.nn.Parameter:
-        """The weight, ready to be read.
+        """Return the weight, ready to be read.
 
         Reading the attribute would not do: where the gathering of updated weights overlaps the
-        forward pass (`overlap_param_gather`), what DDP hangs on the module's call waits for them.
+        forward pass (`overlap_param_gather`), DDP's hook on the module's call waits for them.
         """
         return self.weight
 
     def sharded_weight(
         self, key: str, offsets: Offsets, one_key_per_expert: bool
     ) -> ShardedTensor | ShardedTensorFactory:
-        """The weight as Megatron's experts save it.
+        """Return the weight as Megatron's experts save it.
 
         One tensor [N, out, in] under `key`; or, for `one_key_per_expert` (Megatron's
         `singleton_local_shards`), N tensors under `key` with `{}` replaced by the expert's index,
@@ -246,7 +246,8 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """
+        """Run each row through its expert.
+
         Args:
             permuted_local_hidden_states: [T, H], sorted by local expert
             tokens_per_expert: [E], integers that sum to T; on the host or the device
@@ -275,12 +276,12 @@ class GroupedExperts(MegatronModule):
             self._shared = None  # the graph has what it needs of it
 
     def backward_dw(self) -> None:
-        """Nothing to do: weight gradients are never delayed here."""
+        """Do nothing: weight gradients are never delayed here."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Keys and global shapes of `SequentialMLP` and `TEGroupedMLP`, in both their formats."""
+        """Return the keys and shapes of `SequentialMLP` and `TEGroupedMLP`, in both formats."""
         one_key_per_expert = bool((metadata or {}).get("singleton_local_shards"))
         placeholder = "experts.{}." if one_key_per_expert else "experts."
         state: ShardedStateDict = {}
@@ -350,13 +351,14 @@ def _forget_extra_states(module: torch.nn.Module, incompatible_keys: object) -> 
 
 
 def refuse_unsupported(config: TransformerConfig, expert_tp: int) -> None:
-    """
+    """Refuse what these experts cannot do.
+
     Raises:
         ValueError: for the first field found that grouped experts cannot honor.
     """
 
-    def refuse(field: str, mend: str) -> None:
-        raise ValueError(f"{field}={getattr(config, field)!r}: {mend}")
+    def refuse(field: str, fix: str) -> None:
+        raise ValueError(f"{field}={getattr(config, field)!r}: {fix}")
 
     if config.add_bias_linear:
         refuse("add_bias_linear", "grouped experts have no biases; set it to False")

@@ -53,16 +53,16 @@ def _is_one_launch(x: Tensor) -> bool:
 
 
 def times_transposed(x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """y [T, O] with y[rows of e] = x[rows of e] @ weight[e]^T, by `grouped_mm`."""
+    """Return y [T, O] with y[rows of e] = x[rows of e] @ weight[e]^T, by `grouped_mm`."""
     return F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
 def times(dy_TO: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """dx [T, I] with dx[rows of e] = dy[rows of e] @ weight[e], by `grouped_mm`."""
+    """Return dx [T, I] with dx[rows of e] = dy[rows of e] @ weight[e], by `grouped_mm`."""
     return F.grouped_mm(dy_TO, weight_EOI, offs=ends_E)
 
 
 def outer(dy_TO: Tensor, x_TI: Tensor, ends_E: Tensor) -> Tensor:
-    """dW [E, O, I] with dW[e] = dy[rows of e]^T @ x[rows of e], by `grouped_mm`; zeros where an
-    expert has no rows."""
+    """Return dW [E, O, I] with dW[e] = dy[rows of e]^T @ x[rows of e], by `grouped_mm`; zeros where
+    an expert has no rows."""
     return F.grouped_mm(dy_TO.t(), x_TI, offs=ends_E)

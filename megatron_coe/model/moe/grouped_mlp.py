@@ -214,11 +214,11 @@ class _ExpertBlock:
         return slice(self.start, self.start + self.size)
 
     def of(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Each expert's rows out of those of all experts."""
+        """Split the rows of all experts: those of each expert of the block."""
         return self.split(tensor[self.rows])
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Each expert's rows out of those of the block."""
+        """Split the rows of the block by expert."""
         return tensor.split(self.counts)
 
 

@@ -10,7 +10,6 @@ Axis letters: S sequence, B batch, H hidden, C iterations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -30,11 +29,11 @@ from megatron_coe.model.moe.experts import GroupedExperts
 class CoELayer(MoELayer):
     """C iterations x(t) = base + f_t(x(t-1)) over one pool of experts (paper, section 3).
 
-    f_t is a whole MoE pass: router t, K routed experts per token, and the shared expert. What
-    `base` is depends on `config.coe_residual` (see `CoEConfig`); whether the stream h joins the
-    result is the layer spec's business (`megatron_coe.model.layer_specs`).
+    f_t is one MoE pass: router t, K routed experts per token, and the shared expert. `base` depends
+    on `config.coe_residual` (see `CoEConfig`); whether the residual stream h is added is the layer
+    spec's business (`megatron_coe.model.layer_specs`).
 
-    An upcycled chain has gates besides, `coe_weights.{t}` [H] for t = 1 ... C - 1 counted from 0.
+    An upcycled layer has iteration scales, `coe_weights.{t}` [H] for t = 1 ... C - 1, from 0.
     """
 
     def __init__(
@@ -50,12 +49,12 @@ class CoELayer(MoELayer):
             super().__init__(config, submodules, layer_number, pg_collection, **later)
         self._choose_dispatcher(pg_collection or get_default_pg_collection())
         for parameter in self.experts.parameters():
-            # Megatron reduces expert gradients over all replicas only if EP > 1; at TP > 1 with
-            # EP = ETP = 1 it forgets the TP ranks (tensor_parallel/layers.py, line 829).
+            # Megatron reduces expert gradients over all data-parallel ranks only if EP > 1; with
+            # TP > 1 and EP = ETP = 1 it forgets the TP ranks (tensor_parallel/layers.py, line 829).
             parameter.allreduce = False
         if config.coe_upcycled:
             self.coe_weights = torch.nn.ParameterDict(
-                {str(t): _closed_gate(config) for t in range(1, config.coe_iterations)}
+                {str(t): _iteration_scale(config) for t in range(1, config.coe_iterations)}
             )
 
     def forward(
@@ -64,12 +63,12 @@ class CoELayer(MoELayer):
         intermediate_tensors: tuple | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Run the chain on x(0), the normed stream.
+        """Run the C iterations on x(0), the normed residual stream.
 
         Args:
             hidden_states: x(0) [S, B, H]; with sequence parallelism this rank's part of S.
             intermediate_tensors: None; Megatron's CUDA-graph capture of part of a layer uses it.
-            padding_mask: [B, S], bool, True at padding, which the balance losses then leave out.
+            padding_mask: [B, S], bool, True at padding, which the auxiliary losses then leave out.
 
         Returns:
             x(C) [S, B, H] and None, the absent bias.
@@ -115,12 +114,12 @@ class CoELayer(MoELayer):
     def route(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None, iteration: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """The parent's phase, with the router of iteration t = `iteration` + 1.
+        """Run the parent's phase with the router of iteration t = `iteration` + 1.
 
-        Returns weights and choice as the dispatcher takes them: see `CoERouter.forward`.
+        Returns probabilities and assignment as the dispatcher takes them: see `CoERouter.forward`.
         """
-        compact = self.config.dispatches_locally
-        return self.router(hidden_states, padding_mask, iteration, compact)
+        as_indices = self.config.dispatches_locally
+        return self.router(hidden_states, padding_mask, iteration, as_indices)
 
     def _choose_dispatcher(self, groups: ProcessGroupCollection) -> None:
         """Take one of ours in place of the parent's, where there is one for the layout."""
@@ -135,7 +134,7 @@ class CoELayer(MoELayer):
             )
 
     def _iterate(self, t: int, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """f_t(x(t-1)), recomputed in the backward pass if `recompute_modules` has "moe".
+        """Return f_t(x(t-1)), recomputed in the backward pass if `recompute_modules` has "moe".
 
         Each iteration is recomputed by itself, so that the activations of only one are alive.
         """
@@ -152,28 +151,28 @@ class CoELayer(MoELayer):
 
     def _experts_pass(self, t: int, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         """One pass of Megatron's phases, with router t."""
-        meanwhile = self.config.dispatches_asynchronously
-        shared_output = None if meanwhile else self.shared_experts_compute(x)
+        is_async = self.config.dispatches_asynchronously
+        shared_output = None if is_async else self.shared_experts_compute(x)
         probs, routing_map = self.route(x, padding_mask, iteration=t)
         hidden_states, probs = self.preprocess(x, probs, routing_map)
         dispatched, probs = self.dispatch(hidden_states, probs)
-        if meanwhile:
+        if is_async:
             shared_output = self.shared_experts_compute(x)
         output, _ = self.routed_experts_compute(dispatched, probs)
         output = self.combine(output)
         return self.postprocess(output, shared_output)
 
 
-def _closed_gate(config: CoEConfig) -> torch.nn.Parameter:
-    """An upcycled iteration's gate [H] as it starts: the iteration adds nothing yet."""
-    gate = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
+def _iteration_scale(config: CoEConfig) -> torch.nn.Parameter:
+    """An upcycled iteration's scale [H] as it starts: the iteration adds nothing yet."""
+    scale = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
     # Each rank sees its part of the sequence: Megatron sums such gradients over the TP ranks.
-    gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # a mark
-    return gate
+    scale.sequence_parallel = config.sequence_parallel
+    return scale
 
 
-def keep_chain_output(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """The `mlp_bda` of the modes without stream: the layer's output is x(C), h is not added.
+def get_bias_add_without_residual(training: bool, fused: bool):
+    """Return the `mlp_bda` of modes without residual stream: the output is x(C), h is not added.
 
     Has the interface of `get_bias_dropout_add` (megatron/core/fusions/fused_bias_dropout.py);
     `CoEConfig` has made sure that there is no dropout to apply.

@@ -2,9 +2,9 @@
 
 Plugs into megatron/core/transformer/moe/router.py. Four things differ from the parent, each
 because the parent's numbers would depart from the objective of this package
-(`sum of cross-entropy / valid tokens + coefficient * mean over sequences of the balance losses`):
-scores keep fp64 when asked for it, the balance losses count the experts that were chosen where
-groups limit the choice, they carry the right weight also with per-token loss and whatever the
+(`sum of cross-entropy / valid tokens + coefficient * mean over sequences of the aux losses`):
+scores keep fp64 when asked for it, the auxiliary losses count the experts that were assigned where
+groups limit the assignment, they carry the right weight also with per-token loss and whatever the
 layout, and they are logged per layer and iteration.
 
 Axis letters: S sequence, B batch, T = S * B tokens, H hidden, N routed experts, K chosen,
@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_coe.megatron_compat.versions import record_balance_loss
+from megatron_coe.megatron_compat.versions import record_aux_loss
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.aux_loss import iteration_key
 from megatron_coe.model.moe.capacity import drop_tokens
@@ -36,7 +36,7 @@ NORMALIZING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
 
 
 class CoERouter(TopKRouter):
-    """Chooses K of N experts for each token of one iteration.
+    """Assigns K of N experts to each token of one iteration.
 
     With `coe_independent_gate` each iteration owns one; otherwise one serves them all and is told
     with each call which iteration is asking.
@@ -53,17 +53,17 @@ class CoERouter(TopKRouter):
         # Those number the layers of multi-token prediction from 1 again.
         self.first_layer = config.num_layers if later.get("is_mtp_layer") else 0
         self.iteration = 0
-        self.compact = False
+        self.as_indices = False
         self.num_tokens: int | Tensor = 0  # tokens of the latest call that count for the loss
-        self.tally: Tensor | None = None  # [C, N + 1], added to while somebody wants to know
+        self.routing_counts: Tensor | None = None  # [C, N + 1], while RoutingStats counts
 
     @property
     def layer_index(self) -> int:
-        """Of all layers, counted from 0, those of multi-token prediction last."""
+        """Return the index among all layers, those of multi-token prediction last."""
         return self.first_layer + self.layer_number - 1
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform with a = sqrt(5), as the authors leave torch's default (not std 0.02)."""
+        """Draw Kaiming-uniform with a = sqrt(5), torch's default, as the authors do."""
         super().reset_parameters()
         if self.config.perform_initialization:
             torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -73,24 +73,24 @@ class CoERouter(TopKRouter):
         input: Tensor,
         padding_mask: Tensor | None = None,
         iteration: int = 0,
-        compact: bool = False,
+        as_indices: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Route x(t-1) [S, B, H] of iteration t = `iteration` + 1.
 
         Returns:
-            probs [T, N], the weight of each chosen expert and 0 elsewhere, in the router's dtype;
-            routing_map [T, N], bool. If `compact` instead the weights of the chosen [T, K] and
-            their numbers [T, K], int64 (for a router whose `config.dispatches_locally`).
+            probs [T, N], the top-k probabilities and 0 elsewhere, in the router's dtype;
+            routing_map [T, N], bool. If `as_indices` instead the top-k probabilities [T, K]
+            and expert indices [T, K], int64 (for a router whose `config.dispatches_locally`).
         """
-        self.iteration, self.compact = iteration, compact
+        self.iteration, self.as_indices = iteration, as_indices
         return super().forward(input, padding_mask)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scores, choice, balance losses; the parent's steps in its order.
+        """Compute scores, assignment and auxiliary losses; the parent's steps in its order.
 
         Args:
             logits: [S, B, N] in the router's dtype.
-            padding_mask: [S, B], bool, True at padding, which is then left out of the balance.
+            padding_mask: [S, B], bool, True at padding, which is then left out of the aux losses.
         """
         S, B = logits.shape[:2]
         logits_TN = logits.view(-1, self.num_experts)
@@ -99,11 +99,11 @@ class CoERouter(TopKRouter):
         self.num_tokens = S * B if padding_mask is None else (~padding_mask).sum()
 
         logits_TN = self.apply_z_loss(logits_TN, padding_mask=padding_mask)
-        if self.compact:
-            return self.route_compactly(logits_TN, S, B, padding_mask)
+        if self.as_indices:
+            return self.route_by_index(logits_TN, S, B, padding_mask)
         probs, routing_map = self.select(logits_TN)
         chosen = routing_map  # before any is dropped for want of capacity
-        if self.is_counting:
+        if self.is_recording:
             self.count(logits_TN, routing_map, padding_mask)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = drop_tokens(probs, routing_map, self.config)
@@ -111,67 +111,69 @@ class CoERouter(TopKRouter):
             if self.is_aux_loss_enabled():
                 scores = self.scores(logits_TN)
                 balanced = self.balanced(scores, chosen)
-                probs = self.attach_balance_losses(probs, scores, balanced, S, B, padding_mask)
-            self.count_for_bias(routing_map, padding_mask)
+                probs = self.attach_aux_losses(probs, scores, balanced, S, B, padding_mask)
+            self.count_for_expert_bias(routing_map, padding_mask)
         return probs, routing_map
 
-    def route_compactly(
+    def route_by_index(
         self, logits_TN: Tensor, S: int, B: int, padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same, as weights and numbers of the chosen experts [T, K].
+        """Do the same, but return top-k probabilities and expert indices [T, K].
 
-        The balance losses are about the scores and the choice that are there already: neither is
-        computed, or kept for the backward pass, a second time.
+        The auxiliary losses use the scores and the assignment that are there already: neither is
+        computed, or saved for the backward pass, a second time.
         """
         probs_TK, chosen_TK, scores_TN = self.choose(logits_TN)
-        if self.is_counting:
-            self.count(logits_TN, as_map(chosen_TK, self.num_experts), padding_mask)
+        if self.is_recording:
+            self.count(logits_TN, routing_map_of(chosen_TK, self.num_experts), padding_mask)
         if self.training and torch.is_grad_enabled():
             if self.is_aux_loss_enabled():
                 if scores_TN is None:
                     scores_TN = self.scores(logits_TN)
-                chosen = as_map(chosen_TK, self.num_experts)
+                chosen = routing_map_of(chosen_TK, self.num_experts)
                 balanced = self.balanced(scores_TN, chosen)
-                probs_TK = self.attach_balance_losses(
-                    probs_TK, scores_TN, balanced, S, B, padding_mask
-                )
+                probs_TK = self.attach_aux_losses(probs_TK, scores_TN, balanced, S, B, padding_mask)
             if self.enable_expert_bias:
-                self.count_for_bias(as_map(chosen_TK, self.num_experts), padding_mask)
+                self.count_for_expert_bias(
+                    routing_map_of(chosen_TK, self.num_experts), padding_mask
+                )
         return probs_TK, chosen_TK
 
     @property
-    def is_counting(self) -> bool:
-        """Whether this pass is to be counted: where activations are recomputed, the one of two that
-        keeps a graph."""
-        return self.tally is not None and self.training and torch.is_grad_enabled()
+    def is_recording(self) -> bool:
+        """Return whether to count this pass: of two, where activations are recomputed, the one
+        with a graph."""
+        return self.routing_counts is not None and self.training and torch.is_grad_enabled()
 
     @torch.no_grad()
     def count(self, logits_TN: Tensor, routing_map: Tensor, padding_mask: Tensor | None) -> None:
-        """Add a pass to the tally of its iteration: each expert's tokens, and their confidences.
+        """Add a pass to its iteration's counts: each expert's tokens, and top-k probability mass.
 
-        A token's is the share of all experts' scores (softmax or sigmoid; biases and limits on
-        groups, which decide the choice, left aside) that its K experts hold: from K / N, if all
-        scores are alike, to 1. Choices count before any is dropped for want of capacity.
+        A token's mass is the share of all experts' scores (softmax or sigmoid; biases and limits on
+        groups, which decide the assignment, left aside) that its K experts hold: from K / N, if all
+        scores are alike, to 1. Assignments count before any is dropped by capacity.
         """
         assert self.tally is not None
         scores_TN = self.scores(logits_TN)
         chosen_T = (scores_TN * routing_map).sum(dim=1, dtype=torch.float64)
-        confidence_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALIZING_EPS)
+        topk_mass_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALIZING_EPS)
         if padding_mask is not None:
             routing_map = routing_map & ~padding_mask[:, None]
-            confidence_T = confidence_T * ~padding_mask
+            topk_mass_T = topk_mass_T * ~padding_mask
         counts_N = routing_map.sum(dim=0, dtype=torch.float64)
-        self.tally[self.iteration] += torch.cat([counts_N, confidence_T.sum(dim=0, keepdim=True)])
+        self.routing_counts[self.iteration] += torch.cat(
+            [counts_N, topk_mass_T.sum(dim=0, keepdim=True)]
+        )
 
-    def count_for_bias(self, routing_map: Tensor, padding_mask: Tensor | None) -> None:
-        """Note how many tokens each expert got, where a bias is to even that out."""
+    def count_for_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None) -> None:
+        """Count the tokens of each expert, where a bias is to balance them."""
         if self.enable_expert_bias:
             if padding_mask is not None:
                 routing_map = routing_map & ~padding_mask[:, None]
             self.local_tokens_per_expert += routing_map.sum(dim=0)
 
     def scores(self, logits_TN: Tensor) -> Tensor:
-        """Scores of all experts [T, N], in at least fp32 and returned in the logits' dtype.
+        """Return the scores of all experts [T, N], computed in at least fp32, in the logits' dtype.
 
         Megatron's function computes them in fp32 even from fp64 logits.
         """
@@ -181,7 +183,7 @@ class CoERouter(TopKRouter):
         return torch.sigmoid(logits_TN.to(dtype)).type_as(logits_TN)
 
     def select(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """The K best experts of each token: (probs [T, N], routing_map [T, N] bool).
+        """Return the top-k experts of each token: (probs [T, N], routing_map [T, N] bool).
 
         Follows `topk_routing_with_score_function` (megatron/core/transformer/moe/moe_utils.py).
         """
@@ -200,10 +202,10 @@ class CoERouter(TopKRouter):
             )
         probs_TK, chosen_TK, _ = self.choose(logits_TN)
         probs_TN = torch.zeros_like(logits_TN).scatter(1, chosen_TK, probs_TK)
-        return probs_TN, as_map(chosen_TK, self.num_experts)
+        return probs_TN, routing_map_of(chosen_TK, self.num_experts)
 
     def choose(self, logits_TN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The K best experts of each token: their weights and numbers [T, K], and the scores
+        """Return the top-k experts of each token: probabilities and indices [T, K], and the scores
         [T, N] of all experts if they were needed for it."""
         renormalised = self.score_function == "softmax" and not self.config.moe_router_pre_softmax
         scores = logits_TN if renormalised else self.scores(logits_TN)
@@ -219,38 +221,37 @@ class CoERouter(TopKRouter):
         return probs_TK, chosen_TK, None if renormalised else scores
 
     def best(self, scores_TN: Tensor) -> Tensor:
-        """Indices of the K best experts [T, K], or those that are replayed."""
+        """Return the indices of the top-k experts [T, K], or those that are replayed."""
         if self.router_replay is None:
-            return self.best_by_score(scores_TN)[1]
+            return self.topk_by_score(scores_TN)[1]
         groups = (self.config.moe_router_num_groups, self.config.moe_router_group_topk)
         return self.router_replay.get_replay_topk(
-            scores_TN, self.topk, *groups, lambda scores, *_, **__: self.best_by_score(scores)
+            scores_TN, self.topk, *groups, lambda scores, *_, **__: self.topk_by_score(scores)
         )[1]
 
-    def best_by_score(self, scores_TN: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and indices of the K best experts [T, K], within the best groups where groups are
-        limited."""
+    def topk_by_score(self, scores_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores and indices of the top-k experts [T, K], of the best groups if limited."""
         groups = (self.config.moe_router_num_groups, self.config.moe_router_group_topk)
         if not self.config.moe_router_group_topk:
             return scores_TN.topk(self.topk, dim=1)
         if self.config.moe_router_group_score == "max":
-            return best_of_groups(scores_TN, self.topk, *groups)
+            return group_max_topk(scores_TN, self.topk, *groups)
         return group_limited_topk(scores_TN, self.topk, *scores_TN.shape, *groups)
 
-    # -- balance losses ------------------------------------------------------------------------
+    # -- auxiliary losses ----------------------------------------------------------------------
 
     def balanced(self, scores_TN: Tensor, chosen_TN: Tensor) -> Tensor:
-        """The experts [T, N] whose tokens the balance losses count, of those chosen.
+        """Return the experts [T, N] whose tokens the auxiliary losses count.
 
-        They are the chosen ones, limits on groups included, as in the authors' code; Megatron's own
-        losses count the K best of all groups. A bias, which evens the choice out by itself, is left
-        aside (DeepSeek-V3, arXiv 2412.19437, equation 18).
+        They are the assigned ones, limits on groups included, as in the authors' code; Megatron's
+        own losses count the top-k of all groups. A bias, which balances by itself, is left aside
+        (DeepSeek-V3, arXiv 2412.19437, equation 18).
         """
         if self.expert_bias is None:
             return chosen_TN
-        return as_map(self.best_by_score(scores_TN)[1], self.num_experts)
+        return routing_map_of(self.topk_by_score(scores_TN)[1], self.num_experts)
 
-    def attach_balance_losses(
+    def attach_aux_losses(
         self,
         probs: Tensor,
         scores: Tensor,
@@ -259,7 +260,7 @@ class CoERouter(TopKRouter):
         B: int,
         padding_mask: Tensor | None,
     ) -> Tensor:
-        """Hang the configured balance losses of this iteration on `probs`' gradient.
+        """Attach the configured auxiliary losses of this iteration to `probs`' gradient.
 
         They are about all experts' scores [T, N] and, as `routing_map` [T, N], those of `balanced`.
         """
@@ -275,7 +276,7 @@ class CoERouter(TopKRouter):
         return self._apply_global_aux_loss(probs, scores, routing_map, masked)
 
     def weigh_by_length(self, scores: Tensor, routing_map: Tensor, S: int, B: int) -> Tensor:
-        """Scores [T, N] times (T_mean / T_b)^2 of their sequence b, of whose tokens T_b count.
+        """Return scores [T, N] times (T_mean / T_b)^2 of their sequence b, where T_b tokens count.
 
         The loss of a sequence is N / (K T_b^2) * sum_i count_i * sum_s score_si. With padding,
         Megatron divides those of all sequences by the square of their mean length, T_mean
@@ -287,7 +288,7 @@ class CoERouter(TopKRouter):
         return (scores.view(S, B, -1) * weights_B[:, None].to(scores.dtype)).view_as(scores)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Hang ST-MoE's z-loss (arXiv 2202.08906) on the logits' gradient [T, N]."""
+        """Attach ST-MoE's z-loss (arXiv 2202.08906) to the logits' gradient [T, N]."""
         coeff = self.config.moe_z_loss_coeff
         if coeff is None or not self.training or not torch.is_grad_enabled():
             return logits
@@ -307,7 +308,7 @@ class CoERouter(TopKRouter):
         valid_token_count: int | Tensor | None = None,
         needs_dp_avg: bool = True,  # later versions' `not reduce_group_has_dp`
     ) -> Tensor:
-        """Weigh this rank's share of a balance loss, hang it on `activation` and log it.
+        """Weight this rank's share of an auxiliary loss, attach it to `activation` and log it.
 
         `aux_loss` is a share: the ranks of `reduce_group` together make up the whole loss. Megatron
         then divides gradients by micro-batches and data-parallel ranks, or with
@@ -322,7 +323,7 @@ class CoERouter(TopKRouter):
         if self.layer_number is None:  # a layer by itself, of no model: nowhere to log
             return activation
         for name in (aux_loss_name, iteration_key(aux_loss_name, self.iteration)):
-            record_balance_loss(
+            record_aux_loss(
                 name,
                 aux_loss / aux_loss_coeff,
                 self.layer_index + 1,
@@ -361,27 +362,27 @@ class IterationRouters(torch.nn.ModuleList):
         input: Tensor,
         padding_mask: Tensor | None = None,
         iteration: int = 0,
-        compact: bool = False,
+        as_indices: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Route x(t-1) with its iteration's router; see `CoERouter.forward`."""
-        return self[iteration](input, padding_mask, iteration, compact)
+        return self[iteration](input, padding_mask, iteration, as_indices)
 
 
-def as_map(chosen_TK: Tensor, num_experts: int) -> Tensor:
-    """Indices of chosen experts [T, K] as a boolean map [T, N]."""
+def routing_map_of(chosen_TK: Tensor, num_experts: int) -> Tensor:
+    """Return expert indices [T, K] as a boolean map [T, N]."""
     shape = (chosen_TK.shape[0], num_experts)
     return torch.zeros(shape, dtype=torch.bool, device=chosen_TK.device).scatter(1, chosen_TK, True)
 
 
-def best_of_groups(
+def group_max_topk(
     scores_TN: Tensor, topk: int, num_groups: int, group_topk: int
 ) -> tuple[Tensor, Tensor]:
-    """The K best experts of a token's `group_topk` best groups: scores and indices [T, K].
+    """Return the top-k experts of a token's `group_topk` best groups: scores and indices [T, K].
 
     A group is as good as its best expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2), where
     Megatron's `group_limited_topk` adds up several.
     """
     scores_TGn = scores_TN.unflatten(1, (num_groups, -1))
     kept_TG = scores_TGn.amax(dim=-1).topk(group_topk, dim=1).indices
-    is_kept_TG = as_map(kept_TG, num_groups)
+    is_kept_TG = routing_map_of(kept_TG, num_groups)
     return scores_TGn.masked_fill(~is_kept_TG[..., None], -torch.inf).flatten(1).topk(topk, dim=1)

@@ -1,4 +1,4 @@
-"""What the routers choose in a step, counted per layer and iteration over all ranks.
+"""Routing statistics of a step: counted per layer and iteration, summed over all ranks.
 
 Axis letters: N routed experts, C iterations, L layers.
 """
@@ -16,7 +16,7 @@ from megatron_coe.model.moe.router import CoERouter
 
 
 class RoutingStats:
-    """A table on the device that a rank's routers add to while they are asked to.
+    """A table on the device that a rank's routers add to inside `counting`.
 
     Nothing is read back, and nothing sent, before `collect`.
 
@@ -35,25 +35,25 @@ class RoutingStats:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """What is trained meanwhile is counted, from 0."""
+        """Count what is trained inside, from 0."""
         self._table.zero_()
         for router in self._routers:
-            router.tally = self._table[router.layer_index]
+            router.routing_counts = self._table[router.layer_index]
         try:
             yield
         finally:
             for router in self._routers:
-                router.tally = None
+                router.routing_counts = None
 
     def collect(self) -> Tensor:
-        """What was counted last, of all ranks. A collective.
+        """Sum what was counted last over all ranks. A collective.
 
         Every token passes a layer's router on one rank alone, whatever splits batch, sequence and
         layers, so the ranks' tables add up.
 
         Returns:
             [L, C, N + 1], fp64 on the CPU, of layers without routers 0: how many tokens chose each
-            expert, and the sum of their confidences (`CoERouter.count`).
+            expert, and the sum of their top-k probability mass (`CoERouter.count`).
         """
         table = self._table.clone()
         torch.distributed.all_reduce(table)

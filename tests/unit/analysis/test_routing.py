@@ -19,7 +19,7 @@ from megatron_coe.analysis.routing import (
     overlap,
     transition,
 )
-from megatron_coe.model.moe.expert_usage import usage
+from megatron_coe.model.moe.load_stats import load_stats
 
 N, K, T = 7, 3, 60
 
@@ -46,7 +46,7 @@ def test_usage_by_its_definition(generator):
     counts = expert_counts(choices, N)
     counted = Counter(choices.flatten().tolist())
     assert counts.tolist() == [counted[i] for i in range(N)]
-    found = usage(counts)
+    found = load_stats(counts)
     shares = [counted[i] / (T * K) for i in range(N)]
     assert found.entropy == pytest.approx(plain_entropy(shares) / math.log(N))
     assert found.max_over_mean == pytest.approx(max(shares) * N)
@@ -54,7 +54,7 @@ def test_usage_by_its_definition(generator):
 
 
 def test_usage_at_its_ends():
-    even, single = usage(np.full(5, 3)), usage(np.array([0, 9, 0]))
+    even, single = load_stats(np.full(5, 3)), load_stats(np.array([0, 9, 0]))
     assert (even.entropy, even.max_over_mean, even.dead) == (pytest.approx(1), 1, 0)
     assert (single.entropy, single.max_over_mean, single.dead) == (pytest.approx(0), 3, 2)
 

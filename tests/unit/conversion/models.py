@@ -13,7 +13,7 @@ from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.config.run_config import load_settings
 from megatron_coe.conversion.hf_config import to_hf_config
 from megatron_coe.hf.weight_names import weights
-from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.megatron_compat.versions import clear_aux_losses
 from megatron_coe.utils.run_files import CONFIG_FILE
 from tests.builders import tiny_provider
 from tests.unit.training.runs import make_trainer
@@ -59,7 +59,7 @@ def megatron_loss(step: Path, ids_BS: Tensor, device: torch.device) -> float:
 
 
 def _run_megatron(step: Path, ids_BS: Tensor, device: torch.device, **inputs: Tensor) -> Tensor:
-    forget_balance_losses()
+    clear_aux_losses()
     trainer = make_trainer(load_settings(step / CONFIG_FILE), device)
     assert load_checkpoint(step, trainer.train_state).step == int(step.name.removeprefix("step_"))
     (model,) = trainer.train_state.chunks

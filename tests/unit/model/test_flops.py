@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.megatron_compat.versions import clear_aux_losses
 from tests.builders import randomize, tiny_provider
 
 PAPER = {
@@ -92,7 +92,7 @@ def test_work_is_what_torch_counts(single_rank, shape: dict) -> None:
 
     That attention computes the whole S x S square, where the formula has the causal half.
     """
-    forget_balance_losses()  # as long as the model before had layers
+    clear_aux_losses()  # as long as the model before had layers
     provider = tiny_provider(**shape)
     model = provider.provide().train()
     randomize(model, torch.Generator().manual_seed(3))

@@ -13,7 +13,7 @@ from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.model.config import RESIDUAL_MODES
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
 from megatron_coe.model.moe.experts import GroupedExperts
-from megatron_coe.model.moe.layer import CoELayer, keep_chain_output
+from megatron_coe.model.moe.layer import CoELayer, get_bias_add_without_residual
 from megatron_coe.model.moe.router import CoERouter, IterationRouters
 from tests.builders import tiny_config
 
@@ -43,7 +43,9 @@ def test_the_mode_decides_whether_the_stream_is_added(backend, mode: str) -> Non
         tiny_config(num_layers=1, coe_residual=mode), backend
     ).layer_specs
     adds = mode in ("outer", "inner_outer")
-    assert spec.submodules.mlp_bda is (get_bias_dropout_add if adds else keep_chain_output)
+    assert spec.submodules.mlp_bda is (
+        get_bias_dropout_add if adds else get_bias_add_without_residual
+    )
 
 
 def test_layers_share_no_spec_and_megatrons_own_is_untouched(backend) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_coe.planning.memory import fullest_stage, rank_memory, stage_memory, stage_params
+from megatron_coe.planning.memory import peak_memory_stage, rank_memory, stage_memory, stage_params
 from megatron_coe.planning.plan import Plan
 from tests.builders import tiny_provider
 from tests.memory import CASES, assert_near, compare
@@ -16,7 +16,7 @@ from tests.memory import CASES, assert_near, compare
 @pytest.mark.parametrize("case", CASES)
 def test_predicted_memory_is_what_a_step_takes(single_rank: torch.device, case: str) -> None:
     outcome = compare(CASES[case], single_rank)
-    # What recomputation makes anew is freed little by little while it is used.
+    # What is recomputed is freed little by little while it is used.
     assert_near(outcome.predicted, outcome.measured, 0.1 if "recompute" in case else 0.03)
 
 
@@ -58,10 +58,10 @@ def test_a_layout_of_the_users_own_is_followed() -> None:
     assert [len(stage[0]) for stage in layout.chunks] == [3, 5]
 
 
-def test_the_fullest_stage_decides() -> None:
+def test_the_peak_memory_stage_decides() -> None:
     layout = plan(pipeline_model_parallel_size=4, vocab_size=4096)
     totals = [stage_memory(layout, stage).total for stage in range(4)]
-    assert totals.index(max(totals)) == fullest_stage(layout)
+    assert totals.index(max(totals)) == peak_memory_stage(layout)
     assert rank_memory(layout).total == max(totals)
     # In the middle nothing but the number of micro-batches in flight differs.
     kept = [stage_memory(layout, stage).activations for stage in (1, 2)]

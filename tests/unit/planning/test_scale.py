@@ -13,7 +13,7 @@ from megatron_coe.config.validation import check_layout, check_values
 from megatron_coe.planning.build import build_rank
 from megatron_coe.planning.hardware import GPUS, Cluster
 from megatron_coe.planning.layout_search import usable_memory
-from megatron_coe.planning.memory import fullest_stage, rank_memory
+from megatron_coe.planning.memory import peak_memory_stage, rank_memory
 from megatron_coe.planning.plan import Plan
 from megatron_coe.planning.run_summary import plan_of
 
@@ -70,7 +70,7 @@ def test_the_layout_fits_and_is_built_as_predicted(device: torch.device, preset:
     assert layout.overlap_grad_reduce and layout.overlap_param_gather
     assert layout.model.moe_shared_expert_overlap
     each = layout.world_size // layout.model.pipeline_model_parallel_size
-    assert build_rank(layout, fullest_stage(layout) * each).agrees
+    assert build_rank(layout, peak_memory_stage(layout) * each).agrees
 
 
 @pytest.mark.slow

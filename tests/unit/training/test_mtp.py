@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
-from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.megatron_compat.versions import clear_aux_losses
 from megatron_coe.model.moe.layer import CoELayer
 from tests.unit.training.runs import Sequences, make_settings, make_trainer
 
@@ -59,7 +59,7 @@ def objective_by_autograd(trainer, sequences: Sequences) -> dict[str, torch.Tens
     chunk.zero_grad_buffer()
     trainer.train_state.optimizer.zero_grad()
     ((summed(main, 0) + FACTOR / DEPTH * later_sums) / mask.sum()).backward()
-    forget_balance_losses()
+    clear_aux_losses()
     return gradients(trainer)
 
 

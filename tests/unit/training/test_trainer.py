@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
-from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.megatron_compat.versions import clear_aux_losses
 from megatron_coe.training.metrics_logger import NullLogger
 from tests.unit.training.runs import (
     SEQ_LENGTH,
@@ -65,7 +65,7 @@ def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     chunk.zero_grad_buffer()
     trainer.train_state.optimizer.zero_grad()
     loss.backward()
-    forget_balance_losses()
+    clear_aux_losses()
     return loss.item(), {name: parameters[name].main_grad.clone() for name in parameters}
 
 

@@ -16,10 +16,10 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
 )
 
-from megatron_coe.megatron_compat.versions import forget_balance_losses
+from megatron_coe.megatron_compat.versions import clear_aux_losses
 from megatron_coe.model.moe import experts
 from megatron_coe.model.moe.dispatcher import LocalDispatcher, order_by_expert
-from megatron_coe.model.moe.router import as_map
+from megatron_coe.model.moe.router import routing_map_of
 from tests.builders import build_layer, tiny_config
 
 S, B, H, N, K = 6, 3, 32, 7, 2
@@ -68,7 +68,7 @@ def test_rows_weights_and_sums_are_megatrons(groups, skewed: bool) -> None:
         x_leaf, probs_leaf = x.clone().requires_grad_(), probs.clone().requires_grad_()
         routed, weights = chosen, probs_leaf
         if dispatcher is theirs:
-            routed = as_map(chosen, N)
+            routed = routing_map_of(chosen, N)
             weights = torch.zeros(S * B, N, dtype=x.dtype).scatter(1, chosen, probs_leaf)
         tokens, weights = dispatcher.dispatch_preprocess(x_leaf, routed, weights)
         tokens, weights = dispatcher.token_dispatch(tokens, weights)
@@ -173,9 +173,9 @@ def without_values(groups, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(experts, "grouping", lambda _x, counts, _widths: counts.cumsum(0).int())
     scale = torch.ones(1, device="meta")
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale)
-    forget_balance_losses()
+    clear_aux_losses()
     yield
-    forget_balance_losses()
+    clear_aux_losses()
 
 
 def pass_without_values(changes: dict, padding: bool) -> None:

@@ -207,7 +207,7 @@ def test_gradients_go_straight_into_megatrons_buffer():
 
     def chained():
         x, probs, upstream = make_inputs(COUNTS["empty"])
-        with experts.chained(2):
+        with experts.shared_weights():
             once, _ = experts(x, counts, probs)
             twice, _ = experts(once, counts, probs)
         twice.backward(upstream)

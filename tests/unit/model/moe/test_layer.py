@@ -200,7 +200,9 @@ def test_one_outer_iteration_is_megatrons_moe_bit_for_bit(
         moe_aux_loss_coeff=BALANCE_COEFF if balance != "none" else 0.0,
         moe_z_loss_coeff=1e-3,
     )
-    ours, theirs = decoder_layer(config, CoELayer), decoder_layer(config, MoELayer)
+    ours = decoder_layer(config, CoELayer)
+    with config.known_dispatcher():
+        theirs = decoder_layer(config, MoELayer)
     randomize(ours, torch.Generator().manual_seed(8), std=0.15)
     state = {name.replace("router.0.", "router."): p for name, p in ours.named_parameters()}
     with torch.no_grad():

@@ -17,8 +17,8 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_coe.megatron_compat.versions import forget_balance_losses
-from megatron_coe.model.moe.aux_loss import collect_balance
+from megatron_coe.megatron_compat.versions import clear_aux_losses
+from megatron_coe.model.moe.aux_loss import collect_aux_losses
 from megatron_coe.model.moe.router import CoERouter, IterationRouters
 from megatron_coe.model.reference import ReferenceCoE
 from tests.builders import build_layer, randomize, tiny_config, weigh_balance_losses
@@ -202,9 +202,9 @@ def test_loss_weight_does_not_depend_on_the_micro_batch(
     for x in micro_batches:
         scores = oracle.scores(x, router.weight)
         if loss == "seq_aux_loss":
-            terms.append(oracle.balance_loss(scores))
+            terms.append(oracle.aux_loss(scores))
         elif loss == "aux_loss":  # the micro-batch as one long sequence
-            terms.append(oracle.balance_loss(scores.reshape(-1, 1, N)))
+            terms.append(oracle.aux_loss(scores.reshape(-1, 1, N)))
         else:
             terms.append((x @ router.weight.T).logsumexp(dim=-1).square().mean())
     (expected,) = torch.autograd.grad(coeff * torch.stack(terms).mean(), router.weight)
@@ -224,12 +224,12 @@ SCORES_OF_GROUPS = {
 }
 
 
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("as_indices", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("loss", ["seq_aux_loss", "aux_loss", "global_aux_loss"])
 @pytest.mark.parametrize("kind", SCORES_OF_GROUPS)
 def test_balance_losses_count_the_experts_of_the_groups_kept(
-    groups, kind: str, loss: str, padded: bool, compact: bool
+    groups, kind: str, loss: str, padded: bool, as_indices: bool
 ) -> None:
     """The authors' definition by plain loops: 12 experts in 4 groups, 2 kept, top-4."""
     coeff, lengths = 0.5, [S, S // 2, 1, 2] if padded else [S] * B
@@ -251,7 +251,7 @@ def test_balance_losses_count_the_experts_of_the_groups_kept(
     x = random_input(21, torch.float64)
     padding_SB = torch.arange(S)[:, None] >= torch.tensor(lengths)
     weigh_balance_losses(1)
-    probs, _ = router(x, padding_SB if padded else None, compact=compact)
+    probs, _ = router(x, padding_SB if padded else None, as_indices=as_indices)
     (probs * 0).sum().backward()
 
     logits_SBN = x @ router.weight.T
@@ -286,7 +286,7 @@ def test_balance_losses_count_the_experts_of_the_groups_kept(
 
 def test_losses_are_logged_by_layer_and_iteration(groups) -> None:
     config = tiny_config(num_layers=3, coe_iterations=2, moe_z_loss_coeff=1e-3)
-    forget_balance_losses()  # what other tests logged
+    clear_aux_losses()  # what other tests logged
     layers = {1: IterationRouters(config, groups), 3: IterationRouters(config, groups)}
     expected = torch.zeros(2, 2, 3)
     for seed, ((number, routers), t) in enumerate(itertools.product(layers.items(), range(2))):
@@ -296,13 +296,13 @@ def test_losses_are_logged_by_layer_and_iteration(groups) -> None:
         for micro_batch in x.split(2, dim=1):
             routers.train()(micro_batch.contiguous(), None, t)
         oracle = balance_oracle(routers[t])
-        expected[0, t, number - 1] = oracle.balance_loss(oracle.scores(x, routers[t].weight))
+        expected[0, t, number - 1] = oracle.aux_loss(oracle.scores(x, routers[t].weight))
         expected[1, t, number - 1] = (x @ routers[t].weight.T).logsumexp(-1).square().mean()
-    logged = collect_balance(config, num_microbatches=2, device=torch.device("cpu"))
+    logged = collect_aux_losses(config, num_microbatches=2, device=torch.device("cpu"))
     assert list(logged) == ["seq_aux_loss", "z_loss"]
     torch.testing.assert_close(logged["seq_aux_loss"], expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logged["z_loss"], expected[1], rtol=1e-5, atol=1e-6)
-    again = collect_balance(config, num_microbatches=2, device=torch.device("cpu"))
+    again = collect_aux_losses(config, num_microbatches=2, device=torch.device("cpu"))
     assert all(not values.any() for values in again.values()), "collecting must forget"
 
 
@@ -371,11 +371,11 @@ def test_padding_is_left_out_of_each_loss(groups, loss: str) -> None:
     oracle = balance_oracle(router)
     sequences = [x[:length, b : b + 1] for b, length in enumerate(lengths)]
     if loss == "seq_aux_loss":
-        terms = [oracle.balance_loss(oracle.scores(s, router.weight)) for s in sequences if len(s)]
+        terms = [oracle.aux_loss(oracle.scores(s, router.weight)) for s in sequences if len(s)]
         value = torch.stack(terms).sum() / B  # an empty sequence has nothing to balance
     else:
         valid_T1H = torch.cat([s.flatten(0, 1) for s in sequences])[:, None]
-        value = oracle.balance_loss(oracle.scores(valid_T1H, router.weight))
+        value = oracle.aux_loss(oracle.scores(valid_T1H, router.weight))
         if loss == "z_loss":
             value = (valid_T1H @ router.weight.T).logsumexp(dim=-1).square().mean()
     (expected,) = torch.autograd.grad(coeff * value, router.weight)

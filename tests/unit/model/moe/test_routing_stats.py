@@ -28,7 +28,7 @@ CHOICES = {
 
 
 def build(changes: dict, seed: int = 0):
-    """A layer alone, the tally of it, and the inputs that its routers get to see."""
+    """A layer alone, the routing_counts of it, and the inputs that its routers get to see."""
     config = tiny_config(**{"num_layers": 1, "coe_iterations": 2, **changes})
     layer = build_layer(config).train()
     layer.set_layer_number(1)
@@ -64,62 +64,64 @@ def random_input(seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choices_are_counted_once_by_layer_and_iteration(single_rank, choice: str) -> None:
-    layer, tally, seen = build(CHOICES[choice])
+    layer, routing_counts, seen = build(CHOICES[choice])
     config = layer.config
-    with tally.counting():
+    with routing_counts.counting():
         layer(random_input(1))[0].sum().backward()
     # Where it is recomputed, each router has seen its tokens twice.
     expected = oracle(config, seen[: config.coe_iterations])
-    (counted,) = tally.collect()
+    (counted,) = routing_counts.collect()
     assert torch.equal(counted[:, :-1], expected[:, :-1])
     assert (counted[:, :-1].sum(dim=1) == S * B * config.moe_router_topk).all()
     torch.testing.assert_close(counted[:, -1], expected[:, -1], rtol=1e-5, atol=0)
 
 
 def test_passes_add_up_and_a_new_count_starts_from_nothing(single_rank) -> None:
-    layer, tally, seen = build({})
+    layer, routing_counts, seen = build({})
     for _ in range(2):
         seen.clear()
-        with tally.counting():
+        with routing_counts.counting():
             layer(random_input(2))
             layer(random_input(3))
         expected = oracle(layer.config, seen[:2]) + oracle(layer.config, seen[2:])
-        assert torch.equal(tally.collect()[0, :, :-1], expected[:, :-1])
+        assert torch.equal(routing_counts.collect()[0, :, :-1], expected[:, :-1])
     layer(random_input(4))  # not asked to be counted
-    assert torch.equal(tally.collect()[0, :, :-1], expected[:, :-1])
+    assert torch.equal(routing_counts.collect()[0, :, :-1], expected[:, :-1])
 
 
 def test_only_training_counts(single_rank) -> None:
-    layer, tally, _ = build({})
-    with tally.counting():
+    layer, routing_counts, _ = build({})
+    with routing_counts.counting():
         with torch.no_grad():
             layer(random_input(2))
         layer.eval()(random_input(2))
-    assert not tally.collect().any()
+    assert not routing_counts.collect().any()
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "megatron_alltoall"])
 def test_padding_that_is_told_is_left_out(single_rank, dispatcher: str) -> None:
-    layer, tally, seen = build({"moe_token_dispatcher_type": dispatcher})
+    layer, routing_counts, seen = build({"moe_token_dispatcher_type": dispatcher})
     mask_BS = torch.arange(S)[None] >= torch.tensor([[S], [2], [4]])
-    with tally.counting():
+    with routing_counts.counting():
         layer(random_input(5), padding_mask=mask_BS)
     expected = oracle(layer.config, seen, kept_T=~mask_BS.T.reshape(-1))
-    (counted,) = tally.collect()
+    (counted,) = routing_counts.collect()
     assert torch.equal(counted[:, :-1], expected[:, :-1])
     torch.testing.assert_close(counted[:, -1], expected[:, -1], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("as_indices", [True, False])
 @pytest.mark.parametrize("padding", [True, False])
-def test_counting_never_waits_for_the_device(single_rank, compact: bool, padding: bool) -> None:
+def test_counting_never_waits_for_the_device(single_rank, as_indices: bool, padding: bool) -> None:
     """Tensors without values: asking for one raises."""
     config = tiny_config(coe_iterations=2, moe_router_load_balancing_type="none")
     router = CoERouter(config, get_default_pg_collection()).to("meta").train()
-    router.tally = torch.zeros(2, config.num_moe_experts + 1, dtype=torch.float64, device="meta")
+    router.routing_counts = torch.zeros(
+        2, config.num_moe_experts + 1, dtype=torch.float64, device="meta"
+    )
     x = torch.empty(S, B, H, device="meta", requires_grad=True)
     mask = torch.empty(S, B, dtype=torch.bool, device="meta") if padding else None
-    router(x, mask, iteration=1, compact=compact)
+    router(x, mask, iteration=1, as_indices=as_indices)
 
 
 def test_biases_decide_the_choice_but_not_the_confidence(single_rank) -> None:
@@ -131,13 +133,13 @@ def test_biases_decide_the_choice_but_not_the_confidence(single_rank) -> None:
     router = CoERouter(config, get_default_pg_collection()).train()
     randomize(router, torch.Generator().manual_seed(0))
     router.expert_bias.copy_(torch.tensor([9.0, 9.0, 0, 0, 0, 0, 0]))
-    router.tally = torch.zeros(config.coe_iterations, 8, dtype=torch.float64)
+    router.routing_counts = torch.zeros(config.coe_iterations, 8, dtype=torch.float64)
     x = random_input(6)
     router(x)
     scores_TN = (x.double() @ router.weight.double().T).sigmoid().flatten(0, 1)
     expected = (scores_TN[:, :2].sum(dim=1) / scores_TN.sum(dim=1)).sum()
-    assert router.tally[0].tolist()[:-1] == [S * B] * 2 + [0] * 5
-    assert router.tally[0, -1].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert router.routing_counts[0].tolist()[:-1] == [S * B] * 2 + [0] * 5
+    assert router.routing_counts[0, -1].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_layers_of_every_kind_have_a_row_of_their_own(single_rank) -> None:
@@ -150,9 +152,9 @@ def test_layers_of_every_kind_have_a_row_of_their_own(single_rank) -> None:
         moe_router_load_balancing_type="none",
     )
     model = provider.provide().train()
-    tally = RoutingStats(provider, [model], torch.device("cpu"))
+    routing_counts = RoutingStats(provider, [model], torch.device("cpu"))
     ids = torch.arange(2 * S).reshape(2, S)
-    with tally.counting():
+    with routing_counts.counting():
         model(ids, ids % S, None, labels=ids)
-    tokens_LC = tally.collect()[..., :-1].sum(dim=-1) / provider.moe_router_topk
+    tokens_LC = routing_counts.collect()[..., :-1].sum(dim=-1) / provider.moe_router_topk
     assert tokens_LC.tolist() == [[0, 0]] + [[2 * S] * 2] * 4

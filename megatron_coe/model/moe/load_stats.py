@@ -1,4 +1,4 @@
-"""How evenly a router uses its experts, in figures."""
+"""How evenly a router loads its experts. Needs numpy alone, for the analysis of exported models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Counts = NDArray[np.integer] | NDArray[np.floating]
 
 
 def entropy(weights: Counts) -> float:
-    """H = -Σ p log p of the distribution that the weights, of any shape, are proportional to."""
+    """Return H = -Σ p log p of the distribution that weights of any shape are proportional to."""
     shares = weights[weights > 0] / weights.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 @dataclass(frozen=True)
-class Usage:
-    """How evenly a router uses its experts; p_i is expert i's share of all choices.
+class LoadStats:
+    """How evenly a router loads its experts; p_i is expert i's share of all choices.
 
     Attributes:
         entropy: H(p) / log N; 1: all alike.
@@ -31,10 +31,10 @@ class Usage:
     dead: int
 
 
-def usage(counts_N: Counts) -> Usage:
-    """Of how many tokens each of the N experts receives."""
+def load_stats(counts_N: Counts) -> LoadStats:
+    """Return the statistics of the N experts' token counts [N]."""
     N = len(counts_N)
-    return Usage(
+    return LoadStats(
         entropy=entropy(counts_N) / np.log(N) if N > 1 else 1.0,
         max_over_mean=float(counts_N.max() / counts_N.mean()),
         dead=int((counts_N == 0).sum()),
