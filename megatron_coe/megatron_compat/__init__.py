@@ -1,7 +1,7 @@
 """Everything that patches or bridges versions of Megatron-Core and Transformer Engine.
 
-    versions            what the supported Megatron-Core lines name or shape differently
-    transformer_engine  whether Transformer Engine is there, whole, and of use on this machine
+    versions            names and signatures that differ between the supported Megatron-Core lines
+    transformer_engine  whether Transformer Engine is installed, complete and usable here
     modules             reading and replacing what a module of theirs holds
     mtp                 the weight of multi-token prediction's losses
     recompute           selective recomputation without a compiler

@@ -1,4 +1,4 @@
-"""Loading a sharded state through either Megatron-Core line, out of what has been read safely.
+"""Load a sharded state through either Megatron-Core line, from an index that was read safely.
 
 Megatron reads a checkpoint's index by `pickle.load` (torch/distributed/checkpoint/filesystem.py),
 and torch refuses one of a newer torch whose classes have gained fields. 0.16 finds the values that
@@ -38,7 +38,7 @@ def load_sharded_state(
 
 @contextmanager
 def _index_given(index: Metadata) -> Iterator[None]:
-    """Let torch's reader of checkpoints take this index for that of the file."""
+    """Have torch's checkpoint reader use this index instead of the file's."""
     reader: Any = FileSystemReader
     original = reader.read_metadata
 

@@ -1,12 +1,12 @@
 """Run Megatron-Core on a CPU with gloo: an execution backend for development, tests and small runs.
 
-Megatron-Core's Python code assumes CUDA in a handful of spots (a literal ``device="cuda"``, a
-stream, the CUDA generator, ``"torch.cuda.FloatTensor"``). Its mathematics does not. Each row of
-:data:`PATCHES` makes one kind of spot work on a CPU; :func:`install` applies them all. Nothing is
+Megatron-Core's Python code assumes CUDA in a handful of spots (a literal `device="cuda"`, a
+stream, the CUDA generator, `"torch.cuda.FloatTensor"`). Its mathematics does not. Each row of
+`PATCHES` makes one kind of spot work on a CPU; `install` applies them all. Nothing is
 patched at import, and nothing ever is where CUDA is available.
 
 No patch stands in a hot path: a literal device is rewritten by giving the few modules that hold
-one their own view of ``torch``, so every other call costs what it costs in plain PyTorch.
+one their own view of `torch`, so every other call costs what it costs in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _installed = False
 
 
 def install() -> None:
-    """Apply every patch of :data:`PATCHES`; later calls do nothing.
+    """Apply every patch of `PATCHES`; later calls do nothing.
 
     Works whether or not Megatron's modules were imported before.
 
@@ -57,7 +57,7 @@ def install() -> None:
 
 
 class Event:
-    """A ``torch.cuda.Event`` for a device that runs everything in order, at once."""
+    """A `torch.cuda.Event` for a device that runs everything in order, at once."""
 
     def __init__(self, enable_timing: bool = False, **_: bool):
         self._recorded_s = 0.0
@@ -66,7 +66,7 @@ class Event:
         self._recorded_s = time.perf_counter()
 
     def elapsed_time(self, end_event: Event) -> float:
-        """Milliseconds between the two records, as ``torch.cuda.Event`` gives them."""
+        """Return the milliseconds between the two records, as `torch.cuda.Event` gives them."""
         return (end_event._recorded_s - self._recorded_s) * 1e3
 
     def query(self) -> bool:
@@ -80,7 +80,7 @@ class Event:
 
 
 class Stream:
-    """A ``torch.cuda.Stream`` for a device that has one queue: there is nothing to wait for."""
+    """A `torch.cuda.Stream` for a device that has one queue: there is nothing to wait for."""
 
     def __init__(self, device: torch.device | int | None = None, priority: int = 0, **_: int):
         self.device = CPU
@@ -162,7 +162,7 @@ def _not_about_the_shared_generator(record: logging.LogRecord) -> bool:
 
 
 def _patch_rng() -> None:
-    """The one CPU generator plays the CUDA generator's part, for seeds and for the tracker."""
+    """The CPU generator stands in for CUDA's, for seeds and for the tracker."""
     namespaces: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
     for namespace in namespaces:
         namespace.get_rng_state = _get_rng_state
@@ -197,7 +197,7 @@ _FACTORIES = frozenset({"empty", "empty_like", "full", "ones", "tensor", "zeros"
 
 
 class TorchOnCpu(types.ModuleType):
-    """``torch`` itself, but its tensor factories read ``device="cuda"`` as the CPU."""
+    """`torch` itself, but its tensor factories read `device="cuda"` as the CPU."""
 
     def __getattr__(self, name: str) -> object:
         value = getattr(torch, name)
@@ -230,7 +230,7 @@ def _patch_pinned_memory() -> None:
 
 
 class _TorchUnpinned(types.ModuleType):
-    """``torch`` itself, but ``torch.tensor`` pins nothing: there is no device to copy to."""
+    """`torch` itself, but `torch.tensor` pins nothing: there is no device to copy to."""
 
     def __getattr__(self, name: str) -> object:
         return getattr(torch, name)
@@ -252,7 +252,7 @@ def _patch_tensor_cuda() -> None:
 
 
 class _CudaTypeStrings(TorchFunctionMode):
-    """``Tensor.type()`` answers as it would for the same tensor on a GPU."""
+    """`Tensor.type()` answers as it would for the same tensor on a GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         answer = func(*args, **(kwargs or {}))
@@ -271,7 +271,7 @@ def _with_cuda_type_strings(function: Callable) -> Callable:
 
 
 def _patch_type_strings() -> None:
-    """The optimizers sort parameters by ``"torch.cuda.FloatTensor"`` and its like.
+    """The optimizers sort parameters by `"torch.cuda.FloatTensor"` and its like.
 
     All three run once at set-up or once per step, so the mode costs training nothing.
     """
@@ -328,7 +328,7 @@ _COMPILED_FROM = "_torchdynamo_orig_callable"
 
 
 def _patch_fusions() -> None:
-    """Megatron's ``jit_fuser`` is ``torch.compile``: on a CPU that is a C++ build per function and
+    """Megatron's `jit_fuser` is `torch.compile`: on a CPU that is a C++ build per function and
     process, and a new one as routing changes the shapes. Its functions run eagerly instead."""
     jit = load_module("megatron.core.jit")
     rebind(jit.jit_fuser, jit.noop_decorator)

@@ -1,8 +1,9 @@
-"""`megatron.training`, of the megatron-core wheel or a Megatron-LM checkout: what it needs to start
-from the wheel and to run on a CPU, and its two ways to be called.
+"""Patches of `megatron.training`, to start from the wheel and to run on a CPU; its two signatures.
 
-:data:`EVERYWHERE` holds what is wrong on any machine, :data:`ON_CPU` what assumes CUDA.
-:func:`install` applies what this machine needs; nothing is patched at import.
+It is that of the megatron-core wheel, or of a Megatron-LM checkout.
+
+`EVERYWHERE` holds what is wrong on any machine, `ON_CPU` what assumes CUDA.
+`install` applies what this machine needs; nothing is patched at import.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def pretrain(
 
 
 def _patch_dataset_helpers() -> None:
-    """Before training Megatron runs ``make`` among its data sets. The wheel has the compiled
-    library there but no Makefile: ``make`` fails, and the run ends."""
+    """Before training Megatron runs `make` among its data sets. The wheel has the compiled
+    library there but no Makefile: `make` fails, and the run ends."""
     utils = load_module("megatron.core.datasets.utils")
     if not Path(utils.__file__).with_name("Makefile").exists():
         utils.compile_helpers = _nothing
@@ -79,7 +80,7 @@ EVERYWHERE: dict[str, Callable[[], None]] = {"dataset_helpers": _patch_dataset_h
 
 
 class _OneGpu(types.ModuleType):
-    """``torch.cuda``, but one recent GPU answers for this process.
+    """`torch.cuda`, but one recent GPU answers for this process.
 
     Megatron asserts that CUDA is there, counts the devices (none: no parallel groups), refuses
     grouped experts on old ones, and before Blackwell wants CUDA_DEVICE_MAX_CONNECTIONS set.
@@ -110,14 +111,14 @@ class _OneGpu(types.ModuleType):
 
 
 class _TorchOnOneGpu(TorchOnCpu):
-    """``torch`` itself, but tensors for CUDA are made on the CPU and `_OneGpu` is its ``cuda``."""
+    """`torch` itself, but tensors for CUDA are made on the CPU and `_OneGpu` is its `cuda`."""
 
     cuda = _OneGpu("torch.cuda")
 
 
 def _patch_torch() -> None:
-    """The training modules write ``device="cuda"`` out and ask ``torch.cuda`` about devices. They
-    get a view of ``torch``; everyone else keeps the truth."""
+    """The training modules write `device="cuda"` out and ask `torch.cuda` about devices. They
+    get a view of `torch`; everyone else keeps the truth."""
     view = _TorchOnOneGpu("torch")
     for module in loaded_modules("megatron.training"):
         if getattr(module, "torch", None) is torch:

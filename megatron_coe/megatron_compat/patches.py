@@ -1,10 +1,9 @@
 """Patches of what Megatron-Core gets wrong where Transformer Engine cannot be used, on any device.
 
-Its modules each guess for themselves whether Transformer Engine and Apex are there, and some guess
-wrong: names stay undefined, a package that happens to be called ``apex`` is taken for NVIDIA's, or
-a Transformer Engine that can be imported for one that can run. :func:`install` corrects the
-guesses. Where Transformer Engine can be used nothing is changed, save that a foreign ``apex`` is
-still kept out.
+Its modules each test by themselves for Transformer Engine and Apex, and some conclude wrongly:
+names stay undefined, any package called `apex` is taken for NVIDIA's, or a Transformer Engine that
+can be imported for one that can run. `install` corrects this. Where Transformer Engine can be used
+nothing is changed, but a foreign `apex` is still kept out.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ logger = logging.getLogger(__name__)
 
 
 def have_apex() -> bool:
-    """Whether NVIDIA's Apex is here with its CUDA extensions.
+    """Return whether NVIDIA's Apex is installed with its CUDA extensions.
 
-    The package index's ``apex`` is an unrelated toolkit of the same name, so the name says nothing:
+    The package index's `apex` is an unrelated toolkit of the same name, so the name says nothing:
     what counts are the two modules that Megatron uses.
     """
     return _importable("apex.multi_tensor_apply") and _importable("amp_C")
 
 
 def install() -> None:
-    """Correct what Megatron's modules guessed about the packages around them. Idempotent.
+    """Correct what Megatron's modules assume about installed packages. Idempotent.
 
-    Works whether or not Megatron's modules were imported before. Says once what is ignored: a
+    Works whether or not Megatron's modules were imported before. Reports once what is ignored: a
     Transformer Engine without a CUDA device (a line on stderr, once per machine), and an importable
-    ``apex`` that is not NVIDIA's (``RuntimeWarning``).
+    `apex` that is not NVIDIA's (`RuntimeWarning`).
 
     Raises:
         BrokenTransformerEngineError: Transformer Engine cannot be imported; nothing was patched.
     """
     needed = [row for row in PATCHES if is_needed(row)]
     if "unusable_te" in needed:
-        _tell_of_unusable_te()
+        _log_unusable_te()
     if "foreign_apex" in needed:
         _warn_of_foreign_apex()
     for row in needed:
@@ -58,7 +57,7 @@ def install() -> None:
 
 
 def is_needed(row: str) -> bool:
-    """Whether this machine and this line of Megatron-Core need a row of `PATCHES`."""
+    """Return whether this machine and this line of Megatron-Core need a row of `PATCHES`."""
     if row == "foreign_apex":
         return _importable("apex") and not have_apex()
     if have_te():
@@ -71,7 +70,7 @@ def is_needed(row: str) -> bool:
 
 
 @functools.cache
-def _tell_of_unusable_te() -> None:
+def _log_unusable_te() -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         logger.warning(
             "Transformer Engine is installed but left aside: it needs a CUDA device, and there is "
@@ -81,7 +80,7 @@ def _tell_of_unusable_te() -> None:
 
 @functools.cache
 def _importable(name: str) -> bool:
-    """Whether ``import name`` works; whatever a broken package raises means that it does not."""
+    """Whether `import name` works; whatever a broken package raises means that it does not."""
     try:
         load_module(name)
     except Exception:
@@ -159,8 +158,8 @@ def _is_of_te(function: types.FunctionType) -> bool:
 
 
 def _patch_have_te() -> None:
-    """``multi_latent_attention`` imports only Megatron's wrappers, which import without Transformer
-    Engine (as ``None``), and concludes that it is there: ``isinstance(x, None)`` follows."""
+    """`multi_latent_attention` imports only Megatron's wrappers, which import without Transformer
+    Engine (as `None`), and concludes that it is there: `isinstance(x, None)` follows."""
     for module in _megatron_modules():
         if getattr(module, "HAVE_TE", False):
             module.HAVE_TE = False
@@ -168,7 +167,7 @@ def _patch_have_te() -> None:
 
 def _patch_inference_linear() -> None:
     """Megatron-LM's main branch asks whether a layer is one for inference, which is Transformer
-    Engine's, as ``multi_latent_attention`` of 0.16 asks for others."""
+    Engine's, as `multi_latent_attention` of 0.16 asks for others."""
     for module in _megatron_modules():
         if hasattr(module, "is_inference_column_parallel_linear"):
             module.is_inference_column_parallel_linear = _never
@@ -179,14 +178,14 @@ def _never(module: object) -> bool:
 
 
 def _patch_router_gemm() -> None:
-    """``moe_utils`` leaves ``te_general_gemm`` undefined, then compares it with ``None``."""
+    """`moe_utils` leaves `te_general_gemm` undefined, then compares it with `None`."""
     moe_utils = load_module("megatron.core.transformer.moe.moe_utils")
     moe_utils.te_general_gemm = None
 
 
 def _patch_selective_recompute() -> None:
-    """``CheckpointWithoutOutput(fp8=False)``, its default, means "with fp8" and calls Transformer
-    Engine; only ``None`` means without."""
+    """`CheckpointWithoutOutput(fp8=False)`, its default, means "with fp8" and calls Transformer
+    Engine; only `None` means without."""
     random = load_module("megatron.core.tensor_parallel.random")
     cls = random.CheckpointWithoutOutput
     fp8, *others = cls.__init__.__defaults__  # fp8 is the first parameter
@@ -197,7 +196,7 @@ def _patch_selective_recompute() -> None:
 def _patch_distributed_optimizer_load() -> None:
     """Torch's Adam keeps a step count per parameter, which the distributed optimizer restores
     first. Then it leaves the count out of a checkpoint's tensors and asks for it all the same
-    (``KeyError``) or, of checkpoints that are sharded as its buffers are (``dp_reshardable``, the
+    (`KeyError`) or, of checkpoints that are sharded as its buffers are (`dp_reshardable`, the
     default of Megatron's `pretrain`), copies the count from before loading: 0, so that Adam takes
     trained moments for new ones."""
     module = load_module("megatron.core.optimizer.distrib_optimizer")
@@ -220,7 +219,7 @@ def _patch_distributed_optimizer_state() -> None:
     all parameters have made the same number of steps; so it cannot be loaded. Loading then gives
     them all one tensor as their step count, which counts once per parameter and step: the updates
     that follow are wrong, without a word. And fp32 weights are loaded through views that need
-    gradients, which torch refuses outside of ``no_grad``."""
+    gradients, which torch refuses outside of `no_grad`."""
     module = load_module("megatron.core.optimizer.distrib_optimizer")
     optimizer_class = module.DistributedOptimizer
     state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
@@ -274,14 +273,14 @@ def _l2_norm(
     tensor_lists: list[list[torch.Tensor]],
     per_tensor: bool,
 ) -> tuple[torch.Tensor, None]:
-    """The norm of all tensors together [1], fp32, where they are; as `amp_C.multi_tensor_l2norm`
-    is called without a norm per tensor."""
+    """Return the norm of all tensors together [1], fp32, on their device; as
+    `amp_C.multi_tensor_l2norm` is called without a norm per tensor."""
     norm = torch.nn.utils.get_total_norm(tensor_lists[0])
     return norm.float().reshape(1), None
 
 
 def _patch_foreign_apex() -> None:
-    """Any importable ``apex`` makes Megatron choose its FusedLayerNorm, which then refuses."""
+    """Any importable `apex` makes Megatron choose its FusedLayerNorm, which then refuses."""
     apex_norm = load_module("megatron.core.fusions.fused_layer_norm").FusedLayerNorm
     torch_norm = load_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
     for module in _megatron_modules():
@@ -291,7 +290,7 @@ def _patch_foreign_apex() -> None:
             if getattr(module, name, None) is apex_norm:
                 setattr(module, name, torch_norm)
     if not have_te():
-        # An Apex built without its extensions still offers ``FusedAdam``, which then refuses.
+        # An Apex built without its extensions still offers `FusedAdam`, which then refuses.
         _use_torch_optimizers()
 
 

@@ -27,7 +27,7 @@ def install() -> None:
 
 
 def prepare_recompute(config: TransformerConfig) -> None:
-    """Build what the first backward pass of this configuration would build in its midst."""
+    """Build the extension that this configuration's first backward pass would build."""
     if config.recompute_granularity == "selective" and hasattr(random, "_get_share_storage"):
         random._get_share_storage()
 

@@ -1,10 +1,10 @@
-"""Whether Transformer Engine is here, whole, and of use on this machine.
+"""Detect whether Transformer Engine is installed, complete and usable on this machine.
 
 absent    `import transformer_engine` raises ImportError: Megatron-Core does without it, too
 broken    that, or the import of its PyTorch part, raises anything else: Megatron-Core, which
           imports it wherever it is found, cannot be imported either
-unusable  it is whole, but there is no CUDA device
-usable    whole, with a CUDA device
+unusable  it is complete, but there is no CUDA device
+usable    complete, with a CUDA device
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class BrokenTransformerEngineError(ValueError):
     def __init__(self, error: BaseException) -> None:
         spec = importlib.util.find_spec(PACKAGE)
         folders = list(spec.submodule_search_locations or []) if spec else []
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         super().__init__(
             f"Transformer Engine ({folders[0] if folders else PACKAGE}) is installed but cannot be "
-            f"imported, nor can Megatron-Core beside it: {type(error).__name__}: {said}. Install "
+            f"imported, nor can Megatron-Core beside it: {type(error).__name__}: {reason}. Install "
             "one that fits this PyTorch, or remove it (`pip uninstall transformer-engine`): "
             "PyTorch's modules then stand in"
         )
 
 
 def have_te() -> bool:
-    """Whether Transformer Engine can be used: it is whole, and there is a CUDA device.
+    """Return whether Transformer Engine can be used: complete, and with a CUDA device.
 
     Raises:
         BrokenTransformerEngineError: it is broken.
@@ -44,13 +44,13 @@ def have_te() -> bool:
 
 
 def is_installed() -> bool:
-    """Whether Transformer Engine can be imported, of use or not. Raises as `have_te` does."""
+    """Return whether Transformer Engine can be imported, usable or not. Raises as `have_te`."""
     return import_error() is None
 
 
 @functools.cache
 def import_error() -> ModuleNotFoundError | None:
-    """Why Transformer Engine is absent; None if it is not. Raises as `have_te` does."""
+    """Return why Transformer Engine is absent; None if it is not. Raises as `have_te` does."""
     if importlib.util.find_spec(PACKAGE) is None:
         return ModuleNotFoundError(f"no package {PACKAGE} is installed", name=PACKAGE)
     import torch  # noqa: F401  # whose libraries its extension needs
@@ -69,7 +69,7 @@ def import_error() -> ModuleNotFoundError | None:
 
 
 def broken_by(error: BaseException | None) -> BrokenTransformerEngineError | None:
-    """What to say of an exception that an import of Transformer Engine raised; None of any other.
+    """Return the error for an exception that an import of Transformer Engine raised, else None.
 
     Commands import Megatron-Core, and it with Transformer Engine, only when they need it: they ask
     afterwards what went wrong, instead of importing both beforehand.

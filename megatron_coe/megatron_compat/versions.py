@@ -51,7 +51,7 @@ Part: TypeAlias = type | partial[Any] | ModuleSpec
 
 
 def part_class(part: Part) -> object:
-    """The class that a spec's part will build, or a function that makes one."""
+    """Return the class that a spec's part will build, or a function that makes one."""
     if isinstance(part, ModuleSpec):
         return part.module
     if isinstance(part, partial):  # of a class, or of a class method that makes one
@@ -65,14 +65,14 @@ def build_part(part: Part, **arguments: object) -> torch.nn.Module:
 
 
 def part_submodules(part: Part) -> Any:
-    """The parts of a part, or None."""
+    """Return the submodules of a part, or None."""
     if isinstance(part, ModuleSpec):
         return part.submodules
     return part.keywords.get("submodules") if isinstance(part, partial) else None
 
 
 def with_module(part: Part, module: type, **params: object) -> Part:
-    """The same part with another class, and these arguments to its constructor besides."""
+    """Return the part with another class, and these further arguments to its constructor."""
     if isinstance(part, ModuleSpec):
         part = copy(part)
         part.module, part.params = module, {**(part.params or {}), **params}
@@ -86,14 +86,14 @@ ExpertModules: TypeAlias = tuple[type, object] | partial[Any]
 
 
 def expert_modules(module: type, submodules: object | None = None) -> ExpertModules:
-    """These experts as `grouped_mlp_modules` returns them."""
+    """Return these experts as `grouped_mlp_modules` returns them."""
     if not PARTS_ARE_PARTIALS:
         return module, submodules
     return partial(module) if submodules is None else partial(module, submodules=submodules)
 
 
 def experts_part(modules: ExpertModules) -> Part:
-    """What `grouped_mlp_modules` returned, as `MoESubmodules.experts` takes it."""
+    """Return what `grouped_mlp_modules` returned, as `MoESubmodules.experts` takes it."""
     if isinstance(modules, partial):
         return modules
     module, submodules = modules
@@ -101,7 +101,7 @@ def experts_part(modules: ExpertModules) -> Part:
 
 
 def no_graph_scopes() -> list[Any] | None:
-    """`cuda_graph_scope` of a configuration without CUDA graphs of parts of a layer.
+    """Return the `cuda_graph_scope` of a configuration without partial CUDA graphs.
 
     The current line renamed the field to `cuda_graph_modules` and wants the old one unset.
     """
@@ -112,10 +112,10 @@ def no_graph_scopes() -> list[Any] | None:
 
 
 def get_batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This context-parallel rank's two chunks of each sequence of the batch, by Megatron.
+    """Return this context-parallel rank's two chunks of each sequence, by Megatron.
 
     The current line wants the group: without it a batch is sliced over all ranks of the world, and
-    every layout but context parallelism alone trains on parts of its sequences, without a word.
+    every layout but context parallelism alone silently trains on parts of its sequences.
 
     Args:
         batch: tensors [B, S] by name (an `attention_mask` [B, 1, S, S]).
@@ -126,7 +126,7 @@ def get_batch_on_this_cp_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return _get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
 
 
-# --- balance losses -------------------------------------------------------------------------------
+# --- auxiliary losses -----------------------------------------------------------------------------
 
 
 def record_aux_loss(
@@ -161,7 +161,7 @@ def record_aux_loss(
 
 
 def recorded_aux_losses() -> dict[str, Tensor]:
-    """What this rank has recorded since `clear_aux_losses`, by name [num_layers]."""
+    """Return what this rank has recorded since `clear_aux_losses`, by name [num_layers]."""
     if PARTS_ARE_PARTIALS:
         return {name: entry.values for name, entry in moe_metrics_tracker().metrics.items()}
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
@@ -171,8 +171,8 @@ def recorded_aux_losses() -> dict[str, Tensor]:
 
 
 def clear_aux_losses() -> None:
-    """Empty Megatron's log of balance losses: a process has one, as long as the first model that
-    it met has layers."""
+    """Clear Megatron's log of auxiliary losses: a process has one, sized by the first model's
+    layers."""
     if PARTS_ARE_PARTIALS:
         from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
@@ -184,7 +184,7 @@ def clear_aux_losses() -> None:
 
 
 def moe_metrics_tracker() -> MoEMetricsTracker:
-    """The current line's log of balance losses."""
+    """Return the current line's log of auxiliary losses."""
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     return get_moe_metrics_tracker()

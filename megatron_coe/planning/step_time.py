@@ -134,8 +134,10 @@ def _hidden_by_shared_expert(
     iterations = sum(plan.layers(stage)) * model.coe_iterations
     shared = flops.ffn_params(model, model.moe_shared_expert_intermediate_size)
     work = 6 * shared * plan.own_tokens * iterations
-    all_to_alls = sum(c.times * c.seconds for c in traffic if c.group == "EP")
-    return min(work / (cluster.gpu.flops * MATRIX_EFFICIENCY), all_to_alls / plan.num_microbatches)
+    dispatch_combine = sum(c.times * c.seconds for c in traffic if c.group == "EP")
+    return min(
+        work / (cluster.gpu.flops * MATRIX_EFFICIENCY), dispatch_combine / plan.num_microbatches
+    )
 
 
 def _exposed_after(plan: Plan, traffic: list[Collective], micro_batch: float) -> float:

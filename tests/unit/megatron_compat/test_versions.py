@@ -36,7 +36,7 @@ def parts() -> list:
 
 
 @pytest.mark.parametrize("part", parts(), ids=["spec", "partial"])
-def test_a_part_is_read_and_changed(part) -> None:
+def test_a_part_is_read_and_rebuilt(part) -> None:
     assert part_class(part) is Old
     other = with_module(part, New, b=2)
     assert (part_class(other), part_class(part)) == (New, Old)

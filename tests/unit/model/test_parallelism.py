@@ -104,7 +104,7 @@ def test_random_layouts_are_judged_right_and_sent_to_a_nearest_one():
         changed = [
             f.name for f in fields(Layout) if getattr(near, f.name) != getattr(layout, f.name)
         ]
-        if len(changed) > 1:  # then no single size mends it
+        if len(changed) > 1:  # then no single size fixes it
             for name in (TP, PP, CP, EP, ETP, VPP):
                 for size in [None] * (name in (VPP, ETP)) + list(range(1, 28)):
                     assert not legal(replace(layout, **{name: size}), extents)

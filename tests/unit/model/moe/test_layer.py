@@ -108,14 +108,14 @@ def test_an_upcycled_chain_is_the_reference(single_rank, C, changes, dtype) -> N
     compare(layer, 3000 + C, tolerance)
 
 
-def test_closed_gates_leave_the_mixture_as_it_was(single_rank) -> None:
-    mixture = build_layer(tiny_config(coe_iterations=1, coe_residual="outer"))
+def test_zero_scales_leave_the_moe_as_it_was(single_rank) -> None:
+    moe = build_layer(tiny_config(coe_iterations=1, coe_residual="outer"))
     upcycled = build_layer(tiny_config(coe_iterations=3, coe_residual="outer", coe_upcycled=True))
-    randomize(mixture, torch.Generator().manual_seed(8), std=0.15)
-    new = upcycled.load_state_dict(mixture.state_dict(), strict=False)
+    randomize(moe, torch.Generator().manual_seed(8), std=0.15)
+    new = upcycled.load_state_dict(moe.state_dict(), strict=False)
     assert not new.unexpected_keys
     x = random_input(90, torch.float32)
-    assert torch.equal(upcycled(x)[0], mixture(x)[0])
+    assert torch.equal(upcycled(x)[0], moe(x)[0])
     upcycled(x)[0].backward(random_input(91, torch.float32))
     for gate in upcycled.coe_weights.values():
         assert gate.shape == (32,)

@@ -1,4 +1,4 @@
-"""What is counted of routing, against choices made anew from what went into the routers."""
+"""What is counted of routing, against assignments recomputed from the routers' inputs."""
 
 from __future__ import annotations
 
