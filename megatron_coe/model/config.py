@@ -116,7 +116,8 @@ class CoEConfig(MLATransformerConfig):
         if isinstance(self.activation_func, str):
             self.activation_func = _one_of("activation_func", self.activation_func, ACTIVATIONS)
         if getattr(self, "cuda_graph_modules", None) == "full":
-            self.cuda_graph_modules = []  # what 0.19 calls its own default, which it warns about
+            # What 0.19 calls its own default, which it warns about.
+            self.cuda_graph_modules: list[str] = []
         self._check_iterations()
         self._check_experts()
         self._check_layout()

@@ -54,9 +54,12 @@ class ReferenceCoE:
             score_SBN = self.scores(x, gate)
             update = self.experts(x, score_SBN)  # f_t(x(t-1))
             losses.append(self.aux_loss(score_SBN))
-            base = {"inner": x, "inner_outer": x, "addinit": x_0, "outer": 0, "none": 0}
-            upcycled = self.coe_weights is not None and t > 0
-            x = x + self.coe_weights[t - 1] * update if upcycled else base[self.residual] + update
+            bases: dict[str, Tensor | int]
+            bases = {"inner": x, "inner_outer": x, "addinit": x_0, "outer": 0, "none": 0}
+            if self.coe_weights is not None and t > 0:
+                x = x + self.coe_weights[t - 1] * update
+            else:
+                x = bases[self.residual] + update
         return x, torch.stack(losses)
 
     def scores(self, x_SBH: Tensor, gate_NH: Tensor) -> Tensor:

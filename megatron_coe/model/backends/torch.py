@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +98,8 @@ class Norm:
 
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
-    ) -> RMSNorm | LayerNorm:
-        """Build it.
-
+    ) -> Any:  # RMSNorm or LayerNorm
+        """
         Raises:
             ValueError: `config.normalization` is neither "RMSNorm" nor "LayerNorm".
         """

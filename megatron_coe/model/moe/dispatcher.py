@@ -112,6 +112,7 @@ class LocalDispatcher(MoETokenDispatcher):
             self.shared_experts.linear_fc2_forward()
             self.shared_experts.post_forward_comm()
         order, self.order = self.order, None  # a reference would keep the graph alive
+        assert order is not None
         return _FromExperts.apply(hidden_states, order.token, order.row)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
@@ -137,17 +138,19 @@ class AsyncDispatcher(MoEAlltoAllTokenDispatcher):
         self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Start the parent's all-to-all; what is returned has not arrived."""
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+        self.tokens_per_expert: Tensor = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
         )
         self._dispatched = AllToAll(self.ep_group, self.output_splits, self.input_splits)
-        return self._dispatched.start(permutated_local_input_tokens, permuted_probs)
+        rows, probs = self._dispatched.start(permutated_local_input_tokens, permuted_probs)
+        return rows, probs
 
     def dispatch_postprocess(
         self, global_input_tokens: Tensor, global_probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Wait for the rows, then do as the parent."""
         all_to_all, self._dispatched = self._dispatched, None
+        assert all_to_all is not None
         return super().dispatch_postprocess(*all_to_all.finish(global_input_tokens, global_probs))
 
 

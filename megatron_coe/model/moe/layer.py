@@ -10,6 +10,7 @@ Axis letters: S sequence, B batch, H hidden, C iterations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -167,11 +168,11 @@ def _iteration_scale(config: CoEConfig) -> torch.nn.Parameter:
     """An upcycled iteration's scale [H] as it starts: the iteration adds nothing yet."""
     scale = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
     # Each rank sees its part of the sequence: Megatron sums such gradients over the TP ranks.
-    scale.sequence_parallel = config.sequence_parallel
+    scale.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # a mark
     return scale
 
 
-def get_bias_add_without_residual(training: bool, fused: bool):
+def get_bias_add_without_residual(training: bool, fused: bool) -> Callable[..., Tensor]:
     """Return the `mlp_bda` of modes without residual stream: the output is x(C), h is not added.
 
     Has the interface of `get_bias_dropout_add` (megatron/core/fusions/fused_bias_dropout.py);

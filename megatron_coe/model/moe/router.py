@@ -153,7 +153,7 @@ class CoERouter(TopKRouter):
         groups, which decide the assignment, left aside) that its K experts hold: from K / N, if all
         scores are alike, to 1. Assignments count before any is dropped by capacity.
         """
-        assert self.tally is not None
+        assert self.routing_counts is not None
         scores_TN = self.scores(logits_TN)
         chosen_T = (scores_TN * routing_map).sum(dim=1, dtype=torch.float64)
         topk_mass_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALIZING_EPS)
