@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_coe.config.run_config import Settings, load_settings
+from megatron_coe.config.loader import load_settings
+from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import check_values
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from experiments.data import Data
 from experiments.plans import Variant
 from megatron_coe.analysis.comparison import run_name
-from megatron_coe.config.run_config import Settings, load_settings
+from megatron_coe.config.loader import load_settings
+from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import check_files_named, check_values
 
 PRESETS = Path(__file__).resolve().parents[1] / "examples" / "paper"

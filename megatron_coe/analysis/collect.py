@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_coe.analysis.routing import Floats, Ints
 from megatron_coe.checkpoint.directory import find_checkpoints
-from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.loader import load_settings
 from megatron_coe.utils.run_files import CONFIG_FILE, FORMAT_FILE
 
 _ROUTER = re.compile(r"layers\.(\d+)\.mlp\.gate(?:\.\d+)?")

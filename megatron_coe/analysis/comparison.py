@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_coe.analysis.intervals import spread
 from megatron_coe.analysis.run_jobs import Run, last_validation_loss, train
-from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.loader import load_settings
 from megatron_coe.config.validation import check_files_named, check_values
 from megatron_coe.utils.tables import markdown_table
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_coe.config.run_config import Settings, load_settings
+from megatron_coe.config.loader import load_settings
+from megatron_coe.config.run_config import Settings
 from megatron_coe.utils.metrics_file import Record, read_records
 from megatron_coe.utils.run_files import CONFIG_FILE, METRICS_FILE
 

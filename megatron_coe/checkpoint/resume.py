@@ -22,7 +22,8 @@ from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.resume_policy import DATA, changes, data_change, tokenizer_change
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.verify import unlisted_files, verify_checkpoint
-from megatron_coe.config.run_config import CheckpointSettings, Settings, load_settings
+from megatron_coe.config.loader import load_settings
+from megatron_coe.config.run_config import CheckpointSettings, Settings
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.utils.ranks import call_on_rank_0, log_rank_0
 from megatron_coe.utils.run_files import CONFIG_FILE, LATEST_FILE, step_of

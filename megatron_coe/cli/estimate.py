@@ -17,7 +17,7 @@ from megatron_coe.cli.command_line import (
 )
 
 with required():
-    from megatron_coe.config.run_config import load_settings
+    from megatron_coe.config.loader import load_settings
     from megatron_coe.config.validation import check_layout, check_values, smallest_world_size
 
 

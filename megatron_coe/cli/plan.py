@@ -20,7 +20,8 @@ from megatron_coe.cli.command_line import (
 )
 
 with required():
-    from megatron_coe.config.run_config import Settings, load_settings
+    from megatron_coe.config.loader import load_settings
+    from megatron_coe.config.run_config import Settings
     from megatron_coe.config.validation import check_layout, check_values
     from megatron_coe.planning.hardware import GPUS, Cluster
 

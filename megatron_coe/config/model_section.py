@@ -1,4 +1,7 @@
-"""From settings to a model configuration: section `model` checked against `CoEModelProvider`."""
+"""From settings to a model configuration: names and types of section `model`.
+
+What values the fields may have `megatron_coe.model.field_rules` says.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from megatron_coe.config.run_config import ParallelSettings, Settings, suggestion
+from megatron_coe.config.loader import suggestion
+from megatron_coe.config.run_config import ParallelSettings, Settings
 from megatron_coe.megatron_compat.versions import MEGATRON_VERSION, RETIRED_FIELDS
 from megatron_coe.model.provider import CoEModelProvider
 
@@ -28,28 +32,10 @@ _DECIDED_ELSEWHERE = {
 }
 
 
-_COUNTS = (
-    *("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups"),
-    *("kv_channels", "kv_lora_rank", "q_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
-    *("v_head_dim", "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "coe_iterations"),
-    *("make_vocab_size_divisible_by", "rotary_base", "layernorm_epsilon", "recompute_num_layers"),
-    *("rotary_scaling_factor", "original_max_position_embeddings"),
-)
-_SHARES = ("hidden_dropout", "attention_dropout")
-_NOT_NEGATIVE = (
-    *("init_method_std", "vocab_size", "moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_num_layers"),
-    *("moe_router_num_groups", "moe_router_group_topk", "moe_shared_expert_intermediate_size"),
-)
-_CHOICES = {
-    "normalization": ("RMSNorm", "LayerNorm"),
-    "moe_router_load_balancing_type": ("seq_aux_loss", "aux_loss", "global_aux_loss", "none"),
-}
-
-
 def build_provider(
     settings: Settings, device: torch.device, tokenizer_vocab_size: int | None = None
 ) -> CoEModelProvider:
-    """The model that `settings` describe, as a provider with its layout and precision.
+    """Return the model that `settings` describe, as a provider with its layout and precision.
 
     Args:
         device: what the model will run on; it decides `train.precision=auto`.
@@ -108,7 +94,7 @@ def _without_dropped_fields(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked_fields(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that this line of Megatron-Core has, all of them known and in range."""
+    """Return the fields that this version of Megatron-Core has, each known and of its type."""
     hints = get_type_hints(CoEModelProvider)
     known = {f.name for f in fields(CoEModelProvider) if f.init} - _DECIDED_ELSEWHERE.keys()
     for name, value in model.items():
@@ -125,34 +111,11 @@ def _checked_fields(model: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown key 'model.{name}'{suggestion(name, known)}")
         if not _fits(value, hints[name]):
             raise ValueError(f"model.{name}={value!r}: must be {_describe(hints[name])}")
-        _check_range(name, value)
     return {name: value for name, value in model.items() if name in known}
 
 
-def _check_range(name: str, value: object) -> None:
-    """What Megatron takes without a word and fails on later, if it does."""
-    for number in value if isinstance(value, list) else [value]:
-        if name in _CHOICES and number not in _CHOICES[name]:
-            choices = ", ".join(map(repr, _CHOICES[name]))
-            raise ValueError(f"model.{name}={value!r}: must be one of {choices}")
-        if not isinstance(number, int | float):
-            continue
-        if name in _COUNTS and not number > 0:
-            raise ValueError(f"model.{name}={value}: must be greater than 0")
-        if name in _SHARES and not 0 <= number < 1:
-            raise ValueError(f"model.{name}={value}: must be in [0, 1)")
-        if name in _NOT_NEGATIVE and not number >= 0:
-            raise ValueError(f"model.{name}={value}: must be 0 or more")
-    if name == "moe_layer_freq" and isinstance(value, int) and value < 1:
-        raise ValueError(f"model.{name}={value}: must be 1 (all layers), 2 (every second), …")
-    if name == "seq_length" and value < 2:
-        raise ValueError(f"model.{name}={value}: must be 2 or more, a token and the one after it")
-    if name == "qk_pos_emb_head_dim" and value % 2:
-        raise ValueError(f"model.{name}={value}: must be even, rotary embeddings turn pairs")
-
-
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value read from YAML is of the annotated type (classes of Megatron's never are)."""
+    """Return whether a value from YAML is of the annotated type (Megatron's classes never are)."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)

@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 
-from megatron_coe.config.run_config import (
-    DataSettings,
-    LogSettings,
-    ParallelSettings,
-    Settings,
-)
+from megatron_coe.config.run_config import DataSettings, LogSettings, ParallelSettings, Settings
 from megatron_coe.model import parallelism as layouts
 from megatron_coe.model.parallelism import Layout
+from megatron_coe.utils.value_rules import ValueRule
 
-LARGEST_SEED = 2**32 - 1  # numpy's
 _LARGEST = 10**12
-_LARGEST_BY_NAME = {"num_layers": 10_000, "coe_iterations": 1_000, "mtp_num_layers": 1_000}
+"""Far beyond what any run has; what is larger would only be found out by waiting."""
 
 
 def world_size() -> int:
@@ -33,24 +28,9 @@ def check_values(settings: Settings) -> None:
     """Raise ValueError for a value that no layout could run with."""
     for key, number in _numbers("", asdict(settings)):
         _check_number(key, number)
-    _more_than_zero(
-        settings,
-        *("parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"),
-        *("parallel.virtual_pipeline_model_parallel_size", "parallel.context_parallel_size"),
-        *("parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"),
-        *("train.steps", "train.stop_step", "train.micro_batch_size", "train.global_batch_size"),
-        *("train.lr", "train.adam_eps", "train.eval_samples", "checkpoint.keep", "log.interval"),
-    )
-    _zero_or_more(
-        settings,
-        *("train.seed", "train.min_lr", "train.weight_decay", "train.clip_grad"),
-        *("train.eval_interval", "train.max_skipped_steps", "train.hang_timeout_s"),
-        *("train.lr_warmup_steps", "checkpoint.save_interval", "checkpoint.keep_every"),
-    )
+    for key, value, rule in _ruled_values(settings):
+        rule.check(key, value)
     train = settings.train
-    for name in ("adam_beta1", "adam_beta2", "lr_warmup_fraction"):
-        if not 0 <= getattr(train, name) < 1:
-            raise ValueError(f"train.{name}={getattr(train, name)}: give a number in [0, 1)")
     if train.lr_warmup_steps is not None and train.lr_warmup_steps >= train.steps:
         raise ValueError(
             f"train.lr_warmup_steps={train.lr_warmup_steps} must be less than train.steps="
@@ -58,8 +38,6 @@ def check_values(settings: Settings) -> None:
         )
     if train.min_lr > train.lr:
         raise ValueError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}")
-    if train.seed > LARGEST_SEED:
-        raise ValueError(f"train.seed={train.seed}: must be at most {LARGEST_SEED}")
     _check_data(settings.data)
     _check_profile(settings.log)
 
@@ -153,6 +131,15 @@ def _check_batch(settings: Settings, world_size: int) -> None:
         )
 
 
+def _ruled_values(settings: Settings) -> Iterator[tuple[str, object, ValueRule]]:
+    """Yield key, value and rule of each setting whose field has a rule."""
+    for section in fields(settings):
+        values = getattr(settings, section.name)
+        for setting in fields(values) if is_dataclass(values) else ():
+            if rule := setting.metadata.get("rule"):
+                yield f"{section.name}.{setting.name}", getattr(values, setting.name), rule
+
+
 def _numbers(key: str, value: object) -> Iterator[tuple[str, int | float]]:
     """Every number in nested settings, with its place."""
     if isinstance(value, dict | list):
@@ -165,9 +152,8 @@ def _numbers(key: str, value: object) -> Iterator[tuple[str, int | float]]:
 def _check_number(key: str, number: int | float) -> None:
     if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(f"{key}={number}: must be a finite number")
-    largest = _LARGEST_BY_NAME.get(key.rpartition(".")[2], _LARGEST)
-    if isinstance(number, int) and abs(number) > largest:
-        raise ValueError(f"{key}={number}: must be at most {largest:,}")
+    if isinstance(number, int) and abs(number) > _LARGEST:
+        raise ValueError(f"{key}={number}: must be at most {_LARGEST:,}")
 
 
 def _check_data(data: DataSettings) -> None:
@@ -189,22 +175,3 @@ def _check_profile(log: LogSettings) -> None:
     window = log.profile_steps
     if window is not None and not (len(window) == 2 and 1 <= window[0] <= window[1]):
         raise ValueError(f"log.profile_steps={window}: give [first, last] with 1 <= first <= last")
-
-
-def _value(settings: Settings, key: str) -> float | None:
-    section, name = key.split(".")
-    return getattr(getattr(settings, section), name)
-
-
-def _more_than_zero(settings: Settings, *keys: str) -> None:
-    for key in keys:
-        value = _value(settings, key)
-        if value is not None and not value > 0:
-            raise ValueError(f"{key}={value}: must be greater than 0")
-
-
-def _zero_or_more(settings: Settings, *keys: str) -> None:
-    for key in keys:
-        value = _value(settings, key)
-        if value is not None and not value >= 0:
-            raise ValueError(f"{key}={value}: must be 0 or more")

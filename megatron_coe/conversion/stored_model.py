@@ -14,8 +14,9 @@ from megatron_coe.checkpoint.directory import resolve_checkpoint
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.tokenizer import find_tokenizer
 from megatron_coe.checkpoint.verify import verify_checkpoint
+from megatron_coe.config.loader import load_settings
 from megatron_coe.config.model_section import build_provider
-from megatron_coe.config.run_config import ParallelSettings, Settings, load_settings
+from megatron_coe.config.run_config import ParallelSettings, Settings
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import HF_CONFIG
 from megatron_coe.conversion.weight_transfer import match_checkpoint, read_stored

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.model.backends.select import refuse_unusable
-from megatron_coe.model.config import GROUP_SCORES, RESIDUAL_MODES
+from megatron_coe.model.field_rules import GROUP_SCORES, RESIDUAL_MODES
 from megatron_coe.model.provider import CoEModelProvider
 
 BACKENDS = {"transformer_engine": "te", "local": "torch"}

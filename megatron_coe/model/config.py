@@ -15,16 +15,12 @@ from megatron.core.utils import init_method_normal
 
 from megatron_coe.megatron_compat.versions import no_graph_scopes
 from megatron_coe.model import flops
-from megatron_coe.model.field_rules import check_supported
+from megatron_coe.model.field_rules import check_fields
 from megatron_coe.model.parallelism import Layout, check_layout, extents_of
-
-RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
-"""How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
+from megatron_coe.utils.value_rules import one_of
 
 RESIDUAL_STREAM_MODES = ("outer", "inner_outer")
 """The modes whose layer adds the residual stream h to the last iteration's result."""
-
-GROUP_SCORES = ("sum", "max")
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": F.silu,
@@ -62,7 +58,7 @@ class CoEConfig(MLATransformerConfig):
     """C: how often a token passes through the layer's experts. 1 is a standard MoE."""
 
     coe_residual: str = "inner"
-    """How iterations are joined, one of RESIDUAL_MODES."""
+    """How iterations are joined, one of `field_rules.RESIDUAL_MODES`."""
 
     coe_independent_gate: bool = True
     """True: a router per iteration. False: one router for all, asked again on every x(t-1)."""
@@ -113,15 +109,16 @@ class CoEConfig(MLATransformerConfig):
     cuda_graph_scope: str | list | None = field(default_factory=no_graph_scopes)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if isinstance(self.activation_func, str):
-            self.activation_func = _one_of("activation_func", self.activation_func, ACTIVATIONS)
+            one_of(*ACTIVATIONS).check("activation_func", self.activation_func)
+            self.activation_func = ACTIVATIONS[self.activation_func]
         if getattr(self, "cuda_graph_modules", None) == "full":
             # What 0.19 calls its own default, which it warns about.
             self.cuda_graph_modules: list[str] = []
         self._check_iterations()
         self._check_experts()
         self._check_layout()
-        check_supported(self)
         if self.qk_layernorm is None:
             self.qk_layernorm = self.multi_latent_attention
         if self.rope_type is None:
@@ -202,8 +199,6 @@ class CoEConfig(MLATransformerConfig):
     # -- checks --------------------------------------------------------------------------------
 
     def _check_iterations(self) -> None:
-        _positive("coe_iterations", self.coe_iterations, "1 is a standard MoE")
-        _one_of("coe_residual", self.coe_residual, dict.fromkeys(RESIDUAL_MODES))
         if self.coe_upcycled and self.coe_residual != "outer":
             raise ValueError(
                 f"coe_upcycled=True with coe_residual={self.coe_residual!r}: an upcycled layer "
@@ -223,23 +218,17 @@ class CoEConfig(MLATransformerConfig):
             raise ValueError(
                 "num_moe_experts=None: a CoE model needs the number of routed experts."
             )
-        _positive("num_moe_experts", N, "it counts the routed experts, without the shared one")
-        _positive("moe_router_topk", K, "it is the number of experts a token takes per iteration")
-        _positive("num_layers", self.num_layers)
-        _positive("hidden_size", self.hidden_size)
-        _positive("num_attention_heads", self.num_attention_heads)
         if K > N:
             raise ValueError(
                 f"moe_router_topk={K} is larger than num_moe_experts={N} (routed experts, the "
                 f"shared one not counted): choose at most {N}."
             )
         self._check_groups()
-        if not isinstance(self.moe_layer_freq, int) and (
-            len(self.moe_layer_freq) != self.num_layers or set(self.moe_layer_freq) - {0, 1}
-        ):
+        frequency = self.moe_layer_freq
+        if not isinstance(frequency, int) and len(frequency) != self.num_layers:
             raise ValueError(
-                f"moe_layer_freq={self.moe_layer_freq}: give an integer, or a list of "
-                f"num_layers={self.num_layers} entries, 1 for a CoE layer and 0 for a dense one."
+                f"moe_layer_freq={frequency}: give an integer, or a list of num_layers="
+                f"{self.num_layers} entries, 1 for a CoE layer and 0 for a dense one."
             )
 
     def _check_layout(self) -> None:
@@ -276,7 +265,6 @@ class CoEConfig(MLATransformerConfig):
     def _check_groups(self) -> None:
         N, K = self.num_moe_experts, self.moe_router_topk
         groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
-        _one_of("moe_router_group_score", self.moe_router_group_score, dict.fromkeys(GROUP_SCORES))
         if not kept:
             return
         if not groups or N % groups or not kept <= groups or kept * (N // groups) < K:
@@ -323,16 +311,3 @@ class CoEConfig(MLATransformerConfig):
                 f"multi_latent_attention={self.multi_latent_attention}: choose "
                 f"{' or '.join(map(repr, legal))}."
             )
-
-
-def _positive(field: str, value: int, meaning: str = "") -> None:
-    if type(value) is not int or value < 1:  # type(): a bool is no count
-        raise ValueError(
-            f"{field}={value!r}: give an integer >= 1" + (f" ({meaning})." if meaning else ".")
-        )
-
-
-def _one_of(field: str, value: str, choices: dict[str, Any]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{field}={value!r} is unknown: choose one of {', '.join(choices)}.")
-    return choices[value]

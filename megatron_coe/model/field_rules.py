@@ -1,4 +1,6 @@
-"""Which of Megatron-Core's model fields a layer that is entered C times cannot have: one table.
+"""What the fields of a model may be, in one table each: values, what is unsupported, what needs
+Transformer Engine. `check_fields` applies them; what fields must be to one another `CoEConfig`
+checks, and parallel sizes `model.parallelism`.
 
 A field of Megatron's that is in no table here works as in any Megatron model, and a test shows it
 (docs/megatron_core.md says which). Of the fields that the 0.19 line added, those that change what
@@ -10,6 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_coe.megatron_compat import transformer_engine
+from megatron_coe.utils.value_rules import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    ValueRule,
+    each,
+    integer,
+    one_of,
+)
 
 if TYPE_CHECKING:
     from megatron_coe.model.config import CoEConfig
@@ -71,13 +82,74 @@ NEEDS_TE = (
 )
 """Fields that cannot be configured without Transformer Engine."""
 
-DISPATCHERS = ("allgather", "alltoall", "megatron_alltoall")
+RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
+"""How iterations and layers are joined; `coe_residual` takes one of these (see `CoEConfig`)."""
+
+GROUP_SCORES = ("sum", "max")
+
+_COUNT = integer(1)
+
+VALUES: dict[str, ValueRule] = {
+    "num_layers": integer(1, 10_000),
+    "hidden_size": _COUNT,
+    "ffn_hidden_size": _COUNT,
+    "vocab_size": NOT_NEGATIVE,
+    "make_vocab_size_divisible_by": _COUNT,
+    "seq_length": integer(2),  # a token and the one after it
+    "normalization": one_of("RMSNorm", "LayerNorm"),
+    "layernorm_epsilon": POSITIVE,
+    "init_method_std": NOT_NEGATIVE,
+    "hidden_dropout": FRACTION,
+    "recompute_num_layers": _COUNT,
+    "mtp_num_layers": integer(0, 1_000),
+    # Attention
+    "num_attention_heads": _COUNT,
+    "num_query_groups": _COUNT,
+    "kv_channels": _COUNT,
+    "kv_lora_rank": _COUNT,
+    "q_lora_rank": _COUNT,
+    "qk_head_dim": _COUNT,
+    "qk_pos_emb_head_dim": ValueRule(
+        lambda value: _COUNT.allows(value) and value % 2 == 0,
+        "an even integer >= 2, as rotary embeddings turn pairs",
+    ),
+    "v_head_dim": _COUNT,
+    "attention_dropout": FRACTION,
+    "rotary_base": POSITIVE,
+    "rotary_scaling_factor": POSITIVE,
+    "original_max_position_embeddings": _COUNT,
+    # Experts and routers
+    "moe_layer_freq": ValueRule(
+        lambda value: _COUNT.allows(value) if isinstance(value, int) else {0, 1}.issuperset(value),
+        "1 (all layers), 2 (every second), …, or a list of 1 (CoE layer) and 0 (dense layer)",
+    ),
+    "num_moe_experts": _COUNT,  # routed ones
+    "moe_ffn_hidden_size": _COUNT,
+    "moe_shared_expert_intermediate_size": NOT_NEGATIVE,
+    "moe_router_topk": _COUNT,
+    "moe_router_num_groups": NOT_NEGATIVE,
+    "moe_router_group_topk": NOT_NEGATIVE,
+    "moe_router_group_score": one_of(*GROUP_SCORES),
+    "moe_router_load_balancing_type": each(
+        one_of("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
+    ),
+    "moe_aux_loss_coeff": each(NOT_NEGATIVE),
+    "moe_z_loss_coeff": NOT_NEGATIVE,
+    # "flex" has the buffers of one pass through the experts.
+    "moe_token_dispatcher_type": one_of("alltoall", "allgather", "megatron_alltoall"),
+    # Iterations
+    "coe_iterations": integer(1, 1_000),
+    "coe_residual": one_of(*RESIDUAL_MODES),
+}
+"""Field -> what it must be, if it is set."""
 
 _MOE_GRAPHS = {"moe", "moe_router", "moe_preprocess"}
 
 
-def check_supported(config: CoEConfig) -> None:
-    """Raise ValueError, naming field, value and fix, for the first field that cannot be had."""
+def check_fields(config: CoEConfig) -> None:
+    """Raise ValueError, naming field, value and fix, for the first field that breaks a rule."""
+    for name, rule in VALUES.items():
+        rule.check(name, getattr(config, name, None))  # `seq_length` is the provider's
     for name, reason in UNSUPPORTED.items():
         value = getattr(config, name, None)  # one that only the other line has is unset
         filled_in = getattr(config, _FILLED_IN[name], None) if name in _FILLED_IN else 1
@@ -96,33 +168,15 @@ def check_supported(config: CoEConfig) -> None:
             "add_bias_linear=True: experts and routers have no biases here. Set it to false "
             "(add_qkv_bias gives the attention its own)."
         )
-    _check_dispatcher(config)
     _check_balancing(config)
     _check_replay(config)
     _check_interleaving(config)
     _check_partial_graphs(config)
 
 
-def _check_dispatcher(config: CoEConfig) -> None:
-    kind = config.moe_token_dispatcher_type
-    if kind == "flex":
-        raise ValueError(
-            "moe_token_dispatcher_type='flex' is not supported by a CoE layer: its buffers are one "
-            "pass's, and DeepEP is not tested here; choose 'alltoall' or 'allgather'"
-        )
-    if kind not in DISPATCHERS:
-        choices = ", ".join(map(repr, DISPATCHERS))
-        raise ValueError(f"moe_token_dispatcher_type={kind!r}: must be one of {choices}")
-
-
 def _check_balancing(config: CoEConfig) -> None:
     kinds = config.moe_router_load_balancing_type
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    for kind in {"sinkhorn", "quantile_balancing"}.intersection(kinds):
-        raise ValueError(
-            f"moe_router_load_balancing_type={kind!r} is not supported by a CoE layer: choose "
-            "'seq_aux_loss', 'aux_loss', 'global_aux_loss' or 'none'."
-        )
     shared = not config.coe_independent_gate and config.coe_iterations > 1
     if "global_aux_loss" in kinds and shared:
         raise ValueError(

@@ -28,6 +28,11 @@ class Layout:
     expert_tensor_parallel_size: int | None = None
     """None: as `tensor_model_parallel_size`."""
 
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size}: must be greater than 0")
+
     @property
     def expert_tp(self) -> int:
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
@@ -50,6 +55,11 @@ class Layout:
     def world_multiple(self) -> int:
         """Return the fewest ranks that hold the layout; every legal number is a multiple."""
         return math.lcm(self.dense_ranks, self.expert_ranks)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Return the number of replicas that read different sequences, as `world_size` processes
+        hold them (context-parallel ranks share theirs)."""
+        return world_size // self.dense_ranks
 
     @property
     def sequence_multiple(self) -> int:

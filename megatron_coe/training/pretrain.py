@@ -112,7 +112,7 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
     # Megatron and torch are imported only after what can be said without them: they take seconds.
     from megatron_coe.checkpoint.directory import check_start
     from megatron_coe.config import validation
-    from megatron_coe.config.run_config import load_settings, settings_files
+    from megatron_coe.config.loader import load_settings, settings_files
 
     settings = load_settings(request.config, request.overrides)
     validation.check_values(settings)

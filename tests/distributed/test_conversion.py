@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
-from megatron_coe.config.run_config import CheckpointSettings, ParallelSettings, load_settings
+from megatron_coe.config.loader import load_settings
+from megatron_coe.config.run_config import CheckpointSettings, ParallelSettings
 from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.conversion.initial_checkpoint import STEP_0

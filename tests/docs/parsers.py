@@ -113,8 +113,8 @@ def check_settings(root: Path, options: argparse.Namespace, ranks: int) -> None:
     import torch
 
     from megatron_coe.config import validation
+    from megatron_coe.config.loader import load_settings
     from megatron_coe.config.model_section import build_provider
-    from megatron_coe.config.run_config import load_settings
 
     for file in files or [root / ANY_FILE]:
         settings = load_settings(file, overrides)

@@ -24,8 +24,8 @@ import pretrain_coe
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.cli import generate
+from megatron_coe.config.loader import load_settings
 from megatron_coe.config.model_section import build_provider
-from megatron_coe.config.run_config import load_settings
 from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.data.tokenizer import load_tokenizer

@@ -238,7 +238,7 @@ def test_a_run_without_routing_has_a_page_too(home: Path, page: Path) -> None:
 
 
 def test_checkpoints_are_analyzed_where_there_is_held_out_data(home: Path, page: Path) -> None:
-    from megatron_coe.config.run_config import load_settings
+    from megatron_coe.config.loader import load_settings
 
     folder = home / "fresh"
     shutil.copytree(page.parent / "checkpoints", folder / "checkpoints")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import pretrain_coe
 from megatron_coe import generation
-from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.loader import load_settings
 from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.conversion.tokenizer import write_tokenizer
 from megatron_coe.conversion.upcycle import upcycle

@@ -165,8 +165,9 @@ def _converters_model(step: Path, changes: dict, fields: dict) -> torch.nn.Modul
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from megatron_coe.config.loader import load_settings
     from megatron_coe.config.model_section import build_provider
-    from megatron_coe.config.run_config import ParallelSettings, load_settings
+    from megatron_coe.config.run_config import ParallelSettings
     from megatron_coe.utils.run_files import CONFIG_FILE
 
     settings = load_settings(step / CONFIG_FILE)

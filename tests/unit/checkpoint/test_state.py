@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
-from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.loader import load_settings
 from megatron_coe.distributed import train_state
 from megatron_coe.utils.run_files import CONFIG_FILE, LATEST_FILE
 from tests.unit.training import runs

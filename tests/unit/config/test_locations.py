@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_coe.config.run_config import Settings, load_settings, settings_files
+from megatron_coe.config.loader import load_settings, settings_files
+from megatron_coe.config.run_config import Settings
 
 
 def written(save: str, log: str, tokenizer: str = "t.model") -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_coe.config.loader import load_settings
 from megatron_coe.config.presets import find_settings, preset_names, presets_folder
-from megatron_coe.config.run_config import load_settings
 
 
 def test_every_name_is_a_file_that_can_be_read():

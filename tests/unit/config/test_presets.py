@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_coe.config.loader import load_settings
 from megatron_coe.config.model_section import build_provider
-from megatron_coe.config.run_config import load_settings
 from megatron_coe.config.validation import check_layout, check_values
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

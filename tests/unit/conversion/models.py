@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_coe.checkpoint.state import load_checkpoint
-from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.loader import load_settings
 from megatron_coe.conversion.hf_config import to_hf_config
 from megatron_coe.hf.weight_names import weights
 from megatron_coe.megatron_compat.versions import clear_aux_losses

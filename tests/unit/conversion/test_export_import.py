@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from megatron_coe.checkpoint.manifest import digest_folder, write_manifest
 from megatron_coe.checkpoint.safe_unpickle import read_index
 from megatron_coe.checkpoint.state import load_checkpoint
-from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.loader import load_settings
 from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.data.records import Fields

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_coe.config.run_config import load_settings
+from megatron_coe.config.loader import load_settings
 from megatron_coe.conversion.export_hf import to_hf
 from megatron_coe.conversion.import_hf import from_hf
 from megatron_coe.conversion.upcycle import upcycle

@@ -103,7 +103,7 @@ def test_other_dispatchers_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["sinkhorn", "quantile_balancing", ["aux_loss", "sinkhorn"]])
 def test_other_kinds_of_balancing_are_refused(kind: str | list[str]) -> None:
     coefficients = {"moe_aux_loss_coeff": [0.1, 0.1]} if isinstance(kind, list) else {}
-    with pytest.raises(ValueError, match=r"moe_router_load_balancing_type='\w+' is not supported"):
+    with pytest.raises(ValueError, match=r"moe_router_load_balancing_type=.*: must be one"):
         tiny_config(moe_router_load_balancing_type=kind, **coefficients)
 
 

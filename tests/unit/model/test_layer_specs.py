@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_coe.megatron_compat.versions import part_class, part_submodules
 from megatron_coe.model.backends.select import resolve_backend
-from megatron_coe.model.config import RESIDUAL_MODES
+from megatron_coe.model.field_rules import RESIDUAL_MODES
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
 from megatron_coe.model.moe.experts import GroupedExperts
 from megatron_coe.model.moe.layer import CoELayer, get_bias_add_without_residual

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_coe.config.loader import load_settings
 from megatron_coe.config.model_section import build_provider
-from megatron_coe.config.run_config import load_settings
 from megatron_coe.config.validation import check_layout, check_values
 from megatron_coe.planning.build import build_rank
 from megatron_coe.planning.hardware import GPUS, Cluster

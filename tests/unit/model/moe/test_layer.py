@@ -9,7 +9,7 @@ import torch
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_coe.model.config import RESIDUAL_MODES
+from megatron_coe.model.field_rules import RESIDUAL_MODES
 from megatron_coe.model.moe.layer import CoELayer
 from tests.builders import (
     BALANCE_COEFF,

@@ -1,0 +1,215 @@
+"""A run's settings: YAML files and dotted overrides, merged into `Settings`.
+
+    settings = load_settings(Path("examples/quickstart.yaml"), ["train.steps=10"])
+
+A file may name another with `extends: other.yaml` (relative to itself) and then holds only what
+differs. A value may refer to another, `${section.key}`; nothing else is looked up for it (not the
+environment, which would end up in every checkpoint), and no tag of YAML makes an object of Python.
+The `config.yaml` of a checkpoint or of a run's folder names the places where it lies (`locations`).
+Names and types are checked here, values in `config.validation`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megatron_coe.config.locations import own_places
+from megatron_coe.config.run_config import SECTIONS, LogSettings, Settings
+
+EXTENDS = "extends"
+
+# Far beyond what settings need: a file that is larger is no file of settings, or is hostile.
+MAX_BYTES = 1 << 20
+MAX_NESTING = 50
+MAX_REFERENCES = 10
+MAX_CHARACTERS = 1 << 16
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)+)\}")
+
+NOT_OFFERED = {
+    "optimizer_cpu_offload": "Megatron's hybrid optimizer keeps its state where the checkpoints of "
+    "this package do not look; share it out with parallel.use_distributed_optimizer instead",
+    "use_precision_aware_optimizer": "it is Transformer Engine's, and untested here; share the "
+    "optimizer's state out with parallel.use_distributed_optimizer instead",
+    "use_megatron_fsdp": "its shards are untested with a layer entered several times; use "
+    "parallel.use_distributed_optimizer",
+}
+"""Settings of Megatron's that people look for, and why they are not here."""
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read `path`, what it extends, and `section.key=value` overrides, the later winning.
+
+    Raises:
+        ValueError: an unknown key (the nearest name is suggested), a wrong type, a cycle of
+            `extends`, or text that is not YAML; the message names the file or the override.
+        OSError: a file cannot be read.
+    """
+    merged = OmegaConf.structured(Settings(log=LogSettings(dir=f"runs/{path.stem}")))
+    for source, content in _read_chain(path):
+        merged = _merge(merged, content, str(source))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override), f"override {override!r}")
+    _check_references(path, merged)
+    try:
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # a reference that leads nowhere, a value left out
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ValueError(f"{path}: {key}{_first_line(error)}") from error
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def settings_files(path: Path) -> list[Path]:
+    """Return the file and all that it extends. Raises: as `load_settings`."""
+    return [source for source, _ in _read_chain(path)]
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A hint that follows an unknown name: the nearest known one, or all if they are few."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known are {', '.join(known)}" if len(known) <= 16 else ""
+
+
+def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
+    """The file and all it extends, the most basic first."""
+    chain: list[tuple[Path, DictConfig]] = []
+    while True:
+        if any(path.resolve() == earlier.resolve() for earlier, _ in chain):
+            route = " -> ".join(str(source) for source in [*(p for p, _ in chain), path])
+            raise ValueError(f"{path}: 'extends' goes round in a circle: {route}")
+        try:
+            content = _read_yaml(path)
+        except OSError as error:
+            named = f"{chain[-1][0]}: 'extends' names {path}" if chain else str(path)
+            raise OSError(f"{named}: cannot be read ({error.strerror or error})") from error
+        base = content.pop(EXTENDS, None)
+        chain.append((path, _with_own_places(path, content)))
+        if base is None:
+            return chain[::-1]
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: 'extends' must be the path of one file, got {base!r}")
+        path = path.parent / base
+
+
+def _with_own_places(path: Path, content: DictConfig) -> DictConfig:
+    written = OmegaConf.to_container(content, resolve=False)
+    places = own_places(path, written)
+    return OmegaConf.merge(
+        content, {name: values for name, values in places.items() if _is_section(written, name)}
+    )
+
+
+def _is_section(written: dict[str, Any], name: str) -> bool:
+    """Return whether there can be settings under a name; what else it is `_merge` complains of."""
+    return isinstance(written.get(name) or {}, dict)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES:,} bytes, so it is no file of settings")
+    try:
+        _check_nesting(path, text)
+        content = OmegaConf.load(path)
+    except yaml.constructor.ConstructorError as error:  # a tag, or more values than it reads
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: refused by OmegaConf: {reason}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (OSError, RecursionError) as error:  # OmegaConf's word for a file that is a number
+        content = error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: must hold sections ({', '.join(SECTIONS)}), as `train: …`")
+    return content
+
+
+def _check_nesting(path: Path, text: bytes) -> None:
+    """Parsers recurse, and the quick one ends the process without a word."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_NESTING:
+            raise ValueError(f"{path}: nested more than {MAX_NESTING} deep")
+
+
+def _check_references(path: Path, settings: DictConfig) -> None:
+    """Only `${section.key}`, in no circle, and not so often that values grow without bounds."""
+    texts = dict(_texts("", OmegaConf.to_container(settings, resolve=False)))
+
+    def length(key: str, route: tuple[str, ...]) -> int:
+        """Characters of a value, with all that it refers to put in."""
+        if key in route:
+            raise ValueError(f"{path}: {' -> '.join([*route, key])}: references go in a circle")
+        if len(route) > MAX_REFERENCES:
+            raise ValueError(f"{path}: {route[0]}: refers on more than {MAX_REFERENCES} times")
+        inside = (text for other, text in texts.items() if f"{other}.".startswith(f"{key}."))
+        total = 0
+        for text in inside:
+            named = _REFERENCE.findall(text)
+            total += len(text) + sum(length(other, (*route, key)) for other in named)
+            if total > MAX_CHARACTERS:
+                raise ValueError(f"{path}: {key}: more than {MAX_CHARACTERS:,} characters long")
+        return total
+
+    for key, text in texts.items():
+        if "${" in _REFERENCE.sub("", text):
+            raise ValueError(
+                f"{path}: {key}={text!r}: only other settings can be referred to, as "
+                "${section.key}; a shell puts in its variables on the command line, as "
+                'log.dir="$HOME/run"'
+            )
+        length(key, ())
+
+
+def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
+    """Every text in nested values, with its place, as `data.train.0`."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(f"{key}.{name}" if key else str(name), part)
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or "." not in key or not all(key.split(".")):
+        raise ValueError(f"override {override!r}: must have the form section.key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"override {override!r}: {_first_line(error)}") from error
+
+
+def _merge(base: DictConfig, content: DictConfig, source: str) -> DictConfig:
+    """`base` with `content` laid over it; an error names the source, the key and a better name."""
+    try:
+        merged = OmegaConf.merge(base, content)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        section, _, name = key.rpartition(".")
+        if name in NOT_OFFERED:
+            raise ValueError(f"{source}: {key!r} is not offered: {NOT_OFFERED[name]}") from error
+        known = [str(other) for other in (base[section] if section else base)]
+        raise ValueError(f"{source}: unknown key {key!r}{suggestion(name, known)}") from error
+    except (OmegaConfBaseException, TypeError) as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
