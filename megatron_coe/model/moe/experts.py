@@ -10,9 +10,10 @@ H hidden, F expert FFN size (of this rank, if expert-tensor-parallel).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class GroupedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.empty(shape, dtype=config.params_dtype, device=device)
         )
-        self.weight.allreduce = False
+        self.weight.allreduce = False  # type: ignore[attr-defined]  # a mark
         set_tensor_model_parallel_attributes(self.weight, True, shard_axis, stride=1)
         if config.perform_initialization:
             with torch.no_grad():
@@ -139,7 +140,7 @@ class GroupedLinear(torch.nn.Module):
 
         @torch.no_grad()
         def build(key: str, weight: Tensor, replica_id: ReplicaId, _range: slice | None) -> list:
-            blocks = weight.chunk(self.blocks, dim=1)
+            blocks: Sequence[Tensor] = weight.chunk(self.blocks, dim=1)
             if not one_key_per_expert:  # an expert by itself is contiguous
                 blocks = [block.contiguous() for block in blocks]
             return [shard(b, key, t, replica_id, offsets) for b, t in enumerate(blocks)]
@@ -345,7 +346,7 @@ def _activate(config: TransformerConfig, hidden_TF: Tensor, probs_T1: Tensor) ->
     return (activated * probs_T1).to(hidden_TF.dtype)
 
 
-def _forget_extra_states(module: torch.nn.Module, incompatible_keys: object) -> None:
+def _forget_extra_states(module: torch.nn.Module, incompatible_keys: Any) -> None:
     unexpected = incompatible_keys.unexpected_keys
     unexpected[:] = [key for key in unexpected if "_extra_state" not in key]
 

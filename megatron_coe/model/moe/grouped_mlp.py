@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_coe.model.moe.expert_activation import ExpertActivation
 from megatron_coe.model.moe.grouped_linear import Grouping, outer, times, times_transposed
@@ -52,7 +53,7 @@ def expert_mlp(
 
 @dataclass(frozen=True)
 class _Call:
-    groups: Grouping
+    groups: Any  # a `Grouping`: its kind selects the loop or `grouped_mm`
     activation: ExpertActivation
     parameters: Parameters
     differentiable: bool
@@ -64,7 +65,7 @@ class _ShareWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, fc1: Tensor, fc2: Tensor, parameters: Parameters
+        ctx: Any, fc1: Tensor, fc2: Tensor, parameters: Parameters
     ) -> tuple[Tensor, Tensor]:
         ctx.parameters = parameters
         ctx.set_materialize_grads(False)
@@ -73,7 +74,7 @@ class _ShareWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, dw1: Tensor | None, dw2: Tensor | None
+        ctx: Any, dw1: Tensor | None, dw2: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
         if _main_grads(ctx.parameters):
             # The calls have added to the buffers. Megatron's convention then
@@ -88,12 +89,12 @@ class _ShareWeights(torch.autograd.Function):
 def _main_grads(parameters: Parameters) -> tuple[Tensor, Tensor] | None:
     """Return Megatron's gradient buffers, where products can be added to them in place: on a CPU,
     if they have the weights' dtype."""
-    found = tuple(getattr(weight, "main_grad", None) for weight in parameters)
+    found: list[Any] = [getattr(weight, "main_grad", None) for weight in parameters]
     usable = all(
         main is not None and main.dtype == weight.dtype and not weight.is_cuda
         for main, weight in zip(found, parameters, strict=True)
     )
-    return found if usable else None
+    return (found[0], found[1]) if usable else None
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -101,20 +102,21 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: _Call
+        ctx: Any, x: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: _Call
     ) -> Tensor:
         run = _forward_loop if isinstance(call.groups, list) else _forward_grouped
         x = x.contiguous()
         y, hidden = run(x, probs, fc1, fc2, call)
         ctx.call = call
         if call.differentiable:
+            assert hidden is not None
             saved = hidden.to(torch.float8_e4m3fn) if call.fp8_hidden else hidden
             ctx.save_for_backward(x, probs, saved, fc1, fc2)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, probs, hidden, fc1, fc2 = ctx.saved_tensors
         _, _, wants_dw1, wants_dw2, _ = ctx.needs_input_grad
         call = ctx.call
@@ -244,8 +246,8 @@ class _WeightGradients:
     an expert has no rows."""
 
     def __init__(self, fc1: Tensor, fc2: Tensor, main_grads: tuple[Tensor, Tensor] | None):
-        self.for_autograd = None if main_grads else (torch.empty_like(fc1), torch.empty_like(fc2))
-        self.buffers = main_grads or self.for_autograd
+        self.buffers = main_grads or (torch.empty_like(fc1), torch.empty_like(fc2))
+        self.for_autograd = None if main_grads else self.buffers
         self.beta = 1 if main_grads else 0  # 0: what was in the buffer is not even read
 
     def add(
