@@ -35,7 +35,7 @@ def add_renamed(parser: argparse.ArgumentParser, name: str, *former: str, **opti
 def add_text_arguments(
     parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup | None = None
 ) -> None:
-    """Options that say where texts come from; `fields_of` reads them.
+    """Add the options that say where texts come from; `fields_of` reads them.
 
     Args:
         source: `--input` is one of these; None: it must be given.
@@ -53,7 +53,7 @@ def add_text_arguments(
 
 
 def add_key_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say under which keys texts stand; `fields_of` reads them."""
+    """Add the options that say under which keys texts stand; `fields_of` reads them."""
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument(
         "--json-keys",
@@ -71,7 +71,7 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
-    """Option that names the tokenizer of a checkpoint without one (`checkpoints.tokenizer`)."""
+    """Add the option for the tokenizer of a checkpoint without one (`checkpoints.tokenizer`)."""
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -108,14 +108,14 @@ def settings_file(text: str) -> Path:
 
 
 def fields_of(options: argparse.Namespace) -> Fields:
-    """Raises: ValueError for keys that cannot be."""
+    """Return the keys that the options name. Raises: ValueError for keys that cannot be."""
     if options.qa_keys:
         return Fields(tuple(options.qa_keys), question_answer=True)
     return Fields(tuple(options.json_keys or ["text"]))
 
 
 def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was written") -> int:
-    """The exit status of `main`: 2 after an error of the user's or the disk's, told in one line.
+    """Call `main` and return the exit status: 2 after the user's or the disk's error, in one line.
 
     Args:
         interrupted: what is told after Ctrl-C or SIGTERM.
@@ -138,7 +138,7 @@ def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was w
 
 @contextmanager
 def required() -> Iterator[None]:
-    """Around imports without which a command cannot even read its options."""
+    """Wrap imports without which a command cannot even read its options."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -81,7 +81,7 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as 500MB."""
+    """Return bytes of a size such as 500MB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
     if not match or match[2] not in UNITS or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write, for example, 500MB or 5GB")

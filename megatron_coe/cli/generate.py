@@ -67,7 +67,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def read_examples(options: argparse.Namespace) -> list[tuple[str, tuple[str, ...]]]:
-    """Each prompt, and the record that it comes from."""
+    """Read each prompt, and the record that it comes from."""
     if options.prompt:
         if options.json_keys or options.qa_keys or options.samples:
             raise ValueError("--json-keys, --qa-keys and --samples belong to --input")

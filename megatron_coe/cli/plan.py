@@ -79,7 +79,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def build(plan: Plan, rank: int | None) -> list[Built]:
-    """The rank asked for, or the first of the first, the fullest and the last pipeline stage."""
+    """Build the rank asked for, or one each of the first, the fullest and the last stage."""
     from megatron_coe.planning.build import build_rank
     from megatron_coe.planning.memory import peak_memory_stage
 

@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
 
 
 def read_groups(texts: list[str]) -> list[Group]:
-    """Raises: ValueError: two curves have one name, or a run's records are broken; OSError."""
+    """Read the runs of each curve. Raises: ValueError: equal names, broken records; OSError."""
     groups = []
     for text in texts:
         name, equals, paths = text.partition("=")

@@ -54,7 +54,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def can_be_analyzed(the_run: Run) -> bool:
-    """Whether there are checkpoints beside the metrics, and held-out data where it was."""
+    """Return whether there are checkpoints beside the metrics, and held-out data where it was."""
     from megatron_coe.checkpoint.directory import find_checkpoints
 
     data = the_run.settings.data.valid
