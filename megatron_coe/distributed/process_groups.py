@@ -18,7 +18,7 @@ MINUTE = timedelta(minutes=1)
 
 
 def rendezvous() -> dist.Store:
-    """Where the ranks of this run find one another: torchrun's; one in memory without it."""
+    """Return the store where the ranks meet: torchrun's, or one in memory without it."""
     if "WORLD_SIZE" not in os.environ:  # a single process needs no port
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://"))
@@ -27,7 +27,7 @@ def rendezvous() -> dist.Store:
 
 @contextmanager
 def lone_process(backend: str = "gloo") -> Iterator[None]:
-    """Make torch's process group of this process alone, whoever else there is."""
+    """Enter a process group of torch that has this process as its only rank."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -42,7 +42,7 @@ def process_groups(
     store: dist.Store | None = None,
     timeout: timedelta | None = None,
 ) -> Iterator[None]:
-    """Torch's process group and Megatron's parallel groups, taken down at the end.
+    """Enter torch's process group and Megatron's parallel groups; they are destroyed at the end.
 
     Args:
         store: where the ranks meet; None: `rendezvous()`.
@@ -64,7 +64,7 @@ def process_groups(
 
 @contextmanager
 def parallel_groups(parallel: ParallelSettings, timeout: timedelta | None = None) -> Iterator[None]:
-    """Megatron's parallel groups over the processes that there are, taken down at the end."""
+    """Enter Megatron's parallel groups over all processes; they are destroyed at the end."""
     timeouts = {} if timeout is None else {"distributed_timeout_minutes": timeout / MINUTE}
     parallel_state.initialize_model_parallel(
         **timeouts,

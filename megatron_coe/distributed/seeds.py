@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.random import (
 
 
 def use_deterministic_kernels() -> None:
-    """On a GPU, sums of a fixed order in torch, cuBLAS and Transformer Engine (call it first)."""
+    """Make torch, cuBLAS and Transformer Engine sum in a fixed order on a GPU (call it first)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -35,7 +35,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of this rank's generators, to be set again."""
+    """Return the state of this rank's random number generators."""
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
@@ -44,7 +44,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Make this rank's generators go on from `state`."""
+    """Restore the state that `rng_state` has returned."""
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(dict(state["tracker"]))  # which it then writes to

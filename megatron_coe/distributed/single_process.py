@@ -21,7 +21,7 @@ def single_process(seed: int = 42) -> Iterator[torch.device]:
             model = provider.provide().to(device)
 
     No port is opened and no environment variable of a launcher is read, but for `LOCAL_RANK`, which
-    picks the GPU. The groups are taken down at the end.
+    picks the GPU. The groups are destroyed at the end.
 
     Yields:
         The device for the model and the data.

@@ -25,7 +25,7 @@ from megatron_coe.model.weight_init import initialize_weights, undrawn_weights
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes."""
+    """The model, optimizer and schedule that a step updates."""
 
     provider: CoEModelProvider
     chunks: list[DistributedDataParallel]
@@ -59,7 +59,7 @@ def build_train_state(
 def connect_schedule(
     provider: CoEModelProvider, parallel: ParallelSettings, chunks: list[DistributedDataParallel]
 ) -> None:
-    """Say how gradients are completed, where Megatron's forward-backward functions look for it."""
+    """Set in the config how Megatron's forward-backward functions reduce gradients."""
     provider.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -69,7 +69,7 @@ def connect_schedule(
 def build_model(
     provider: CoEModelProvider, parallel: ParallelSettings, device: torch.device, seed: int
 ) -> list[DistributedDataParallel]:
-    """This rank's model chunks, on the device, in the run's precision, wrapped for DDP.
+    """Build this rank's model chunks on the device, in the run's precision, wrapped for DDP.
 
     Args:
         seed: of the initial weights, which are the same in every layout.
@@ -111,7 +111,7 @@ def build_optimizer(
     parallel: ParallelSettings,
     train: TrainSettings,
 ) -> MegatronOptimizer:
-    """AdamW over fp32 main weights."""
+    """Build AdamW over fp32 main weights."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -135,8 +135,10 @@ def build_optimizer(
 
 
 def fuse_update(optimizer: MegatronOptimizer) -> None:
-    """Have torch's AdamW, which Megatron takes without Transformer Engine or Apex, update in one
-    pass over memory instead of ten."""
+    """Make torch's AdamW update in one pass over memory instead of ten.
+
+    Megatron takes it where there is neither Transformer Engine nor Apex.
+    """
     for part in optimizer.chained_optimizers:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for options in (part.optimizer.defaults, *part.optimizer.param_groups):
@@ -144,7 +146,7 @@ def fuse_update(optimizer: MegatronOptimizer) -> None:
 
 
 def complete_state(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter of torch's AdamW all its state, and a step count of its own.
+    """Complete the state of torch's AdamW, with a step count for each parameter.
 
     Torch makes the state at the first step, before which Megatron's optimizers can be neither saved
     nor loaded (`megatron_compat.patches` has more). Transformer Engine's needs nothing.
@@ -154,7 +156,7 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
 
 
 def build_schedule(optimizer: MegatronOptimizer, train: TrainSettings) -> OptimizerParamScheduler:
-    """Learning rate over steps: linear warm-up from 0, then constant, linear or cosine decay."""
+    """Build the learning rate schedule: linear warm-up, then constant, linear or cosine decay."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

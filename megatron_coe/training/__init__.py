@@ -1,1 +1,1 @@
-"""Training: settings, the objective, the loop, checkpoints and metrics."""
+"""Training: the loop and its step, the loss, validation, metrics, and what a run is built of."""

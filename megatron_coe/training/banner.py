@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The summary of a run that is logged before its first step."""
 
 from __future__ import annotations
 

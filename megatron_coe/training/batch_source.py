@@ -1,4 +1,4 @@
-"""Which sequences a rank reads at which step: a function of the samples consumed, nothing else."""
+"""The sequences that a rank reads at a step: a function of the samples consumed, nothing else."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Micro-batches of one replica out of a dataset that every replica can index.
+    """Micro-batches of one data-parallel rank, from a dataset that every one can index.
 
-    The sequences of a step do not depend on the number of replicas or the micro-batch size, only
-    their distribution does. Every rank of a replica reads the same ones, so nothing is broadcast.
+    The sequences of a step do not depend on the number of data-parallel ranks or the micro-batch
+    size, only their distribution does. All tensor, context and pipeline ranks of one read the same
+    sequences, so nothing is broadcast.
     """
 
     dataset: Dataset
     micro_batch_size: int
     rank: int
-    """Of the replica, among `replicas`."""
+    """Data-parallel rank, of `replicas`."""
     replicas: int
     device: torch.device
     samples_per_epoch: float | None = None
-    """How many sequences one pass over the training data holds, where that is known."""
+    """Sequences in one epoch of the training data, where that is known."""
 
     def training(self, first: int, num_microbatches: int) -> list[Batch]:
-        """The replica's share of the global batch whose first sequence is number `first`."""
+        """Return this rank's share of the global batch whose first sequence is number `first`."""
         return [self._batch(numbers) for numbers in self.numbers(first, num_microbatches)]
 
     def numbers(self, first: int, num_microbatches: int) -> list[range]:
-        """Which sequences the micro-batches of `training` hold."""
+        """Return the numbers of the sequences in each micro-batch of `training`."""
         stride = self.micro_batch_size * self.replicas
         starts = [
             first + index * stride + self.rank * self.micro_batch_size
@@ -44,7 +45,7 @@ class BatchSource:
         return [range(start, start + self.micro_batch_size) for start in starts]
 
     def validation(self, samples: int, num_microbatches: int, begin: int = 0) -> Iterator[Batch]:
-        """The replica's share of the first `samples` sequences, each read by one replica only.
+        """Yield this rank's share of the first `samples` sequences, each read by one rank only.
 
         Positions past the last sequence are filled up with the first one, masked out of the loss.
 
@@ -57,7 +58,7 @@ class BatchSource:
             yield self._batch(numbers, samples)
 
     def _batch(self, numbers: range, samples: int | None = None) -> Batch:
-        """Token ids, labels and positions [B, S] (int64), and loss mask [B, S] (float32).
+        """Return token ids, labels and positions [B, S] (int64), and loss mask [B, S] (float32).
 
         Args:
             samples: how many sequences there are; None: as many as are asked for.

@@ -1,4 +1,4 @@
-"""From settings to a trainer at its next step, and to what a dry run prints."""
+"""A trainer built from its settings, and the description of a run that a dry run prints."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from megatron_coe.utils.run_files import CONFIG_FILE
 
 
 def describe(settings: Settings, world_size: int) -> str:
-    """Settings, sizes and data of a run. Raises as `trainer` does, without building anything."""
+    """Describe settings, sizes and data of a run. Raises as `trainer` does; nothing is built."""
     found = check_run(settings, dry=True)
     plan = plan_of(settings, found.provider, world_size, found.device.type == "cuda")
     lines = [settings.to_yaml(), describe_sizes(plan), ""]
@@ -104,7 +104,7 @@ def trainer(
     ):
         begin(LOADING, "the data were looked at")
         start = select_start(settings.checkpoint, must_resume)
-        changes = _take_up(start, checkpointer, settings, found.tokenizer, data, must_resume)
+        changes = _prepare_start(start, checkpointer, settings, found.tokenizer, data, must_resume)
         seed_everything(settings.train.seed)
         heartbeat.enter(DATA)
         train_set, valid_set = _build_datasets(settings, found, start)
@@ -165,7 +165,7 @@ def _make_checkpointer(
     )
 
 
-def _take_up(
+def _prepare_start(
     start: Start | None,
     checkpointer: Checkpointer,
     settings: Settings,
@@ -173,7 +173,7 @@ def _take_up(
     data: list[dict[str, Any]],
     must_resume: bool,
 ) -> list[str]:
-    """Check what has changed since the checkpoint that a run starts from; return what may."""
+    """Prepare to start from a checkpoint; return the changes since then that are allowed."""
     if start is None:
         return []
     model_only = must_resume or start.weights_only
@@ -203,7 +203,7 @@ def _describe_begin(
     start: Start | None,
     changes: Sequence[str],
 ) -> Iterator[str]:
-    """What a run logs before its first step."""
+    """Yield what a run logs before its first step."""
     device, ranks = found.device, dist.get_world_size()
     machine = write_machine(Path(settings.log.dir), device, ranks)
     plan = plan_of(settings, found.provider, ranks, device.type == "cuda")
@@ -247,7 +247,7 @@ def _start_of(settings: Settings, start: Start | None) -> str:
 
 
 def _num_samples(train: TrainSettings, start: Start | None) -> int:
-    """Training sequences that the run reads in all, steps before it had other batches included."""
+    """Return the training sequences that the run reads in all, those of earlier batch sizes too."""
     planned = train.steps * train.global_batch_size
     if start is None or start.weights_only:
         return planned
@@ -257,7 +257,7 @@ def _num_samples(train: TrainSettings, start: Start | None) -> int:
 
 
 def _samples_per_epoch(files: Sequence[IndexedFile], mode: str, seq_length: int) -> float:
-    """Sequences that one pass over all the training data holds."""
+    """Return the number of sequences in one epoch of the training data."""
     if mode == "packed":
         return sum(file.tokens for file in files) / seq_length
     return sum(file.documents for file in files)
@@ -280,7 +280,7 @@ def _make_source(
 
 
 def _open_logger(settings: Settings, progress: Progress) -> NullLogger:
-    """Where metrics go, on rank 0; the run's folder gets its settings."""
+    """Open the metrics logger, on rank 0, and write the settings into the run's folder."""
     last = last_step(settings.train)
     if not is_rank_0():
         return NullLogger(settings.log, last)

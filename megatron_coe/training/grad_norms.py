@@ -1,4 +1,4 @@
-"""The L2 norm of the gradients, group by group, in one pass over them and one small collective."""
+"""The L2 norm of the gradients by parameter group, in one pass and one small collective."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _GROUPS = {
     "dense": r"\.mlp\.linear_fc",
     "mtp": r"\beh_proj\.",
 }
-"""What is in a parameter's name, by group; the first that fits is its own."""
+"""Pattern of the parameter names of a group; the first that matches counts."""
 
 GROUPS = (*_GROUPS, "other")
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter by its name in Megatron's model, of any of its backends."""
+    """Return the group of a parameter, by its name in Megatron's model with any backend."""
     return next((group for group, part in _GROUPS.items() if re.search(part, name)), "other")
 
 
 class GradientNorms:
-    """Measures an optimizer's prepared gradients. Making one is a collective, too.
+    """Measures an optimizer's prepared gradients. Construction is a collective, too.
 
     Megatron's `get_grad_norm` (megatron/core/optimizer) gives the norm of all; this is the same sum
-    of squares, over the same tensors, told apart.
+    of squares over the same tensors, by group.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, chunks: list[torch.nn.Module]) -> None:
@@ -64,7 +64,7 @@ class GradientNorms:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The norm of each group that the model has, the same on every rank. A collective."""
+        """Return the norm of each group in the model, the same on every rank. A collective."""
         squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=self._device)
         for (group, holders), weights in self._weights.items():
             gradients = [weight.grad for weight in weights if weight.grad is not None]
@@ -77,7 +77,7 @@ class GradientNorms:
 def _updated(
     part: MegatronOptimizer, parameters: Iterable[Parameter]
 ) -> Iterator[tuple[Parameter, torch.Tensor]]:
-    """Of the model's parameters those of `part`, each with what `part` updates in its place."""
+    """Yield the model's parameters that `part` updates, each with its main or sharded weight."""
     if isinstance(part, DistributedOptimizer):  # of each the shard that this rank keeps
         groups = part.optimizer.param_groups
         for parameter, (group, place) in part.model_param_group_index_map.items():

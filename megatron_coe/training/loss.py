@@ -1,16 +1,16 @@
-"""What training minimizes, whatever the micro-batch size or the layout.
+"""The loss that training minimizes, the same for every micro-batch size and layout.
 
     L = (1/N) * sum of cross-entropy over the N valid tokens of the global batch
-      + coefficient * mean over its sequences of the balance loss, summed over layers and iterations
+      + coefficient * mean over its sequences of the aux loss, summed over layers and iterations
 
 With multi-token prediction, the cross-entropy of each later token joins the first sum, weighed by
 `mtp_loss_scaling_factor / mtp_num_layers`.
 
-Megatron's own default is a mean of means: it divides by the micro-batches and by the replicas, and
-a token of a short micro-batch counts for more. With `calculate_per_token_loss` it sums gradients
-and divides once by the tokens that all loss functions report. Reported here are all P positions of
-the global batch, valid or not, which is also what the balance losses are weighed for
-(`megatron_coe.model.moe.router`); N is counted before the step; the cross-entropy enters times
+Megatron's own default is a mean of means: it divides by the micro-batches and by the data-parallel
+ranks, and a token of a short micro-batch counts for more. With `calculate_per_token_loss` it sums
+gradients and divides once by the tokens that all loss functions return. Returned here are all P
+positions of the global batch, valid or not, which is also what the auxiliary losses are scaled by
+(`megatron_coe.model.moe.router`); N is counted before the step, and the cross-entropy is scaled by
 P / N.
 
 Axis letters: B sequences of the micro-batch, S positions of this context-parallel rank.
@@ -28,12 +28,12 @@ LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def count_valid_tokens(batches: Sequence[Batch], group: dist.ProcessGroup) -> torch.Tensor:
-    """N: the positions that count in the loss, over the micro-batches of all replicas of `group`.
+    """Count N, the valid positions in the micro-batches of all ranks of `group`.
 
     A float64 scalar on the device: nothing on the host has to wait for it.
 
     `loss_mask` [B, S] is 1 where a position counts, and must cover whole sequences (it is counted
-    before they are shared between context-parallel ranks). One collective.
+    before they are sharded over context-parallel ranks). One collective.
     """
     count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in batches]).sum()
     dist.all_reduce(count, group=group)
@@ -41,15 +41,15 @@ def count_valid_tokens(batches: Sequence[Batch], group: dist.ProcessGroup) -> to
 
 
 def loss_scale(valid_tokens: torch.Tensor, positions: int) -> torch.Tensor:
-    """P / N, the factor of summed losses; without any valid token the loss is 0, not 0/0."""
+    """Return P / N, the scale of summed losses; without any valid token the loss is 0, not 0/0."""
     return positions / valid_tokens.clamp(min=1)
 
 
 def make_loss_function(loss_mask_BS: torch.Tensor, scale: torch.Tensor) -> LossFunction:
-    """The loss function of one micro-batch, as Megatron's `forward_backward_func` calls it.
+    """Make the loss function of one micro-batch, as Megatron's `forward_backward_func` calls it.
 
     It takes the cross-entropy of every position [B, S] and returns the scaled sum, a scalar to
-    differentiate; the number of positions; and for the report, detached in float64, [plain sum,
+    differentiate; the number of positions; and for logging, detached in float64, [plain sum,
     number of valid tokens].
     """
 
@@ -62,7 +62,7 @@ def make_loss_function(loss_mask_BS: torch.Tensor, scale: torch.Tensor) -> LossF
         loss_sum = kept_BS.detach().sum(dtype=torch.float64)
         # Filled on the device: a number that is copied there makes the host wait.
         positions = torch.full((), valid_BS.numel(), dtype=torch.int, device=losses_BS.device)
-        report = torch.stack([loss_sum, valid_BS.sum().double()])
-        return kept_BS.sum() * scale.to(dtype), positions, report
+        logged = torch.stack([loss_sum, valid_BS.sum().double()])
+        return kept_BS.sum() * scale.to(dtype), positions, logged
 
     return loss_function

@@ -157,7 +157,7 @@ class MetricsLogger(NullLogger):
 
 
 def console_line(values: Record) -> str:
-    """The record as the console shows it: known figures in a fixed order, then the balance."""
+    """Return the console line of a record: known metrics in fixed order, then balance losses."""
     parts = [
         f"{label} {values[name]:{form}}"
         for name, (label, form) in _CONSOLE.items()
@@ -170,7 +170,7 @@ def console_line(values: Record) -> str:
 
 
 def _bars(heights: list[float]) -> dict[str, float | list[float]]:
-    """A histogram for TensorBoard whose bar number i is as high as `heights[i]`."""
+    """Return a histogram for TensorBoard whose bar number i is as high as `heights[i]`."""
     centers = range(len(heights))
     return {
         "min": -0.5,
@@ -184,7 +184,7 @@ def _bars(heights: list[float]) -> dict[str, float | list[float]]:
 
 
 def _for_wandb(values: Record) -> dict[str, object]:
-    """Lists as histograms, with one bar for each of their numbers."""
+    """Return the record with lists as histograms, with one bar for each of their numbers."""
     import wandb
 
     return {

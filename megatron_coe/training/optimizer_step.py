@@ -1,4 +1,4 @@
-"""An update of the weights in two parts, so that loss and gradients can be judged in between."""
+"""An update of the weights in two parts, so that loss and gradients are checked in between."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from megatron_coe.distributed.seeds import rng_state, set_rng_state
 
 
 def prepare_update(optimizer: MegatronOptimizer) -> float:
-    """The gradients' global norm before clipping, the same on every rank; weights stay. A
-    collective."""
+    """Prepare the gradients, and return their global norm before clipping. A collective."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
@@ -37,8 +36,11 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 
 def agreed_loss(totals: torch.Tensor, grad_norm: float) -> tuple[float, bool]:
-    """The loss per valid token of the global batch, and whether it and the gradients of every rank
-    are finite; the same on all ranks. One collective, over three numbers."""
+    """Return the loss per valid token of the global batch, and whether all values are finite.
+
+    Both are the same on all ranks, and the second counts the gradients of every rank. One
+    collective, over three numbers.
+    """
     bad = totals.new_full((1,), 0.0 if math.isfinite(grad_norm) else 1.0)
     sums = torch.cat([totals, bad])
     dist.all_reduce(sums)
@@ -47,15 +49,15 @@ def agreed_loss(totals: torch.Tensor, grad_norm: float) -> tuple[float, bool]:
 
 
 def mean_loss(loss_sum: float, tokens: float) -> float:
-    """Loss per valid token; 0 without any token."""
+    """Return the loss per valid token; 0 without any token."""
     return loss_sum / max(tokens, 1.0)
 
 
 class StepStart:
-    """What forward and backward passes change by themselves, noted to be put back.
+    """The state that forward and backward passes change by themselves, to be restored.
 
-    These are the generators and the routers' buffers: Megatron counts tokens there, and moves the
-    biases of loss-free balancing before anybody has seen the gradients' norm.
+    These are the generators and the routers' buffers: Megatron counts tokens there, and updates the
+    biases of loss-free balancing before the gradients' norm is known.
     """
 
     def __init__(self, chunks: Iterable[torch.nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""What a run says when a device has no memory left: where, and which settings take less."""
+"""The message of a run whose device is out of memory: where, and which settings take less."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def explained(settings: Settings, heartbeat: Heartbeat) -> Iterator[None]:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _SIGNS):
             raise
-        said = " ".join(str(error).partition(_ADVICE)[0].split())
+        message = " ".join(str(error).partition(_ADVICE)[0].split())
         raise DeviceMemoryError(
-            f"out of memory in {heartbeat}: {said.rstrip('.')}. What takes less: "
+            f"out of memory in {heartbeat}: {message.rstrip('.')}. What takes less: "
             + "; ".join(remedies(settings))
         ) from error
 
 
 def remedies(settings: Settings) -> list[str]:
-    """Settings that lower the memory of a rank, the cheapest first: those that are not set yet."""
+    """List settings that lower the memory of a rank, if not yet set, the cheapest first."""
     train, parallel = settings.train, settings.parallel
     found = []
     if train.micro_batch_size > 1:

@@ -31,15 +31,15 @@ from megatron_coe.utils.run_files import METRICS_FILE
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks of a run have found to be in order."""
+    """What the checks of a run have loaded and found valid."""
 
     device: torch.device
     tokenizer: Tokenizer
     provider: CoEModelProvider
     files: list[IndexedFile]
-    """What training reads."""
+    """The training sets."""
     warnings: list[str]
-    """What a user may not know of and had better; empty but in the first process."""
+    """What a user may not know of and should; empty on ranks other than 0."""
 
 
 def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Preflight:
@@ -85,7 +85,7 @@ def training_sets(data: DataSettings) -> list[str]:
 
 
 def data_arguments(settings: Settings, tokenizer: Tokenizer, seq_length: int) -> dict[str, Any]:
-    """What `check_datasets` and `build_datasets` are asked for."""
+    """Return the arguments of `check_datasets` and `build_datasets`."""
     data, train = settings.data, settings.train
     sources: list[Any] = data.train
     if data.train_weights is not None:
@@ -108,13 +108,13 @@ def check_files(
     saves: bool = True,
     dry: bool = False,
 ) -> list[IndexedFile]:
-    """Data sets whole and of this tokenizer; folders of the run's own there, or to be made.
+    """Check that the data sets are complete and of this tokenizer, and the run's folders writable.
 
     Args:
         saves: whether the run writes checkpoints.
-        dry: folders that are made go again.
+        dry: folders that are made are removed.
 
-    Returns: what training reads.
+    Returns: the training sets.
 
     Raises: ValueError naming the file; OSError naming the setting of a folder.
     """
@@ -134,7 +134,7 @@ def _check_folders(settings: Settings, saves: bool, dry: bool) -> None:
 
 
 def _check_folder(key: str, folder: str, dry: bool) -> None:
-    """Make a folder and a file in it, which goes again; after a dry run the folder, too."""
+    """Make a folder and a file in it, and remove the file; after a dry run the folder, too."""
     probe = Path(folder, f".writable-{os.getpid()}")
     made = [parent for parent in probe.parents if not parent.exists()]
     try:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a training command asks for.
+    """The request of a training command.
 
     Attributes:
         config: YAML file of the run.

@@ -1,4 +1,4 @@
-"""A trace of chosen steps by torch's profiler."""
+"""Traces of chosen steps by torch's profiler."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the step of that number, counted from 1."""
+        """Trace the step of that number, counted from 1, if it lies in the window."""
         if number == self._first:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():

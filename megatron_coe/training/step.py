@@ -37,12 +37,12 @@ from megatron_coe.training.step_metrics import MetricsCollector, StepMetrics
 
 
 class TrainStep:
-    """One update of the weights, judged before it is applied. A collective of all ranks.
+    """One update of the weights, checked before it is applied. A collective of all ranks.
 
     Args:
         source: the training sequences.
         num_microbatches: of a step, per data-parallel rank.
-        heartbeat: told what this rank is doing.
+        heartbeat: notes what this rank is doing.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TrainStep:
         """Make a step; without an update where loss or gradients are not finite.
 
         Args:
-            progress: counted on in place.
+            progress: updated in place.
             is_logged: measure what a record of this step holds.
 
         Raises:
@@ -130,15 +130,15 @@ class TrainStep:
             grad_norm,
         )
         self._start.put_back()
-        report = f"step {progress.step + 1} is not finite: {found.text}; nothing was updated"
+        message = f"step {progress.step + 1} is not finite: {found.text}; nothing was updated"
         if self._train.nonfinite == "stop":
-            raise NotFiniteError(report, found.weights_are_finite)
+            raise NotFiniteError(message, found.weights_are_finite)
         if not found.weights_are_finite or progress.skipped_in_row >= self._train.max_skipped_steps:
             row = f"; {progress.skipped_in_row} steps before it were skipped"
-            raise NotFiniteError(report + row, found.weights_are_finite)
+            raise NotFiniteError(message + row, found.weights_are_finite)
         progress.skipped += 1
         progress.skipped_in_row += 1
-        return report
+        return message
 
 
 def forward_backward(
@@ -158,7 +158,7 @@ def forward_backward(
         [summed loss, valid tokens] of this rank's micro-batches, float64: to be summed over
         all ranks, and 0 where the loss is not computed or another rank computes it too.
     """
-    reports = get_forward_backward_func()(
+    outputs = get_forward_backward_func()(
         forward_step_func=partial(forward_step, scale=torch.zeros(()) if scale is None else scale),
         data_iterator=[_counted(batches(), heartbeat) for _ in train_state.chunks],
         model=train_state.chunks,
@@ -167,16 +167,16 @@ def forward_backward(
         micro_batch_size=micro_batch_size,
         forward_only=scale is None,
     )
-    if not reports or parallel_state.get_tensor_model_parallel_rank() > 0:
+    if not outputs or parallel_state.get_tensor_model_parallel_rank() > 0:
         device = next(train_state.chunks[0].parameters()).device
         return torch.zeros(2, dtype=torch.float64, device=device)
-    return torch.stack(reports).sum(dim=0)
+    return torch.stack(outputs).sum(dim=0)
 
 
 def forward_step(
     batches: Iterator[Batch], chunk: torch.nn.Module, scale: torch.Tensor
 ) -> tuple[torch.Tensor, LossFunction]:
-    """One micro-batch through one model chunk, as Megatron's schedules call it."""
+    """Run one micro-batch through one model chunk, as Megatron's schedules call it."""
     batch = get_batch_on_this_cp_rank(dict(next(batches)))
     output = chunk(
         batch["tokens"],

@@ -1,4 +1,4 @@
-"""What is reported of a training step; `docs/metrics.md` defines every figure."""
+"""Metrics of a training step; `docs/metrics.md` defines every one."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from megatron_coe.utils.metrics_file import Record
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a training step leaves to be reported."""
+    """The outcome of a training step."""
 
     loss: float
     """Per valid token of the global batch."""
     lr: float
     grad_norm: float
     grad_norms: Mapping[str, float]
-    """Of each group of parameters; empty where the step is not to be reported."""
+    """Of each group of parameters; empty where the step is not logged."""
     seconds: float
     skipped: str | None = None
     """Why nothing was updated."""
 
 
 class MetricsCollector:
-    """Reads a training step's figures, the same on every rank.
+    """Collects the metrics of a training step, the same on every rank.
 
     Args:
         microbatches: of a step, per rank.
@@ -53,16 +53,16 @@ class MetricsCollector:
             device,
         )
         self._tokens = train.global_batch_size * train_state.provider.seq_length
-        self._tally = RoutingStats(train_state.provider, train_state.chunks, device)
-        self._is_tallied = False
+        self._routing_stats = RoutingStats(train_state.provider, train_state.chunks, device)
+        self._is_counted = False
 
     def watching(self, enabled: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward passes of a step that is to be reported."""
-        self._is_tallied = enabled
-        return self._tally.counting() if enabled else nullcontext()
+        """Count routing within the forward and backward passes of a step, if it is logged."""
+        self._is_counted = enabled
+        return self._routing_stats.counting() if enabled else nullcontext()
 
     def read(self, step: StepMetrics) -> Record:
-        """Of the latest step, which has updated the weights. A collective."""
+        """Return the record of the latest step, which has updated the weights. A collective."""
         record = {"train_loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
         record |= {f"grad_norm/{group}": norm for group, norm in step.grad_norms.items()}
         record |= self._speed(step.seconds)
@@ -71,12 +71,12 @@ class MetricsCollector:
         layers = coe_layers(self._provider)
         for loss, value_CL in balance.items():
             record |= _by_layer(f"balance/{loss}", value_CL.T[layers].tolist(), layers)
-        if self._is_tallied:
-            record |= routing_metrics(self._tally.collect(), self._provider)
+        if self._is_counted:
+            record |= routing_metrics(self._routing_stats.collect(), self._provider)
         return record
 
     def _speed(self, seconds: float) -> dict[str, float]:
-        """Of all ranks together; MFU is each device's share of its peak."""
+        """Return the speed of all ranks together; MFU is per device, of its peak."""
         flops = self._tokens * self._provider.flops_per_token(self._provider.seq_length)
         record = {
             "step_seconds": seconds,
@@ -91,7 +91,7 @@ class MetricsCollector:
 
 
 def routing_metrics(table_LCN1: torch.Tensor, config: CoEConfig) -> Record:
-    """Loads, how even they are, and confidences, of what `RoutingStats` has collected."""
+    """Compute loads, their balance and top-k probability mass from collected `RoutingStats`."""
     layers = coe_layers(config)
     counts_LCN = table_LCN1[layers, :, :-1].numpy()
     tokens_LC = counts_LCN.sum(axis=-1) / config.moe_router_topk
@@ -101,26 +101,26 @@ def routing_metrics(table_LCN1: torch.Tensor, config: CoEConfig) -> Record:
         for layer, counts_CN in zip(layers, counts_LCN, strict=True)
         for t, counts in enumerate(counts_CN, start=1)
     }
-    for name, figure in (
+    for name, field in (
         ("load_entropy", "entropy"),
         ("load_max_over_mean", "max_over_mean"),
         ("dead_experts", "dead"),
     ):
-        values_LC = [[getattr(used, figure) for used in used_C] for used_C in used_LC]
+        values_LC = [[getattr(used, field) for used in used_C] for used_C in used_LC]
         record |= _by_layer(name, values_LC, layers)
     confidence_LC = table_LCN1[layers, :, -1].numpy() / tokens_LC
     return record | _by_layer("router_confidence", confidence_LC.tolist(), layers)
 
 
 def coe_layers(config: CoEConfig) -> list[int]:
-    """Their numbers, counted from 0; layers of multi-token prediction follow the decoder's."""
+    """Return the indices of the CoE layers, from 0; those of MTP follow the decoder's."""
     pattern = [*config.moe_layer_pattern]
     pattern += pattern[-1:] * (config.mtp_num_layers or 0)
     return [layer for layer, is_moe in enumerate(pattern) if is_moe]
 
 
 def _by_layer(name: str, values_LC: list[list[float]], layers: list[int]) -> dict[str, float]:
-    """A figure of each iteration: its mean over the CoE layers, then layer by layer."""
+    """Name a metric of each iteration: its mean over the CoE layers, then layer by layer."""
     record = {}
     for t, values_L in enumerate(zip(*values_LC, strict=True), start=1):
         record[f"{name}/iteration_{t}"] = mean(values_L)
@@ -130,8 +130,11 @@ def _by_layer(name: str, values_LC: list[list[float]], layers: list[int]) -> dic
 
 
 def memory_peak(device: torch.device) -> int:
-    """Bytes of the rank with the most: on a GPU what torch had allocated at most since the last
-    call, on a CPU the most that the process ever held resident. A collective."""
+    """Return the peak memory of the rank with the most, in bytes. A collective.
+
+    On a GPU it is what torch had allocated at most since the last call, on a CPU the most that the
+    process ever held resident.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -28,13 +28,13 @@ class Trainer:
 
     Attributes:
         settings: section `train`.
-        train_state: what is trained, changed in place.
+        train_state: updated in place.
         source: the training sequences.
         num_microbatches: of a step, per data-parallel rank.
         validator: None when there is no held-out set.
-        progress: how far training has come, counted on in place.
+        progress: steps and samples so far, updated in place.
         metrics_logger: writes records on rank 0, and nothing on the others.
-        heartbeat: told what this rank is doing.
+        heartbeat: notes what this rank is doing.
     """
 
     settings: TrainSettings
@@ -62,7 +62,7 @@ class Trainer:
         """Train from the present step to the last one, and save it.
 
         A signal that `stop` has received on any rank ends the run before the next step, saved, or
-        in the midst of a validation, which the resumed run makes up for.
+        during a validation, which the resumed run then does.
 
         Returns: that signal; None when the last step was done.
 
@@ -111,7 +111,7 @@ class Trainer:
         self.metrics_logger.log(f"step {self.progress.step} | valid loss {measured}")
 
     def save(self) -> None:
-        """Write a checkpoint, or begin to, where `checkpoint.save` names a folder."""
+        """Write a checkpoint, or start writing it, where `checkpoint.save` names a folder."""
         self.heartbeat.enter(SAVING)
         self.checkpointer.save(self.train_state, self.progress)
         self._saved_step = self.progress.step
@@ -157,7 +157,7 @@ class Trainer:
             self.save()
 
     def _complete_save(self, wait: bool) -> None:
-        """Complete what is written in the background, once all ranks have written it."""
+        """Complete a save in the background, once all ranks have written their shards."""
         if self.checkpointer.is_pending:
             self.heartbeat.enter(SAVING)
             if wait:
@@ -166,7 +166,7 @@ class Trainer:
                 self.checkpointer.poll()
 
     def _position(self) -> dict[str, float]:
-        """Return how far the run has come: in the data, and in seconds spent in steps."""
+        """Return samples, tokens and epochs so far, and the seconds spent in steps."""
         samples = self.progress.samples
         position: dict[str, float] = {
             "samples": samples,

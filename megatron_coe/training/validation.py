@@ -1,4 +1,4 @@
-"""The validation of a run: the same held-out sequences each time."""
+"""Validation during a run, on the same held-out sequences each time."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Validator:
         return {"valid_loss": mean_loss(*totals.tolist())}
 
     def final_metrics(self, step: int) -> dict[str, float]:
-        """Return what stands beside the last loss: what a model without any context reaches."""
+        """Return the metrics of the last step only: the unigram entropy of the held-out set."""
         if step < self._steps:
             return {}
         return {"unigram_entropy": unigram_entropy(self._source.dataset)}
