@@ -45,7 +45,7 @@ SETS = [next(iter(CASES)), *(pytest.param(name, marks=pytest.mark.slow) for name
 EXACT = ("load", "load_entropy", "load_max_over_mean", "dead_experts")
 
 
-def figures(layout: str, variant: str) -> dict[str, float | list[float]]:
+def measure_step(layout: str, variant: str) -> dict[str, float | list[float]]:
     """Of the first step; a collective of the layout's ranks."""
     with setup_groups(layout_settings(layout, variant)):
         trainer = make_parity_trainer(layout, variant)
@@ -55,7 +55,7 @@ def figures(layout: str, variant: str) -> dict[str, float | list[float]]:
 def measure(cases: dict[str, list[str]]) -> dict[str, dict]:
     """Runs on each rank."""
     return {
-        f"{variant} {layout}": figures(layout, variant)
+        f"{variant} {layout}": measure_step(layout, variant)
         for variant, layouts in cases.items()
         for layout in layouts
     }
@@ -63,12 +63,12 @@ def measure(cases: dict[str, list[str]]) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def alone(single_rank) -> Callable[[str], dict]:
-    """What one process reports of a variant; no choice hangs on rounding."""
+    """The metrics of a variant on one process; no expert assignment depends on rounding."""
 
     @functools.cache
     def measured(variant: str) -> dict[str, float | list[float]]:
         with counted_near_ties() as ties:
-            found = figures("", variant)
+            found = measure_step("", variant)
         assert sum(ties) == 0
         return found
 

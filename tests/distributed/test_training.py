@@ -53,11 +53,11 @@ def go_on(root: str, parallel: dict) -> list[dict[str, float]]:
     settings = make_settings(model=MODEL, train=TRAIN, parallel=parallel, log={"interval": 1})
     trainer = make_trainer(settings, torch.device("cpu"), held_out=HELD_OUT)
     trainer.progress = load_checkpoint(find_checkpoints(Path(root))[0], trainer.train_state)
-    figures = [trainer.metrics(trainer.step()) for _ in range(STEPS)]
-    for step in figures:
+    metrics = [trainer.metrics(trainer.step()) for _ in range(STEPS)]
+    for step in metrics:
         for name in OF_THE_MACHINE:
             del step[name]
-    return [*figures, trainer.validator.run()]
+    return [*metrics, trainer.validator.run()]
 
 
 def go_on_in_every_layout(root: str) -> dict[str, list[dict[str, float]]]:
@@ -89,7 +89,7 @@ def runs(single_rank, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_trains_as_one_process_does(runs, layout):
     alone, ranks = runs
-    assert ranks[0][layout] == ranks[1][layout], "every rank knows every figure"
+    assert ranks[0][layout] == ranks[1][layout], "every rank has the same metrics"
     for expected, measured in zip(alone, ranks[0][layout], strict=True):
         assert measured.keys() == expected.keys()
         for name, value in expected.items():

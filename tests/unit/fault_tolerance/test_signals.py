@@ -140,20 +140,20 @@ def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
         reason = trainer.run(stop)
         trainer.metrics_logger.close()
         records = read_records(tmp_path / name / "metrics.jsonl")
-        figures = {
+        metrics = {
             (r["step"], k): r[k] for r in records for k in ("train_loss", "valid_loss") if k in r
         }
-        return reason, held_out.read, figures
+        return reason, held_out.read, metrics
 
     _, _, expected = run("unbroken")
     assert [key for key in expected if key[1] == "valid_loss"] == [
         (2, "valid_loss"),
         (3, "valid_loss"),
     ]
-    reason, read, figures = run("broken", StopRequest())
+    reason, read, metrics = run("broken", StopRequest())
     assert reason is signal.SIGTERM
     assert read == MICRO_BATCHES_AT_ONCE, "the rest waits for the resumed run"
-    assert (2, "train_loss") in figures and (2, "valid_loss") not in figures
+    assert (2, "train_loss") in metrics and (2, "valid_loss") not in metrics
     resumed = run("broken", resume=tmp_path / "broken" / "saved" / "step_00000002")
     assert resumed[0] is None
     assert resumed[2] == expected

@@ -21,10 +21,10 @@ def test_micro_batches_add_up_to_the_mean_over_valid_tokens():
     for replica in range(replicas):
         for index in range(microbatches):
             function = make_loss_function(mask[replica, index], scale)
-            loss, tokens, report = function(leaf[replica, index])
+            loss, tokens, logged = function(leaf[replica, index])
             loss.backward()
             positions += tokens
-            sums += report
+            sums += logged
     leaf.grad /= positions  # as Megatron does
     assert sums[1] == valid
     mean = (losses * mask).sum() / valid
@@ -35,17 +35,17 @@ def test_micro_batches_add_up_to_the_mean_over_valid_tokens():
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 def test_what_is_masked_does_not_matter(junk):
     losses = torch.tensor([[1.0, junk, 3.0]], requires_grad=True)
-    loss, _, report = make_loss_function(torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor(0.5))(losses)
+    loss, _, logged = make_loss_function(torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor(0.5))(losses)
     loss.backward()
     assert loss.item() == 2.0
-    assert report.tolist() == [4.0, 2.0]
+    assert logged.tolist() == [4.0, 2.0]
     assert losses.grad.tolist() == [[0.5, 0.0, 0.5]]
 
 
 def test_a_batch_without_valid_tokens_has_loss_zero():
     losses = torch.ones(2, 3, requires_grad=True)
     function = make_loss_function(torch.zeros(2, 3), loss_scale(torch.tensor(0.0), 6))
-    loss, _, report = function(losses)
+    loss, _, logged = function(losses)
     loss.backward()
-    assert (loss.item(), report.tolist()) == (0.0, [0.0, 0.0])
+    assert (loss.item(), logged.tolist()) == (0.0, [0.0, 0.0])
     assert not losses.grad.any()
