@@ -48,15 +48,27 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def coe(installed: Path, cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `coe` as its console script does, with the wheel's package and no other."""
-    start = (
-        "import sys; from megatron_coe.cli import main; "
-        f"assert main.__file__.startswith({str(installed)!r}); sys.exit(main.main())"
+def coe(installed: Path, cwd: Path, *commands: tuple) -> subprocess.CompletedProcess[str]:
+    """Run commands of `coe` with the wheel's package and no other.
+
+    In one process, which ends with the first status that is not 0: Megatron is imported once.
+    """
+    code = f"""
+import sys
+from megatron_coe.cli import main
+assert main.__file__.startswith({str(installed)!r})
+for arguments in {[[*map(str, arguments)] for arguments in commands]!r}:
+    sys.argv = ["coe", *arguments]
+    if status := main.main():
+        sys.exit(status)
+"""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
-    command = [sys.executable, "-W", "ignore", "-c", start, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_it_holds_the_package_its_presets_and_the_license(wheel: Path) -> None:
@@ -99,24 +111,25 @@ assert "torch" not in sys.modules, "slow to import"
 def test_it_trains_converts_and_generates(installed: Path, tmp_path: Path) -> None:
     """The whole way in an empty folder, the presets by their names."""
     (tmp_path / "text.txt").write_text("".join(f"{n} + {n} = {2 * n}\n" for n in range(400)))
-    data = ("data.tokenizer=t.model", "data.train=[t]", "data.valid=[t]", "log.dir=run")
-    for arguments in (
+    data = ("data.tokenizer=t.model", "data.train=[t_text_document]")
+    data += ("data.valid=[t_text_document]", "log.dir=run")
+    done = coe(
+        installed,
+        tmp_path,
         ("train-tokenizer", "--input", "text.txt", "--output", "t.model", "--vocab-size", 274),
-        *[("preprocess", "--input", "text.txt", "--tokenizer", "t.model", "--output-prefix", "t")],
+        ("preprocess", "--input", "text.txt", "--tokenizer", "t.model", "--output-prefix", "t"),
         ("train", "--config", "quickstart", *SMALL, *data),
         ("convert", "to-hf", "--input", "run/checkpoints", "--output", "hf"),
         ("generate", "--model", "hf", "--prompt", "2 + 2", "--max-new-tokens", 2),
-    ):
-        done = coe(installed, tmp_path, *arguments)
-        assert done.returncode == 0, done.stderr
-        if arguments[0] == "preprocess":
-            for suffix in ("bin", "idx"):
-                (tmp_path / f"t_text_document.{suffix}").rename(tmp_path / f"t.{suffix}")
-    assert done.stdout.startswith("2 + 2")
+        ("estimate", "--config", "paper/coe-2_4-64"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\nstep 2/2 | loss " in done.stdout
+    generated = done.stdout.partition("run/checkpoints/step_00000002 -> hf\n")[2]
+    assert generated.startswith("2 + 2")
+    assert "780,930,048" in generated, "the model of the paper has its size"
 
 
-def test_presets_go_by_name(installed: Path, tmp_path: Path) -> None:
-    done = coe(installed, tmp_path, "estimate", "--config", "paper/coe-2_4-64")
-    assert "780,930,048" in done.stdout, done.stderr
-    done = coe(installed, tmp_path, "estimate", "--config", "paper/coe-2_4-46")
+def test_a_preset_that_there_is_not(installed: Path, tmp_path: Path) -> None:
+    done = coe(installed, tmp_path, ("estimate", "--config", "paper/coe-2_4-46"))
     assert done.returncode == 2 and "did you mean the preset 'paper/coe-2_4-64'" in done.stderr
