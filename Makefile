@@ -6,7 +6,7 @@
 #                   planted faults?
 # make test-faults  kills, signals, damaged checkpoints, hangs, hostile and malformed input, injected
 #                   into real runs; prints the table of docs/reliability.md
-# make test-gpu     what only a GPU can show
+# make test-gpu     what only a GPU can show          make wheel   the wheel, in dist/
 # make test-regressions COMMIT=777423a    the tests of mended faults on a commit from before: all must fail
 # make parity       every parallel layout against one process      make resharding   checkpoints
 #                   from every layout in every other; both write a table of docs/results.md
@@ -44,7 +44,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
+.PHONY: quickstart wheel test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
 .PHONY: parity resharding test-faults test-bridge test-regressions
 
 # --- environment ---------------------------------------------------------------------------------
@@ -105,6 +105,13 @@ quickstart: $(RUN)/answers.txt
 
 clean-quickstart:
 	rm -rf $(RUN)
+
+# --- wheel ----------------------------------------------------------------------------------------
+
+wheel: $(VENV)/.installed-test
+	@rm -rf build # what an earlier commit left there would be packed too
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	    --wheel-dir dist .
 
 # --- checks --------------------------------------------------------------------------------------
 
