@@ -100,7 +100,7 @@ TINY = Scale(
         ),
         *_OPTIMIZATION,
         *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
-        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep=1"),
+        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep_latest=1"),
     ),
 )
 """Minutes on two cores."""
@@ -118,7 +118,7 @@ SMALL = Scale(
         ),
         *_OPTIMIZATION,
         *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
-        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep=1"),
+        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep_latest=1"),
     ),
 )
 """Hours on two cores."""

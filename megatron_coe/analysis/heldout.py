@@ -30,7 +30,7 @@ class Source:
         tokens: so many are read, up to the end of the last sequence that they begin.
         seq_length: S, the most tokens a sequence has; None: 512, or fewer if the model has fewer
             positions.
-        mode: packed (documents joined, cut every S tokens) or examples (one document a sequence);
+        mode: packed (documents joined, cut every S tokens) or padded (one document a sequence);
             None: as the model was trained.
     """
 

@@ -206,7 +206,7 @@ class Checkpointer:
         errors += folders.prune(
             checkpoint.parent,
             step,
-            self.options.keep,
+            self.options.keep_latest,
             self.options.keep_every,
             self._is_loadable,
             self.needed,
@@ -261,7 +261,7 @@ def _require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         reason = f"a checkpoint needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB"
-        raise OSError(errno.ENOSPC, f"{reason} left: free some, or lower checkpoint.keep")
+        raise OSError(errno.ENOSPC, f"{reason} left: free some, or lower checkpoint.keep_latest")
 
 
 def _probe(path: Path) -> None:

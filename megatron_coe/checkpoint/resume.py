@@ -160,14 +160,14 @@ def check_changes(
             found.append(change)
     if change := tokenizer_change(path, tokenizer):
         found.append(change)
-    accepted = set(settings.checkpoint.accept_changes)
+    accepted = set(settings.checkpoint.allow_config_changes)
     refused = [change for change in found if change.is_refused and change.key not in accepted]
     if refused:
         keys = ",".join(change.key for change in refused)
         raise ValueError(
             f"checkpoint {path} was made with other settings: {'; '.join(map(str, refused))}. Set "
             "back what was changed, or give another checkpoint.save to start over; a change that "
-            f"is meant is accepted by checkpoint.accept_changes='[{keys}]'"
+            f"is meant is accepted by checkpoint.allow_config_changes='[{keys}]'"
         )
     return [str(change) for change in found]
 

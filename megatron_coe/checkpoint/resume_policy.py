@@ -34,10 +34,10 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("data.valid", _SILENT),
     ("data.cache", _SILENT),
     ("data.*", _REFUSED),  # of the training sets the content is compared: see `data_change`
-    ("train.stop_step", _SILENT),
+    ("train.exit_step", _SILENT),
     ("train.micro_batch_size", _SILENT),
     ("train.eval_*", _SILENT),
-    ("train.nonfinite", _SILENT),
+    ("train.on_nonfinite", _SILENT),
     ("train.max_skipped_steps", _SILENT),
     ("train.hang_timeout_s", _SILENT),
     # The learning rate schedule depends on it: see `_keeps_schedule`.

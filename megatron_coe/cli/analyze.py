@@ -96,7 +96,10 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         "--seq-length", type=int, metavar="S", help="default: 512, or the model's if it has fewer"
     )
     parser.add_argument(
-        "--mode", choices=("packed", "examples"), help="how sequences are cut; default: as trained"
+        "--mode",
+        type=lambda mode: "padded" if mode == "examples" else mode,  # its former name
+        choices=("packed", "padded"),
+        help="how sequences are cut; default: as trained",
     )
     parser.add_argument(
         "--permutations",

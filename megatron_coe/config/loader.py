@@ -6,7 +6,8 @@ A file may name another with `extends: other.yaml` (relative to itself) and then
 differs. A value may refer to another, `${section.key}`; nothing else is looked up for it (not the
 environment, which would end up in every checkpoint), and no tag of YAML makes an object of Python.
 The `config.yaml` of a checkpoint or of a run's folder names the places where it lies (`locations`).
-Names and types are checked here, values in `config.validation`.
+Names and types are checked here, values in `config.validation`; former names are read, too
+(`aliases`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megatron_coe.config.aliases import refuse_both, with_present_names
 from megatron_coe.config.locations import own_places
 from megatron_coe.config.run_config import SECTIONS, LogSettings, Settings
 
@@ -55,6 +57,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     merged = OmegaConf.structured(Settings(log=LogSettings(dir=f"runs/{path.stem}")))
     for source, content in _read_chain(path):
         merged = _merge(merged, content, str(source))
+    refuse_both("overrides", (override.partition("=")[0] for override in overrides))
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"override {override!r}")
     _check_references(path, merged)
@@ -94,7 +97,9 @@ def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
             named = f"{chain[-1][0]}: 'extends' names {path}" if chain else str(path)
             raise OSError(f"{named}: cannot be read ({error.strerror or error})") from error
         base = content.pop(EXTENDS, None)
-        chain.append((path, _with_own_places(path, content)))
+        written = OmegaConf.to_container(content, resolve=False)
+        renamed = OmegaConf.create(with_present_names(str(path), written))
+        chain.append((path, _with_own_places(path, renamed)))
         if base is None:
             return chain[::-1]
         if not isinstance(base, str):
@@ -188,7 +193,8 @@ def _parse_override(override: str) -> DictConfig:
     if not equals or "." not in key or not all(key.split(".")):
         raise ValueError(f"override {override!r}: must have the form section.key=value")
     try:
-        return OmegaConf.from_dotlist([override])
+        written = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+        return OmegaConf.create(with_present_names(f"override {override!r}", written))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override {override!r}: {_first_line(error)}") from error
 

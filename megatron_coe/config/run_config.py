@@ -74,8 +74,8 @@ class DataSettings:
     its own size."""
     valid: list[str] = field(default_factory=list)
     """Prefixes of the held-out sets; empty: no validation."""
-    mode: str = _choice("packed", "examples")
-    """packed: documents joined and cut every seq_length tokens; examples: one document per
+    mode: str = _choice("packed", "padded")
+    """packed: documents joined and cut every seq_length tokens; padded: one document per
     sequence, cut on the right and padded, padding left out of the loss (the paper's way)."""
     cache: str | None = None
     """Where index files are kept; None: beside the data."""
@@ -86,7 +86,7 @@ class TrainSettings:
     """Optimization. A step is one update of the weights, by `global_batch_size` sequences."""
 
     steps: int = _ruled(1000, POSITIVE)
-    stop_step: int | None = _ruled(None, POSITIVE)
+    exit_step: int | None = _ruled(None, POSITIVE)
     """Stop after this step, saved, to be continued by the same command without it; None: go on to
     `steps`, which the learning rate's schedule spans in any case."""
     micro_batch_size: int = _ruled(1, POSITIVE)
@@ -115,7 +115,7 @@ class TrainSettings:
     """How many of the first held-out sequences are used, the same each time; None: all."""
     deterministic: bool = True
     """On a GPU, use kernels whose sums have a fixed order: the same command, the same bits."""
-    nonfinite: str = _choice("stop", "skip")
+    on_nonfinite: str = _choice("stop", "skip")
     """What a step with a NaN or Inf in loss or gradients does, beside updating nothing: stop the
     run, saved as of the step before; or leave its sequences out and go on."""
     max_skipped_steps: int = _ruled(10, NOT_NEGATIVE)
@@ -143,7 +143,7 @@ class CheckpointSettings:
     holds none; optimizer, schedule and data begin at step 0. None: initial weights."""
     save_interval: int = _ruled(0, NOT_NEGATIVE)
     """Steps between checkpoints; 0: only at the end."""
-    keep: int = _ruled(2, POSITIVE)
+    keep_latest: int = _ruled(2, POSITIVE)
     """How many of the newest checkpoints stay."""
     keep_every: int = _ruled(0, NOT_NEGATIVE)
     """Checkpoints of steps that are a multiple of this stay as well; 0: none."""
@@ -153,7 +153,7 @@ class CheckpointSettings:
     async_save: bool = False
     """Write copies of the state in the background while training goes on. A copy takes as much host
     memory as the rank's share of the checkpoint."""
-    accept_changes: list[str] = field(default_factory=list)
+    allow_config_changes: list[str] = field(default_factory=list)
     """Keys of settings whose change since the checkpoint would be refused, and is meant."""
 
 

@@ -131,7 +131,7 @@ class TrainStep:
         )
         self._start.put_back()
         message = f"step {progress.step + 1} is not finite: {found.text}; nothing was updated"
-        if self._train.nonfinite == "stop":
+        if self._train.on_nonfinite == "stop":
             raise NotFiniteError(message, found.weights_are_finite)
         if not found.weights_are_finite or progress.skipped_in_row >= self._train.max_skipped_steps:
             row = f"; {progress.skipped_in_row} steps before it were skipped"

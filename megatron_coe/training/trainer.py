@@ -178,5 +178,5 @@ class Trainer:
 
 
 def last_step(train: TrainSettings) -> int:
-    """Return the step at which a process ends: `stop_step`, or the last of all."""
-    return min(train.steps, train.stop_step or train.steps)
+    """Return the step at which a process ends: `exit_step`, or the last of all."""
+    return min(train.steps, train.exit_step or train.steps)

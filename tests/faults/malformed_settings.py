@@ -105,7 +105,7 @@ def _set(override: str, *says: str) -> Case:
 
 
 def _values() -> Iterator[Case]:
-    for key in ("train.steps", "train.micro_batch_size", "log.interval", "checkpoint.keep"):
+    for key in ("train.steps", "train.micro_batch_size", "log.interval", "checkpoint.keep_latest"):
         yield _set(f"{key}=0", f"{key}=0", "greater than 0")
     for value in ("-1", "1.5", "ten", "true", "[1]", "{a: 1}", "null", ".nan", ".inf", "1e400"):
         yield _set(f"train.steps={value}", "train.steps")
@@ -130,7 +130,7 @@ def _values() -> Iterator[Case]:
     yield _set("train.seed=4294967296", "train.seed=4294967296", "4294967295")
     yield _set("train.eval_interval=-1", "train.eval_interval=-1")
     yield _set("train.eval_samples=0", "train.eval_samples=0")
-    yield _set("train.stop_step=0", "train.stop_step=0")
+    yield _set("train.exit_step=0", "train.exit_step=0")
     yield Case(
         "value: batch that does not divide",
         f"{TRAIN} train.global_batch_size=3 train.micro_batch_size=2",

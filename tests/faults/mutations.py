@@ -158,7 +158,7 @@ class Stage:
         """Return the folders of a run that stopped after step 3 and of the uninterrupted run."""
         if layout not in self._ready:
             stopped = self._bench.folder(f"stage {layout}")
-            self._run(stopped, layout, [*SETTINGS, f"train.stop_step={NEWEST}"])
+            self._run(stopped, layout, [*SETTINGS, f"train.exit_step={NEWEST}"])
             unbroken = self._bench.folder(f"stage unbroken {layout}")
             self._run(unbroken, layout, [*SETTINGS])
             self._ready[layout] = stopped, unbroken

@@ -62,7 +62,7 @@ train:
   eval_samples: 2
 checkpoint:
   save_interval: {SAVE_INTERVAL}
-  keep: 2
+  keep_latest: 2
 log:
   interval: 1
 """

@@ -47,7 +47,9 @@ def main() -> int:
 def measure(folder: Path, saves: int, background: bool = False) -> dict[bool, list[float]]:
     """Return the seconds of each save (or of its start), by whether it was verified."""
     device = backends.prepare()
-    settings = make_settings(folder, model=MODEL, checkpoint={"keep": 1, "async_save": background})
+    settings = make_settings(
+        folder, model=MODEL, checkpoint={"keep_latest": 1, "async_save": background}
+    )
     times: dict[bool, list[float]] = {False: [], True: []}
     with process_groups(settings.parallel, device):
         trainer = make_trainer(settings, device)

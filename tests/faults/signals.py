@@ -75,7 +75,7 @@ def _run(bench: Bench, case: Signal, folder: Path) -> tuple[list[str], list[str]
     draw = random.Random(case.seed)
     overrides = [ASYNC] if case.phase == BACKGROUND else []
     if case.phase == "loading":  # something to load
-        with bench.start(folder, case.layout, ["train.stop_step=3"]) as launch:
+        with bench.start(folder, case.layout, ["train.exit_step=3"]) as launch:
             if any(launch.wait()):
                 return [f"a run without faults fails: {launch.last_words()}"], []
     strike = {IMPORTS: _in_imports, ANYWHERE: _anywhere, TWICE: _twice}.get(case.phase, _in_phase)

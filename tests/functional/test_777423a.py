@@ -24,6 +24,7 @@ import pretrain_coe
 from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.cli import generate
+from megatron_coe.config.aliases import FORMER_KEYS
 from megatron_coe.config.loader import load_settings
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.conversion.export_hf import to_hf
@@ -100,6 +101,8 @@ def test_every_setting_is_read_under_its_name():
     settings = load_settings(Path("config.yaml"))
     for section, values in written.items():
         for name, value in values.items():
+            key = FORMER_KEYS.get(f"{section}.{name}", f"{section}.{name}")
+            name = key.partition(".")[2]
             read = getattr(settings, section)
             read = read[name] if isinstance(read, dict) else getattr(read, name)
             expected = value.replace("${log.dir}", log) if isinstance(value, str) else value

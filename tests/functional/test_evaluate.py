@@ -77,7 +77,7 @@ def home(tmp_path_factory) -> Path:
     run(
         home, ROOT / "pretrain_coe.py", "--config", ROOT / "examples/quickstart.yaml",
         *("data.tokenizer=t.model", "data.train=[train]", "data.valid=[train]"),
-        *("data.mode=examples", "model.seq_length=64", "model.num_layers=2"),
+        *("data.mode=padded", "model.seq_length=64", "model.num_layers=2"),
         *("model.hidden_size=64", "model.moe_ffn_hidden_size=64", "log.dir=run"),
         *(f"train.steps={STEPS}", f"train.eval_interval={STEPS}"),
     )  # fmt: skip

@@ -53,7 +53,7 @@ def own_run() -> None:
     settings = load_settings(from_hf(Path("my-model"), Path("base")) / "config.yaml")
     settings.checkpoint.load, settings.log.dir = None, "runs/mine"
     settings.checkpoint.save = "runs/mine/checkpoints"
-    settings.data.tokenizer, settings.data.mode = "t.model", "examples"
+    settings.data.tokenizer, settings.data.mode = "t.model", "padded"
     settings.train.lr, settings.train.lr_decay_style = 0.01, "constant"
     settings.train.steps = 6
     Path("my-run.yaml").write_text(settings.to_yaml())
@@ -191,8 +191,8 @@ def test_a_folder_of_others_is_no_checkpoint_to_load(home, capsys):
 
 def test_the_command_can_be_repeated_that_names_a_checkpoints_settings(home, capsys):
     step = from_hf(Path("my-model"), Path("imp/checkpoints"))
-    often = ("train.steps=8", "checkpoint.save_interval=1", "checkpoint.keep=1")
-    train(step / "config.yaml", *often, "train.stop_step=4")
+    often = ("train.steps=8", "checkpoint.save_interval=1", "checkpoint.keep_latest=1")
+    train(step / "config.yaml", *often, "train.exit_step=4")
     kept = sorted(path.name for path in Path("imp/checkpoints").glob("step_*"))
     assert kept == ["step_00000000", "step_00000004"]
     capsys.readouterr()
@@ -238,7 +238,7 @@ def test_own_weights_are_tuned_and_the_same_command_resumes(home, capsys):
         "data.mode=packed",
     )
     capsys.readouterr()
-    train(step / "config.yaml", *tuned, "train.stop_step=2")
+    train(step / "config.yaml", *tuned, "train.exit_step=2")
     told = capsys.readouterr().out
     assert f"runs/second, from the weights of {home / step} and step 0, to step 2" in told
     assert losses("runs/second")[0] < 0.8 * losses("runs/mine")[0], "not initial weights"
@@ -265,8 +265,8 @@ def test_more_steps_and_another_batch(home, capsys, changes, accepted, sequences
     if accepted:
         refused = ["--config", "my-run.yaml", *SMALL, "data.train=[train_text_document]", *changes]
         assert pretrain_coe.main(refused) == CONFIG_ERROR
-        assert f"checkpoint.accept_changes='[{accepted}]'" in capsys.readouterr().err
-        train("my-run.yaml", *changes, f"checkpoint.accept_changes=[{accepted}]")
+        assert f"checkpoint.allow_config_changes='[{accepted}]'" in capsys.readouterr().err
+        train("my-run.yaml", *changes, f"checkpoint.allow_config_changes=[{accepted}]")
     else:
         train("my-run.yaml", *changes)
     assert "changed since then: train." in capsys.readouterr().out

@@ -53,7 +53,7 @@ data:
   train: [{data}/a, {data}/b]
   train_weights: [1, 3]
   valid: [{data}/valid]
-  mode: examples
+  mode: padded
 train:
   steps: 6
   global_batch_size: 4
@@ -140,7 +140,7 @@ def test_train_stop_resume_and_evaluate(config, tmp_path, capsys):
 
     folder = tmp_path / "broken"
     arguments = ["--config", str(config), f"log.dir={folder}"]
-    assert pretrain_coe.main([*arguments, "train.stop_step=4"]) == 0
+    assert pretrain_coe.main([*arguments, "train.exit_step=4"]) == 0
     assert sorted(losses(folder)) == [1, 2, 3, 4]
     assert pretrain_coe.main(arguments) == 0
     assert "resumed from" in capsys.readouterr().out
@@ -169,12 +169,12 @@ def test_what_is_resumed_from_outlives_what_is_damaged(config, tmp_path, capsys)
     """`keep` counts two that can be loaded, and the damaged one between them is not one."""
     folder = tmp_path / "run" / "checkpoints"
     arguments = ["--config", str(config), "train.eval_interval=0"]
-    assert pretrain_coe.main([*arguments, "train.stop_step=2", "checkpoint.save_interval=1"]) == 0
+    assert pretrain_coe.main([*arguments, "train.exit_step=2", "checkpoint.save_interval=1"]) == 0
     shard = folder / "step_00000002" / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert pretrain_coe.main([*arguments, "train.stop_step=3"]) == 0
+    assert pretrain_coe.main([*arguments, "train.exit_step=3"]) == 0
     assert "step_00000002 is bad and not used" in capsys.readouterr().err
     assert sorted(path.name[-1] for path in folder.glob("step_*")) == ["1", "2", "3"]
 
@@ -186,9 +186,9 @@ def test_training_sets_may_move_but_not_change(config, data, tmp_path, capsys):
     for suffix in ("bin", "idx"):
         (moved / f"b.{suffix}").rename(moved / f"c.{suffix}")
     arguments = ["--config", str(config), "data.valid=[]"]
-    assert pretrain_coe.main([*arguments, "train.stop_step=1"]) == 0
+    assert pretrain_coe.main([*arguments, "train.exit_step=1"]) == 0
     arguments += [f"data.train=[{moved}/a,{moved}/c]"]
-    assert pretrain_coe.main([*arguments, "train.stop_step=2"]) == 0
+    assert pretrain_coe.main([*arguments, "train.exit_step=2"]) == 0
 
     stored = moved / "c.bin"
     times = stored.stat().st_atime_ns, stored.stat().st_mtime_ns
@@ -197,12 +197,12 @@ def test_training_sets_may_move_but_not_change(config, data, tmp_path, capsys):
     ids.flush()
     os.utime(stored, ns=times)
     capsys.readouterr()
-    assert pretrain_coe.main([*arguments, "train.stop_step=3"]) == 2
+    assert pretrain_coe.main([*arguments, "train.exit_step=3"]) == 2
     told = r"data\.train was 'c: 80 documents, [\d,]+ tokens, SHA-256 (\w{12})…' and is 'c: 80 docu"
     assert re.search(told, capsys.readouterr().err)
-    meant = "checkpoint.accept_changes=[data.train]"
-    assert pretrain_coe.main([*arguments, "train.stop_step=3", meant]) == 0
-    assert pretrain_coe.main([*arguments, "train.stop_step=4"]) == 0
+    meant = "checkpoint.allow_config_changes=[data.train]"
+    assert pretrain_coe.main([*arguments, "train.exit_step=3", meant]) == 0
+    assert pretrain_coe.main([*arguments, "train.exit_step=4"]) == 0
 
 
 def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, data, tmp_path):
@@ -212,7 +212,7 @@ def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, data
     arguments = ["--config", config, f"log.dir={together}"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     layout = ["parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true"]
-    status, out, err = finish(start(*arguments, *layout, "train.stop_step=3", launcher=torchrun))
+    status, out, err = finish(start(*arguments, *layout, "train.exit_step=3", launcher=torchrun))
     assert status == 0, err
     assert sum(line.startswith("step ") for line in out.splitlines()) == 3, "rank 0 alone speaks"
     assert pretrain_coe.main([*map(str, arguments), *layout]) == 0

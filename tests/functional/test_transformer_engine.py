@@ -19,8 +19,8 @@ from megatron_coe.distributed import train_state
 def main(*arguments):
     print("status", pretrain_coe.main(["--config", {config!r}, *arguments]), flush=True)
 
-main("train.stop_step=1")
-main("train.stop_step=2")
+main("train.exit_step=1")
+main("train.exit_step=2")
 def refuse(*_):
     raise AssertionError("an optimizer is built")
 train_state.build_optimizer = refuse
@@ -114,7 +114,7 @@ def test_one_that_lacks_a_module_at_once_counts_as_absent(config, tmp_path):  # 
     """As Megatron-Core counts it; and asked for, it is refused with its reason."""
     te = write_te(tmp_path / "te", __init__="import a_module_that_is_not_installed")
     code = (
-        f"import pretrain_coe; arguments = ['--config', {str(config)!r}, 'train.stop_step=1']\n"
+        f"import pretrain_coe; arguments = ['--config', {str(config)!r}, 'train.exit_step=1']\n"
         "print('status', pretrain_coe.main(arguments))\n"
         "print('status', pretrain_coe.main([*arguments, 'model.backend=te']))"
     )

@@ -90,7 +90,7 @@ def test_a_time_limit_interrupts_a_run_that_then_ends_as_if_it_had_not(
     # On a busy machine the first limit may come before the first step: that is no failure.
     cluster.wait(job, lambda: max(steps_at_stops(), default=0) > 0)
     last = steps_at_stops()[-1] + 3
-    text = config.read_text(encoding="utf-8").replace("train:\n", f"train:\n  stop_step: {last}\n")
+    text = config.read_text(encoding="utf-8").replace("train:\n", f"train:\n  exit_step: {last}\n")
     config.write_text(text, encoding="utf-8")  # read by the next start, 20 s from now
     ended = cluster.finish(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), output(tmp_path)

@@ -55,13 +55,13 @@ def test_packed_sequences_are_the_joined_documents_cut(folder, tokenizer):
 
 
 def test_examples_are_a_document_each(folder, tokenizer):
-    found = read(tokenizer, folder / "t.jsonl", "examples", seq_length=20, tokens=10**6)
+    found = read(tokenizer, folder / "t.jsonl", "padded", seq_length=20, tokens=10**6)
     assert [sequence.tolist() for sequence in found] == [d[:20] for d in documents(tokenizer)]
     numbers = sequence_numbers(found)
     assert numbers.tolist() == [n for n, part in enumerate(found) for _ in part]
 
 
-@pytest.mark.parametrize("mode", ["packed", "examples"])
+@pytest.mark.parametrize("mode", ["packed", "padded"])
 def test_a_data_set_gives_what_its_text_gives(folder, tokenizer, mode):
     prefix = folder / "set_text_document"
     preprocess(

@@ -95,7 +95,7 @@ def test_the_next_save_waits_for_the_one_before(single_rank, tmp_path, held):
 def test_a_run_ends_with_everything_saved(single_rank, tmp_path):
     settings = make_settings(
         tmp_path,
-        checkpoint={"async_save": True, "save_interval": 2, "keep": 9},
+        checkpoint={"async_save": True, "save_interval": 2, "keep_latest": 9},
         model=SMALL,
         train={"steps": 5},
     )
@@ -172,7 +172,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
 ):
     """Nor a pointer that cannot be replaced: the new checkpoint is complete, and that is said."""
     trainer = make_trainer(
-        make_settings(tmp_path, model=SMALL, checkpoint={"keep": 1}), single_rank
+        make_settings(tmp_path, model=SMALL, checkpoint={"keep_latest": 1}), single_rank
     )
 
     def refuse(path, *content):
@@ -284,7 +284,7 @@ def test_every_file_is_synced_before_the_name(single_rank, tmp_path, monkeypatch
 @pytest.mark.parametrize("reason", ["too new", "damaged"])
 def test_what_the_run_could_not_load_takes_no_place(single_rank, tmp_path, reason):
     """The one it resumed from stays until there are others in its place."""
-    settings = make_settings(tmp_path, checkpoint={"keep": 2}, model=SMALL)
+    settings = make_settings(tmp_path, checkpoint={"keep_latest": 2}, model=SMALL)
     earlier = make_trainer(settings, single_rank)
     for _ in range(2):
         earlier.step()
@@ -335,7 +335,7 @@ def test_every_checkpoint_holds_the_runs_other_files(single_rank, tmp_path, asyn
 
 @pytest.mark.parametrize("name", ["", "config.yaml", "tokenizer/tokenizer.json"])
 def test_a_checkpoint_that_the_run_needs_is_never_deleted(single_rank, tmp_path, name):
-    settings = make_settings(tmp_path, checkpoint={"keep": 1}, model=SMALL)
+    settings = make_settings(tmp_path, checkpoint={"keep_latest": 1}, model=SMALL)
     trainer = make_trainer(settings, single_rank)
     (tmp_path / "link").symlink_to(tmp_path / "step_00000001")
     trainer.checkpointer.needed = [tmp_path / "link" / name]

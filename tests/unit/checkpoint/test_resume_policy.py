@@ -12,6 +12,7 @@ from megatron_coe.checkpoint.directory import find_checkpoints
 from megatron_coe.checkpoint.resume import check_changes
 from megatron_coe.checkpoint.resume_policy import Policy, changes, data_change, policy_of
 from megatron_coe.checkpoint.tokenizer import identity_of
+from megatron_coe.config.loader import load_settings
 from megatron_coe.config.run_config import Settings
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.provider import CoEModelProvider
@@ -50,14 +51,14 @@ def changed(key: str, value: object) -> Settings:
     ("key", "value", "policy"),
     [
         ("log.interval", 3, Policy.SILENT),
-        ("checkpoint.keep", 9, Policy.SILENT),
+        ("checkpoint.keep_latest", 9, Policy.SILENT),
         ("parallel.tensor_model_parallel_size", 2, Policy.SILENT),
         ("model.backend", "torch", Policy.SILENT),
         ("model.recompute_granularity", "selective", Policy.SILENT),
-        ("train.stop_step", 3, Policy.SILENT),
+        ("train.exit_step", 3, Policy.SILENT),
         ("train.micro_batch_size", 2, Policy.SILENT),
         ("train.eval_interval", 2, Policy.SILENT),
-        ("train.nonfinite", "skip", Policy.SILENT),
+        ("train.on_nonfinite", "skip", Policy.SILENT),
         ("data.valid", ["elsewhere"], Policy.SILENT),
         ("data.tokenizer", "moved.model", Policy.SILENT),
         ("train.lr", 0.5, Policy.PRINTED),
@@ -71,7 +72,7 @@ def changed(key: str, value: object) -> Settings:
         ("train.precision", "bf16", Policy.REFUSED),
         ("data.train", ["other"], Policy.REFUSED),
         ("data.train_weights", [1.0], Policy.REFUSED),
-        ("data.mode", "examples", Policy.REFUSED),
+        ("data.mode", "padded", Policy.REFUSED),
         ("model.seq_length", 8, Policy.REFUSED),
         ("model.coe_iterations", 3, Policy.REFUSED),
         ("model.coe_residual", "outer", Policy.REFUSED),
@@ -167,16 +168,16 @@ def test_refused_changes_are_named_together_and_can_be_accepted(saved):
     changed = make_settings(model={"num_layers": 1}, train={"seed": 7, "lr": 0.5, "steps": 9})
     told = (
         r"step_00000001 was made with other settings: train\.seed was 42 and is 7; "
-        r"train\.steps was 20 and is 9\. Set back .*accept_changes='\[train\.seed,train\.steps\]'"
+        r"train\.steps was 20 and is 9\. Set back .*config_changes='\[train\.seed,train\.steps\]'"
     )
     with pytest.raises(ValueError, match=told):
         check_changes(path, changed, Words())
     assert check_changes(start, changed, Words()) == [], "step 0 has seen no data"
     assert check_changes(path, changed, Words(), model_only=True) == []
-    changed.checkpoint.accept_changes = ["train.seed"]
+    changed.checkpoint.allow_config_changes = ["train.seed"]
     with pytest.raises(ValueError, match=r"settings: train\.steps was"):
         check_changes(path, changed, Words())
-    changed.checkpoint.accept_changes = ["train.seed", "train.steps"]
+    changed.checkpoint.allow_config_changes = ["train.seed", "train.steps"]
     assert len(check_changes(path, changed, Words())) == 3
 
 
@@ -193,3 +194,15 @@ def test_settings_that_cannot_be_read_are_named(saved, tmp_path):
     (tmp_path / CONFIG_FILE).write_text("train: {lr: [}")
     with pytest.raises(ValueError, match=r"config\.yaml: not valid YAML"):
         check_changes(tmp_path, settings, Words())
+
+
+def test_former_names_of_settings_are_no_changes(tmp_path):
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(
+        "data: {mode: examples}\ntrain: {stop_step: 3, nonfinite: skip}\n"
+        "checkpoint: {keep: 4, accept_changes: [train.steps]}\nlog: {dir: run}"
+    )
+    before = load_settings(old)
+    new.write_text(before.to_yaml())
+    assert load_settings(new) == before
+    assert changes(before, load_settings(new)) == []

@@ -115,7 +115,7 @@ def test_generators_come_back(single_rank, tmp_path):
 
 def test_the_newest_are_kept_and_those_past_them_are_left_alone(single_rank, tmp_path):
     settings = make_settings(
-        tmp_path, checkpoint={"keep": 2, "keep_every": 50}, model={"num_layers": 1}
+        tmp_path, checkpoint={"keep_latest": 2, "keep_every": 50}, model={"num_layers": 1}
     )
     trainer = make_trainer(settings, single_rank)
     for step in (5, 50, 70, 300, 100, 120):  # 300 was bad, say, and the run went back to 70

@@ -132,7 +132,7 @@ def test_the_recipe_is_the_papers(name):
     assert (train.weight_decay, train.decay_all_parameters, train.clip_grad) == (0.01, True, 1.0)
     assert (train.lr_warmup_fraction, train.lr_decay_style) == (0.1, "constant")
     assert (train.global_batch_size, provider.seq_length, train.seed) == (64, 512, 42)
-    assert (settings.data.mode, train.eval_interval) == ("examples", 10)
+    assert (settings.data.mode, train.eval_interval) == ("padded", 10)
     assert provider.moe_router_load_balancing_type == "seq_aux_loss"
     assert (provider.moe_aux_loss_coeff, provider.init_method_std) == (1e-3, 0.02)
     on_gpu = build_provider(settings, torch.device("cuda"))

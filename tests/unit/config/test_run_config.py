@@ -146,7 +146,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
     ("section", "name", "value", "expected"),
     [
         ("train", "steps", 0, "train.steps=0: must be greater than 0"),
-        ("train", "stop_step", 0, "train.stop_step=0: must be greater than 0"),
+        ("train", "exit_step", 0, "train.exit_step=0: must be greater than 0"),
         ("train", "micro_batch_size", -1, "train.micro_batch_size=-1"),
         ("train", "lr", float("nan"), "train.lr=nan: must be a finite number"),
         ("train", "weight_decay", float("inf"), "train.weight_decay=inf: must be a finite number"),
@@ -155,9 +155,9 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         ("train", "lr_warmup_fraction", 1.0, "train.lr_warmup_fraction=1.0"),
         ("train", "lr_warmup_steps", -1, "train.lr_warmup_steps=-1: must be 0 or more"),
         ("train", "lr_warmup_steps", 1000, "train.lr_warmup_steps=1000 must be less than train.st"),
-        ("checkpoint", "keep", 0, "checkpoint.keep=0"),
+        ("checkpoint", "keep_latest", 0, "checkpoint.keep_latest=0"),
         ("checkpoint", "save_interval", -1, "checkpoint.save_interval=-1: must be 0 or more"),
-        ("data", "mode", "pact", "data.mode='pact': must be one of 'packed', 'examples'"),
+        ("data", "mode", "pact", "data.mode='pact': must be one of 'packed', 'padded'"),
         ("log", "profile_steps", [3, 2], r"log.profile_steps=\[3, 2\]"),
         ("log", "profile_steps", [3], r"log.profile_steps=\[3\]"),
         ("data", "train_weights", [1.0], r"1 value\(s\) for the 0 set\(s\)"),
@@ -220,3 +220,35 @@ def test_micro_batches_of_a_replica():
     settings.train.global_batch_size, settings.train.micro_batch_size = 24, 3
     check_layout(settings, world_size=8)
     assert num_microbatches(settings, world_size=8) == 2  # 4 replicas x 3 sequences x 2
+
+
+@pytest.mark.parametrize(
+    ("former", "value", "present"),
+    [
+        ("train.stop_step", 7, "train.exit_step"),
+        ("train.nonfinite", "skip", "train.on_nonfinite"),
+        ("checkpoint.keep", 5, "checkpoint.keep_latest"),
+        ("checkpoint.accept_changes", ["model.x"], "checkpoint.allow_config_changes"),
+    ],
+)
+def test_former_names_are_read_and_present_ones_written(tmp_path, former, value, present):
+    section, name = former.split(".")
+    file = write(tmp_path, "old.yaml", f"{section}: {{{name}: {value}}}")
+    empty = write(tmp_path, "empty.yaml", "{}")
+    new, text = present.split(".")[1], str(value).replace("'", "")
+    for settings in (load_settings(file), load_settings(empty, [f"{former}={text}"])):
+        assert getattr(getattr(settings, section), new) == value
+        assert f"  {new}:" in settings.to_yaml() and f"  {name}:" not in settings.to_yaml()
+    both = write(tmp_path, "both.yaml", f"{section}: {{{name}: {value}, {new}: {value}}}")
+    assert f"{former} is the former name of {present}" in refused(both)
+    assert "give one of them" in refused(empty, f"{former}={text}", f"{present}={text}")
+    extending = write(tmp_path, "new.yaml", f"extends: old.yaml\n{section}: {{{new}: null}}")
+    if value == 7:
+        assert load_settings(extending).train.exit_step is None
+
+
+def test_the_former_name_of_a_mode_is_read(tmp_path):
+    path = write(tmp_path, "old.yaml", "data: {mode: examples}")
+    assert load_settings(path).data.mode == "padded"
+    assert load_settings(path, ["data.mode=packed"]).data.mode == "packed"
+    assert load_settings(path, ["data.mode=examples"]) == load_settings(path)

@@ -113,8 +113,8 @@ def test_a_skipped_step_uses_its_data_up_and_resumes_exactly(single_rank, tmp_pa
     """Skipped at step 3; saved there, resumed, and trained on: the same as without the resume."""
     from megatron_coe.checkpoint.state import load_checkpoint
 
-    def skipping(folder, stop_step=None) -> Trainer:
-        trainer = small(folder, steps=6, nonfinite="skip", stop_step=stop_step)
+    def skipping(folder, exit_step=None) -> Trainer:
+        trainer = small(folder, steps=6, on_nonfinite="skip", exit_step=exit_step)
         experts = chains(trainer)[0].experts
         due = range(4 * (PLANTED_STEP - 1), 4 * PLANTED_STEP + 4)  # the step, and its repetition
         with planted(experts, nan_at, lambda number: number in due):
@@ -124,9 +124,9 @@ def test_a_skipped_step_uses_its_data_up_and_resumes_exactly(single_rank, tmp_pa
     unbroken = skipping(tmp_path / "unbroken")
     assert (unbroken.progress.step, unbroken.progress.samples) == (6, 24)
     assert (unbroken.progress.skipped, unbroken.progress.skipped_in_row) == (1, 0)
-    broken = skipping(tmp_path / "broken", stop_step=PLANTED_STEP)
+    broken = skipping(tmp_path / "broken", exit_step=PLANTED_STEP)
     assert (broken.progress.skipped, broken.progress.skipped_in_row) == (1, 1)
-    resumed = small(tmp_path / "broken", steps=6, nonfinite="skip")
+    resumed = small(tmp_path / "broken", steps=6, on_nonfinite="skip")
     resumed.progress = load_checkpoint(tmp_path / "broken" / "step_00000003", resumed.train_state)
     assert resumed.progress == broken.progress
     resumed.run()
@@ -136,7 +136,7 @@ def test_a_skipped_step_uses_its_data_up_and_resumes_exactly(single_rank, tmp_pa
 
 
 def test_no_more_steps_in_a_row_are_skipped_than_allowed(single_rank):
-    trainer = small(nonfinite="skip", max_skipped_steps=2)
+    trainer = small(on_nonfinite="skip", max_skipped_steps=2)
     with planted(chains(trainer)[0].experts, nan_at, lambda number: True):
         assert "step 1 is not finite" in trainer.step().skipped
         assert trainer.step().skipped

@@ -1,0 +1,46 @@
+"""Former names and values of settings, which stay readable: in files, overrides and checkpoints.
+
+Everything written has the present ones. Fields that section `model` no longer has
+`config.model_section` translates, because what they meant depends on other fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+FORMER_KEYS = {
+    "train.stop_step": "train.exit_step",
+    "train.nonfinite": "train.on_nonfinite",
+    "checkpoint.keep": "checkpoint.keep_latest",
+    "checkpoint.accept_changes": "checkpoint.allow_config_changes",
+}
+
+FORMER_VALUES = {"data.mode": {"examples": "padded"}}
+
+
+def refuse_both(source: str, keys: Iterable[str]) -> None:
+    """Raise ValueError where a setting stands under its former and its present name."""
+    given = set(keys)
+    for former, key in FORMER_KEYS.items():
+        if {former, key} <= given:
+            raise ValueError(f"{source}: {former} is the former name of {key}: give one of them")
+
+
+def with_present_names(source: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """Return settings, by section, under the present names and values.
+
+    Raises: ValueError: a setting stands under both of its names.
+    """
+    renamed = dict(sections)
+    for section, settings in sections.items():
+        if not isinstance(settings, dict):  # the loader says what is wrong with it
+            continue
+        refuse_both(source, (f"{section}.{name}" for name in settings))
+        renamed[section] = {}
+        for name, value in settings.items():
+            key = FORMER_KEYS.get(f"{section}.{name}", f"{section}.{name}")
+            former = FORMER_VALUES.get(key, {})
+            present = former.get(value, value) if isinstance(value, str) else value
+            renamed[section][name if key == f"{section}.{name}" else key.split(".")[1]] = present
+    return renamed
