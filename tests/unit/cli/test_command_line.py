@@ -79,7 +79,7 @@ def test_settings_for_all_runs_of_a_comparison(former, monkeypatch):
     changes = ["train.steps=3", "train.lr=1"]
     words = ["compare/moe_8-32", "paper/coe-2_4-64"]
     words += ["--set", *changes] if former else changes
-    assert compare.main(words) == 0
+    compare.command(compare.parse(words, None))
     assert given == {"configs": ["moe_8-32.yaml", "coe-2_4-64.yaml"], "overrides": changes}
 
 
