@@ -10,11 +10,6 @@ from megatron_coe.config.loader import load_settings
 from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import check_layout, check_values, num_microbatches
 
-GROWING = "model:\n  a0: some text\n" + "".join(
-    f"  a{number + 1}: '{f'${{model.a{number}}}' * 9}'\n" for number in range(7)
-)
-"""References to references: nine times as long at each."""
-
 
 def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
@@ -94,14 +89,11 @@ def test_a_wrong_override_is_named(tmp_path, override, expected):
         ("extends: [a, b]", "'extends' must be the path of one file"),
         ("checkpoint: {save: '${log.nowhere}/x'}", "Interpolation key"),
         ("train: !!python/object/apply:os.system ['true']", "refused by OmegaConf"),
-        ("[" * 60, "nested more than 50 deep"),
-        ("[" * 100_000, "nest"),  # by PyYAML's own limit, where it has one
-        ("# " + "x" * (1 << 20), "no file of settings"),
+        ("[" * 100_000, "nested too deep"),
         ("17", "must hold sections"),
         ("log: {dir: '${oc.env:HOME}'}", "log.dir='${oc.env:HOME}': only other settings"),
         ("log: {dir: '${${log.wandb_name}:HOME}'}", "only other settings"),
-        ("log: {dir: '${log.dir}/x'}", "log.dir -> log.dir: references go in a circle"),
-        (GROWING, "more than 65,536 characters long"),
+        ("log: {dir: '${log.dir}/x'}", "Recursive interpolation"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, expected):
