@@ -24,14 +24,14 @@ class MatrixWork:
     `stored` counts the weights, `active` those that one token can touch, each once, and `macs` the
     multiply-adds of one token's forward pass, where a weight used twice counts twice. Of the stored
     ones, expert-parallel ranks divide the `routed`; tensor-parallel ranks divide the others, but
-    for the `whole`, of which each holds all.
+    for the `replicated`, of which each holds all.
     """
 
     stored: int = 0
     active: int = 0
     macs: int = 0
     routed: int = 0
-    whole: int = 0
+    replicated: int = 0
 
     def __add__(self, other: MatrixWork) -> MatrixWork:
         return MatrixWork(
@@ -39,12 +39,12 @@ class MatrixWork:
             self.active + other.active,
             self.macs + other.macs,
             self.routed + other.routed,
-            self.whole + other.whole,
+            self.replicated + other.replicated,
         )
 
     def __mul__(self, n: int) -> MatrixWork:
         return MatrixWork(
-            self.stored * n, self.active * n, self.macs * n, self.routed * n, self.whole * n
+            self.stored * n, self.active * n, self.macs * n, self.routed * n, self.replicated * n
         )
 
 
@@ -54,7 +54,7 @@ def _used_once(weights: int) -> MatrixWork:
 
 def _not_multiplied(weights: int) -> MatrixWork:
     """Norm and iteration scales: stored and active, but no matrix product nor counted as work."""
-    return MatrixWork(weights, weights, whole=weights)
+    return MatrixWork(weights, weights, replicated=weights)
 
 
 def norm_params(config: CoEConfig, size: int) -> int:
@@ -97,13 +97,13 @@ def moe_work(config: CoEConfig) -> MatrixWork:
     expert = ffn_params(config, config.moe_ffn_hidden_size)
     routers = (C if config.coe_independent_gate else 1) * N * config.hidden_size
     work = MatrixWork(N * expert, min(N, C * K) * expert, C * K * expert, routed=N * expert)
-    work += MatrixWork(routers, routers, C * N * config.hidden_size, whole=routers)
+    work += MatrixWork(routers, routers, C * N * config.hidden_size, replicated=routers)
     if config.coe_upcycled:
         work += _not_multiplied((C - 1) * config.hidden_size)
     if config.moe_shared_expert_intermediate_size is not None:
         shared = ffn_params(config, config.moe_shared_expert_intermediate_size)
         gate = config.hidden_size if config.moe_shared_expert_gate else 0
-        work += MatrixWork(shared + gate, shared + gate, C * (shared + gate), whole=gate)
+        work += MatrixWork(shared + gate, shared + gate, C * (shared + gate), replicated=gate)
     return work
 
 

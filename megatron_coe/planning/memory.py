@@ -43,7 +43,7 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
     if last:
         work += flops.mtp_work(model)
         norm = flops.norm_params(model, model.hidden_size)
-        work += flops.MatrixWork(norm, whole=norm)
+        work += flops.MatrixWork(norm, replicated=norm)
         if not first and model.mtp_num_layers:
             work += table  # the embedding again, for the tokens that MTP looks ahead at
         if not model.share_embeddings_and_output_weights:
@@ -51,8 +51,8 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
         elif not first and not model.mtp_num_layers:
             work += table  # a copy of the tied table
     experts = work.routed // (plan.expert_tp * model.expert_model_parallel_size)
-    divided = (work.stored - work.routed - work.whole) // model.tensor_model_parallel_size
-    return divided + work.whole, experts
+    divided = (work.stored - work.routed - work.replicated) // model.tensor_model_parallel_size
+    return divided + work.replicated, experts
 
 
 def stage_memory(plan: Plan, stage: int) -> Memory:

@@ -515,7 +515,7 @@ FAULTS = [
     Fault(
         "routers divided by tensor-parallel ranks",
         "megatron_coe/model/flops.py",
-        "C * N * config.hidden_size, whole=routers)",
+        "C * N * config.hidden_size, replicated=routers)",
         "C * N * config.hidden_size)",
         ("tests/unit/planning/test_build.py",),
     ),

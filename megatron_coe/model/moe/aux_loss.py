@@ -48,7 +48,7 @@ def collect_aux_losses(
 
     Returns:
         For each configured loss (`seq_aux_loss`, ..., `z_loss`) its value without coefficient
-        [C, L], fp32 on the CPU; 1 is perfect balance for the balance losses, dense layers hold 0.
+        [C, L], fp32 on the CPU; 1 is perfect balance but for the z-loss, dense layers have 0.
     """
     losses = list(_configured_losses(config))
     recorded = recorded_aux_losses()
