@@ -105,7 +105,7 @@ def test_expert_bias_needs_sigmoid_scores() -> None:
     assert config.moe_router_enable_expert_bias
 
 
-def test_dropout_is_allowed_where_the_stream_stays_whole() -> None:
+def test_dropout_is_allowed_where_the_residual_stream_is_added() -> None:
     assert tiny_config(hidden_dropout=0.1, coe_residual="outer").hidden_dropout == 0.1
 
 

@@ -26,10 +26,10 @@ def backend(single_rank):
 @pytest.mark.parametrize("independent", [True, False])
 def test_moe_layers_become_coe_layers_and_dense_ones_stay(backend, independent: bool) -> None:
     config = tiny_config(num_layers=3, moe_layer_freq=[0, 1, 1], coe_independent_gate=independent)
-    dense, *chained = get_coe_decoder_block_spec(config, backend).layer_specs
+    dense, *coe_layers = get_coe_decoder_block_spec(config, backend).layer_specs
     assert part_class(dense.submodules.mlp) is MLP
     assert dense.submodules.mlp_bda is get_bias_dropout_add
-    for spec in chained:
+    for spec in coe_layers:
         mlp = spec.submodules.mlp
         assert part_class(mlp) is CoELayer
         parts = part_submodules(mlp)
@@ -38,7 +38,7 @@ def test_moe_layers_become_coe_layers_and_dense_ones_stay(backend, independent: 
 
 
 @pytest.mark.parametrize("mode", RESIDUAL_MODES)
-def test_the_mode_decides_whether_the_stream_is_added(backend, mode: str) -> None:
+def test_the_mode_decides_whether_the_residual_stream_is_added(backend, mode: str) -> None:
     (spec,) = get_coe_decoder_block_spec(
         tiny_config(num_layers=1, coe_residual=mode), backend
     ).layer_specs

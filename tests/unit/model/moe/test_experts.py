@@ -205,19 +205,19 @@ def test_gradients_go_straight_into_megatrons_buffer():
     accumulate = w1.expand_as(w1).grad_fn.next_functions[0][0]
     accumulate.register_hook(lambda *_: seen.append(w1.grad is not None))
 
-    def chained():
+    def iterate():
         x, probs, upstream = make_inputs(COUNTS["empty"])
         with experts.shared_weights():
             once, _ = experts(x, counts, probs)
             twice, _ = experts(once, counts, probs)
         twice.backward(upstream)
 
-    chained()
+    iterate()
     expected = [2 * p.grad for p in experts.parameters()]
     for p in experts.parameters():
         p.grad, p.main_grad, p.grad_added_to_main_grad = None, torch.zeros_like(p), False
     for _ in range(2):
-        chained()
+        iterate()
     assert seen == [True] * 3
     for p, want in zip(experts.parameters(), expected, strict=True):
         assert p.grad_added_to_main_grad

@@ -92,7 +92,7 @@ def test_layer_is_the_reference(
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("changes", [{}, {"coe_independent_gate": False}, RECOMPUTED])
 @pytest.mark.parametrize("C", [1, 2, 3])
-def test_an_upcycled_chain_is_the_reference(single_rank, C, changes, dtype) -> None:
+def test_an_upcycled_layer_is_the_reference(single_rank, C, changes, dtype) -> None:
     router_dtype, tolerance = PRECISIONS[dtype]
     config = tiny_config(
         coe_iterations=C,

@@ -228,7 +228,7 @@ SCORES_OF_GROUPS = {
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("loss", ["seq_aux_loss", "aux_loss", "global_aux_loss"])
 @pytest.mark.parametrize("kind", SCORES_OF_GROUPS)
-def test_balance_losses_count_the_experts_of_the_groups_kept(
+def test_aux_losses_count_the_experts_of_the_groups_kept(
     groups, kind: str, loss: str, padded: bool, as_indices: bool
 ) -> None:
     """The authors' definition by plain loops: 12 experts in 4 groups, 2 kept, top-4."""
@@ -337,7 +337,7 @@ def test_expert_bias_is_updated_for_each_router(single_rank, independent: bool) 
         assert not router.local_tokens_per_expert.any()
 
 
-def test_padding_may_be_left_out_of_bias_and_balance(groups) -> None:
+def test_padding_may_be_left_out_of_bias_and_aux_losses(groups) -> None:
     """Megatron crashes on a padding mask with expert bias."""
     config = tiny_config(
         moe_router_score_function="sigmoid",
