@@ -162,7 +162,7 @@ def _not_about_the_shared_generator(record: logging.LogRecord) -> bool:
 
 
 def _patch_rng() -> None:
-    """The CPU generator stands in for CUDA's, for seeds and for the tracker."""
+    """Put the CPU generator in the place of CUDA's, for seeds and for the tracker."""
     namespaces: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
     for namespace in namespaces:
         namespace.get_rng_state = _get_rng_state
@@ -271,7 +271,7 @@ def _with_cuda_type_strings(function: Callable) -> Callable:
 
 
 def _patch_type_strings() -> None:
-    """The optimizers sort parameters by `"torch.cuda.FloatTensor"` and its like.
+    """Answer `"torch.cuda.FloatTensor"` and its like, by which the optimizers sort parameters.
 
     All three run once at set-up or once per step, so the mode costs training nothing.
     """
@@ -289,14 +289,14 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 
 
 def _patch_split_sizes() -> None:
-    """The dispatcher turns split sizes into numbers only where they are CUDA tensors."""
+    """Turn split sizes into numbers, as the dispatcher does for CUDA tensors only."""
     load_module("megatron.core.transformer.moe.token_dispatcher")
     moe_utils = load_module("megatron.core.transformer.moe.moe_utils")
     rebind(moe_utils.maybe_move_tensor_to_cpu, _to_host)
 
 
 def _patch_uneven_parts() -> None:
-    """gloo gathers and scatters parts of one size; experts divided over EP and ETP have others."""
+    """Gloo gathers and scatters parts of one size; experts divided over EP and ETP have others."""
     mappings = load_module("megatron.core.tensor_parallel.mappings")
     gather = mappings._gather_along_first_dim
     reduce_scatter = mappings._reduce_scatter_along_first_dim
@@ -328,8 +328,11 @@ _COMPILED_FROM = "_torchdynamo_orig_callable"
 
 
 def _patch_fusions() -> None:
-    """Megatron's `jit_fuser` is `torch.compile`: on a CPU that is a C++ build per function and
-    process, and a new one as routing changes the shapes. Its functions run eagerly instead."""
+    """Run the functions of Megatron's `jit_fuser` eagerly.
+
+    It is `torch.compile`: on a CPU that is a C++ build per function and process, and a new one as
+    routing changes the shapes.
+    """
     jit = load_module("megatron.core.jit")
     rebind(jit.jit_fuser, jit.noop_decorator)
     for module in loaded_modules("megatron.core"):

@@ -68,8 +68,10 @@ def pretrain(
 
 
 def _patch_dataset_helpers() -> None:
-    """Before training Megatron runs `make` among its data sets. The wheel has the compiled
-    library there but no Makefile: `make` fails, and the run ends."""
+    """Leave out `make`, which Megatron runs among its datasets before training.
+
+    The wheel has the compiled library there but no Makefile: `make` fails, and the run ends.
+    """
     utils = load_module("megatron.core.datasets.utils")
     if not Path(utils.__file__).with_name("Makefile").exists():
         utils.compile_helpers = _nothing
@@ -117,8 +119,10 @@ class _TorchOnOneGpu(TorchOnCpu):
 
 
 def _patch_torch() -> None:
-    """The training modules write `device="cuda"` out and ask `torch.cuda` about devices. They
-    get a view of `torch`; everyone else keeps the truth."""
+    """Give the training modules a view of `torch`; everyone else keeps the truth.
+
+    They write `device="cuda"` out and ask `torch.cuda` about devices.
+    """
     view = _TorchOnOneGpu("torch")
     for module in loaded_modules("megatron.training"):
         if getattr(module, "torch", None) is torch:

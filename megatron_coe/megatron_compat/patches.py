@@ -128,8 +128,10 @@ _TE_FLAG = re.compile(r"HAVE_(TE|GTP|FUSED_QKV_ROPE)")
 
 
 def _patch_unusable_te() -> None:
-    """Megatron takes a Transformer Engine that can be imported for one that can run: it builds its
-    optimizer (which refuses) and calls its kernels. All is decided again as if it were absent.
+    """Decide everything again as if Transformer Engine were absent.
+
+    Megatron takes one that can be imported for one that can run: it builds its optimizer (which
+    refuses) and calls its kernels.
 
     Its classes may stay: what asks for them asks whether a module is one, and none is.
     """
@@ -158,16 +160,21 @@ def _is_of_te(function: types.FunctionType) -> bool:
 
 
 def _patch_have_te() -> None:
-    """`multi_latent_attention` imports only Megatron's wrappers, which import without Transformer
-    Engine (as `None`), and concludes that it is there: `isinstance(x, None)` follows."""
+    """Tell `multi_latent_attention` that there is no Transformer Engine.
+
+    It imports only Megatron's wrappers, which import without Transformer Engine (as `None`), and
+    concludes that it is there: `isinstance(x, None)` follows.
+    """
     for module in _megatron_modules():
         if getattr(module, "HAVE_TE", False):
             module.HAVE_TE = False
 
 
 def _patch_inference_linear() -> None:
-    """Megatron-LM's main branch asks whether a layer is one for inference, which is Transformer
-    Engine's, as `multi_latent_attention` of 0.16 asks for others."""
+    """Answer that no layer is Transformer Engine's for inference.
+
+    Megatron-LM's main branch asks, as `multi_latent_attention` of 0.16 asks for others.
+    """
     for module in _megatron_modules():
         if hasattr(module, "is_inference_column_parallel_linear"):
             module.is_inference_column_parallel_linear = _never
@@ -184,8 +191,11 @@ def _patch_router_gemm() -> None:
 
 
 def _patch_selective_recompute() -> None:
-    """`CheckpointWithoutOutput(fp8=False)`, its default, means "with fp8" and calls Transformer
-    Engine; only `None` means without."""
+    """Make `CheckpointWithoutOutput` run without fp8 by default.
+
+    `fp8=False`, its default, means "with fp8" and calls Transformer Engine; only `None` means
+    without.
+    """
     random = load_module("megatron.core.tensor_parallel.random")
     cls = random.CheckpointWithoutOutput
     fp8, *others = cls.__init__.__defaults__  # fp8 is the first parameter
@@ -194,11 +204,14 @@ def _patch_selective_recompute() -> None:
 
 
 def _patch_distributed_optimizer_load() -> None:
-    """Torch's Adam keeps a step count per parameter, which the distributed optimizer restores
-    first. Then it leaves the count out of a checkpoint's tensors and asks for it all the same
-    (`KeyError`) or, of checkpoints that are sharded as its buffers are (`dp_reshardable`, the
-    default of Megatron's `pretrain`), copies the count from before loading: 0, so that Adam takes
-    trained moments for new ones."""
+    """Keep the step count that the distributed optimizer has restored.
+
+    Torch's Adam keeps one per parameter, which is restored first. Then the distributed optimizer
+    leaves the count out of a checkpoint's tensors and asks for it all the same (`KeyError`) or, of
+    checkpoints that are sharded as its buffers are (`dp_reshardable`, the default of Megatron's
+    `pretrain`), copies the count from before loading: 0, so that Adam takes trained moments for
+    new ones.
+    """
     module = load_module("megatron.core.optimizer.distrib_optimizer")
     set_states = module.DistributedOptimizer._set_main_param_and_optimizer_states
     if hasattr(set_states, "__wrapped__"):
@@ -215,11 +228,14 @@ def _patch_distributed_optimizer_load() -> None:
 
 
 def _patch_distributed_optimizer_state() -> None:
-    """Torch's Adam has no state before its first step, where the distributed optimizer asserts that
+    """Complete Adam's state before it is saved and after it is loaded.
+
+    Torch's Adam has no state before its first step, where the distributed optimizer asserts that
     all parameters have made the same number of steps; so it cannot be loaded. Loading then gives
     them all one tensor as their step count, which counts once per parameter and step: the updates
     that follow are wrong, without a word. And fp32 weights are loaded through views that need
-    gradients, which torch refuses outside of `no_grad`."""
+    gradients, which torch refuses outside of `no_grad`.
+    """
     module = load_module("megatron.core.optimizer.distrib_optimizer")
     optimizer_class = module.DistributedOptimizer
     state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
@@ -260,8 +276,11 @@ def complete_adam_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _patch_gradient_norm() -> None:
-    """Megatron's own L2 norm of many tensors reads one value per tensor back to the host, so that a
-    GPU waits as often in every step."""
+    """Compute the L2 norm of many tensors on the device.
+
+    Megatron's own reads one value per tensor back to the host, so that a GPU waits as often in
+    every step.
+    """
     clip_grads = load_module("megatron.core.optimizer.clip_grads")
     if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
         clip_grads.l2_norm_impl = _l2_norm
@@ -273,8 +292,10 @@ def _l2_norm(
     tensor_lists: list[list[torch.Tensor]],
     per_tensor: bool,
 ) -> tuple[torch.Tensor, None]:
-    """Return the norm of all tensors together [1], fp32, on their device; as
-    `amp_C.multi_tensor_l2norm` is called without a norm per tensor."""
+    """Return the norm of all tensors together [1], fp32, on their device.
+
+    The interface is `amp_C.multi_tensor_l2norm`'s, without a norm per tensor.
+    """
     norm = torch.nn.utils.get_total_norm(tensor_lists[0])
     return norm.float().reshape(1), None
 

@@ -84,7 +84,7 @@ def broken_by(error: BaseException | None) -> BrokenTransformerEngineError | Non
 
 
 def _missing_part(error: BaseException) -> bool:
-    """A part of the package, or of what pip knows of it, is not there though the package is."""
+    """Return whether a part of the package, or of what pip knows of it, is missing."""
     name = (isinstance(error, ImportError) and error.name) or ""
     is_part = name.replace("-", "_").partition(".")[0] == PACKAGE
     return is_part and importlib.util.find_spec(PACKAGE) is not None

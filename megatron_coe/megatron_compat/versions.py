@@ -171,8 +171,7 @@ def recorded_aux_losses() -> dict[str, Tensor]:
 
 
 def clear_aux_losses() -> None:
-    """Clear Megatron's log of auxiliary losses: a process has one, sized by the first model's
-    layers."""
+    """Clear Megatron's log of auxiliary losses, which the first model's layers have sized."""
     if PARTS_ARE_PARTIALS:
         from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 

@@ -242,7 +242,7 @@ class CoEConfig(MLATransformerConfig):
             )
 
     def _check_uneven_stages(self) -> None:
-        """What Megatron, which checks the rest of these fields, finds out when a stage is built."""
+        """Check what Megatron, which checks these fields' other values, finds in building."""
         first = self.num_layers_in_first_pipeline_stage or 0
         last = self.num_layers_in_last_pipeline_stage or 0
         if first + last > self.num_layers:
@@ -286,7 +286,7 @@ class CoEConfig(MLATransformerConfig):
             )
 
     def _check_plain_attention(self) -> None:
-        """What Megatron's module finds out in the first step."""
+        """Check what Megatron's module finds out in the first step."""
         if self.multi_latent_attention:
             return
         heads, groups = self.num_attention_heads, self.num_query_groups

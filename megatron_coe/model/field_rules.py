@@ -1,5 +1,7 @@
-"""What the fields of a model may be, in one table each: values, what is unsupported, what needs
-Transformer Engine. `check_fields` applies them; what fields must be to one another `CoEConfig`
+"""What the fields of a model may be.
+
+A table each holds values, what is unsupported, and what needs Transformer Engine. `check_fields`
+applies them; what fields must be to one another `CoEConfig`
 checks, and parallel sizes `model.parallelism`.
 
 A field of Megatron's that is in no table here works as in any Megatron model, and a test shows it
@@ -187,7 +189,7 @@ def _check_balancing(config: CoEConfig) -> None:
 
 
 def _check_replay(config: CoEConfig) -> None:
-    """A router keeps one recording, and replays the last it made."""
+    """Refuse to replay routing: a router keeps one recording, and replays the last it made."""
     shared = not config.coe_independent_gate and config.coe_iterations > 1
     if config.moe_enable_routing_replay and shared:
         raise ValueError(
@@ -197,8 +199,11 @@ def _check_replay(config: CoEConfig) -> None:
 
 
 def _check_interleaving(config: CoEConfig) -> None:
-    """Megatron-Core 0.16.1 and 0.19.2 accept this and compute garbage: at 8 micro-batches over
-    2 x 2 chunks the gradients' norm is 712 for 2.55, with 2 micro-batches it is right."""
+    """Refuse what Megatron-Core 0.16.1 and 0.19.2 accept and compute wrongly.
+
+    At 8 micro-batches over 2 x 2 chunks the gradients' norm is 712 for 2.55, with 2 micro-batches
+    it is right.
+    """
     interleaved = config.virtual_pipeline_model_parallel_size is not None
     if interleaved and config.batch_p2p_comm and not config.overlap_p2p_comm:
         raise ValueError(

@@ -57,14 +57,19 @@ class Layout:
         return math.lcm(self.dense_ranks, self.expert_ranks)
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Return the number of replicas that read different sequences, as `world_size` processes
-        hold them (context-parallel ranks share theirs)."""
+        """Return the number of replicas that read different sequences on `world_size` processes.
+
+        Context-parallel ranks share theirs.
+        """
         return world_size // self.dense_ranks
 
     @property
     def sequence_multiple(self) -> int:
-        """Return what a sequence's length must be a multiple of: two chunks per CP rank (they
-        balance causal attention), and sequence parallelism cuts each rank's part again."""
+        """Return what a sequence's length must be a multiple of.
+
+        Two chunks per CP rank balance causal attention; sequence parallelism cuts each rank's part
+        again.
+        """
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         return math.lcm(2 * cp if cp > 1 else 1, tp * cp)
 
@@ -115,7 +120,7 @@ def extents_of(model: Mapping[str, object], world_size: int | None = None) -> Ex
 
 
 def _plain(given: Mapping[str, int]) -> dict[str, int]:
-    """The width of plain attention's projection, if it is known."""
+    """Return the width of plain attention's projection, if it is known."""
     heads, groups = given.get("num_attention_heads"), given.get("num_query_groups")
     width = given.get("kv_channels")
     if heads and width is None and "hidden_size" in given:
@@ -300,7 +305,7 @@ def _changes(layout: Layout, other: Layout) -> str:
 
 
 def _around(number: int, multiple: int) -> str:
-    """The multiples just below and above a number that is none."""
+    """Return the multiples just below and above a number that is none."""
     below = number // multiple * multiple
     return f"{below} or {below + multiple}" if below else str(multiple)
 

@@ -96,7 +96,7 @@ def _distribution(piece: ShardedTensor, config: TransformerConfig) -> Distributi
 
 
 def _draw_part(piece: ShardedTensor, seed: int, draw: Distribution) -> np.ndarray:
-    """A part [rows, columns] of the matrix that `seed` and the piece's name stand for."""
+    """Draw a part [rows, columns] of the matrix that `seed` and the piece's name stand for."""
     (first_row, first_column), (rows, columns) = piece.global_offset, piece.local_shape
     width, last_row = piece.global_shape[1], first_row + rows
     key = int.from_bytes(blake2b(f"{seed} {piece.key}".encode(), digest_size=16).digest(), "little")
@@ -124,7 +124,7 @@ def _draw_uniform(
 
 
 def _std(key: str, config: TransformerConfig) -> float:
-    """Standard deviation of a matrix by the init method that Megatron's modules take for it."""
+    """Return the standard deviation of the init method that Megatron's modules take."""
     field = "init_method"
     if ".word_embeddings." in key:
         field = "embedding_init_method"

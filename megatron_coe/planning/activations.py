@@ -21,8 +21,10 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes saved from the forward to the backward pass, and bytes recomputed there, for one unit
-    (a layer, an iteration) at a time."""
+    """Bytes saved from the forward to the backward pass, and bytes recomputed there.
+
+    The latter are of one unit (a layer, an iteration) at a time.
+    """
 
     saved: int = 0
     recomputed: int = 0
@@ -35,8 +37,11 @@ class Saved:
 
 
 def stage_activations(plan: Plan, stage: int) -> int:
-    """Return the bytes alive at the peak on a rank of a pipeline stage: of all micro-batches in
-    flight, and either the output layer's softmax or what is being recomputed."""
+    """Return the bytes alive at the peak on a rank of a pipeline stage.
+
+    They are those of all micro-batches in flight, and either the output layer's softmax or what is
+    being recomputed.
+    """
     model = plan.model
     saved = Saved()
     for chunk, count in zip(plan.chunks[stage], in_flight(plan, stage), strict=True):
@@ -53,8 +58,7 @@ def stage_activations(plan: Plan, stage: int) -> int:
 
 
 def in_flight(plan: Plan, stage: int) -> list[int]:
-    """Return the micro-batches of each model chunk of a stage that await their backward pass, at
-    most.
+    """Return how many micro-batches of each chunk of a stage await their backward pass at most.
 
     Follows the warm-up of megatron/core/pipeline_parallel/schedules.py: one forward pass for each
     stage behind this one, or under interleaving twice that and all earlier chunks'.
@@ -103,8 +107,10 @@ def layer_activations(plan: Plan, is_moe: bool) -> Saved:
 
 
 def iteration_activations(plan: Plan, t: int) -> Saved:
-    """Return those of one micro-batch in iteration t = 0 … C - 1 of a CoE layer, x(t) included but
-    x(0), which the norm before it saves."""
+    """Return those of one micro-batch in iteration t = 0 … C - 1 of a CoE layer.
+
+    x(t) is included but for x(0), which the norm before it saves.
+    """
     model, e, own = plan.model, plan.element_size, plan.own_tokens
     H, K, N = model.hidden_size, model.moe_router_topk, model.num_moe_experts
     x = own * H * e if t else 0
@@ -171,7 +177,7 @@ def _attention(plan: Plan) -> int:
 
 
 def _core(plan: Plan, heads: int, groups: int, key: int, value: int) -> int:
-    """Queries, keys, values, their result, and the logarithm of each query's sum."""
+    """Count queries, keys, values, their result, and the logarithm of each query's sum."""
     e, T, cp = plan.element_size, plan.tokens, plan.model.context_parallel_size
     # A CPU's kernel wants one width for all: values and result are padded, the latter then copied.
     padded = value if plan.on_gpu else max(key, value)
@@ -191,8 +197,10 @@ def _gathers(plan: Plan) -> bool:
 
 
 def _ffn(plan: Plan, size: int, own_tokens: int) -> int:
-    """A dense feed-forward network or shared expert, whose width tensor-parallel ranks divide while
-    each sees all T tokens: T * F / TP = t * F."""
+    """Count a dense feed-forward network or shared expert.
+
+    Tensor-parallel ranks divide its width while each sees all T tokens: T * F / TP = t * F.
+    """
     first = 2 if plan.model.gated_linear_unit else 1
     return own_tokens * size * (first + _activated(plan, routed=False)) * plan.element_size
 
@@ -208,7 +216,7 @@ def _activated(plan: Plan, routed: bool) -> int:
 
 
 def _mtp_layer(plan: Plan) -> Saved:
-    """A multi-token-prediction layer: two normed inputs, joined, a decoder layer, a norm."""
+    """Count an MTP layer: two normed inputs, joined, a decoder layer, a norm."""
     model = plan.model
     H, own = model.hidden_size, plan.own_tokens
     norms = 3 * _norm(plan, H, own)

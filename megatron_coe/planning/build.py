@@ -86,8 +86,11 @@ def _fake_ranks(plan: Plan, rank: int) -> Iterator[None]:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Every new tensor on the meta device, also where the code names another (Megatron names the
-    current CUDA device, which `torch.device("meta")` as a context would leave alone)."""
+    """Makes every new tensor on the meta device, also where the code names another.
+
+    Megatron names the current CUDA device, which `torch.device("meta")` as a context would leave
+    alone.
+    """
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None

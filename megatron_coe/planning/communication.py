@@ -156,7 +156,7 @@ def _row(plan: Plan) -> int:
 
 
 def _sequence_part(plan: Plan) -> int:
-    """What a rank sends to gather, or to scatter, the sequence over TP once."""
+    """Return what a rank sends to gather, or to scatter, the sequence over TP once."""
     return plan.own_tokens * _row(plan) * (plan.model.tensor_model_parallel_size - 1)
 
 
@@ -182,7 +182,7 @@ def _groups(plan: Plan) -> list[_Group]:
 
 
 def _attention_inputs(plan: Plan) -> tuple[int, float]:
-    """(number of gathered inputs, their width in units of H) of an attention's projections."""
+    """Return the number of an attention's gathered inputs, and their width in units of H."""
     model = plan.model
     if not model.multi_latent_attention:
         return 1, 1.0

@@ -109,8 +109,10 @@ def rank_layouts(
 
 
 def legal_layouts(model: CoEModelProvider, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Yield the layouts that `megatron_coe.model.parallelism` allows, but the pointless: tensor
-    parallelism beyond a node, or expert-tensor parallelism other than 1 or TP."""
+    """Yield the layouts that `megatron_coe.model.parallelism` allows, but the pointless.
+
+    These are tensor parallelism beyond a node, and expert-tensor parallelism other than 1 or TP.
+    """
     extents = extents_of(vars(model), world_size)
     processes = divisors(world_size)
     stages = [pp for pp in processes if pp <= model.num_layers]
@@ -135,8 +137,10 @@ def _candidates(
     global_batch_size: int,
     cluster: Cluster,
 ) -> Iterator[Candidate]:
-    """For each micro-batch size the cheapest recomputation that fits, up to the first that none
-    makes fit, which is given too."""
+    """Yield the cheapest recomputation that fits for each micro-batch size.
+
+    The last is the first size that none makes fit.
+    """
     data_parallel = world_size // layout.dense_ranks
     vpp, pp = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
     chosen = RECOMPUTE if model.recompute_granularity is None else {CONFIGURED: {}}
@@ -173,8 +177,11 @@ def _fits(candidate: Candidate, cluster: Cluster) -> bool:
 def parallelize(
     model: CoEModelProvider, layout: Layout, changes: Mapping[str, object]
 ) -> CoEModelProvider:
-    """Return the model in a layout, with what goes with it: sequence parallelism, point-to-point
-    communication, and the shared expert overlapped with the dispatch where that crosses GPUs."""
+    """Return the model in a layout, with the fields that go with it.
+
+    These are sequence parallelism, point-to-point communication, and the shared expert overlapped
+    with the dispatch where that crosses GPUs.
+    """
     tp, vpp = layout.tensor_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     return model.with_fields(
         **vars(layout),

@@ -97,8 +97,11 @@ class Plan:
 
     @cached_property
     def distinct_stages(self) -> list[int]:
-        """Return the first pipeline stage of each kind: later ones with the same layers take the
-        same time and, with fewer micro-batches in flight, no more memory."""
+        """Return the first pipeline stage of each kind.
+
+        Later ones with the same layers take the same time and, with fewer micro-batches in flight,
+        no more memory.
+        """
         last = len(self.chunks) - 1
         kinds: dict[tuple, int] = {}
         for stage, chunks in enumerate(self.chunks):

@@ -73,8 +73,7 @@ def _stage_time(plan: Plan, stage: int, cluster: Cluster) -> StepTime:
 
 
 def micro_batch_seconds(plan: Plan, stage: int, cluster: Cluster) -> float:
-    """Return the seconds of one micro-batch, forward and backward, on a pipeline stage, without
-    communication."""
+    """Return the seconds of one micro-batch on a stage, both passes, without communication."""
     model = plan.model
     seconds = 0.0
     layers = plan.layers(stage)
@@ -110,8 +109,10 @@ def _layer_seconds(plan: Plan, is_moe: bool, cluster: Cluster) -> float:
 
 
 def _routed_seconds(plan: Plan, cluster: Cluster) -> float:
-    """Seconds of a forward pass through a rank's experts: as fast as they multiply or their weights
-    are read, whichever is slower."""
+    """Return the seconds of a forward pass through a rank's experts.
+
+    They multiply, or their weights are read, whichever is slower.
+    """
     model, gpu = plan.model, cluster.gpu
     experts = model.num_moe_experts // model.expert_model_parallel_size
     rows = plan.routed_rows + experts * TILE_ROWS / 2
@@ -153,5 +154,5 @@ def _exposed_after(plan: Plan, traffic: list[Collective], micro_batch: float) ->
 
 
 def _optimizer_bytes(memory: Memory) -> int:
-    """The state read and written, gradients read (norm and update) and weights written."""
+    """Count the state read and written, gradients read (norm and update) and weights written."""
     return 2 * memory.optimizer + 2 * memory.gradients + memory.weights

@@ -1,5 +1,6 @@
-"""Plain-PyTorch modules behind Megatron's ``BackendSpecProvider``: they need neither Transformer
-Engine nor Apex and run on a GPU or a CPU.
+"""Plain-PyTorch modules behind Megatron's ``BackendSpecProvider``, for a GPU or a CPU.
+
+They need neither Transformer Engine nor Apex.
 
 Linear layers are Megatron's own tensor-parallel ones. Norm, core attention and grouped experts
 stand in for what Megatron has only in Transformer Engine: its local norm refuses sequence
@@ -99,7 +100,8 @@ class Norm:
     def __new__(
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> Any:  # RMSNorm or LayerNorm
-        """
+        """Build it.
+
         Raises:
             ValueError: `config.normalization` is neither "RMSNorm" nor "LayerNorm".
         """

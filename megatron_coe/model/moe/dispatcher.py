@@ -126,8 +126,9 @@ class LocalDispatcher(MoETokenDispatcher):
 
 
 class AsyncDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's, with the dispatch under way from `token_dispatch` until `dispatch_postprocess`
-    needs its result: the shared expert computes in between.
+    """Megatron's dispatcher, with the dispatch overlapped with the shared expert.
+
+    It is under way from `token_dispatch` until `dispatch_postprocess` needs its result.
 
     The combine has nothing to overlap with: the next iteration's router needs its result.
     """
@@ -187,7 +188,9 @@ class _FromExperts(torch.autograd.Function):
 
 
 def _sum_rows(y_RH: Tensor, row_TK: Tensor) -> Tensor:
-    """[T, H], token t's being the sum over k of y[row[t, k]]: the gather and the sum in one kernel,
-    which sums 16-bit numbers in fp32."""
+    """Return [T, H], token t's being the sum over k of y[row[t, k]].
+
+    One kernel gathers and sums, 16-bit numbers in fp32.
+    """
     # Detached, or tables for a backward pass of its own would be made too: thrice the time.
     return F.embedding_bag(row_TK, y_RH.detach(), mode="sum")

@@ -18,8 +18,10 @@ from torch import Tensor
 
 
 class ExpertActivation(Protocol):
-    """activation(hidden) * probs: the product in the wider dtype of the two, the result in that of
-    the hidden rows (Megatron's rule)."""
+    """activation(hidden) * probs, by Megatron's rule.
+
+    The product is in the wider dtype of the two, the result in that of the hidden rows.
+    """
 
     def forward(self, hidden_TO: Tensor, probs_T1: Tensor) -> Tensor:
         """Return activation(hidden) * probs [T, F]."""
@@ -72,7 +74,7 @@ class ByAutograd:
 
 
 def _weighted(y_TF: Tensor, probs_T1: Tensor) -> Tensor:
-    """y * probs in y's dtype; overwrites y where its dtype is already the wider one."""
+    """Y * probs in y's dtype; overwrites y where its dtype is already the wider one."""
     if torch.promote_types(y_TF.dtype, probs_T1.dtype) == y_TF.dtype:
         return y_TF.mul_(probs_T1)
     return (y_TF * probs_T1).to(y_TF.dtype)

@@ -154,7 +154,7 @@ class GroupedLinear(torch.nn.Module):
     def _stacked_shard(
         self, block: int, key: str, data: Tensor, replica_id: ReplicaId, offsets: Offsets
     ) -> ShardedTensor:
-        """This rank's experts as one piece of the tensor [N, out, in]."""
+        """Return this rank's experts as one shard of the tensor [N, out, in]."""
         axis = len(offsets)
         rank, size = self.tp.rank(), self.tp.size()
         return ShardedTensor.from_rank_offsets(
@@ -295,7 +295,7 @@ class GroupedExperts(MegatronModule):
         return state
 
     def _extra_states(self, prefix: str, key: str, offsets: Offsets) -> ShardedStateDict:
-        """The empty extra states, one per expert, that the other experts look for on loading."""
+        """Return the empty extra states, one per expert, that other experts look for on loading."""
         first = self.ep_group.rank() * self.num_local_experts
         total = self.ep_group.size() * self.num_local_experts
         replica_id = (0, self.linear_fc1.tp.rank(), self.linear_fc1.dp.rank())
@@ -320,8 +320,10 @@ def _activation(config: TransformerConfig) -> ExpertActivation:
 
 
 def _activate(config: TransformerConfig, hidden_TF: Tensor, probs_T1: Tensor) -> Tensor:
-    """activation(hidden) * probs, by Megatron's rules: the product in the wider dtype of the two,
-    the result in that of the hidden states."""
+    """Return activation(hidden) * probs, by Megatron's rules.
+
+    The product is in the wider dtype of the two, the result in that of the hidden states.
+    """
     if config.bias_activation_fusion and config.activation_func is F.silu:
         return weighted_bias_swiglu_impl(hidden_TF, None, probs_T1)
     if config.bias_activation_fusion and config.activation_func is quick_gelu:

@@ -63,6 +63,8 @@ def times(dy_TO: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def outer(dy_TO: Tensor, x_TI: Tensor, ends_E: Tensor) -> Tensor:
-    """Return dW [E, O, I] with dW[e] = dy[rows of e]^T @ x[rows of e], by `grouped_mm`; zeros where
-    an expert has no rows."""
+    """Return dW [E, O, I] with dW[e] = dy[rows of e]^T @ x[rows of e], by `grouped_mm`.
+
+    It is zero where an expert has no rows.
+    """
     return F.grouped_mm(dy_TO.t(), x_TI, offs=ends_E)

@@ -26,8 +26,10 @@ Parameters = tuple[torch.nn.Parameter, torch.nn.Parameter]
 
 
 class SharedWeights:
-    """The expert weights [E, O, H] and [E, H, F] as any number of calls of one forward pass use
-    them: autograd sees one gradient per parameter, complete after the last call's backward pass."""
+    """The expert weights [E, O, H] and [E, H, F] for any number of calls of one forward pass.
+
+    Autograd sees one gradient per parameter, complete after the last call's backward pass.
+    """
 
     def __init__(self, fc1: torch.nn.Parameter, fc2: torch.nn.Parameter):
         self.parameters = (fc1, fc2)
@@ -87,8 +89,10 @@ class _ShareWeights(torch.autograd.Function):
 
 
 def _main_grads(parameters: Parameters) -> tuple[Tensor, Tensor] | None:
-    """Return Megatron's gradient buffers, where products can be added to them in place: on a CPU,
-    if they have the weights' dtype."""
+    """Return Megatron's gradient buffers, where products can be added to them in place.
+
+    That is on a CPU, if they have the weights' dtype.
+    """
     found: list[Any] = [getattr(weight, "main_grad", None) for weight in parameters]
     usable = all(
         main is not None and main.dtype == weight.dtype and not weight.is_cuda
@@ -242,8 +246,10 @@ def _expert_blocks(groups: list[int], fc1: Tensor) -> list[_ExpertBlock]:
 
 
 class _WeightGradients:
-    """The weight gradients of a loop: added to `main_grads`, or new ones for autograd, zero where
-    an expert has no rows."""
+    """The weight gradients of a loop: added to `main_grads`, or new ones for autograd.
+
+    New ones are zero where an expert has no rows.
+    """
 
     def __init__(self, fc1: Tensor, fc2: Tensor, main_grads: tuple[Tensor, Tensor] | None):
         self.buffers = main_grads or (torch.empty_like(fc1), torch.empty_like(fc2))

@@ -165,7 +165,7 @@ class CoELayer(MoELayer):
 
 
 def _iteration_scale(config: CoEConfig) -> torch.nn.Parameter:
-    """An upcycled iteration's scale [H] as it starts: the iteration adds nothing yet."""
+    """Return an upcycled iteration's scale [H] as it starts: the iteration adds nothing yet."""
     scale = torch.nn.Parameter(torch.zeros(config.hidden_size, dtype=config.params_dtype))
     # Each rank sees its part of the sequence: Megatron sums such gradients over the TP ranks.
     scale.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # a mark

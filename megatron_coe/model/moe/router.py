@@ -141,8 +141,7 @@ class CoERouter(TopKRouter):
 
     @property
     def is_recording(self) -> bool:
-        """Return whether to count this pass: of two, where activations are recomputed, the one
-        with a graph."""
+        """Return whether to count this pass: with recomputation, the one of two with a graph."""
         return self.routing_counts is not None and self.training and torch.is_grad_enabled()
 
     @torch.no_grad()
@@ -205,8 +204,10 @@ class CoERouter(TopKRouter):
         return probs_TN, routing_map_of(chosen_TK, self.num_experts)
 
     def choose(self, logits_TN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the top-k experts of each token: probabilities and indices [T, K], and the scores
-        [T, N] of all experts if they were needed for it."""
+        """Return the top-k experts of each token: probabilities and indices [T, K].
+
+        The scores [T, N] of all experts come with them if they were needed for it.
+        """
         renormalised = self.score_function == "softmax" and not self.config.moe_router_pre_softmax
         scores = logits_TN if renormalised else self.scores(logits_TN)
         biased = scores if self.expert_bias is None else scores + self.expert_bias
