@@ -80,7 +80,7 @@ def _load(path: Path, overrides: Sequence[str]) -> Settings:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A hint that follows an unknown name: the nearest known one, or all if they are few."""
+    """Return a hint that follows an unknown name: the nearest known one, or all if few."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     if near:
@@ -89,7 +89,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
-    """The file and all it extends, the most basic first."""
+    """Read the file and all it extends, the most basic first."""
     chain: list[tuple[Path, DictConfig]] = []
     while True:
         if any(path.resolve() == earlier.resolve() for earlier, _ in chain):
@@ -112,11 +112,13 @@ def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
 
 
 def _with_own_places(path: Path, content: DictConfig) -> DictConfig:
-    written = OmegaConf.to_container(content, resolve=False)
+    written: Any = OmegaConf.to_container(content, resolve=False)
     places = own_places(path, written)
-    return OmegaConf.merge(
+    merged = OmegaConf.merge(
         content, {name: values for name, values in places.items() if _is_section(written, name)}
     )
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _is_section(written: dict[str, Any], name: str) -> bool:
@@ -175,7 +177,7 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _merge(base: DictConfig, content: DictConfig, source: str) -> DictConfig:
-    """`base` with `content` laid over it; an error names the source, the key and a better name."""
+    """Merge `content` over `base`; an error names the source, the key and a better name."""
     try:
         merged = OmegaConf.merge(base, content)
     except ConfigKeyError as error:
@@ -186,8 +188,10 @@ def _merge(base: DictConfig, content: DictConfig, source: str) -> DictConfig:
         known = [str(other) for other in (base[section] if section else base)]
         raise ValueError(f"{source}: unknown key {key!r}{suggestion(name, known)}") from error
     except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}") from error
+        place = getattr(error, "full_key", None)
+        raise ValueError(
+            f"{source}: {f'{place}: ' if place else ''}{_first_line(error)}"
+        ) from error
     assert isinstance(merged, DictConfig)
     return merged
 

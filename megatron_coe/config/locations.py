@@ -45,7 +45,7 @@ def run_folder(save: Path) -> Path:
 
 
 def _of_checkpoint(step: Path, written: Sections) -> Sections:
-    """A run that begins in a checkpoint has its tokenizer, and never starts from other weights."""
+    """Return the places of a run that begins in a checkpoint: its tokenizer, its own weights."""
     places: Sections = {"checkpoint": {"load": str(step)}}
     named = _text(written, "data", "tokenizer")
     if tokenizer := own_tokenizer(step) or _imported_tokenizer(step, named):

@@ -17,7 +17,7 @@ _LARGEST = 10**12
 
 
 def world_size() -> int:
-    """Number of processes of this run, as torchrun says; 1 without it."""
+    """Return the number of processes of this run, as torchrun says; 1 without it."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or not 1 <= int(text) <= _LARGEST:
         raise ValueError(f"WORLD_SIZE={text}: must be the number of processes; torchrun sets it")
@@ -63,8 +63,10 @@ def check_files_named(settings: Settings, held_out: bool = False) -> None:
 
 
 def check_layout(settings: Settings, world_size: int) -> None:
-    """Raise ValueError when the model cannot be laid out so, or not on `world_size` processes, or
-    these cannot share the batch. What the model leaves to its defaults is checked with them."""
+    """Raise ValueError for a layout that the model, the processes or the batch do not allow.
+
+    What the model leaves to its defaults is checked with them.
+    """
     parallel = settings.parallel
     layout = layout_of(parallel)
     layouts.check_layout(layout, layouts.extents_of(settings.model, world_size))
@@ -97,17 +99,17 @@ def check_layout(settings: Settings, world_size: int) -> None:
 
 
 def layout_of(parallel: ParallelSettings) -> Layout:
-    """The sizes among the settings of section `parallel`."""
+    """Return the sizes among the settings of section `parallel`."""
     return Layout(**{f.name: getattr(parallel, f.name) for f in fields(Layout)})
 
 
 def smallest_world_size(settings: Settings) -> int:
-    """The fewest processes that hold the layout."""
+    """Return the fewest processes that hold the layout."""
     return layout_of(settings.parallel).world_multiple
 
 
 def data_parallel_size(settings: Settings, world_size: int) -> int:
-    """Number of replicas that read different sequences (context-parallel ranks share theirs)."""
+    """Return the number of replicas that read different sequences; context-parallel ranks share."""
     parallel = settings.parallel
     return world_size // (
         parallel.tensor_model_parallel_size
@@ -117,7 +119,7 @@ def data_parallel_size(settings: Settings, world_size: int) -> int:
 
 
 def num_microbatches(settings: Settings, world_size: int) -> int:
-    """Micro-batches that each replica runs per step."""
+    """Return the number of micro-batches that each replica runs per step."""
     replicas = data_parallel_size(settings, world_size)
     return settings.train.global_batch_size // (settings.train.micro_batch_size * replicas)
 
