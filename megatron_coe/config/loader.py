@@ -101,7 +101,7 @@ def _read_chain(path: Path) -> list[tuple[Path, DictConfig]]:
             named = f"{chain[-1][0]}: 'extends' names {path}" if chain else str(path)
             raise OSError(f"{named}: cannot be read ({error.strerror or error})") from error
         base = content.pop(EXTENDS, None)
-        written = OmegaConf.to_container(content, resolve=False)
+        written: Any = OmegaConf.to_container(content, resolve=False)
         renamed = OmegaConf.create(with_present_names(str(path), written))
         chain.append((path, _with_own_places(path, renamed)))
         if base is None:
@@ -130,7 +130,7 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         # PyYAML's own code first: where a file is nested too deep it raises, and C's kills the run.
         yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
-        content = OmegaConf.load(path)
+        content: object = OmegaConf.load(path)
     except yaml.constructor.ConstructorError as error:  # a tag, or more values than it reads
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: refused by OmegaConf: {reason}") from error
@@ -170,7 +170,7 @@ def _parse_override(override: str) -> DictConfig:
     if not equals or "." not in key or not all(key.split(".")):
         raise ValueError(f"override {override!r}: must have the form section.key=value")
     try:
-        written = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+        written: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
         return OmegaConf.create(with_present_names(f"override {override!r}", written))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override {override!r}: {_first_line(error)}") from error
