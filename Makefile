@@ -7,7 +7,6 @@
 # make test-faults  kills, signals, damaged checkpoints, hangs, hostile and malformed input, injected
 #                   into real runs; prints the table of docs/reliability.md
 # make test-gpu     what only a GPU can show          make wheel   the wheel, in dist/
-# make test-regressions COMMIT=777423a    the tests of mended faults on a commit from before: all must fail
 # make parity       every parallel layout against one process      make resharding   checkpoints
 #                   from every layout in every other; both write a table of docs/results.md
 # make test-slurm   the batch scripts on a Slurm that it starts, and installs where it can
@@ -33,7 +32,6 @@ JOBS ?= 3
 VERSION ?=
 PYTEST_ARGS ?=
 TE_PATH ?=
-COMMIT ?=
 SHARD ?= 1/1
 
 # Threads that wait for others sleep, instead of keeping busy a core that another process could use.
@@ -45,7 +43,7 @@ DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
 .PHONY: quickstart wheel test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
-.PHONY: parity resharding test-faults test-bridge test-regressions
+.PHONY: parity resharding test-faults test-bridge
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
@@ -116,7 +114,7 @@ wheel: $(VENV)/.installed-test
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-line test-mutants test-faults test-transformers test-eval test-bridge test-regressions parity resharding: export CUDA_VISIBLE_DEVICES :=
+test test-all test-line test-mutants test-faults test-transformers test-eval test-bridge parity resharding: export CUDA_VISIBLE_DEVICES :=
 
 # A file's tests share what they build, so one process takes the whole file; in the order of their
 # names, which has the long ones in front (pytest-xdist's own has those with the fewest tests last).
@@ -187,10 +185,6 @@ test-bridge:
 	    megatron-bridge==0.6.2
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TE_PATH) .venv-bridge/bin/python -m pytest \
 	    tests/integrations tests/unit/integrations/test_megatron_bridge.py
-
-test-regressions: $(VENV)/.installed-test
-	$(if $(COMMIT),,$(error give a COMMIT of before the faults were mended, such as COMMIT=777423a))
-	OMP_NUM_THREADS=1 $(PY) tests/regressions.py $(COMMIT)
 
 parity: $(VENV)/.installed-test
 	$(PY) -W ignore tests/distributed/parity_table.py
