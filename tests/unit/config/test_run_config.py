@@ -89,7 +89,7 @@ def test_a_wrong_override_is_named(tmp_path, override, expected):
         ("extends: [a, b]", "'extends' must be the path of one file"),
         ("checkpoint: {save: '${log.nowhere}/x'}", "Interpolation key"),
         ("train: !!python/object/apply:os.system ['true']", "refused by OmegaConf"),
-        ("[" * 100_000, "nested too deep"),
+        ("[" * 2_000, "nested too deep"),
         ("17", "must hold sections"),
         ("log: {dir: '${oc.env:HOME}'}", "log.dir='${oc.env:HOME}': only other settings"),
         ("log: {dir: '${${log.wandb_name}:HOME}'}", "only other settings"),
