@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -78,7 +79,7 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.counts = counts
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         indexed_by_mask = name == "aten::index" and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
@@ -94,7 +95,7 @@ class _Methods(TorchFunctionMode):
         super().__init__()
         self.counts = counts
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _READS and getattr(torch.Tensor, name) is func:
             self.counts[_caller()] += 1

@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_coe.config.loader import load_settings
 from megatron_coe.config.run_config import Settings
 from megatron_coe.utils.metrics_file import Record, read_records
 from megatron_coe.utils.run_files import CONFIG_FILE, METRICS_FILE
+
+if TYPE_CHECKING:
+    from megatron_coe.model.provider import CoEModelProvider
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Run:
         return length if isinstance(length, int) else self._provider.seq_length
 
     @cached_property
-    def _provider(self):
+    def _provider(self) -> CoEModelProvider:
         from megatron_coe.conversion.stored_model import provider_of  # imports Megatron: seconds
 
         return provider_of(self.settings)

@@ -254,7 +254,7 @@ def _patch_tensor_cuda() -> None:
 class _CudaTypeStrings(TorchFunctionMode):
     """`Tensor.type()` answers as it would for the same tensor on a GPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and isinstance(answer, str):
             return answer.replace("torch.", "torch.cuda.", 1)
@@ -302,7 +302,12 @@ def _patch_uneven_parts() -> None:
     reduce_scatter = mappings._reduce_scatter_along_first_dim
 
     @functools.wraps(gather)
-    def gather_parts(input_, group, output_split_sizes=None, use_global_buffer=False):
+    def gather_parts(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return gather(input_, group, None, use_global_buffer)
         output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
@@ -312,7 +317,12 @@ def _patch_uneven_parts() -> None:
         return output
 
     @functools.wraps(reduce_scatter)
-    def scatter_sum(input_, group, input_split_sizes=None, use_global_buffer=False):
+    def scatter_sum(
+        input_: torch.Tensor,
+        group: torch.distributed.ProcessGroup,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             return reduce_scatter(input_, group, None, use_global_buffer)
         total = input_.clone(memory_format=torch.contiguous_format)
