@@ -115,7 +115,7 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepVaria
         settings=settings.train,
         train_state=train_state,
         source=source,
-        num_microbatches=num_microbatches(settings, dist.get_world_size()),
+        num_microbatches=num_microbatches(settings.parallel, settings.train, dist.get_world_size()),
         validator=None,
         progress=Progress(),
         metrics_logger=NullLogger(settings.log, last_step(settings.train)),

@@ -31,7 +31,7 @@ def command(options: argparse.Namespace) -> None:
     check_values(settings)
     world_size = options.world_size
     if world_size is None:
-        world_size = smallest_world_size(settings)
+        world_size = smallest_world_size(settings.parallel)
     if world_size < 1:
         raise ValueError(f"--world-size={world_size}: give 1 or more")
     check_layout(settings, world_size)

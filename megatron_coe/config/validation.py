@@ -7,7 +7,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 
-from megatron_coe.config.run_config import DataSettings, LogSettings, ParallelSettings, Settings
+from megatron_coe.config.run_config import (
+    DataSettings,
+    LogSettings,
+    ParallelSettings,
+    Settings,
+    TrainSettings,
+)
 from megatron_coe.model import parallelism as layouts
 from megatron_coe.model.parallelism import Layout
 from megatron_coe.utils.value_rules import ValueRule
@@ -80,9 +86,9 @@ def check_layout(settings: Settings, world_size: int) -> None:
         raise ValueError(
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true"
         )
-    _check_batch(settings, world_size)
+    _check_batch(settings.train, layout, world_size)
     pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
-    count = num_microbatches(settings, world_size)
+    count = num_microbatches(parallel, settings.train, world_size)
     group = settings.model.get("microbatch_group_size_per_vp_stage")
     if type(group) is int and vpp is not None and group % pp:
         raise ValueError(
@@ -103,29 +109,19 @@ def layout_of(parallel: ParallelSettings) -> Layout:
     return Layout(**{f.name: getattr(parallel, f.name) for f in fields(Layout)})
 
 
-def smallest_world_size(settings: Settings) -> int:
+def smallest_world_size(parallel: ParallelSettings) -> int:
     """Return the fewest processes that hold the layout."""
-    return layout_of(settings.parallel).world_multiple
+    return layout_of(parallel).world_multiple
 
 
-def data_parallel_size(settings: Settings, world_size: int) -> int:
-    """Return the number of replicas that read different sequences; context-parallel ranks share."""
-    parallel = settings.parallel
-    return world_size // (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+def num_microbatches(parallel: ParallelSettings, train: TrainSettings, world_size: int) -> int:
+    """Return the number of micro-batches that each data-parallel rank runs per step."""
+    replicas = layout_of(parallel).data_parallel_size(world_size)
+    return train.global_batch_size // (train.micro_batch_size * replicas)
 
 
-def num_microbatches(settings: Settings, world_size: int) -> int:
-    """Return the number of micro-batches that each replica runs per step."""
-    replicas = data_parallel_size(settings, world_size)
-    return settings.train.global_batch_size // (settings.train.micro_batch_size * replicas)
-
-
-def _check_batch(settings: Settings, world_size: int) -> None:
-    train, replicas = settings.train, data_parallel_size(settings, world_size)
+def _check_batch(train: TrainSettings, layout: Layout, world_size: int) -> None:
+    replicas = layout.data_parallel_size(world_size)
     if train.global_batch_size % (train.micro_batch_size * replicas):
         raise ValueError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_coe import __version__
-from megatron_coe.config.run_config import Settings
-from megatron_coe.config.validation import layout_of, num_microbatches
+from megatron_coe.config.run_config import ParallelSettings
+from megatron_coe.config.validation import layout_of
 from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
@@ -16,7 +16,7 @@ _PACKAGES = ("megatron-core", "torch", "transformer-engine", "python")
 
 
 def banner(
-    settings: Settings,
+    parallel: ParallelSettings,
     plan: Plan,
     machine: Mapping[str, object],
     data: str,
@@ -33,9 +33,9 @@ def banner(
     versions = ", ".join(f"{name} {machine[name]}" for name in _PACKAGES if name in machine)
     rows = {
         "device": _device(plan, machine),
-        "layout": _layout(settings, plan),
+        "layout": _layout(parallel, plan),
         "model": _model(plan),
-        "batch": _batch(settings, plan),
+        "batch": _batch(plan),
         "data": data,
         "run": start,
     }
@@ -56,8 +56,8 @@ def _device(plan: Plan, machine: Mapping[str, Any]) -> str:
     return f"{name}; {precision}, modules of {modules}; {needed}"
 
 
-def _layout(settings: Settings, plan: Plan) -> str:
-    layout, parallel = layout_of(settings.parallel), settings.parallel
+def _layout(parallel: ParallelSettings, plan: Plan) -> str:
+    layout = layout_of(parallel)
     sizes = {
         "TP": layout.tensor_model_parallel_size,
         "CP": layout.context_parallel_size,
@@ -83,11 +83,10 @@ def _model(plan: Plan) -> str:
     )
 
 
-def _batch(settings: Settings, plan: Plan) -> str:
-    train, length = settings.train, plan.model.seq_length
-    count = num_microbatches(settings, plan.world_size)
+def _batch(plan: Plan) -> str:
+    length = plan.model.seq_length
     return (
-        f"{train.global_batch_size} sequences of {length:,} tokens: {plan.data_parallel} "
-        f"replica(s) x {count} micro-batch(es) of {train.micro_batch_size}; "
-        f"{train.global_batch_size * length:,} tokens per step"
+        f"{plan.global_batch_size} sequences of {length:,} tokens: {plan.data_parallel} "
+        f"replica(s) x {plan.num_microbatches} micro-batch(es) of {plan.micro_batch_size}; "
+        f"{plan.global_batch_size * length:,} tokens per step"
     )

@@ -135,7 +135,9 @@ def trainer(
                 settings=settings.train,
                 train_state=train_state,
                 source=_make_source(train_set, settings.train, device, per_epoch),
-                num_microbatches=num_microbatches(settings, dist.get_world_size()),
+                num_microbatches=num_microbatches(
+                    settings.parallel, settings.train, dist.get_world_size()
+                ),
                 validator=validator,
                 progress=progress,
                 metrics_logger=metrics_logger,
@@ -208,7 +210,7 @@ def _describe_begin(
     machine = write_machine(Path(settings.log.dir), device, ranks)
     plan = plan_of(settings, found.provider, ranks, device.type == "cuda")
     reads = _summarize_data(settings, found.files, per_epoch, validator)
-    yield banner(settings, plan, machine, reads, _start_of(settings, start))
+    yield banner(settings.parallel, plan, machine, reads, _start_of(settings, start))
     yield from (f"warning: {warning}" for warning in found.warnings)
     if start and start.skipped:
         yield f"checkpoint.load={start.skipped} is not read again"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_coe.config.run_config import Settings
-from megatron_coe.config.validation import data_parallel_size, world_size
+from megatron_coe.config.validation import layout_of, world_size
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
 from megatron_coe.fault_tolerance.heartbeat import Heartbeat
 from megatron_coe.planning.layout_search import RECOMPUTE
@@ -36,7 +36,8 @@ def remedies(settings: Settings) -> list[str]:
     found = []
     if train.micro_batch_size > 1:
         found.append(f"train.micro_batch_size={train.micro_batch_size // 2}, with the same result")
-    if not parallel.use_distributed_optimizer and data_parallel_size(settings, world_size()) > 1:
+    replicas = layout_of(parallel).data_parallel_size(world_size())
+    if not parallel.use_distributed_optimizer and replicas > 1:
         found.append("parallel.use_distributed_optimizer=true")
     stronger = {None: ("moe_act", "full"), "selective": ("full",)}
     for name in stronger.get(settings.model.get("recompute_granularity"), ()):

@@ -68,7 +68,8 @@ def _warnings(settings: Settings, tokenizer: Tokenizer, provider: CoEModelProvid
     warnings = [export_warning(tokenizer)]
     kinds = provider.moe_router_load_balancing_type
     # A dry run may be of more processes than there are.
-    count = num_microbatches(settings, max(world_size(), smallest_world_size(settings)))
+    ranks = max(world_size(), smallest_world_size(settings.parallel))
+    count = num_microbatches(settings.parallel, settings.train, ranks)
     if "global_aux_loss" in ([kinds] if isinstance(kinds, str) else kinds) and count > 1:
         warnings.append(
             f"model.moe_router_load_balancing_type={kinds}: with {count} micro-batches per step "

@@ -120,7 +120,7 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
     check_start(settings.checkpoint)
     world_size = validation.world_size()
     if request.dry_run:  # one process can look at a layout for many
-        world_size = max(world_size, validation.smallest_world_size(settings))
+        world_size = max(world_size, validation.smallest_world_size(settings.parallel))
     validation.check_layout(settings, world_size)
     # Megatron says so in every module; the setting `model.backend` says what stands in.
     quiet_imports()

@@ -170,7 +170,7 @@ def build(settings: Settings, dtype: torch.dtype) -> list:
 def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss per valid token of the global batch, and the gradient of every parameter (rank 0)."""
     provider, replicas = chunks[0].config, parallel_state.get_data_parallel_world_size()
-    count = num_microbatches(settings, dist.get_world_size())
+    count = num_microbatches(settings.parallel, settings.train, dist.get_world_size())
     micro, rank = settings.train.micro_batch_size, parallel_state.get_data_parallel_rank()
     source = BatchSource(Sequences(), micro, rank, replicas, torch.device("cpu"))
     batches = source.training(0, count)

@@ -120,7 +120,8 @@ def check_settings(root: Path, options: argparse.Namespace, ranks: int) -> None:
         settings = load_settings(file, overrides)
         validation.check_values(settings)
         if files and not placeholders and not hasattr(options, "gpus"):
-            validation.check_layout(settings, max(ranks, validation.smallest_world_size(settings)))
+            fewest = validation.smallest_world_size(settings.parallel)
+            validation.check_layout(settings, max(ranks, fewest))
         build_provider(settings, torch.device("cpu"), None)
 
 

@@ -211,7 +211,9 @@ def test_micro_batches_of_a_replica():
     settings.parallel.tensor_model_parallel_size = 2
     settings.train.global_batch_size, settings.train.micro_batch_size = 24, 3
     check_layout(settings, world_size=8)
-    assert num_microbatches(settings, world_size=8) == 2  # 4 replicas x 3 sequences x 2
+    assert (
+        num_microbatches(settings.parallel, settings.train, world_size=8) == 2
+    )  # 4 replicas x 3 sequences x 2
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def make_trainer(
         settings=settings.train,
         train_state=train_state,
         source=source,
-        num_microbatches=num_microbatches(settings, dist.get_world_size()),
+        num_microbatches=num_microbatches(settings.parallel, settings.train, dist.get_world_size()),
         validator=validator,
         progress=Progress(),
         metrics_logger=metrics_logger or NullLogger(settings.log, last_step(settings.train)),
