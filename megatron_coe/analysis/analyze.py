@@ -1,4 +1,4 @@
-"""From a model, or the checkpoints of a run, and a text to all that is measured of routing."""
+"""Routing analysis of a model, or of the checkpoints of a run, on a text."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ def analyze(
     control: bool = False,
     batch_size: int = 8,
     tokenizer: Path | None = None,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Analysis:
-    """Run the text through every model under `load` and measure what its routers choose.
+    """Run the text through every model under `load` and analyze its routing.
 
     Args:
-        load: see `find_models`; of several checkpoints all are measured.
-        control: measure a model of the last one's shape with initial weights as well.
-        tokenizer: that of checkpoints without a copy of their own.
-        say: is told what is being done.
+        load: a Hugging Face folder, a checkpoint, or a run (see `find_models`).
+        source: held-out text.
+        test: the permutation test of mutual information.
+        control: analyze a model of the last one's shape with initial weights as well.
+        batch_size: sequences per forward pass.
+        tokenizer: for checkpoints without a copy of their own.
+        log: receives progress messages.
 
     Raises:
         ValueError: there is no model or not enough text, or they do not fit together.
@@ -55,7 +58,7 @@ def analyze(
     text, sequences, routings = None, [], []
     models = find_models(load)
     for path in models:
-        say(f"{path}: running the text through the model")
+        log(f"{path}: running the text through the model")
         generator, _ = generation.load(path, [], dtype=dtype, device=device, tokenizer=tokenizer)
         model = generator.model
         if text is None:
@@ -70,15 +73,23 @@ def analyze(
     if control:
         routings.append(_control(model, sequences, test.seed, batch_size))
     for routing in routings:
-        say(f"{routing.name}: measuring {text.ids.size:,} tokens, {test.permutations} shuffles")
-        analysis.routers += routing_tables.router_rows(routing, text, test)
-        analysis.transitions += routing_tables.transition_rows(routing, text, test)
-        analysis.usage += routing_tables.usage_rows(routing, text)
+        log(f"{routing.name}: measuring {text.ids.size:,} tokens, {test.permutations} shuffles")
+        _add_tables(analysis, routing, text, test)
     for routing in routings[len(models) - 1 :]:
-        for place, _, _, matrix in routing_tables.coactivations(routing):
-            key = (routing.name, int(place["layer"]))
-            analysis.matrices.setdefault(key, []).append(matrix)
+        _add_matrices(analysis, routing)
     return analysis
+
+
+def _add_tables(analysis: Analysis, routing: Routing, text: Text, test: PermutationTest) -> None:
+    analysis.routers += routing_tables.router_rows(routing, text, test)
+    analysis.transitions += routing_tables.transition_rows(routing, text, test)
+    analysis.usage += routing_tables.usage_rows(routing, text)
+
+
+def _add_matrices(analysis: Analysis, routing: Routing) -> None:
+    for place, _, _, matrix in routing_tables.coactivations(routing):
+        key = (routing.name, int(place["layer"]))
+        analysis.matrices.setdefault(key, []).append(matrix)
 
 
 def _control(
@@ -91,7 +102,7 @@ def _about(
     routings: Sequence[Routing], source: Source, sequences: Sequence[Ints], test: PermutationTest
 ) -> dict[str, object]:
     last = routings[-1]
-    _, C, T, K = last.choices.shape
+    _, C, T, K = last.indices.shape
     return {
         "models": [routing.name for routing in routings],
         "experts": last.experts,
@@ -107,34 +118,43 @@ def _about(
 
 
 def as_table(analysis: Analysis) -> str:
-    """Summarize as Markdown: the dependence of iterations, or with C = 1 the use of experts."""
-    if not analysis.transitions:
-        head = ["model", "layer", "entropy of use", "max / mean", "dead", "neighbors in common"]
-        rows = [
-            [
-                f"{row['model']}",
-                f"{row['layer']}",
-                f"{row['entropy']:.3f}",
-                f"{row['max_over_mean']:.2f}",
-                f"{row['dead']}",
-                f"{row['consistency_1']:.3f} (by chance {row['consistency_by_chance']:.3f})",
-            ]
-            for row in analysis.routers
+    """Return the main results as Markdown.
+
+    They are the mutual information of iterations, or the load of experts where C = 1.
+    """
+    return _transitions_table(analysis) if analysis.transitions else _routers_table(analysis)
+
+
+def _routers_table(analysis: Analysis) -> str:
+    head = ["model", "layer", "entropy of use", "max / mean", "dead", "neighbors in common"]
+    rows = [
+        [
+            f"{row['model']}",
+            f"{row['layer']}",
+            f"{row['entropy']:.3f}",
+            f"{row['max_over_mean']:.2f}",
+            f"{row['dead']}",
+            f"{row['consistency_1']:.3f} (by chance {row['consistency_by_chance']:.3f})",
         ]
-    else:
-        head = ["model", "layer", "iterations", "information (nats)", "by chance, at most"]
-        head += ["p: any token", "shifted", "same token", "beyond the token", "diagonal"]
-        rows = [
-            [
-                f"{row['model']}",
-                f"{row['layer']}",
-                f"{row['iteration']} → {row['iteration'] + 1}",
-                f"{row['information']:.4f}",
-                f"{row['any_token_largest_by_chance']:.4f}",
-                *(f"{row[f'{name}_p']:.3f}" for name in ("any_token", "shifted", "same_token")),
-                f"{row['same_token_excess']:.4f}",
-                f"{row['diagonal']:.3f} (by chance {row['diagonal_by_chance']:.3f})",
-            ]
-            for row in analysis.transitions
+        for row in analysis.routers
+    ]
+    return markdown_table(head, rows)
+
+
+def _transitions_table(analysis: Analysis) -> str:
+    head = ["model", "layer", "iterations", "information (nats)", "by chance, at most"]
+    head += ["p: any token", "shifted", "same token", "beyond the token", "diagonal"]
+    rows = [
+        [
+            f"{row['model']}",
+            f"{row['layer']}",
+            f"{row['iteration']} → {row['iteration'] + 1}",
+            f"{row['information']:.4f}",
+            f"{row['any_token_largest_by_chance']:.4f}",
+            *(f"{row[f'{name}_p']:.3f}" for name in ("any_token", "shifted", "same_token")),
+            f"{row['same_token_excess']:.4f}",
+            f"{row['diagonal']:.3f} (by chance {row['diagonal_by_chance']:.3f})",
         ]
+        for row in analysis.transitions
+    ]
     return markdown_table(head, rows)

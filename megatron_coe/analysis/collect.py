@@ -1,10 +1,10 @@
-"""Runs text through a model and keeps what every router chose.
+"""Expert assignments of every router of a model on a text.
 
-The engine is the Hugging Face model of `generation`, into which a training checkpoint is exported;
-its routers' outputs are read by forward hooks, so that nothing in the model is there for this.
+The model is the Hugging Face one of `generation`, into which a training checkpoint is exported.
+Forward hooks read its routers' outputs, so that the model needs no code for this.
 
 Axis letters: B sequences at once, S their tokens, T tokens in all, L layers with routers,
-C iterations, K experts chosen per token and iteration.
+C iterations, K experts per token and iteration.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ _ROUTER = re.compile(r"layers\.(\d+)\.mlp\.gate(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Routing:
-    """The choices of a model's routers on a text.
+    """The expert assignments of a model's routers on a text.
 
     Attributes:
         name: of the checkpoint.
         experts: N, routed experts of a layer.
         layers: numbers of the layers with routers, from 1.
-        choices: numbers of the chosen experts, from 0, [L, C, T, K].
-        weights: their weights in the layer's sum, [L, C, T, K].
+        indices: top-k expert indices, from 0, [L, C, T, K].
+        probs: top-k probabilities, [L, C, T, K].
     """
 
     name: str
     experts: int
     layers: tuple[int, ...]
-    choices: Ints
-    weights: Floats
+    indices: Ints
+    probs: Floats
 
 
 def find_models(load: Path) -> list[Path]:
     """Find the models under a path, the oldest first.
 
-    A Hugging Face folder or a checkpoint is one; a run's folder or its folder of checkpoints holds
-    one for each checkpoint.
+    A Hugging Face folder or a checkpoint is one model; a run's folder, or its folder of
+    checkpoints, holds one for each checkpoint.
 
-    Raises: ValueError if there is none.
+    Raises:
+        ValueError: there is none.
     """
     if (load / "config.json").is_file() or (load / FORMAT_FILE).is_file():
         return [load]
@@ -75,13 +76,13 @@ def run_name(model: Path) -> str:
 
 
 def trained_mode(model: Path) -> str:
-    """Return how a model's training sequences were made; Hugging Face folders do not tell."""
+    """Return the `data.mode` that a model was trained in: packed, where its folder does not say."""
     config = model / CONFIG_FILE
     return load_settings(config).data.mode if config.is_file() else "packed"
 
 
 def random_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Return a model of the same shape with initial weights: the control."""
+    """Build a model of the same shape with initial weights: the control."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(model.config).to(model.device).eval()
 
@@ -90,31 +91,33 @@ def random_model(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 def collect(
     model: PreTrainedModel, sequences: Sequence[Ints], name: str, batch_size: int = 8
 ) -> Routing:
-    """Return what the routers choose for each token of the sequences, which may differ in length.
+    """Collect the expert assignments of each token of the sequences, which may differ in length.
 
-    Shorter ones are padded behind, which causal attention does not see; padding is left out.
+    Shorter sequences are padded at the end, which causal attention does not see; the padding's
+    assignments are left out.
 
-    Raises: ValueError for a model that has no routers, or none that can be read.
+    Raises:
+        ValueError: the model has no routers, or none that can be read.
     """
     routers = _routers(model, name)
-    chosen: dict[int, list[list[tuple[Tensor, Tensor]]]] = {layer: [] for _, layer in routers}
+    outputs: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for _, layer in routers}
     hooks = [
-        module.register_forward_hook(partial(_note, chosen[layer], name))
+        module.register_forward_hook(partial(_record, outputs[layer], name))
         for module, layer in routers
     ]
     batches = []
     try:
         for ids_BS, is_token_BS in _batches(sequences, batch_size):
-            for calls in chosen.values():
+            for calls in outputs.values():
                 calls.clear()
             model.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
-            batches.append(_of_tokens(chosen, is_token_BS.flatten()))
+            batches.append(_of_tokens(outputs, is_token_BS.flatten()))
     finally:
         for hook in hooks:
             hook.remove()
-    choices, weights = (torch.cat(parts, dim=2).numpy() for parts in zip(*batches, strict=True))
+    indices, probs = (torch.cat(parts, dim=2).numpy() for parts in zip(*batches, strict=True))
     experts = int(model.config.n_routed_experts)
-    return Routing(name, experts, tuple(layer + 1 for layer in chosen), choices, weights)
+    return Routing(name, experts, tuple(layer + 1 for layer in outputs), indices, probs)
 
 
 def _routers(model: PreTrainedModel, name: str) -> list[tuple[nn.Module, int]]:
@@ -132,31 +135,31 @@ def _routers(model: PreTrainedModel, name: str) -> list[tuple[nn.Module, int]]:
     return found
 
 
-def _note(calls: list, name: str, module: nn.Module, inputs: tuple, output: object) -> None:
-    """Record the weights [T, K] and numbers [T, K] of the chosen experts, as a forward hook."""
+def _record(calls: list, name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+    """Record top-k probabilities [T, K] and expert indices [T, K]; a forward hook."""
     if not isinstance(output, tuple) or len(output) < 3:
         raise ValueError(
-            f"{name}: {type(module).__name__} of this version of transformers does not return what "
-            "it chose; convert the model (coe convert from-hf, then to-hf)"
+            f"{name}: {type(module).__name__} of this version of transformers does not return its "
+            "expert indices; convert the model (coe convert from-hf, then to-hf)"
         )
     calls.append((output[1], output[2]))
 
 
-def _of_tokens(chosen: dict[int, list], is_token_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the choices and weights of a batch, [L, C, T, K] each, without padding.
+def _of_tokens(outputs: dict[int, list], is_token_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and probabilities of a batch, [L, C, T, K] each, without padding.
 
     A router that all iterations share was called once for each.
     """
     parts = [
-        torch.stack([torch.stack([call[kind] for call in calls]) for calls in chosen.values()])
+        torch.stack([torch.stack([call[kind] for call in calls]) for calls in outputs.values()])
         for kind in (1, 0)
     ]
-    choices, weights = (part.cpu()[:, :, is_token_T] for part in parts)
-    return choices.to(torch.int16), weights.float()
+    indices, probs = (part.cpu()[:, :, is_token_T] for part in parts)
+    return indices.to(torch.int16), probs.float()
 
 
 def _batches(sequences: Sequence[Ints], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ids [B, S], and which of them are tokens [B, S]."""
+    """Yield padded ids [B, S], and which of them are tokens [B, S]."""
     for first in range(0, len(sequences), size):
         some = [torch.from_numpy(np.asarray(part)) for part in sequences[first : first + size]]
         ids_BS = nn.utils.rnn.pad_sequence(some, batch_first=True)

@@ -1,7 +1,8 @@
-"""Several models, several seeds each, on the same data: does one reach a lower validation loss?
+"""Comparison of models by validation loss, over several seeds on the same data.
 
-Seeds are taken in turn over the models, so that a disturbance of the machine meets all alike, and
-differences are paired by seed: both models of a pair saw the same sequences in the same order.
+All models of a seed are trained before the next seed, so that a disturbance of the machine affects
+all alike, and differences are paired by seed: both models of a pair saw the same sequences in the
+same order.
 """
 
 from __future__ import annotations
@@ -26,17 +27,22 @@ def compare(
 ) -> dict[str, list[float]]:
     """Train every model with every seed and return its last validation losses, by model and seed.
 
-    A run that `directory` holds already is not made again, and one cut short is continued.
+    A run that `directory` holds already is skipped if complete, and resumed otherwise.
 
     Args:
-        configs: settings files; a model goes by the name of its file.
+        configs: settings files; a model is named after its file.
+        seeds: of the runs, each once, 0 or more.
+        directory: holds a folder for each run.
         overrides: `section.key=value` settings for all runs.
         jobs: runs at a time.
-        threads: of each.
+        threads: CPU threads of each run.
+
+    Returns:
+        Model name -> last validation losses (nats per token), in the order of `seeds`.
 
     Raises:
-        ValueError: two files have the same name, a seed stands twice, there is a mistake in the
-            settings, or a run failed or did not validate.
+        ValueError: two files have the same name, a seed stands twice, a setting is invalid, or a
+            run failed or did not validate.
         OSError: a file cannot be read.
     """
     names = [config.stem for config in configs]
@@ -60,19 +66,24 @@ def compare(
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ValueError for negative or repeated seeds."""
+    """Check that every seed stands once and is 0 or more.
+
+    Raises:
+        ValueError: one is not.
+    """
     if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
         raise ValueError(f"seeds={list(seeds)}: give each number once, 0 or more")
 
 
 def run_name(model: str, seed: int) -> str:
+    """Return the name of a model's run with a seed: that of its folder."""
     return f"{model}_seed-{seed}"
 
 
 def as_table(losses: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> str:
-    """Return a Markdown table: each seed's loss, mean and deviation, and the paired difference.
+    """Return a Markdown table of each seed's loss, their mean, and the paired difference.
 
-    The difference is to the first model, seed by seed: its mean and standard deviation.
+    The difference is to the first model, seed by seed, as mean and standard deviation.
     """
     baseline = next(iter(losses.values()))
     head = ["model", *(f"seed {seed}" for seed in seeds), "mean ± std", "difference ± std"]

@@ -1,4 +1,4 @@
-"""Pictures of routing: co-activation, use of experts, neighbors, dependence, training."""
+"""Plots of routing: co-activation, expert load, neighbors, mutual information, checkpoints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CoactivationScale:
-    """How far the colors of co-activation maps reach: one scale for all that stand side by side.
+    """The color scale of co-activation heatmaps: one for all that stand side by side.
 
     Attributes:
         most: tokens in a cell.
-        excess: tokens in a cell more, or fewer, than independent choices give.
+        excess: tokens in a cell more, or fewer, than independent assignments give.
     """
 
     most: float
@@ -37,15 +37,18 @@ class CoactivationScale:
         return CoactivationScale(*(float(value) for value in np.max(found, axis=0)))
 
 
-def coactivation_map(
+def coactivation_heatmap(
     title: str, layer: int, matrices: Sequence[Ints], scale: CoactivationScale | None = None
 ) -> Figure:
-    """Draw a layer's co-activation matrices [N, N], a line of panels for each pair of iterations.
+    """Draw a layer's co-activation matrices [N, N], a row of panels for each pair of iterations.
 
     Rows are experts at t, columns at t + 1. The left panel counts tokens; the right one subtracts
-    what independent choices would give, so that how often experts are used does not show.
+    the counts of independent assignments, so that the load of experts does not show.
 
     Args:
+        title: of the model.
+        layer: its number.
+        matrices: one for each pair of iterations.
         scale: of the colors; None: that of these matrices.
     """
     scale = scale or CoactivationScale.of(matrices)
@@ -62,8 +65,8 @@ def coactivation_map(
         ]
         for axes in line:
             axes.set(xlabel=f"expert at iteration {t + 1}", ylabel=f"expert at iteration {t}")
-    for number, label in enumerate(("tokens", "tokens beyond independent choices")):
-        _scale(figure, images[number], panels[:, number], label)
+    for number, label in enumerate(("tokens", "tokens beyond independent assignments")):
+        _colorbar(figure, images[number], panels[:, number], label)
     figure.suptitle(f"{title}, layer {layer}", fontsize="medium")
     return figure
 
@@ -72,11 +75,13 @@ def _excess(matrix: Ints) -> Floats:
     return matrix - expected_coactivation(matrix)
 
 
-def usage_map(name: str, rows: Sequence[Row], experts: int) -> Figure:
-    """Load of every expert over the mean, a line of cells for each layer and iteration.
+def usage_heatmap(name: str, rows: Sequence[Row], experts: int) -> Figure:
+    """Draw the load of every expert over the mean, a row of cells for each layer and iteration.
 
     Args:
+        name: of the model.
         rows: of `usage_rows`.
+        experts: N.
     """
     loads = np.array([row["share"] for row in rows]).reshape(-1, experts) * experts
     places = [(row["layer"], row["iteration"]) for row in rows[::experts]]
@@ -90,12 +95,17 @@ def usage_map(name: str, rows: Sequence[Row], experts: int) -> Figure:
     axes.set_yticks(range(len(labels)), labels, fontsize=size)
     axes.set(xlabel="expert")
     axes.set_title(f"{name}: load of each expert", fontsize="medium")
-    _scale(figure, image, [axes], "load / mean (2: or more)")
+    _colorbar(figure, image, [axes], "load / mean (2: or more)")
     return figure
 
 
 def consistency_plot(name: str, rows: Sequence[Row]) -> Figure:
-    """Plot how many experts tokens so far apart have in common, over what chance gives."""
+    """Plot the expert overlap of tokens over their distance, relative to chance.
+
+    Args:
+        name: of the model.
+        rows: of `router_rows`.
+    """
 
     def draw(axes: Axes, row: Row, style: dict) -> None:
         excess = [row[f"consistency_{d}"] / row["consistency_by_chance"] for d in DISTANCES]
@@ -113,10 +123,10 @@ def consistency_plot(name: str, rows: Sequence[Row]) -> Figure:
 
 
 def information_plot(rows: Sequence[Row]) -> Figure:
-    """Plot the mutual information of choices at t and t + 1, by model.
+    """Plot the mutual information of assignments at t and t + 1, by model.
 
-    It is shown less that of shuffled tokens, and less that of tokens shuffled among those of their
-    id, which leaves what the id does not explain.
+    The left panel subtracts that of shuffled tokens; the right one that of tokens shuffled among
+    those of the same id, which leaves the part that the id does not explain.
 
     Args:
         rows: of `transition_rows`, of one or several models.
@@ -130,14 +140,7 @@ def information_plot(rows: Sequence[Row]) -> Figure:
         for number, model in enumerate(models):
             of_model = [row for row in rows if row["model"] == model]
             at = np.arange(len(places)) + (number - (len(models) - 1) / 2) * width
-            heights = [row[f"{null}_excess"] for row in of_model]
-            axes.bar(at, heights, width, label=model, color=COLORS[number % len(COLORS)])
-            levels = [
-                row[f"{null}_largest_by_chance"] - row[f"{null}_by_chance"] for row in of_model
-            ]
-            label = "largest of the shuffles" if number == 0 else None
-            style = {"linestyle": "none", "marker": "_", "markersize": 12, "color": "#000000"}
-            axes.plot(at, levels, label=label, **style)
+            _draw_bars(axes, at, width, of_model, null, number)
         labels = [f"layer {layer}\n{t} → {t + 1}" for layer, t in places]
         every = 1 + (len(places) - 1) // 12  # labels that have room
         axes.set_xticks(range(0, len(places), every), labels[::every], fontsize="small")
@@ -146,6 +149,19 @@ def information_plot(rows: Sequence[Row]) -> Figure:
     figure.axes[0].set(ylabel="mutual information (nats)")
     figure.axes[1].legend(fontsize="small")
     return figure
+
+
+def _draw_bars(
+    axes: Axes, at: Floats, width: float, of_model: Sequence[Row], null: str, number: int
+) -> None:
+    """Draw a model's information above its null hypothesis, and the largest of the shuffles."""
+    heights = [row[f"{null}_excess"] for row in of_model]
+    color = COLORS[number % len(COLORS)]
+    axes.bar(at, heights, width, label=str(of_model[0]["model"]), color=color)
+    levels = [row[f"{null}_largest_by_chance"] - row[f"{null}_by_chance"] for row in of_model]
+    label = "largest of the shuffles" if number == 0 else None
+    style: dict[str, Any] = {"linestyle": "none", "marker": "_", "markersize": 12}
+    axes.plot(at, levels, label=label, color="#000000", **style)
 
 
 _INFORMATION = {
@@ -157,10 +173,14 @@ _INFORMATION = {
 def training_plot(
     routers: Sequence[Row], transitions: Sequence[Row], training: Sequence[Row]
 ) -> Figure:
-    """Plot specialization over checkpoints: a panel per measure, a line per layer.
+    """Plot specialization over checkpoints: a panel per metric, a line per layer.
+
+    Lines are means over iterations.
 
     Args:
-        routers, transitions, training: rows of `findings`, of checkpoints in order of time.
+        routers: of `router_rows`, of checkpoints in order of time.
+        transitions: of `transition_rows`, likewise.
+        training: of `training_rows`.
     """
     panels: list[tuple[str, Sequence[Row], Callable[[Row], float]]] = [
         ("entropy of use / log N", routers, lambda row: row["entropy"]),
@@ -200,7 +220,7 @@ def _over_checkpoints(axes: Axes, rows: Sequence[Row], value: Callable[[Row], fl
 
 
 def _panel_per_iteration(rows: Sequence[Row], draw: Callable[[Axes, Row, dict], None]) -> Figure:
-    """Return panels side by side, in each a curve per layer."""
+    """Draw panels side by side, in each a curve per layer."""
     iterations = sorted({int(row["iteration"]) for row in rows})
     figure = new_figure(1 + 3.2 * len(iterations), 3.4)
     panels = np.atleast_1d(figure.subplots(1, len(iterations), sharey=True))
@@ -219,7 +239,7 @@ def _legend_of_layers(axes: Axes) -> None:
     axes.legend(fontsize="small" if count <= 8 else "xx-small", ncols=1 + (count - 1) // 8)
 
 
-def _scale(figure: Figure, image: AxesImage, panels: Iterable[Axes], label: str) -> None:
+def _colorbar(figure: Figure, image: AxesImage, panels: Iterable[Axes], label: str) -> None:
     bar = figure.colorbar(image, ax=list(panels), label=label)
     assert bar.solids is not None
-    bar.solids.set_rasterized(True)  # one picture instead of 256 rectangles
+    bar.solids.set_rasterized(True)  # one image instead of 256 rectangles

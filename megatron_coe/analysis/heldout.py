@@ -1,4 +1,4 @@
-"""Held-out text as sequences of token ids, cut the way training cuts it, and classes of tokens."""
+"""Held-out text as sequences of token ids, cut as in training, and classes of tokens."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ DEFAULT_LENGTH = 512
 
 @dataclass(frozen=True)
 class Source:
-    """Where text comes from and how much of it is read.
+    """A source of text and the number of tokens to read from it.
 
     Args:
-        paths: prefixes of `.bin/.idx` pairs, whose ids the model's tokenizer made, or files of
-            text (see `data.records`), one after another.
-        fields: where the text stands in a record of a file.
-        tokens: so many are read, up to the end of the last sequence that they begin.
-        seq_length: S, the most tokens a sequence has; None: 512, or fewer if the model has fewer
+        paths: prefixes of `.bin/.idx` pairs, tokenized by the model's tokenizer, or files of text
+            (see `data.records`), read in this order.
+        fields: of a record in a file that hold the text.
+        tokens: to read, rounded up to whole sequences.
+        seq_length: S, the most tokens of a sequence; None: 512, or fewer if the model has fewer
             positions.
         mode: packed (documents joined, cut every S tokens) or padded (one document a sequence);
             None: as the model was trained.
@@ -54,9 +54,10 @@ class Source:
     def read(
         self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, mode: str
     ) -> list[Ints]:
-        """Return the sequences' token ids, for a model of that configuration, trained in that mode.
+        """Read the sequences' token ids, for a model of that configuration, trained in that mode.
 
-        Raises: ValueError for text that is damaged, too short, or of another tokenizer.
+        Raises:
+            ValueError: the text is damaged, too short, or of another tokenizer.
         """
         named = ", ".join(map(str, self.paths))
         positions = getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
@@ -88,7 +89,7 @@ class Source:
     def _tokenized_documents(
         self, path: Path, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[Ints]:
-        """Yield texts, begun as in training, and closed as by `preprocess_data.py --append-eod`."""
+        """Yield documents with the BOS of training and the EOD of `coe preprocess --append-eod`."""
         first = tokenizer.encode("a")[:1]
         begin = first if first == [tokenizer.bos_token_id] else []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -113,7 +114,7 @@ def _cut(documents: Iterable[Ints], S: int, mode: str) -> Iterator[Ints]:
 
 
 def token_classes(ids: Ints, tokenizer: PreTrainedTokenizerBase) -> Ints:
-    """Return the index into `CLASSES` of each token, by its own text."""
+    """Return the index into `CLASSES` of each token, by its own text, [T]."""
     special = set(tokenizer.all_special_ids)
     known, place = np.unique(ids, return_inverse=True)
     names = (

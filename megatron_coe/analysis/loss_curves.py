@@ -1,4 +1,4 @@
-"""Loss curves of runs, side by side; several runs of one name are a mean with a band."""
+"""Loss curves of runs, side by side; several runs of one name as a mean with a band."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ class Group:
     name: str
     runs: tuple[Run, ...]
 
-    def curve(self, figure: str, axis: str) -> list[tuple[float, float, float]]:
-        """Place, mean and standard deviation (0 for one run) at all steps that every run recorded.
+    def curve(self, metric: str, axis: str) -> list[tuple[float, float, float]]:
+        """Return (position, mean, standard deviation) at every step that all runs recorded.
 
-        Places are means too: runs take different times to the same step.
+        Positions are means too: runs take different times to the same step. The deviation of one
+        run is 0.
         """
         of_runs = []
         for run in self.runs:
-            steps = run.values(figure, "steps")
-            places = run.values(figure, axis)
-            of_runs.append({step: point for (step, _), point in zip(steps, places, strict=True)})
+            steps = run.values(metric, "steps")
+            points = run.values(metric, axis)
+            of_runs.append({step: point for (step, _), point in zip(steps, points, strict=True)})
         common = sorted(set.intersection(*(set(points) for points in of_runs)))
         curve = []
         for step in common:
@@ -44,7 +45,7 @@ class Group:
 
 
 def describe_end(group: Group) -> str:
-    """Return how low the validation loss came, beside the unigram entropy where it was recorded."""
+    """Describe the last validation loss, beside the unigram entropy where it was recorded."""
     curve = group.curve(LOSSES["validation"], "steps")
     if not curve:
         return "no validation loss"
@@ -63,23 +64,28 @@ def describe_end(group: Group) -> str:
 def plot_losses(
     groups: Sequence[Group], axis: str = "steps", losses: Sequence[str] = (), title: str = ""
 ) -> Figure:
-    """Return losses (nats per token) of groups of runs over steps, tokens, FLOPs or time.
+    """Plot losses (nats per token) of groups of runs over steps, tokens, FLOPs or time.
 
     A band is the mean of a group's runs ± one standard deviation. With a single group, the unigram
-    entropy of the validation text, which a finished run records, is a level line: a model below it
-    makes use of context.
+    entropy of the validation text, which a finished run records, is a horizontal line: a model
+    below it uses context.
 
     Args:
+        groups: one curve each, or one per loss for a single group.
+        axis: one of `runs.AXES`.
         losses: of `LOSSES`; none: both for one group, else validation, or training if there is no
             other.
+        title: of the plot.
 
-    Raises: ValueError: there are no such losses, the settings do not say how far a run was, or
-        matplotlib is missing; OSError: there are no settings.
+    Raises:
+        ValueError: there are no such losses, the settings lack what the axis needs, or matplotlib
+            is missing.
+        OSError: there are no settings.
     """
     figure = new_figure(7, 4)
     axes = figure.subplots()
     drawn = 0
-    for loss in losses or (LOSSES if len(groups) == 1 else _first_there(groups)):
+    for loss in losses or (LOSSES if len(groups) == 1 else _first_recorded(groups)):
         for number, group in enumerate(groups):
             # One group's losses are told apart by color, several groups' by line.
             color = COLORS[(number if len(groups) > 1 else drawn) % len(COLORS)]
@@ -96,8 +102,8 @@ def plot_losses(
     return figure
 
 
-def _first_there(groups: Sequence[Group]) -> list[str]:
-    """Return validation losses if there are any; a word of what is there otherwise."""
+def _first_recorded(groups: Sequence[Group]) -> list[str]:
+    """Return the first of `LOSSES` that a group has recorded, if any."""
     for name, key in LOSSES.items():
         if any(group.curve(key, "steps") for group in groups):
             return [name]
@@ -109,21 +115,21 @@ def _draw(
 ) -> bool:
     if not curve:
         return False
-    places, means, spreads = zip(*curve, strict=True)
+    positions, means, spreads = zip(*curve, strict=True)
     style = (
         {"linewidth": 2, "marker": "o", "markersize": 3}
         if loss == "validation"
         else {"linewidth": 1, "alpha": 0.8}
     )
-    axes.plot(places, means, color=color, label=label, **style)
+    axes.plot(positions, means, color=color, label=label, **style)
     if any(spreads):
         low, high = zip(*((m - s, m + s) for m, s in zip(means, spreads, strict=True)), strict=True)
-        axes.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(positions, low, high, color=color, alpha=0.2, linewidth=0)
     return True
 
 
 def _draw_entropy(axes: Axes, group: Group) -> None:
-    """Draw the unigram entropy as a line, where all runs that know it agree."""
+    """Draw the unigram entropy, where all runs that recorded it agree."""
     ends = [run.records[-1] for run in group.runs if run.records]
     levels = {record["unigram_entropy"] for record in ends if "unigram_entropy" in record}
     if len(levels) == 1:

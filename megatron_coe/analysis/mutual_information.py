@@ -1,16 +1,16 @@
-"""Do two labels of a token depend on one another? Mutual information against shuffled tokens.
+"""Mutual information of two labels of a token, with permutation tests.
 
-A token may have several labels on either side, such as its K experts at two iterations: then the
-pair (I, J) is one label of each side of a random token, each drawn evenly, and its information is a
-lower bound of the information between the whole sets.
+A token may have several labels on either side, such as its K experts at two iterations. The pair
+(I, J) is then one label of each side of a random token, each drawn uniformly, and its information
+is a lower bound of the information between the two sets.
 
-Estimated from finitely many tokens, mutual information is too large, and above 0 for independent
-labels. So the same is computed with the tokens of one side shuffled, many times; what a shuffle
-leaves in place is what the null hypothesis allows for:
+Estimated from finitely many tokens, mutual information is biased upward: above 0 even for
+independent labels. So it is also computed with the tokens of one side shuffled, many times. The
+shuffle defines the null hypothesis:
 
-    any_token    nothing: the two sides have nothing to do with one another
-    shifted      the order: each side has its runs of like tokens, and nothing to do with the other
-    same_label   a label, such as the token's id: beyond it, the sides have nothing in common
+    any_token    the two sides are independent
+    shifted      they are independent, and each has its own order of tokens
+    same_label   they are independent given a label, such as the token's id
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import numpy as np
 from megatron_coe.analysis.routing import Ints, contingency
 
 Shuffle = Callable[[np.random.Generator], Ints]
-"""Draws an order of the T tokens."""
+"""A function that draws an order of the T tokens."""
 
 
 def mutual_information(table: Ints) -> float:
-    """Return Σ q_ij log(q_ij / (q_i q_j)) in nats, of a table of counts; q is its distribution."""
+    """Return I = Σ q_ij log(q_ij / (q_i q_j)) in nats, q being a table of counts over its sum."""
     total = table.sum()
     of_pairs, of_rows, of_columns = (
         _sum_of_n_log_n(counts) for counts in (table, table.sum(axis=1), table.sum(axis=0))
     )
-    # Rounding may leave a hair's breadth below 0.
+    # Rounding may leave it slightly below 0.
     return max(0.0, float((of_pairs - of_rows - of_columns) / total + np.log(total)))
 
 
@@ -42,15 +42,15 @@ def _sum_of_n_log_n(counts: Ints) -> float:
 
 
 @dataclass(frozen=True)
-class Dependence:
+class MutualInformation:
     """Mutual information (nats) beside that of shuffled tokens.
 
     Attributes:
-        information: of the tokens as they are.
+        information: of the tokens in their order.
         by_chance: mean over the shuffles, which is the estimate's bias under the null hypothesis.
         largest_by_chance: the largest of the shuffles.
-        p: (1 + shuffles with at least as much) / (1 + shuffles): the probability of so much under
-            the null hypothesis, never below 1 / (1 + shuffles).
+        p: (1 + shuffles with at least as much) / (1 + shuffles): the p-value under the null
+            hypothesis, never below 1 / (1 + shuffles).
     """
 
     information: float
@@ -64,18 +64,23 @@ class Dependence:
         return self.information - self.by_chance
 
 
-def dependence(
+def permutation_test(
     first_TA: Ints,
     second_TB: Ints,
     sizes: tuple[int, int],
     shuffle: Shuffle,
     permutations: int,
     generator: np.random.Generator,
-) -> Dependence:
-    """Return mutual information of labels [T, A] and [T, B], and with the second ones shuffled.
+) -> MutualInformation:
+    """Compute the mutual information of labels, and of labels with the second ones shuffled.
 
     Args:
-        sizes: how many labels there are on either side; they are numbered from 0.
+        first_TA: labels [T, A], numbered from 0.
+        second_TB: labels [T, B], numbered from 0.
+        sizes: numbers of labels on either side.
+        shuffle: the null hypothesis.
+        permutations: number of shuffles.
+        generator: of the shuffles.
     """
     information = mutual_information(contingency(first_TA, second_TB, sizes))
     shuffled = np.array(
@@ -84,7 +89,7 @@ def dependence(
             for _ in range(permutations)
         ]
     )
-    return Dependence(
+    return MutualInformation(
         information,
         by_chance=float(shuffled.mean()),
         largest_by_chance=float(shuffled.max()),
@@ -93,20 +98,20 @@ def dependence(
 
 
 def any_token(tokens: int) -> Shuffle:
-    """Return every order alike."""
+    """Return a shuffle that draws every order with the same probability."""
     return lambda generator: generator.permutation(tokens)
 
 
 def shifted(tokens: int, least: int) -> Shuffle:
-    """Return the same order begun elsewhere: rotated by at least `least` tokens."""
+    """Return a shuffle that rotates the tokens by at least `least` in either direction."""
     if tokens < 2 * least:
-        raise ValueError(f"{tokens} tokens cannot be moved on by {least} or more: use more text")
+        raise ValueError(f"{tokens} tokens cannot be rotated by {least} or more: use more text")
     order = np.arange(tokens)
     return lambda generator: np.roll(order, generator.integers(least, tokens - least + 1))
 
 
 def same_label(label_T: Ints) -> Shuffle:
-    """Return every order that puts a token only where one of the same label stood."""
+    """Return a shuffle that exchanges only tokens of the same label."""
     order = np.argsort(label_T, kind="stable")
     sorted_T = label_T[order]
 

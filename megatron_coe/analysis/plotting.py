@@ -1,7 +1,6 @@
-"""Pictures, in files or inside a page that is light or dark as its reader wants it.
+"""Figures of matplotlib, saved to files or inlined as SVG into a light or dark page.
 
-matplotlib is an extra of the package and takes a second to import, so it is imported where a
-picture is made.
+matplotlib is an extra of the package and takes a second to import, so functions import it.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#2a78d0", "#d9730d", "#2f9e5b", "#b0489b", "#8a6fd1", "#a17c1b", "#c9444a", "#2f98a3")
-"""Of curves: legible on white and on black, neighbors also to people who see few colors."""
+"""Of curves: legible on white and on black; neighbors differ also for the color-blind."""
 
 
 def colors(count: int) -> list[str]:
-    """Return so many colors for curves in their order; past `COLORS` they are interpolated."""
+    """Return `count` colors for curves in their order; a gradient where `COLORS` are too few."""
     if count <= len(COLORS):
         return list(COLORS[:count])
     from matplotlib import colormaps
@@ -32,9 +31,10 @@ def colors(count: int) -> list[str]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches.
+    """Create an empty figure, sizes in inches.
 
-    Raises: ValueError if matplotlib is missing.
+    Raises:
+        ValueError: matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -44,25 +44,28 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, output: Path) -> None:
-    """Write a picture, whole or not at all; the suffix of `output` chooses the format.
+    """Write a figure atomically, in the format that the suffix of `output` names.
 
-    Raises: ValueError for a format that is unknown; OSError.
+    Raises:
+        ValueError: the format is unknown.
+        OSError: the file cannot be written.
     """
     kind, known = output.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
     if kind not in known:
-        raise ValueError(f"output {output}: unknown kind of picture; use one of {', '.join(known)}")
+        raise ValueError(f"output {output}: unknown image format; use one of {', '.join(known)}")
     with atomic_path(output) as temporary:
         figure.savefig(temporary, format=kind, dpi=150)
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """Render an `<svg>` to stand in HTML, without reference to anything outside.
+    """Render a figure as an `<svg>` for HTML, without references to anything outside.
 
-    Text and lines take the color of the text around it (`color`), white parts `--paper`.
+    Black becomes the page's text color (`currentColor`), white its `--paper`.
 
     Args:
-        name: different for each picture of a page, which keeps their ids apart.
-        description: what is read out to those who do not see it.
+        figure: to render.
+        name: unique on the page, which keeps the ids of its figures apart.
+        description: for screen readers.
     """
     from matplotlib import rc_context
 

@@ -1,4 +1,4 @@
-"""A run on one page: an HTML file that holds all it shows and asks nothing of the network."""
+"""The report of a run: a self-contained HTML file that loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ANSWERS_FILE = "answers.txt"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the page.
+class Plot:
+    """A plot on the page.
 
     Attributes:
-        svg: as `inline_svg` makes it.
-        caption: what there is to see.
-        wide: whether it needs the whole width of the page.
+        svg: of `inline_svg`.
+        caption: its description.
+        wide: whether it needs the full width of the page.
     """
 
     svg: str
@@ -40,12 +40,16 @@ class Picture:
 
 
 def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> None:
-    """Write the page of a run; everything in it that comes from files is escaped.
+    """Write the report of a run; everything in it that comes from files is escaped.
 
     Args:
+        run: to report on.
+        output: HTML file.
         analysis: of its routing; None: the page says how to get it.
 
-    Raises: ValueError, OSError: the run's settings cannot be read, or matplotlib is missing.
+    Raises:
+        ValueError: the run's settings are broken, or matplotlib is missing.
+        OSError: they cannot be read, or the report cannot be written.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -63,8 +67,8 @@ def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> No
         analysis=analysis and analysis.about,
         transitions=analysis.shown(analysis.transitions) if analysis else [],
         routers=analysis.shown(analysis.routers) if analysis else [],
-        maps=list(_heatmaps(analysis)) if analysis else [],
-        last=_last_figures(run),
+        heatmaps=list(_heatmaps(analysis)) if analysis else [],
+        last=_last_metrics(run),
         machine=read_machine(run.metrics.parent),
         config=run.settings.to_yaml(),
         answers=answers.read_text(encoding="utf-8") if answers.is_file() else None,
@@ -74,7 +78,7 @@ def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> No
 
 
 def _summary(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield what a reader asks first, by name."""
+    """Yield the main facts of a run, by name."""
     settings = run.settings
     done = int(run.records[-1]["step"]) if run.records else 0
     yield "steps", f"{done:,} of {settings.train.steps:,}"
@@ -93,16 +97,16 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
             yield label, f"{model[name]}"
 
 
-def _curves(run: Run) -> Iterator[Picture]:
+def _curves(run: Run) -> Iterator[Plot]:
     losses = plot_losses([Group(run.name, (run,))])
-    yield _picture(losses, "losses", "Training and validation loss over steps.")
+    yield _plot(losses, "losses", "Training and validation loss over steps.")
     for name, figure, caption in training_plots(run):
-        yield _picture(figure, name, caption)
+        yield _plot(figure, name, caption)
 
 
-def _heatmaps(analysis: Analysis) -> Iterator[Picture]:
-    for name, figure in analysis.pictures():
-        yield _picture(figure, name, _caption(name))
+def _heatmaps(analysis: Analysis) -> Iterator[Plot]:
+    for name, figure in analysis.plots():
+        yield _plot(figure, name, _caption(name))
 
 
 def _caption(name: str) -> str:
@@ -110,27 +114,28 @@ def _caption(name: str) -> str:
     model = model.replace("_layer-", ", layer ").replace(RANDOM, "initial weights (control)")
     text = {
         "coactivation": "Co-activation: tokens by their expert at an iteration (rows) and at the "
-        "next (columns), and how many more than independent choices would give",
+        "next (columns), and how many more than independent assignments would give",
         "usage": "Load of every expert over the mean",
         "consistency": "Experts that tokens some way apart have in common, over chance",
-        "information": "What the choice at one iteration tells of the next, over shuffled tokens",
+        "information": "Mutual information of the assignments at one iteration and the next, over "
+        "that of shuffled tokens",
         "training": "Specialization over the run's checkpoints",
     }[kind]
     return f"{text}: {model}." if model else f"{text}."
 
 
-def _picture(figure: Figure, name: str, caption: str) -> Picture:
+def _plot(figure: Figure, name: str, caption: str) -> Plot:
     width, _ = figure.get_size_inches()
-    return Picture(inline_svg(figure, name, caption), caption, wide=width > 8)
+    return Plot(inline_svg(figure, name, caption), caption, wide=width > 8)
 
 
-def _last_figures(run: Run) -> Sequence[tuple[str, str, str]]:
-    """Return the newest value of everything that the run recorded."""
+def _last_metrics(run: Run) -> Sequence[tuple[str, str, str]]:
+    """Return the last value of every metric that the run recorded, and its step."""
     newest: dict[str, tuple[float, float]] = {}
     for record in run.records:
         newest |= {
             key: (record["step"], value)
             for key, value in record.items()
-            if key != "step" and not isinstance(value, list)  # of loads there are maps
+            if key != "step" and not isinstance(value, list)  # loads have heatmaps
         }
     return [(key, f"{value:,.6g}", f"{step:,}") for key, (step, value) in sorted(newest.items())]

@@ -1,4 +1,4 @@
-"""An analysis of routing in a folder: tables (CSV), all figures (JSON), pictures (PNG)."""
+"""The results of a routing analysis in a folder: tables (CSV), a summary (JSON), plots (PNG)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ _MATRIX = re.compile(r"coactivation_(.+)_layer-(\d+)_iterations-(\d+)-\d+\.csv")
 
 @dataclass
 class Analysis:
-    """What was found out about one model or several, on one text.
+    """The routing analysis of one model or several, on one text.
 
     Attributes:
         about: names of the models, shape, text and test.
-        routers, transitions, training, usage: rows of `findings`.
+        routers: of `routing_tables.router_rows`.
+        transitions: of `routing_tables.transition_rows`.
+        training: of `routing_tables.training_rows`.
+        usage: of `routing_tables.usage_rows`.
         matrices: co-activation of the last model and of the control: by model and layer, one
             [N, N] for each pair of iterations.
     """
@@ -50,8 +53,13 @@ class Analysis:
     matrices: dict[tuple[str, int], list[Ints]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write tables, figures and pictures. Raises: ValueError: no matplotlib; OSError."""
-        for name, figure in self.pictures():
+        """Write tables, summary and plots into a folder.
+
+        Raises:
+            ValueError: matplotlib is missing.
+            OSError: a file cannot be written.
+        """
+        for name, figure in self.plots():
             save(figure, folder / f"{name}.png")
         for name in (*_TABLES, "usage"):
             _write_csv(folder / f"{name}.csv", getattr(self, name))
@@ -67,7 +75,12 @@ class Analysis:
 
     @staticmethod
     def read(folder: Path) -> Analysis:
-        """Read what `write` wrote. Raises: ValueError for other files; OSError."""
+        """Read the analysis that `write` wrote.
+
+        Raises:
+            ValueError: the files are of something else.
+            OSError: they cannot be read.
+        """
         try:
             content = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
             rows = {
@@ -75,35 +88,27 @@ class Analysis:
                 for name in _TABLES
             }
             usage = _read_csv(folder / "usage.csv")
-            matrices: dict[tuple[str, int], list[Ints]] = {}
-            found = [_MATRIX.fullmatch(path.name) for path in folder.iterdir()]
-            places = sorted(
-                (m[1] == RANDOM, m[1], int(m[2]), int(m[3]), m[0]) for m in found if m
-            )  # the control last
-            for _, model, layer, _, name in places:
-                matrix = np.loadtxt(folder / name, dtype=np.int64, delimiter=",", ndmin=2)
-                matrices.setdefault((model, layer), []).append(matrix)
+            matrices = _read_matrices(folder)
             return Analysis(dict(content["about"]), **rows, usage=usage, matrices=matrices)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder} holds no analysis of routing ({error})") from error
 
-    def pictures(self) -> Iterator[tuple[str, Figure]]:
-        """Yield each picture and its name."""
+    def plots(self) -> Iterator[tuple[str, Figure]]:
+        """Yield the name and the figure of each plot."""
         if self.matrices:
             scale = heatmaps.CoactivationScale.of(chain.from_iterable(self.matrices.values()))
         for (model, layer), matrices in self.matrices.items():
             name = f"coactivation_{model}_layer-{layer}"
-            yield name, heatmaps.coactivation_map(self.title(model), layer, matrices, scale)
+            yield name, heatmaps.coactivation_heatmap(self.title(model), layer, matrices, scale)
+        experts = int(self.about["experts"])
         for model in dict.fromkeys(str(row["model"]) for row in self.shown(self.routers)):
             rows, usage = (
                 [row for row in table if row["model"] == model]
                 for table in (self.routers, self.usage)
             )
-            yield (
-                f"usage_{model}",
-                heatmaps.usage_map(self.title(model), usage, int(self.about["experts"])),
-            )
-            yield f"consistency_{model}", heatmaps.consistency_plot(self.title(model), rows)
+            title = self.title(model)
+            yield f"usage_{model}", heatmaps.usage_heatmap(title, usage, experts)
+            yield f"consistency_{model}", heatmaps.consistency_plot(title, rows)
         if self.transitions:
             yield "information", heatmaps.information_plot(self.shown(self.transitions))
         if len(self.about["models"]) > 1:
@@ -111,16 +116,16 @@ class Analysis:
             yield "training", heatmaps.training_plot(*(_without_control(rows) for rows in tables))
 
     def title(self, model: str) -> str:
-        """Return what a picture calls a model of the tables: of which run at which step."""
+        """Return the title of a model of the tables: its run and its step."""
         name = "initial weights" if model == RANDOM else model
         step = model.removeprefix("step_")
         if step != model and step.isdecimal():
             name = f"step {int(step)}"
-        run = self.about.get("run")  # not in analyses of before
+        run = self.about.get("run")  # absent from older analyses
         return f"{run}, {name}" if run and run != name else name
 
     def shown(self, rows: Sequence[Row]) -> list[Row]:
-        """Return rows of the last model and of the control."""
+        """Return the rows of the last model and of the control."""
         return [row for row in rows if row["model"] in (self.about["models"][-1], RANDOM)]
 
 
@@ -146,8 +151,20 @@ def _read_csv(path: Path) -> list[Row]:
         ]
 
 
+def _read_matrices(folder: Path) -> dict[tuple[str, int], list[Ints]]:
+    """Read the co-activation matrices by model and layer, the control last."""
+    matrices: dict[tuple[str, int], list[Ints]] = {}
+    found = [_MATRIX.fullmatch(path.name) for path in folder.iterdir()]
+    for _, model, layer, _, name in sorted(
+        (m[1] == RANDOM, m[1], int(m[2]), int(m[3]), m[0]) for m in found if m
+    ):
+        matrix = np.loadtxt(folder / name, dtype=np.int64, delimiter=",", ndmin=2)
+        matrices.setdefault((model, layer), []).append(matrix)
+    return matrices
+
+
 def _without_nan(value: object) -> object:
-    """Replace NaN, for which JSON has no word, by None."""
+    """Replace NaN by None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""All measures of a model's routing on a text, as flat rows.
+"""Tables of a model's routing on a text: per router, per pair of iterations, per checkpoint.
 
 There is one per router, one per pair of iterations, and one per checkpoint and the next.
 Every key of a row is a column of a CSV file; docs/analysis.md defines each. Axis letters as in
@@ -18,10 +18,10 @@ from megatron_coe.analysis import routing as measure
 from megatron_coe.analysis.collect import Routing
 from megatron_coe.analysis.heldout import CLASSES
 from megatron_coe.analysis.mutual_information import (
-    Dependence,
+    MutualInformation,
     Shuffle,
     any_token,
-    dependence,
+    permutation_test,
     same_label,
     shifted,
 )
@@ -32,12 +32,12 @@ Row: TypeAlias = dict[str, Any]
 """A row of a table: texts and numbers by column."""
 
 DISTANCES = (1, 2, 4, 8, 16)
-"""How far apart the tokens are whose experts are compared."""
+"""Distances, in tokens, of the tokens whose experts are compared."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens in order: ids, number of the sequence and class of each, all [T]."""
+    """Tokens in order: id, number of the sequence and class of each, all [T]."""
 
     ids: Ints
     sequences: Ints
@@ -46,7 +46,7 @@ class Text:
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """How dependence is tested: shuffles per null hypothesis, and the seed that they come from."""
+    """Parameters of the permutation tests: shuffles per null hypothesis, and their seed."""
 
     permutations: int = 199
     seed: int = 0
@@ -58,46 +58,46 @@ class PermutationTest:
             raise ValueError(f"seed={self.seed}: give 0 or more")
 
     def run(self, first: Ints, second: Ints, sizes: tuple[int, int], shuffle: Shuffle) -> Row:
-        """Test the dependence of labels [T, A] and [T, B] under one null hypothesis."""
+        """Run the test of labels [T, A] and [T, B] against one null hypothesis."""
         generator = np.random.default_rng(self.seed)
-        found = dependence(first, second, sizes, shuffle, self.permutations, generator)
+        found = permutation_test(first, second, sizes, shuffle, self.permutations, generator)
         return _as_row(found)
 
 
 def router_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
-    """Yield one row per layer and iteration: use, weight, neighbors, what the token's id tells."""
+    """Yield a row per layer and iteration: load, top-k probability mass, neighbors, token's id."""
     known, ids = np.unique(text.ids, return_inverse=True)
     N, shuffle = routing.experts, any_token(len(ids))
-    for place, choices, weights in _routers(routing):
-        counts = measure.expert_counts(choices, N)
+    for place, indices, probs in _routers(routing):
+        counts = measure.expert_counts(indices, N)
         near = {
-            f"consistency_{distance}": measure.local_consistency(choices, text.sequences, distance)
+            f"consistency_{distance}": measure.local_consistency(indices, text.sequences, distance)
             for distance in DISTANCES
         }
-        of_id = test.run(ids[:, None], choices, (len(known), N), shuffle)
-        of_class = test.run(text.classes[:, None], choices, (len(CLASSES), N), shuffle)
+        of_id = test.run(ids[:, None], indices, (len(known), N), shuffle)
+        of_class = test.run(text.classes[:, None], indices, (len(CLASSES), N), shuffle)
         yield {
             **place,
             **asdict(load_stats(counts)),
-            "weight": float(weights.sum(axis=-1).mean()),
+            "weight": float(probs.sum(axis=-1).mean()),
             **near,
-            "consistency_by_chance": measure.chance_overlap(counts, counts, choices.shape[1]),
+            "consistency_by_chance": measure.chance_overlap(counts, counts, indices.shape[1]),
             **_prefixed("token", of_id),
             **_prefixed("class", of_class),
         }
 
 
 def transition_rows(routing: Routing, text: Text, test: PermutationTest) -> Iterator[Row]:
-    """Yield one row per layer and iteration but the last: how choices at t and t + 1 relate."""
+    """Yield a row per layer and iteration t but the last: assignments at t and t + 1 compared."""
     shuffles = {
         "any_token": any_token(len(text.ids)),
         "shifted": shifted(len(text.ids), least=_longest(text.sequences)),
         "same_token": same_label(text.ids),
     }
-    N, K = routing.experts, routing.choices.shape[-1]
+    N, K = routing.experts, routing.indices.shape[-1]
     for place, first, second, matrix in coactivations(routing):
         found = {name: test.run(first, second, (N, N), each) for name, each in shuffles.items()}
-        of_first, of_second = (measure.expert_counts(choices, N) for choices in (first, second))
+        of_first, of_second = (measure.expert_counts(indices, N) for indices in (first, second))
         yield {
             **place,
             **asdict(measure.transition(matrix)),
@@ -114,22 +114,25 @@ def transition_rows(routing: Routing, text: Text, test: PermutationTest) -> Iter
 
 
 def coactivations(routing: Routing) -> Iterator[tuple[Row, Ints, Ints, Ints]]:
-    """Place, choices [T, K] at t and at t + 1, and co-activation matrix [N, N] of each pair."""
-    for layer, choices in zip(routing.layers, routing.choices, strict=True):
-        for t, (first, second) in enumerate(itertools.pairwise(choices), start=1):
+    """Yield the co-activation of each layer and pair of iterations.
+
+    Yields:
+        Place, expert indices [T, K] at t and at t + 1, and co-activation matrix [N, N].
+    """
+    for layer, indices_CTK in zip(routing.layers, routing.indices, strict=True):
+        for t, (first, second) in enumerate(itertools.pairwise(indices_CTK), start=1):
             place = {"model": routing.name, "layer": layer, "iteration": t}
             yield place, first, second, measure.coactivation(first, second, routing.experts)
 
 
 def training_rows(routings: Sequence[Routing]) -> Iterator[Row]:
-    """Yield one row per checkpoint, layer and iteration: what changed since the one before.
+    """Yield a row per checkpoint, layer and iteration: compared with the previous and the last.
 
-    Each also says how much of the last one's routing is there already.
-
-    Raises: ValueError where the checkpoints are not of one shape.
+    Raises:
+        ValueError: the checkpoints are not of one shape.
     """
     for one, other in itertools.pairwise(routings):
-        if one.choices.shape != other.choices.shape or one.experts != other.experts:
+        if one.indices.shape != other.indices.shape or one.experts != other.experts:
             raise ValueError(f"{one.name} and {other.name} are not of one model: routers differ")
     for number, current in enumerate(routings):
         earlier, last = routings[max(0, number - 1)], routings[-1]
@@ -137,7 +140,7 @@ def training_rows(routings: Sequence[Routing]) -> Iterator[Row]:
         for (_, before, _), (place, now, _), (_, final, _) in places:
             N, K = current.experts, now.shape[1]
             counts, of_before, of_final = (
-                measure.expert_counts(choices, N) for choices in (now, before, final)
+                measure.expert_counts(indices, N) for indices in (now, before, final)
             )
             yield {
                 **place,
@@ -150,10 +153,10 @@ def training_rows(routings: Sequence[Routing]) -> Iterator[Row]:
 
 
 def usage_rows(routing: Routing, text: Text) -> Iterator[Row]:
-    """Yield one row per layer, iteration and expert: its tokens, in all and of each class."""
+    """Yield a row per layer, iteration and expert: tokens it receives, in all and by class."""
     N = routing.experts
-    for place, choices, _ in _routers(routing):
-        table = measure.contingency(choices, text.classes[:, None], (N, len(CLASSES)))
+    for place, indices, _ in _routers(routing):
+        table = measure.contingency(indices, text.classes[:, None], (N, len(CLASSES)))
         shares = table.sum(axis=1) / table.sum()
         for expert, row in enumerate(table.tolist()):
             yield {
@@ -166,14 +169,14 @@ def usage_rows(routing: Routing, text: Text) -> Iterator[Row]:
 
 
 def _routers(routing: Routing) -> Iterator[tuple[Row, Ints, measure.Floats]]:
-    """Place, choices [T, K] and weights [T, K] of each router."""
-    layers = zip(routing.layers, routing.choices, routing.weights, strict=True)
-    for layer, choices_CTK, weights_CTK in layers:
-        for t, (choices, weights) in enumerate(zip(choices_CTK, weights_CTK, strict=True), 1):
-            yield {"model": routing.name, "layer": layer, "iteration": t}, choices, weights
+    """Yield place, expert indices [T, K] and probabilities [T, K] of each router."""
+    layers = zip(routing.layers, routing.indices, routing.probs, strict=True)
+    for layer, indices_CTK, probs_CTK in layers:
+        for t, (indices, probs) in enumerate(zip(indices_CTK, probs_CTK, strict=True), 1):
+            yield {"model": routing.name, "layer": layer, "iteration": t}, indices, probs
 
 
-def _as_row(found: Dependence) -> Row:
+def _as_row(found: MutualInformation) -> Row:
     return {**asdict(found), "excess": found.excess}
 
 

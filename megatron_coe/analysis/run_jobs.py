@@ -1,7 +1,7 @@
-"""Training runs, some at a time, in processes that share the import of Megatron.
+"""Training runs, several at a time, in processes that share the import of Megatron.
 
 A server imports it once and forks a process for each run, which saves the seconds that the import
-takes (and leaves this process without threads or a GPU's context that a fork would inherit).
+takes, and keeps threads and a GPU's context, which a fork would inherit, out of this process.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ SETTINGS_FILE = "settings.yaml"
 CONSOLE_FILE = "console.log"
 _LOCK_FILE = ".lock"
 
-_UNHEARD = ("ignore:Apex is not installed", "ignore:Transformer Engine and Apex are not installed")
-_IMPORTED_ONCE = ("megatron_coe.training.build", "torch.utils.tensorboard")
+_IGNORED_WARNINGS = (
+    "ignore:Apex is not installed",
+    "ignore:Transformer Engine and Apex are not installed",
+)
+_PRELOADED = ("megatron_coe.training.build", "torch.utils.tensorboard")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is to be made, in the folder of its settings' `log.dir`."""
+    """A run to train, in the folder of its settings' `log.dir`."""
 
     name: str
     settings: Settings
@@ -55,7 +58,12 @@ class Run:
         return self.folder / SETTINGS_FILE
 
     def check(self) -> None:
-        """Check the folder. Raises: ValueError: a run with other settings is in it; OSError."""
+        """Check that the folder is writable and holds no run with other settings.
+
+        Raises:
+            ValueError: it holds one.
+            OSError: the folder cannot be written.
+        """
         check_writable(self._written)
         if not self._written.exists():
             return
@@ -68,28 +76,30 @@ class Run:
             )
 
     def prepare(self) -> None:
-        """Write its settings into its folder. Raises: as `check`."""
+        """Write its settings into its folder, after `check`."""
         self.check()
         if not self._written.exists():
             with atomic_path(self._written) as temporary:
                 temporary.write_text(self.settings.to_yaml(), encoding="utf-8")
 
     def is_done(self) -> bool:
-        """Return whether its last step was made and validated."""
+        """Return whether its last step was trained and validated."""
         if not (self.metrics.exists() and (self.folder / CONFIG_FILE).exists()):
             return False
         try:
             records = read_records(self.metrics)
-        except ValueError:  # a line cut short by a crash: the run mends it when it goes on
+        except ValueError:  # a line cut short by a crash, which the run removes when it resumes
             return False
         steps = self.settings.train.steps
         return any(record["step"] == steps and "valid_loss" in record for record in records)
 
 
 def last_validation_loss(folder: Path) -> float:
-    """Return the newest validation loss of a run, nats per token.
+    """Return the last validation loss of a run, nats per token.
 
-    Raises: ValueError: there is none; OSError: there is no such run.
+    Raises:
+        ValueError: there is none.
+        OSError: there is no such run.
     """
     metrics = folder / METRICS_FILE
     found = [record["valid_loss"] for record in read_records(metrics) if "valid_loss" in record]
@@ -99,32 +109,34 @@ def last_validation_loss(folder: Path) -> float:
 
 
 def server() -> ForkServerContext:
-    """Start the server of processes that have Megatron imported.
+    """Return a context that forks processes with Megatron imported.
 
-    Raises: ValueError: it cannot be imported beside a broken Transformer Engine.
+    Raises:
+        ValueError: it cannot be imported beside a broken Transformer Engine.
     """
     transformer_engine.is_installed()  # asked here: in the server it would be a traceback
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in pretrain_coe.py; read on import
-    # Megatron's modules each say on import that they do without Apex.
-    os.environ.setdefault("PYTHONWARNINGS", ",".join(_UNHEARD))
+    # Megatron's modules each warn on import that they do without Apex.
+    os.environ.setdefault("PYTHONWARNINGS", ",".join(_IGNORED_WARNINGS))
     # Megatron's modules ask on import whether there is a GPU: by NVML, which a fork survives.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = get_context("forkserver")
-    context.set_forkserver_preload(list(_IMPORTED_ONCE))
+    context.set_forkserver_preload(list(_PRELOADED))
     return context
 
 
 def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
-    """Make the runs that are not done, in their order; one that was cut short is continued.
+    """Train the runs that are not done, in their order; an interrupted one is resumed.
 
     Args:
+        runs: to train.
         jobs: runs at a time.
-        threads: of each run.
+        threads: CPU threads of each run.
 
     Raises:
-        ValueError: a run failed; it and where its messages are is named, and the others of its
-            time are ended, saved.
-        KeyboardInterrupt: as received, when the runs in progress are saved.
+        ValueError: a run failed; the message names it and its log. The others in progress save and
+            end first.
+        KeyboardInterrupt: as received, after the runs in progress have saved.
     """
     for run in runs:
         run.prepare()
@@ -133,7 +145,7 @@ def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
     context, left = server(), len(waiting)
     running: dict[ForkServerProcess, tuple[Run, float]] = {}
-    with _ended_with_us(running):
+    with _ended_on_exit(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
@@ -153,8 +165,8 @@ def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _ended_with_us(running: dict[ForkServerProcess, tuple[Run, float]]) -> Iterator[None]:
-    """Tell the runs in progress to save, and wait for them, whatever ends the block early."""
+def _ended_on_exit(running: dict[ForkServerProcess, tuple[Run, float]]) -> Iterator[None]:
+    """Tell the runs in progress to save and end, however the block ends, and wait for them."""
     try:
         yield
     finally:
@@ -168,13 +180,13 @@ def _check_end(run: Run, status: int | None) -> None:
     if status == DONE and run.is_done():
         return
     log = run.folder / CONSOLE_FILE
-    said = log.read_text(errors="replace").split("\n") if log.exists() else []
-    last = next((line for line in reversed(said) if line.strip()), "it said nothing")
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    last = next((line for line in reversed(lines) if line.strip()), "no message")
     raise ValueError(f"{run.folder}: the run ended with status {status}: {last} (see {log})")
 
 
 def _train(folder: str, threads: int) -> None:
-    """Train in a process of its own, with its messages in a file."""
+    """Train in this process, a run's own, with its messages in a file."""
     log = os.open(Path(folder, CONSOLE_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -192,11 +204,11 @@ def _end_with_starter() -> None:
     starter = parent_process()
     assert starter is not None
     starter.join()
-    os.kill(os.getpid(), signal.SIGTERM)  # saves, and goes
+    os.kill(os.getpid(), signal.SIGTERM)  # saves and ends
 
 
 def _difference(before: str, now: str) -> str:
-    """Return the first line that differs."""
+    """Describe the first line that differs."""
     pairs = zip(before.splitlines(), now.splitlines(), strict=False)
     differing = (f"{old.strip()}, now {new.strip()}" for old, new in pairs if old != new)
     return next(differing, "one has more")

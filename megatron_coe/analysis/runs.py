@@ -1,4 +1,4 @@
-"""Runs as they lie in folders: records, settings, and how far a run was at each record."""
+"""Recorded runs: metrics, settings, and steps, tokens, FLOPs and time at each record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Run:
 
     Attributes:
         metrics: its metrics.jsonl.
-        records: one for each step that was reported, in order of steps.
+        records: one for each logged step, in order of steps.
     """
 
     metrics: Path
@@ -31,45 +31,52 @@ class Run:
 
     @staticmethod
     def read(path: Path) -> Run:
-        """Return the run of a folder, or of a metrics.jsonl.
+        """Read the run of a folder, or of a metrics.jsonl.
 
-        Raises: ValueError for broken records; OSError: there is no such file.
+        Raises:
+            ValueError: a record is broken.
+            OSError: there is no such file.
         """
         metrics = path if path.suffix == ".jsonl" else path / METRICS_FILE
         return Run(metrics, read_records(metrics))
 
     @property
     def name(self) -> str:
+        """The name of its folder."""
         return self.metrics.resolve().parent.name
 
     @cached_property
     def settings(self) -> Settings:
-        """Raises: ValueError, OSError: there are none beside the metrics, or they are broken."""
+        """The settings beside the metrics.
+
+        Raises:
+            ValueError: they are broken.
+            OSError: there are none.
+        """
         return load_settings(self.metrics.parent / CONFIG_FILE)
 
     def values(self, name: str, axis: str = "steps") -> list[tuple[float, float]]:
-        """Return the points (place on the axis, value) of one figure, where it was recorded.
+        """Return the points (position on the axis, value) of a metric, where it was recorded.
 
         Args:
+            name: of the metric.
             axis: one of `AXES`.
 
-        Raises: ValueError, OSError: the settings do not say how far the run was.
+        Raises:
+            ValueError: the settings or records lack what the axis needs.
+            OSError: there are no settings.
         """
         points = [
-            (step, record[name]) for step, record in enumerate(self.records) if name in record
+            (number, record[name]) for number, record in enumerate(self.records) if name in record
         ]
-        places = self._places(axis) if points else []
-        return [(places[number], value) for number, value in points]
-
-    def _places(self, axis: str) -> list[float]:
-        """Return where on an axis each record is."""
-        return list(_AXES[axis][1](self))
+        positions = list(_AXES[axis][1](self)) if points else []
+        return [(positions[number], value) for number, value in points]
 
     def _steps(self) -> Sequence[float]:
         return [record["step"] for record in self.records]
 
     def _tokens(self) -> Sequence[float]:
-        """Return tokens as recorded, or steps times tokens of a step."""
+        """Return the recorded tokens, or steps times tokens of a step."""
         if all("tokens" in record for record in self.records):
             return [record["tokens"] for record in self.records]
         per_step = self.settings.train.global_batch_size * self._seq_length
@@ -91,22 +98,22 @@ class Run:
         return [tokens * per_token for tokens in self._tokens()]
 
     def _seconds(self) -> Sequence[float]:
-        """Return seconds as recorded, or tokens since the record before at a record's rate.
+        """Return the recorded seconds, or estimate them from tokens and tokens per second.
 
-        Records without a rate (of a validation alone) stand where the next one's says.
+        Records without a rate (of a validation alone) take the next one's.
         """
         if all("seconds" in record for record in self.records):
             return [record["seconds"] for record in self.records]
         rates = [record.get("tokens_per_second") for record in self.records]
         if not any(rates):
             raise ValueError(f"{self.metrics}: records neither seconds nor tokens_per_second")
-        places, elapsed, before = [], 0.0, 0.0
+        seconds, elapsed, before = [], 0.0, 0.0
         for number, tokens in enumerate(self._tokens()):
             rate = next(r for r in [*rates[number:], *rates[number::-1]] if r)
             elapsed += (tokens - before) / rate
             before = tokens
-            places.append(elapsed)
-        return places
+            seconds.append(elapsed)
+        return seconds
 
 
 _AXES: dict[str, tuple[str, Callable[[Run], Sequence[float]]]] = {
@@ -120,4 +127,5 @@ AXES = tuple(_AXES)
 
 
 def axis_label(axis: str) -> str:
+    """Return the label of an axis, one of `AXES`."""
     return _AXES[axis][0]

@@ -1,4 +1,4 @@
-"""Pictures of what a run recorded on its way besides its losses (docs/metrics.md)."""
+"""Plots of a run's metrics other than its losses (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_coe.analysis.runs import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-IN_A_ROW = 3
+PANELS_PER_ROW = 3
 LAYERS_SHOWN = 6
-"""Of a deep model so many, evenly spread, have their loads drawn."""
+"""The most layers, evenly spaced, whose loads are drawn."""
 
 _SPEED = (
     ("lr", "learning rate"),
@@ -35,7 +35,7 @@ _ROUTING = (
 
 @dataclass(frozen=True)
 class Panel:
-    """Some figures of a run over its steps, by label."""
+    """Metrics of a run to draw over its steps in one panel, by label."""
 
     title: str
     names: dict[str, str]
@@ -43,38 +43,39 @@ class Panel:
 
 
 def training_plots(run: Run) -> Iterator[tuple[str, Figure, str]]:
-    """Name, picture and caption of everything there is to show.
+    """Yield name, figure and caption of every plot that the run has metrics for.
 
-    Raises: ValueError: matplotlib is missing.
+    Raises:
+        ValueError: matplotlib is missing.
     """
-    there = list(dict.fromkeys(name for record in run.records for name in record))
-    speed = [Panel(title, {title: name}) for name, title in _SPEED if name in there]
+    recorded = list(dict.fromkeys(name for record in run.records for name in record))
+    speed = [Panel(title, {title: name}) for name, title in _SPEED if name in recorded]
     if speed:
         titles = ", ".join(panel.title for panel in speed)
-        yield "figures", draw(run, speed), f"Over steps: {titles}."
-    groups = {name.split("/")[1]: name for name in there if name.startswith("grad_norm/")}
+        yield "speed", draw(run, speed), f"Over steps: {titles}."
+    groups = {name.split("/")[1]: name for name in recorded if name.startswith("grad_norm/")}
     if groups:
         title = "gradient norm by group"
         yield "gradients", draw(run, [Panel(title, groups, True)]), "Gradient norm of each group."
-    if routing := list(_routing_panels(there)):
+    if routing := list(_routing_panels(recorded)):
         caption = "Routing of the training data by iteration, mean over layers."
-        yield "course_of_routing", draw(run, routing), caption
-    if loads := [name for name in there if name.startswith("load/")]:
-        caption = "Load of each expert over the mean, in the course of training."
+        yield "routing", draw(run, routing), caption
+    if loads := [name for name in recorded if name.startswith("load/")]:
+        caption = "Load of each expert over the mean, during training."
         yield "loads", load_heatmaps(run, loads), caption
 
 
 def draw(run: Run, panels: Sequence[Panel]) -> Figure:
-    """Return curves over steps, some panels in a row."""
-    columns = min(len(panels), IN_A_ROW)
-    rows = -(-len(panels) // IN_A_ROW)
+    """Draw panels of curves over steps."""
+    columns = min(len(panels), PANELS_PER_ROW)
+    rows = -(-len(panels) // PANELS_PER_ROW)
     figure = new_figure(max(3.4 * columns, 6.0), 2.8 * rows)
     for number, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
         shades = colors(len(panel.names))
         for (label, name), color in zip(panel.names.items(), shades, strict=True):
-            places, values = zip(*run.values(name), strict=True)
-            axes.plot(places, values, color=color, label=label, linewidth=1)
+            steps, values = zip(*run.values(name), strict=True)
+            axes.plot(steps, values, color=color, label=label, linewidth=1)
         if panel.is_logarithmic:
             axes.set_yscale("log")
         axes.set(xlabel="step")
@@ -86,12 +87,13 @@ def draw(run: Run, panels: Sequence[Panel]) -> Figure:
 
 
 def load_heatmaps(run: Run, names: Sequence[str]) -> Figure:
-    """Plot N times the load of every expert (rows) at every report (columns); 1 is the mean, white.
+    """Draw N times the load of every expert (rows) at every logged step (columns).
 
-    There is a panel per layer and iteration.
+    There is a panel per layer and iteration; the mean, 1, is white.
 
     Args:
-        names: `load/iteration_T/layer_L` of all of them.
+        run: with its metrics.
+        names: those called `load/iteration_T/layer_L`.
     """
     places = [tuple(map(int, re.findall(r"\d+", name))) for name in names]
     layers = sorted({layer for _, layer in places})
@@ -117,19 +119,19 @@ def load_heatmaps(run: Run, names: Sequence[str]) -> Figure:
     return figure
 
 
-def _routing_panels(there: Sequence[str]) -> Iterator[Panel]:
-    """Yield what is recorded of each iteration as a mean over layers."""
-    figures = [*_ROUTING]
-    losses = dict.fromkeys(name.split("/")[1] for name in there if name.startswith("balance/"))
-    figures += [(f"balance/{loss}", loss.replace("_", " ")) for loss in losses]
-    for figure, title in figures:
-        parts = ((name, re.fullmatch(rf"{figure}/iteration_(\d+)", name)) for name in there)
+def _routing_panels(recorded: Sequence[str]) -> Iterator[Panel]:
+    """Yield a panel for each metric recorded by iteration as a mean over layers."""
+    metrics = [*_ROUTING]
+    losses = dict.fromkeys(name.split("/")[1] for name in recorded if name.startswith("balance/"))
+    metrics += [(f"balance/{loss}", loss.replace("_", " ")) for loss in losses]
+    for metric, title in metrics:
+        parts = ((name, re.fullmatch(rf"{metric}/iteration_(\d+)", name)) for name in recorded)
         names = {f"iteration {part[1]}": name for name, part in parts if part}
         if names:
             yield Panel(title, names)
 
 
 def _edges(steps: Sequence[float]) -> list[float]:
-    """Return the edges of a map's columns, reports at `steps`: each begins where the last ended."""
+    """Return the edges of a heatmap's columns: each ends at its step, where the next begins."""
     first = 2 * steps[0] - steps[1] if len(steps) > 1 else steps[0] - 1
     return [first, *steps]

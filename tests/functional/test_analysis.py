@@ -89,8 +89,8 @@ def test_tables_and_pictures_of_a_folder(home: Path, analysis: Path) -> None:
                     if (row["model"], row["layer"], row["iteration"]) == (model, str(layer), str(t))
                 ]
                 assert matrix.sum(axis=1).tolist() == used
-            picture = analysis / f"coactivation_{model}_layer-{layer}.png"
-            assert picture.read_bytes().startswith(b"\x89PNG")
+            plot = analysis / f"coactivation_{model}_layer-{layer}.png"
+            assert plot.read_bytes().startswith(b"\x89PNG")
     for name in ("usage_hf-1", "consistency_hf-1", "information", "usage_random-init"):
         assert (analysis / f"{name}.png").stat().st_size > 5000
 
@@ -166,7 +166,7 @@ class _Page(HTMLParser):
         self.references: list[str] = []
         self.ids: list[str] = []
         self.text = ""
-        self.pictures: list[str | None] = []
+        self.plots: list[str | None] = []
         self.feed(text)
         self.close()
 
@@ -182,7 +182,7 @@ class _Page(HTMLParser):
             self.references += re.findall(r"url\(([^)]*)\)", value or "")
         if tag == "svg":
             named = dict(attributes)
-            self.pictures.append(named.get("aria-label") if named.get("role") == "img" else None)
+            self.plots.append(named.get("aria-label") if named.get("role") == "img" else None)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attributes)
@@ -213,12 +213,13 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(page: Path) -> None:
 def test_the_page_shows_everything(page: Path) -> None:
     parsed = _Page(page.read_text(encoding="utf-8"))
     assert HOSTILE in parsed.text  # as text, not as a tag
-    for heading in ("Curves", "Routing", "Samples", "Last figures", "Machine", "Settings"):
+    for heading in ("Curves", "Routing", "Samples", "Last metrics", "Machine", "Settings"):
         assert heading in parsed.text
     for told in ("Validation loss 0.5000 at step 20", "balance/seq_aux_loss", "coe_iterations: 3"):
         assert told in parsed.text, told
-    assert len(parsed.pictures) == 5 + 4 + 2 * 2 + 1  # curves, maps, use and neighbors, information
-    assert all(parsed.pictures)  # each is described
+    # Curves, co-activation, load and neighbors, information.
+    assert len(parsed.plots) == 5 + 4 + 2 * 2 + 1
+    assert all(parsed.plots)  # each is described
 
 
 def test_a_run_without_routing_has_a_page_too(home: Path, page: Path) -> None:
@@ -262,7 +263,7 @@ CHROMIUM = next(
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
 def test_a_real_browser_shows_it_without_a_network(page: Path, tmp_path: Path) -> None:
-    """The document that the browser has built, with its maps in it, and no complaint of its own."""
+    """The document that the browser has built, with its heatmaps, and no complaint."""
     assert CHROMIUM is not None
     done = subprocess.run(
         [

@@ -25,7 +25,7 @@ TORCH = "megatron_coe/model/backends/torch.py"
 MODEL = "megatron_coe/config/model_section.py"
 WEIGHT_INIT = "megatron_coe/model/weight_init.py"
 ROUTING = "megatron_coe/analysis/routing.py"
-DEPENDENCE = "megatron_coe/analysis/mutual_information.py"
+MUTUAL_INFORMATION = "megatron_coe/analysis/mutual_information.py"
 COLLECT = "megatron_coe/analysis/collect.py"
 
 OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
@@ -688,7 +688,7 @@ FAULTS = [
         OF_ROUTER,
     ),
     Fault(
-        "each layer's map has a scale of its own",
+        "each layer's heatmap has a scale of its own",
         "megatron_coe/analysis/heatmaps.py",
         '"vmax": scale.most,',
         '"vmax": matrices[0].max(),',
@@ -745,14 +745,14 @@ FAULTS = [
     ),
     Fault(
         "a p of 0",
-        DEPENDENCE,
+        MUTUAL_INFORMATION,
         "p=float((1 + (shuffled >= information).sum()) / (1 + permutations)),",
         "p=float((shuffled >= information).sum() / permutations),",
         ("tests/unit/analysis/test_mutual_information.py",),
     ),
     Fault(
         "shuffles within a label leave all in place",
-        DEPENDENCE,
+        MUTUAL_INFORMATION,
         "result[order] = order[np.lexsort((generator.random(len(order)), sorted_T))]",
         "result[order] = order",
         ("tests/unit/analysis/test_mutual_information.py",),
@@ -760,8 +760,8 @@ FAULTS = [
     Fault(
         "padding is taken for text",
         COLLECT,
-        "choices, weights = (part.cpu()[:, :, is_token_T] for part in parts)",
-        "choices, weights = (part.cpu() for part in parts)",
+        "indices, probs = (part.cpu()[:, :, is_token_T] for part in parts)",
+        "indices, probs = (part.cpu() for part in parts)",
         ("tests/unit/analysis/test_collect.py",),
     ),
     Fault(

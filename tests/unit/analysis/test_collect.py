@@ -38,7 +38,7 @@ def test_the_best_of_the_router_logits(changes, layers):
     found = collect(model, texts, "it", batch_size=2)
     C, K, N = model.config.inner_iter, model.config.num_experts_per_tok, found.experts
     assert (found.layers, N) == (layers, model.config.n_routed_experts)
-    assert found.choices.shape == found.weights.shape == (len(layers), C, 25, K)
+    assert found.indices.shape == found.probs.shape == (len(layers), C, 25, K)
     expected = []
     for ids in texts:
         output = model(torch.from_numpy(ids)[None], output_router_logits=True)
@@ -46,8 +46,8 @@ def test_the_best_of_the_router_logits(changes, layers):
         expected.append(logits.softmax(dim=-1))
     scores = torch.cat(expected, dim=2)
     best = scores.topk(K, dim=-1)
-    assert np.array_equal(np.sort(found.choices), best.indices.sort().values.numpy())
-    mine = np.take_along_axis(found.weights, np.argsort(found.choices), -1)
+    assert np.array_equal(np.sort(found.indices), best.indices.sort().values.numpy())
+    mine = np.take_along_axis(found.probs, np.argsort(found.indices), -1)
     theirs = scores.gather(-1, best.indices.sort().values).detach().numpy()
     np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
@@ -88,9 +88,9 @@ def test_transformers_own_deepseek_v2():
     except ValueError as error:  # transformers 4 keeps it to itself
         assert "convert the model" in str(error)
         return
-    assert (found.layers, found.experts, found.choices.shape) == ((2,), 7, (1, 1, 9, 2))
-    assert (np.sort(found.choices)[..., 1:] > np.sort(found.choices)[..., :-1]).all()
-    assert ((found.choices >= 0) & (found.choices < 7)).all()
+    assert (found.layers, found.experts, found.indices.shape) == ((2,), 7, (1, 1, 9, 2))
+    assert (np.sort(found.indices)[..., 1:] > np.sort(found.indices)[..., :-1]).all()
+    assert ((found.indices >= 0) & (found.indices < 7)).all()
 
 
 def test_a_model_without_routers_is_refused():

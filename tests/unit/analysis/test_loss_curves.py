@@ -1,4 +1,4 @@
-"""Loss curves: a picture with the losses in it, means with their spread, or a reason."""
+"""Loss curves: a plot with the losses in it, means with their spread, or a reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_png_is_drawn(tmp_path):
     save(plot_losses([group(tmp_path, RECORDS)], title="title"), output)
     assert output.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert output.stat().st_size > 5000
-    with pytest.raises(ValueError, match=r"loss\.docx: unknown kind of picture; use one of"):
+    with pytest.raises(ValueError, match=r"loss\.docx: unknown image format; use one of"):
         save(plot_losses([group(tmp_path, RECORDS)]), tmp_path / "loss.docx")
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_coe.analysis.mutual_information import (
-    Dependence,
+    MutualInformation,
     any_token,
-    dependence,
     mutual_information,
+    permutation_test,
     same_label,
     shifted,
 )
@@ -30,9 +30,9 @@ def test_information_by_its_definition():
     assert mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
 
 
-def measure(first, second, shuffle, seed=0) -> Dependence:
+def measure(first, second, shuffle, seed=0) -> MutualInformation:
     generator = np.random.default_rng(seed)
-    return dependence(first, second, (N, N), shuffle, PERMUTATIONS, generator)
+    return permutation_test(first, second, (N, N), shuffle, PERMUTATIONS, generator)
 
 
 def test_a_permutation_of_experts_tells_all():

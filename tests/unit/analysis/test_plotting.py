@@ -1,4 +1,4 @@
-"""Pictures for pages: nothing of outside, nothing that is bound to a white background."""
+"""Plots for pages: no references to outside, nothing bound to a white background."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from megatron_coe.analysis.heatmaps import CoactivationScale, coactivation_map
+from megatron_coe.analysis.heatmaps import CoactivationScale, coactivation_heatmap
 from megatron_coe.analysis.plotting import colors, inline_svg
 
 
-def picture(name: str) -> str:
+def rendered(name: str) -> str:
     matrices = [np.arange(25).reshape(5, 5) for _ in range(2)]
-    return inline_svg(coactivation_map("it", 3, matrices), name, 'what <is> "seen"')
+    return inline_svg(coactivation_heatmap("it", 3, matrices), name, 'what <is> "seen"')
 
 
-def test_the_picture_stands_by_itself():
-    text = picture("a")
+def test_the_plot_is_self_contained():
+    text = rendered("a")
     root = ElementTree.fromstring(text)
     assert root.tag == "svg" and not text.startswith("<?xml")
     assert (root.get("role"), root.get("aria-label")) == ("img", 'what <is> "seen"')
@@ -39,7 +39,7 @@ def test_maps_of_co_activation_have_one_scale_and_show_what_use_does_not_explain
     dependent = generator.integers(0, 40, (3, 3))
     scale = CoactivationScale.of([uneven, dependent])
     for matrices in ([uneven], [dependent, uneven]):
-        figure = coactivation_map("a run, step 3", 2, matrices, scale)
+        figure = coactivation_heatmap("a run, step 3", 2, matrices, scale)
         assert figure.get_suptitle() == "a run, step 3, layer 2"
         images = [axes.images[0] for axes in figure.axes if axes.get_ylabel().startswith("expert")]
         limits = {(image.get_clim(), image.get_cmap().name) for image in images}
@@ -58,13 +58,13 @@ def test_maps_of_co_activation_have_one_scale_and_show_what_use_does_not_explain
 
 
 def test_text_and_lines_take_the_color_of_the_page():
-    text = picture("a")
+    text = rendered("a")
     assert "currentColor" in text
     assert "#000000" not in text and "#ffffff" not in text
 
 
-def test_pictures_of_one_page_have_ids_of_their_own():
-    ids = [set(re.findall(r' id="([^"]*)"', picture(name))) for name in "ab"]
+def test_plots_of_one_page_have_ids_of_their_own():
+    ids = [set(re.findall(r' id="([^"]*)"', rendered(name))) for name in "ab"]
     assert ids[0] and not ids[0] & ids[1]
 
 
