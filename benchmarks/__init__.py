@@ -1,1 +1,1 @@
-"""What the model costs in time and memory, beside what it could cost: see docs/performance.md."""
+"""Benchmarks of time and memory against baselines and ceilings: see docs/performance.md."""

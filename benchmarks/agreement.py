@@ -1,4 +1,4 @@
-"""Agreement of variants that claim to compute the same: a wrong layer's speed is worth nothing."""
+"""Numerical agreement of variants that must compute the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-"""Largest ||a - b|| / ||b||. Variants sum in other orders, and now and then a tie between two
-experts falls the other way: a token then differs wholly, one of thousands in fp32, one of some
-hundred in
-bf16. (A pass too many or too few differs by about 1.)"""
+"""Largest ||a - b|| / ||b||. Variants sum in different orders, and sometimes a tie between two
+experts falls the other way: a token then differs completely, one of thousands in fp32, one of
+hundreds in bf16. (One pass more or less makes a difference of about 1.)"""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -27,14 +26,20 @@ def check_agreement(
     theirs: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Return the relative difference of each value that both variants name.
+    """Compare the values that both variants name.
 
     Args:
-        dtype: that both have computed in (their gradients may be kept in a wider one).
+        names: of the two variants.
+        ours: values by name.
+        theirs: values by name.
+        dtype: that both compute in (their gradients may be kept in a wider one).
+
+    Returns:
+        The relative difference of each value.
 
     Raises:
         ValueError: one is larger than the tolerance of the dtype (fp32: 1e-3, bf16: 0.2), or they
-            have nothing in common.
+            have no value in common.
     """
     differences = {}
     for name in ours.keys() & theirs.keys():

@@ -1,10 +1,10 @@
-"""Time and memory of CoE, beside a standard MoE's, other frameworks' and the ceiling.
+"""Benchmark time and memory of CoE beside a standard MoE, other frameworks and the ceiling.
 
     python tools/benchmark.py --what all --threads 1 --clock processor --output runs/benchmark.json
     python tools/benchmark.py --what step layer --vary model.bias_activation_fusion=on,off
     torchrun --nproc-per-node 2 tools/benchmark.py --what parallel
 
-Variants of a benchmark take turns in one process; docs/performance.md says what is measured.
+Variants of a benchmark take turns in one process; docs/performance.md describes the benchmarks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_coe.cli.command_line import new_parser, run
+from megatron_coe.cli.command_line import new_parser, required, run
 from megatron_coe.utils.files import check_writable
+
+with required():
+    from benchmarks.scale import SCALES
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +28,27 @@ if TYPE_CHECKING:
     from benchmarks.suite import Harness
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BENCHMARKS = (
-    *("kernels", "experts", "layer", "head", "step", "matched", "transformers", "memory"),
-    *("host_syncs", "parallel", "long"),
-)
+
+BENCHMARKS = {
+    "kernels": "linear_kernels",
+    "experts": "experts",
+    "layer": "layer",
+    "head": "output_head",
+    "step": "step",
+    "matched": "matched",
+    "transformers": "transformers",
+    "memory": "peak_memory",
+    "host_syncs": "host_syncs",
+    "parallel": "parallel",
+    "long": "long",
+}
+"""Name -> function of `benchmarks.suite`, which takes seconds to import."""
+
+ALL = tuple(name for name in BENCHMARKS if name not in ("parallel", "long"))
+"""The benchmarks of `--what all`: those of one process that take minutes."""
+
 FORMER_NAMES = {"synchronisations": "host_syncs"}  # codespell:ignore synchronisations
-SCALES = ("paper", "paper-32k", "cpu", "cpu-32k", "tiny")
-SWITCH = {"on": "true", "off": "false"}
+BOOLEANS = {"on": "true", "off": "false"}
 
 
 def main() -> int:
@@ -40,61 +57,81 @@ def main() -> int:
 
 
 def command(options: argparse.Namespace) -> None:
+    """Run the benchmarks that the options name, and report them on rank 0."""
     # Only now, because they take seconds.
     import torch
 
-    from benchmarks import report
-    from benchmarks.suite import ALL
-    from benchmarks.suite import BENCHMARKS as MEASURE
     from megatron_coe.config.run_config import ParallelSettings
     from megatron_coe.config.validation import world_size
     from megatron_coe.distributed.process_groups import process_groups
     from megatron_coe.model import backends
-    from megatron_coe.utils.environment import commit, versions
-    from megatron_coe.utils.ranks import is_rank_0
 
     if options.threads:
         torch.set_num_threads(options.threads)
     device = backends.prepare()
-    harness = harness_of(options, device)
+    harness = build_harness(options, device)
     harness.check()
-    outcomes = []
-    ranks = world_size()
-    with process_groups(ParallelSettings(expert_model_parallel_size=ranks), device):
-        speaks = is_rank_0()
-        heading: dict[str, object] = {
-            "commit": commit(REPOSITORY),
-            "machine": report.machine(device),
-            "versions": versions(),
-            "options": vars(options),
-        }
-        if speaks:
-            print("\n".join(f"{name}: {value}" for name, value in heading.items()), flush=True)
-        for benchmark in ALL if "all" in options.what else options.what:
-            outcomes.append(MEASURE[FORMER_NAMES.get(benchmark, benchmark)](harness))
-            if speaks:
-                print("\n" + outcomes[-1].markdown(), flush=True)
-                if options.output:
-                    report.write_json(options.output, heading, outcomes)
-        if speaks and not options.vary:
-            figures = {k: v for outcome in outcomes for k, v in outcome.figures.items()}
-            print("\n" + report.target_table(figures, device.type == "cuda"))
+    with process_groups(ParallelSettings(expert_model_parallel_size=world_size()), device):
+        run_benchmarks(options, harness)
+
+
+def run_benchmarks(options: argparse.Namespace, harness: Harness) -> None:
+    """Run the benchmarks one after another; each one's results are shown and saved at once."""
+    from benchmarks import report, suite
+    from megatron_coe.utils.environment import commit, versions
+    from megatron_coe.utils.ranks import is_rank_0
+
+    heading: dict[str, object] = {
+        "commit": commit(REPOSITORY),
+        "machine": report.machine(harness.device),
+        "versions": versions(),
+        "options": vars(options),
+    }
+    if is_rank_0():
+        print("\n".join(f"{name}: {value}" for name, value in heading.items()), flush=True)
+    outcomes: list[report.Outcome] = []
+    for name in ALL if "all" in options.what else options.what:
+        benchmark = getattr(suite, BENCHMARKS[FORMER_NAMES.get(name, name)])
+        outcomes.append(benchmark(harness))
+        if is_rank_0():
+            print("\n" + outcomes[-1].markdown(), flush=True)
+            if options.output:
+                report.write_json(options.output, heading, outcomes)
+    if is_rank_0() and not options.vary:
+        ratios = {k: v for outcome in outcomes for k, v in outcome.figures.items()}
+        print("\n" + report.target_table(ratios, harness.device.type == "cuda"))
 
 
 def parse() -> argparse.Namespace:
+    """Parse and check the command line.
+
+    Raises:
+        ValueError: options are out of range or contradict each other.
+        OSError: the output cannot be written.
+    """
+    options = new_argument_parser().parse_intermixed_args()
+    options.overrides += options.set
+    options.vary = setting_variants_of(options.vary)
+    check(options)
+    return options
+
+
+def new_argument_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
     parser = new_parser(__doc__)
     parser.add_argument(
-        *("--what", "-w"),
+        "--what",
+        "-w",
         nargs="+",
         choices=("all", *BENCHMARKS, *FORMER_NAMES),
         default=["all"],
-        help="benchmarks; all: those of one process that take minutes",
+        help="benchmarks; all: all but parallel and long",
     )
     parser.add_argument(
         "--scale", choices=SCALES, help="sizes (default: paper on a GPU, cpu without)"
     )
     parser.add_argument("--rounds", type=int, default=None, help="default: 50 on a GPU, else 10")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that are not counted")
+    parser.add_argument("--warmup", type=int, default=2, help="uncounted rounds")
     parser.add_argument("--profiles", type=int, default=3, help="profiled runs of each variant")
     parser.add_argument("--steps", type=int, default=1000, help="of the benchmark long")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
@@ -124,19 +161,34 @@ def parse() -> argparse.Namespace:
         "--presets", type=Path, default=REPOSITORY / "examples/paper", help="the paper's models"
     )
     parser.add_argument("--output", type=Path, help="JSON file with every sample")
-    options = parser.parse_intermixed_args()
-    options.overrides += options.set
-    options.vary = setting_variants_of(options.vary)
-    least = {
-        **dict.fromkeys(("warmup", "profiles"), 0),
-        **dict.fromkeys(("rounds", "steps", "threads"), 1),
-        **dict.fromkeys(("sequences", "num_layers", "vocab_size"), 1),
-        "seq_length": 2,
-    }
-    for name, lowest in least.items():
+    return parser
+
+
+LEAST = {
+    "warmup": 0,
+    "profiles": 0,
+    "rounds": 1,
+    "steps": 1,
+    "threads": 1,
+    "sequences": 1,
+    "num_layers": 1,
+    "vocab_size": 1,
+    "seq_length": 2,
+}
+"""The least values of numeric options."""
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check options before anything is imported that takes seconds.
+
+    Raises:
+        ValueError: options are out of range or contradict each other.
+        OSError: the output cannot be written.
+    """
+    for name, least in LEAST.items():
         value = getattr(options, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {lowest}")
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
     if options.output:
         check_writable(options.output)
     if options.clock == "processor" and options.threads != 1:
@@ -149,12 +201,10 @@ def parse() -> argparse.Namespace:
             f"--what {' '.join(options.what)} on {ranks} process(es): 'parallel' needs several "
             "(torchrun), by itself, and every other benchmark needs one"
         )
-    return options
 
 
-def harness_of(options: argparse.Namespace, device: torch.device) -> Harness:
-    """Return sizes and counts as the options and the machine say."""
-    from benchmarks.scale import SCALES
+def build_harness(options: argparse.Namespace, device: torch.device) -> Harness:
+    """Build the harness from the options, with defaults for the device."""
     from benchmarks.suite import Harness
 
     on_gpu = device.type == "cuda"
@@ -176,11 +226,15 @@ def harness_of(options: argparse.Namespace, device: torch.device) -> Harness:
 
 
 def setting_variants_of(varied: list[str]) -> tuple[tuple[str, ...], ...]:
-    """Return every combination of the values given, as overrides of settings."""
+    """Return every combination of the given values, as overrides of settings.
+
+    Raises:
+        ValueError: one does not have the form section.key=A,B.
+    """
     choices = []
     for text in varied:
         key, equals, values = text.partition("=")
         if not equals or "." not in key:
             raise ValueError(f"--vary {text!r}: must have the form section.key=A,B")
-        choices.append([f"{key}={SWITCH.get(value, value)}" for value in values.split(",")])
+        choices.append([f"{key}={BOOLEANS.get(value, value)}" for value in values.split(",")])
     return tuple(product(*choices)) if choices else ()

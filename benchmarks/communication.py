@@ -1,7 +1,7 @@
-"""How much of a step a rank spends waiting for others, beyond what is hidden under computing.
+"""Exposed communication of a step: the time that does not overlap with computation.
 
-On a CPU a rank's main thread computes or waits: what it spends in calls of process groups and their
-handles is exposed. On a GPU kernels of NCCL run beside others: what no other kernel covers is.
+On a CPU a rank's main thread computes or waits: its time in calls of process groups and their
+handles is exposed. On a GPU it is the time of NCCL's kernels when no other kernel runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Interval = tuple[float, float]
 
 
 def exposed_share(work: Callable[[], object], device: torch.device) -> float:
-    """Return seconds of exposed communication over all seconds of `work`, on this rank."""
+    """Measure the exposed communication of `work`, as a share of its time, on this rank."""
     if device.type == "cuda":
         return _on_gpu(work)
     watch = _Calls()
@@ -34,10 +34,10 @@ def exposed_share(work: Callable[[], object], device: torch.device) -> float:
 
 
 class _Calls:
-    """Adds up the time within functions of torch's process groups; for `sys.setprofile`.
+    """A profiler for `sys.setprofile` that sums the time in functions of torch's process groups.
 
-    A function of C began at the event before its return: that is the call, but for Python 3.12.1,
-    which reports no call of a built-in method; there it is the last thing that Python did.
+    A function of C began at the event before its return. That event is its call, except in Python
+    3.12.1, which reports no calls of built-in methods; there it is the last event of Python code.
     """
 
     def __init__(self) -> None:
@@ -71,17 +71,17 @@ def _on_gpu(work: Callable[[], object]) -> float:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kind = communication if event.name.startswith("nccl") else computation
             kind.append((event.time_range.start, event.time_range.end))
-    return uncovered(communication, computation) / 1e6 / seconds  # the profiler's are microseconds
+    return exposed(communication, computation) / 1e6 / seconds  # the profiler's are microseconds
 
 
-def uncovered(intervals: list[Interval], cover: list[Interval]) -> float:
-    """Return how much of the union of `intervals` lies outside the union of `cover`."""
-    both = union(intervals + cover)
-    return _length(both) - _length(union(cover))
+def exposed(communication: list[Interval], computation: list[Interval]) -> float:
+    """Return the length of the union of the first intervals outside the union of the second."""
+    both = union(communication + computation)
+    return _length(both) - _length(union(computation))
 
 
 def union(intervals: list[Interval]) -> list[Interval]:
-    """Return disjoint intervals, in order, that cover the same points."""
+    """Merge intervals into disjoint ones, in order."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:

@@ -1,6 +1,6 @@
-"""The output head with its loss: Megatron's two steps, PyTorch's fused one, and the ceiling.
+"""The output layer (LM head) with its loss: Megatron's two steps, PyTorch's fused one, a ceiling.
 
-Half of all work at the paper's vocabulary, alike for CoE and MoE.
+It is half of all FLOPs at the paper's vocabulary, the same for CoE and MoE.
 
 Axis letters: T tokens, H hidden, V vocabulary.
 """
@@ -27,7 +27,7 @@ MEGATRON, FUSED, PRODUCTS = "linear, then Megatron's loss", "linear_cross_entrop
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states [T, H], the head's weights [V, H] and the labels [T].
+    """Hidden states [T, H], the output layer's weights [V, H] and the labels [T].
 
     Rows of the weights from `vocab_size` on are padding.
     """
@@ -38,13 +38,13 @@ class Head:
     vocab_size: int
 
     def variants(self) -> list[Variant]:
-        """Return each forward and backward, for both gradients."""
+        """Return the variants, each forward and backward, for both gradients."""
         losses = {MEGATRON: self._by_megatron, FUSED: self._fused}
         variants = [self._variant(name, partial(self._loss, f)) for name, f in losses.items()]
         return [*variants, self._variant(PRODUCTS, self._products)]
 
     def result(self, name: str) -> dict[str, Any]:
-        """Return loss and gradients of a run of that variant."""
+        """Run a variant and return its gradients by name."""
         self._clear()
         self._loss({MEGATRON: self._by_megatron, FUSED: self._fused}[name], lambda part: None)
         return {"dx": self.x.grad, "dweight": self.weight.grad}
@@ -84,13 +84,14 @@ class Head:
 
 
 def random_head(provider: CoEModelProvider, tokens: int, device: torch.device) -> Head:
-    """Return an output layer with the sizes and dtype of a model.
+    """Draw a head with the sizes and dtype of a model.
 
-    Raises: ValueError: this PyTorch has no `linear_cross_entropy` (it came with 2.13).
+    Raises:
+        ValueError: this PyTorch has no `linear_cross_entropy` (new in 2.13).
     """
     if not hasattr(F, "linear_cross_entropy"):
         raise ValueError(
-            f"--what head: torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+            f"--what head: torch {torch.__version__} has no linear_cross_entropy; use 2.13 or later"
         )
     H, V, dtype = provider.hidden_size, provider.padded_vocab_size, provider.params_dtype
     x = torch.randn(tokens, H, device=device, dtype=dtype)

@@ -1,9 +1,9 @@
-"""How often a piece of work makes the host wait for the device, and where.
+"""Host syncs: how often the host waits for the device, and where.
 
-On a GPU PyTorch itself says so (`torch.cuda.set_sync_debug_mode`). On a CPU nothing waits, so what
-is counted are the calls that would: those that turn the contents of a tensor into a number or into
-the shape of another tensor. That counts too many, for a tensor may lie on the host anyway (the step
-counts of torch's AdamW do), and too few: copies to a device are not seen.
+On a GPU PyTorch reports them (`torch.cuda.set_sync_debug_mode`). On a CPU nothing waits; calls that
+would wait on a GPU are counted: those that turn the contents of a tensor into a number or into the
+shape of another tensor. That counts too many, for a tensor may be on the host anyway (the step
+counts of torch's AdamW are), and too few: copies to a device are not seen.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _SHAPED_BY_CONTENTS = {
 
 
 def count_host_syncs(work: Callable[[], object], device: torch.device) -> Counter[str]:
-    """Count how often `work` waits at each place, as `file:line`."""
+    """Count the host syncs of `work` by place, `file:line`."""
     if device.type == "cuda":
-        return _warned_of(work)
+        return _count_on_gpu(work)
     counts: Counter[str] = Counter()
     with _Operations(counts), _Methods(counts):
         work()
     return counts
 
 
-def _warned_of(work: Callable[[], object]) -> Counter[str]:
+def _count_on_gpu(work: Callable[[], object]) -> Counter[str]:
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
@@ -65,7 +65,7 @@ def _place(file: str, line: int) -> str:
 
 
 def _caller() -> str:
-    """Return the innermost line of the current call that is neither of torch's modes nor ours."""
+    """Return the innermost line on the stack that is neither torch's nor this module's."""
     frame = sys._getframe(2)
     while frame.f_back is not None and (
         frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename

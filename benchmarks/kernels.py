@@ -1,4 +1,4 @@
-"""The kernels that experts' linear layers can run on, beside one dense product over all rows."""
+"""Kernels for the linear layers of experts, beside one dense product over all rows."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Shape = tuple[int, int, int, int]
 
 
 def kernel_variants(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Variant]:
-    """Return the variants of one linear layer per expert: loop, `grouped_mm`, one dense product.
+    """Return variants of one linear layer per expert, its output and both gradients.
 
-    Each computes the output and both gradients.
+    They are a loop, `grouped_mm`, and the product of all rows with one matrix.
     """
     experts, inputs, outputs, rows = shape
 

@@ -1,11 +1,11 @@
-"""The layer by itself as variants: ours, Megatron's own called C times, and their ceiling.
+"""Variants of the layer by itself: CoE's, Megatron's own called C times, and their ceiling.
 
-All are set up as they are trained: wrapped by Megatron's `DistributedDataParallel`, whose gradient
-buffer every weight gradient ends in. Variants that compute the same share their weights' memory, so
-that they must agree.
+All are set up as in training: wrapped by Megatron's `DistributedDataParallel`, whose buffer
+receives every weight gradient. Variants that compute the same share their weights' memory, so that
+they must agree.
 
-Axis letters: S sequence, B batch, T = S * B tokens, H hidden, N routed experts, K chosen per token
-and iteration, C iterations, F feed-forward size of an expert, R = T * K rows.
+Axis letters: S sequence, B batch, T = S * B tokens, H hidden, N routed experts, K experts per token
+and iteration, C iterations, F feed-forward size of an expert, R = T * K dispatched tokens (rows).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StockIterations(torch.nn.Module):
         return x_SBH
 
     def share_weights(self, layer: CoELayer) -> None:
-        """Take the storage of a CoE layer's weights, and let all its routers use one's."""
+        """Share the storage of a CoE layer's weights, and let all its routers share one's."""
         for router in layer.router:
             router.weight.data = self.layer.router.weight.data
         self.share_experts(layer.experts)
@@ -63,14 +63,14 @@ class StockIterations(torch.nn.Module):
                 getattr(self.layer.shared_experts, name).weight.data = ours.weight.data
 
     def share_experts(self, experts: GroupedExperts) -> None:
-        """Take the storage of grouped experts' weights."""
+        """Share the storage of grouped experts' weights."""
         for index, expert in enumerate(self.layer.experts.local_experts):
             expert.linear_fc1.weight.data = experts.linear_fc1.weight.data[index]
             expert.linear_fc2.weight.data = experts.linear_fc2.weight.data[index]
 
 
 def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
-    """Build a CoE layer by the model's specs, outside a model: its aux loss is logged nowhere."""
+    """Build a CoE layer from the model's specs, outside of a model."""
     block = get_coe_decoder_block_spec(provider, resolve_backend(provider.backend))
     layer = build_part(block.layer_specs[0].submodules.mlp, config=provider)
     assert isinstance(layer, CoELayer)
@@ -78,51 +78,57 @@ def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
 
 
 def build_stock(provider: CoEModelProvider, device: torch.device) -> StockIterations:
-    """Return Megatron's layer of the same sizes; its residual is that of mode `inner`."""
+    """Build Megatron's layer of the same sizes; its residual is that of mode `inner`.
+
+    Raises:
+        ValueError: `coe_residual` is another.
+    """
     if provider.coe_residual != "inner":
-        raise ValueError(f"coe_residual={provider.coe_residual!r}: the stock chain has 'inner'")
+        raise ValueError(f"coe_residual={provider.coe_residual!r}: the stock layer needs 'inner'")
     return StockIterations(provider).to(device, provider.params_dtype)
 
 
 @dataclass(frozen=True)
 class PassVariant:
-    """A module under training, its inputs and the gradients of its outputs."""
+    """A module in training, its inputs and the gradients of its outputs."""
 
     name: str
     module: DistributedDataParallel
     xs: tuple[Tensor, ...]
-    """Inputs whose gradients are asked for."""
+    """Inputs, whose gradients are computed."""
     dys: tuple[Tensor, ...]
     flops: int
     tokens: int
     forward: Callable[..., tuple[Tensor, ...]]
-    """Calls the module on the inputs."""
+    """A function that calls the module on the inputs."""
 
     def variant(self) -> Variant:
-        """Forward and backward, apart."""
+        """Return the variant, its parts forward and backward."""
         return Variant(self.name, self.run, self.prepare, self.flops, self.tokens)
 
     def prepare(self) -> None:
-        """Clear gradients, and weigh auxiliary losses as they are, whatever a step has left."""
+        """Clear gradients, and reset the scale of auxiliary losses that a training step left."""
         self.module.zero_grad_buffer()
         for x in self.xs:
             x.grad = None
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.xs[0].device))
 
     def run(self, lap: Lap) -> None:
+        """Run forward and backward, ending each part with `lap`."""
         ys = self.forward(self.module, *self.xs)
         lap(FORWARD)
         torch.autograd.backward(ys, self.dys)
         lap(BACKWARD)
 
     def work(self) -> None:
-        """Run once without a clock; adds to the gradients that are there."""
+        """Run untimed. (It adds to the existing gradients.)"""
         self.run(lambda part: None)
 
     def result(self) -> dict[str, Any]:
-        """Return the outputs, and the gradients of inputs and weights, of one run.
+        """Run once and return outputs and gradients of inputs and weights, by name.
 
-        The weights' tell most: beside the residual an update of freshly drawn weights is small.
+        The weights' gradients tell most: beside the residual the output of freshly initialized
+        experts is small.
         """
         self.prepare()
         ys = self.forward(self.module, *self.xs)
@@ -132,16 +138,16 @@ class PassVariant:
         return found | weight_gradients(self.module.module)
 
 
-def under_training(module: torch.nn.Module, provider: CoEModelProvider) -> DistributedDataParallel:
+def wrap_with_ddp(module: torch.nn.Module, provider: CoEModelProvider) -> DistributedDataParallel:
     """Wrap a module as `megatron_coe.distributed.train_state.build_model` wraps a model."""
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=provider.bf16)
     return DistributedDataParallel(config=provider, ddp_config=config, module=module)
 
 
 def weight_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the gradient buffers of the routers, summed, and of the first and last expert.
+    """Return accumulated gradients: of the routers, summed, and of the first and the last expert.
 
-    Their names do not depend on how a module keeps its weights.
+    Their names do not depend on how a module stores its weights.
     """
     layer = module.layer if isinstance(module, StockIterations) else module
     experts: Any = layer.experts if isinstance(layer, MoELayer) else layer
@@ -163,7 +169,7 @@ def layer_variant(
     provider: CoEModelProvider,
     batch: tuple[Tensor, Tensor],
 ) -> PassVariant:
-    """Return a whole layer as a variant, on x [S, B, H] and the gradient of its output."""
+    """Return a layer as a variant, on x [S, B, H] and the gradient of its output."""
 
     def forward(module: torch.nn.Module, x_SBH: Tensor) -> tuple[Tensor, ...]:
         output = module(x_SBH)
@@ -173,13 +179,13 @@ def layer_variant(
     tokens = x.shape[0] * x.shape[1]
     flops = 6 * moe_work(provider).macs * tokens
     x = x.clone().requires_grad_()
-    return PassVariant(name, under_training(module, provider), (x,), (dy,), flops, tokens, forward)
+    return PassVariant(name, wrap_with_ddp(module, provider), (x,), (dy,), flops, tokens, forward)
 
 
 def random_batch(
     provider: CoEModelProvider, sequences: int, device: torch.device, seed: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Draw x [S, B, H] of unit variance, as a norm leaves it, and a gradient of the same shape."""
+    """Draw x [S, B, H] of unit variance, as after a norm, and a gradient of the same shape."""
     generator = torch.Generator().manual_seed(seed)
     shape = (provider.seq_length, sequences, provider.hidden_size)
     x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -190,16 +196,16 @@ def random_batch(
 
 
 def expert_flops(config: CoEConfig, rows: int) -> int:
-    """Forward and backward of the routed experts on R rows: two products each way per weight."""
+    """Return the FLOPs of the routed experts on R rows: one product forward, two backward."""
     return 6 * rows * ffn_params(config, config.moe_ffn_hidden_size)
 
 
 def natural_counts(config: CoEConfig, tokens: int, seed: int = 2) -> Tensor:
-    """Return rows of each expert [N] as a fresh router divides T tokens: even, but for chance."""
+    """Draw the rows of each expert [N] as a fresh router assigns T tokens: uniformly."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, config.num_moe_experts, generator=generator)
-    chosen = scores.topk(config.moe_router_topk, dim=1).indices
-    return torch.bincount(chosen.flatten(), minlength=config.num_moe_experts)
+    indices = scores.topk(config.moe_router_topk, dim=1).indices
+    return torch.bincount(indices.flatten(), minlength=config.num_moe_experts)
 
 
 def experts_variant(
@@ -209,7 +215,7 @@ def experts_variant(
     tokens: int,
     device: torch.device,
 ) -> PassVariant:
-    """Return the routed experts in C passes, each over rows of its own that are sorted already."""
+    """Return the routed experts as a variant of C passes, each over its own, sorted rows."""
     rows = tokens * provider.moe_router_topk
     generator = torch.Generator().manual_seed(3)
 
@@ -223,19 +229,19 @@ def experts_variant(
     counts = natural_counts(provider, tokens).to(device)
 
     def forward(experts: torch.nn.Module, *xs: Tensor) -> tuple[Tensor, ...]:
-        # Megatron's experts have no such thing.
+        # Megatron's experts have no `shared_weights`.
         with getattr(experts.module, "shared_weights", nullcontext)():
             return tuple(experts(x_RH, counts, probs)[0] for x_RH in xs)
 
     flops = expert_flops(provider, len(xs) * rows)
-    return PassVariant(name, under_training(experts, provider), xs, dys, flops, tokens, forward)
+    return PassVariant(name, wrap_with_ddp(experts, provider), xs, dys, flops, tokens, forward)
 
 
 def dense_variant(provider: CoEModelProvider, tokens: int, device: torch.device) -> Variant:
-    """Return the ceiling: as many multiplications as the routed experts', in dense products.
+    """Return the ceiling: the multiplications of the routed experts in products of all rows.
 
-    Nothing but `torch.mm`, into memory that is there already: up and gate, down, and for each the
-    gradients of its input and of its weight.
+    It is `torch.mm` into preallocated memory: up and gate, down, and for each the gradients of its
+    input and of its weight.
     """
     rows, width = tokens * provider.moe_router_topk, provider.hidden_size
     ffn, passes = provider.moe_ffn_hidden_size, range(provider.coe_iterations)

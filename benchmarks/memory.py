@@ -1,4 +1,4 @@
-"""What a variant holds between its runs, and how much more it needs at the worst moment of one."""
+"""Memory of a variant: held between its runs, and the peak of one beyond that."""
 
 from __future__ import annotations
 
@@ -18,26 +18,33 @@ class Footprint:
     """Bytes of tensors."""
 
     held: int
-    """Parameters, gradient buffers and optimizer state: there between two runs."""
+    """Parameters, gradient buffers and optimizer state."""
     passing: dict[str, int]
-    """What each part of a run adds at its highest point: activations, gradients on their way,
+    """The peak of each part of a run beyond `held`: activations, temporary gradients,
     workspaces."""
 
     @property
     def peak(self) -> int:
+        """The most bytes allocated at a time."""
         return self.held + max(self.passing.values())
 
 
 def footprint(
     held: Iterable[Tensor], run: Callable[[Lap], None], device: torch.device
 ) -> Footprint:
-    """Measure a variant that has run before, so that all its state is there."""
+    """Measure a variant that has run before, so that its state is allocated.
+
+    Args:
+        held: tensors that live between two runs.
+        run: the variant's.
+        device: its device.
+    """
     measure = _peaks_on_gpu if device.type == "cuda" else _peaks_on_cpu
     return Footprint(storage_bytes(held), measure(run))
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return bytes of the storages behind the tensors, each counted once."""
+    """Sum the bytes of the storages behind the tensors, each counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}.values())
 
@@ -54,7 +61,7 @@ def held_by(train_state: TrainState) -> Iterable[Tensor]:
 
 
 def module_tensors(module: torch.nn.Module) -> Iterable[Tensor]:
-    """Yield parameters with the gradients that Megatron's DDP keeps for them, and buffers."""
+    """Yield parameters, the gradients that Megatron's DDP keeps for them, and buffers."""
     for parameter in module.parameters():
         yield parameter
         if isinstance(gradient := getattr(parameter, "main_grad", None), Tensor):
@@ -78,7 +85,7 @@ def _peaks_on_gpu(run: Callable[[Lap], None]) -> dict[str, int]:
 
 
 def _peaks_on_cpu(run: Callable[[Lap], None]) -> dict[str, int]:
-    """Sum the allocations that torch's profiler sees, which libraries' own workspaces are not."""
+    """Measure by the allocations that torch's profiler sees; other libraries' are not included."""
 
     def lap(part: str) -> None:
         with record_function(_LAP + part):

@@ -1,9 +1,9 @@
-"""Where the time of a pass goes, by torch's profiler, forward and backward, on CPU and GPU.
+"""Time by phase, forward and backward, by torch's profiler, on CPU and GPU.
 
-Parts of the model are marked by ranges around their calls. What runs within a range belongs to its
-phase; a node of the backward pass belongs to the phase of the operation that made it, which the
-profiler tells by a sequence number. So nothing is stopped or waited for between two phases, and a
-phase's time is that of its operations: of the processor on a CPU, of the kernels on a GPU.
+Calls of the model's parts are marked by ranges. An operation within a range belongs to its phase; a
+node of the backward pass belongs to the phase of the operation that created it, which the profiler
+identifies by a sequence number. So phases need no synchronization between them, and a phase's time
+is that of its operations: of the processor on a CPU, of the kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ OTHER = "other"
 GRADIENT_BUFFERS = "gradient buffers"
 
 Target = tuple[object, str, str]
-"""An object, the name of its method and the phase that the method's time belongs to."""
+"""An object, the name of its method and the phase that the method belongs to."""
 
 Phases = dict[str, tuple[float, float]]
-"""Seconds of each phase in the forward pass (and the update) and in the backward pass."""
+"""Seconds of each phase in the forward pass (and optimizer step) and in the backward pass."""
 
 
 def targets(model: torch.nn.Module) -> Iterator[Target]:
@@ -34,7 +34,7 @@ def targets(model: torch.nn.Module) -> Iterator[Target]:
     for name, module in model.named_modules():
         part = name.rpartition(".")[2]
         if isinstance(module, MoELayer):
-            yield module, "forward", "chain and residual"
+            yield module, "forward", "iterations and residual"
             yield from _layer_targets(module)
         elif part == "self_attention":
             yield module, "forward", "attention"
@@ -42,7 +42,7 @@ def targets(model: torch.nn.Module) -> Iterator[Target]:
             yield module, "forward", "norms"
         elif part == "embedding":
             yield module, "forward", "embedding"
-        if hasattr(module, "_postprocess"):  # GPTModel: head and loss
+        if hasattr(module, "_postprocess"):  # GPTModel: output layer and loss
             yield module, "_postprocess", "head"
 
 
@@ -59,7 +59,7 @@ def _layer_targets(layer: MoELayer) -> Iterator[Target]:
 
 @contextmanager
 def marked(calls: Iterable[Target]) -> Iterator[None]:
-    """Run these objects' methods within profiler ranges; restore them afterwards."""
+    """Run these objects' methods within ranges, and restore them afterwards."""
     with ExitStack() as stack:
         for owner, name, phase in calls:
             method = getattr(owner, name, None)
@@ -85,7 +85,13 @@ def _within(label: str, method: Callable) -> Callable:
 def measure_phases(
     work: Callable[[], object], calls: Sequence[Target], device: torch.device
 ) -> Phases:
-    """Measure the seconds that `work` spends in each phase."""
+    """Measure the seconds that `work` spends in each phase.
+
+    Args:
+        work: to profile.
+        calls: the phases.
+        device: that it runs on.
+    """
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -101,7 +107,7 @@ def measure_phases(
 
 
 def smallest(profiles: Sequence[Phases]) -> Phases:
-    """Return the shortest time of each phase over several runs, the least disturbed."""
+    """Return the smallest times of each phase over several runs, the least disturbed ones."""
     return {
         phase: (
             min(found.get(phase, (0.0, 0.0))[0] for found in profiles),
@@ -112,7 +118,7 @@ def smallest(profiles: Sequence[Phases]) -> Phases:
 
 
 def largest_first(profiles: Iterable[Phases]) -> list[str]:
-    """Return all the phases there are, by the most time that any profile found in them."""
+    """Return all phases, sorted by their largest time in any profile."""
     most: dict[str, float] = {}
     for found in profiles:
         for phase, times in found.items():
@@ -121,7 +127,7 @@ def largest_first(profiles: Iterable[Phases]) -> list[str]:
 
 
 def attribute(events: EventList, on_gpu: bool) -> Phases:
-    """Add up the events' own times by phase and direction."""
+    """Sum the events' own times by phase and direction."""
     maker = _makers(events)
     seconds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in events:
@@ -135,7 +141,7 @@ def attribute(events: EventList, on_gpu: bool) -> Phases:
 
 
 def _makers(events: EventList) -> dict[int, str]:
-    """Return the phase that each sequence number was given out in."""
+    """Return the phase in which each sequence number was issued."""
     makers: dict[int, str] = {}
     for event in events:
         if event.sequence_nr >= 0 and _node_of(event) is None:
@@ -149,7 +155,7 @@ def _phase_of(event: FunctionEvent, makers: dict[int, str]) -> tuple[str, bool]:
         return _range_of(event) or OTHER, False
     if "AccumulateGrad" in node.name:
         return GRADIENT_BUFFERS, True
-    # What is recomputed in the backward pass stands in a range of its own, below the node.
+    # An operation recomputed in the backward pass is in a range of its own, below the node.
     return _range_of(event, below=node) or makers.get(node.sequence_nr, OTHER), True
 
 

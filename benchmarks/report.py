@@ -1,4 +1,4 @@
-"""Results as JSON with every sample, as Markdown tables, and beside the ratios to reach."""
+"""Results as JSON with every sample, as Markdown tables, and compared with the targets."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from megatron_coe.utils.tables import markdown_table
 
 @dataclass
 class Outcome:
-    """What a benchmark has found."""
+    """The results of a benchmark."""
 
     benchmark: str
     title: str
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     figures: dict[str, Spread] = field(default_factory=dict)
-    """By the names that TARGETS look for."""
+    """Ratios by the names that `TARGETS` use."""
     samples: Samples = field(default_factory=dict)
     details: dict[str, object] = field(default_factory=dict)
-    """Whatever else belongs into the JSON file."""
+    """Further entries of the JSON file."""
     further: list[Outcome] = field(default_factory=list)
     """More tables of the same benchmark."""
 
     def markdown(self) -> str:
-        """Return the title and the table, then the further ones."""
+        """Render the title and the table, then the further ones."""
         parts = [f"**{self.title}**", "", markdown_table(self.header, self.rows)]
         for other in self.further:
             parts += ["", other.markdown()]
@@ -40,66 +40,77 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio to reach: a row of the report's last table."""
+    """A target of a ratio, with its bounds on a CPU and on a GPU; None: there is no such target."""
 
     title: str
     figure: str
-    must_cpu: float | None
-    must_gpu: float | None
-    stretch_cpu: float | None
-    stretch_gpu: float | None
-    at_most: bool
-    """Whether less is better."""
+    must: tuple[float | None, float | None]
+    stretch: tuple[float | None, float | None]
     command: str
     """The benchmark that measures it, as `--what` takes it."""
+    at_most: bool = True
+    """Whether lower is better."""
 
     def bounds(self, on_gpu: bool) -> tuple[float | None, float | None]:
-        """Return (must, stretch) on such a device; None where there is no target."""
-        if on_gpu:
-            return self.must_gpu, self.stretch_gpu
-        return self.must_cpu, self.stretch_cpu
+        """Return (must, stretch) on a GPU or a CPU."""
+        return self.must[on_gpu], self.stretch[on_gpu]
 
 
 TARGETS = (
-    Target("step time CoE-2(4/64) / MoE(8/64)", "step", 1.10, 1.10, 1.06, 1.06, True, "step"),
-    Target("step time CoE-2(3+1) / MoE(7+1)", "matched", 1.07, 1.07, 1.03, 1.03, True, "matched"),
+    Target("step time CoE-2(4/64) / MoE(8/64)", "step", (1.10, 1.10), (1.06, 1.06), "step"),
+    Target("step time CoE-2(3+1) / MoE(7+1)", "matched", (1.07, 1.07), (1.03, 1.03), "matched"),
     Target(
         "CoE layer: speed-up over stock MoELayer + SequentialMLP called C times",
-        *("layer", 1.2, 1.5, 1.5, 2.3, False, "layer"),
+        "layer",
+        (1.2, 1.5),
+        (1.5, 2.3),
+        "layer",
+        at_most=False,
     ),
     Target(
         "routed experts' rate / dense matmul's rate",
-        *("experts", 0.65, 0.35, 0.80, 0.50, False, "experts"),
+        "experts",
+        (0.65, 0.35),
+        (0.80, 0.50),
+        "experts",
+        at_most=False,
     ),
-    Target("peak memory CoE / MoE", "memory", 1.07, 1.07, 1.04, 1.04, True, "memory"),
+    Target("peak memory CoE / MoE", "memory", (1.07, 1.07), (1.04, 1.04), "memory"),
     Target(
         "seconds for 1,000 steps of CoE-2(4/64), V = 102,400, one H200",
-        *("long", None, 150.0, None, 100.0, True, "long --scale paper"),
+        "long",
+        (None, 150.0),
+        (None, 100.0),
+        "long --scale paper",
     ),
-    Target(
-        "host_syncs per step",
-        *("host_syncs", None, 4, None, 0, True, "host_syncs"),
-    ),
+    Target("host syncs per step", "host_syncs", (None, 4), (None, 0), "host_syncs"),
     Target(
         "EP > 1: exposed share of communication in a step",
-        *("parallel", None, 0.10, None, 0.05, True, "parallel, under torchrun"),
+        "parallel",
+        (None, 0.10),
+        (None, 0.05),
+        "parallel, under torchrun",
     ),
     Target(
         "tokens/s over transformers' deepseek_v2 MoE(8/64) with grouped_mm, fp32",
-        *("transformers", 1.2, None, 1.5, None, False, "transformers"),
+        "transformers",
+        (1.2, None),
+        (1.5, None),
+        "transformers",
+        at_most=False,
     ),
 )
 
 
 def target_table(figures: dict[str, Spread], on_gpu: bool) -> str:
-    """Return every target with what was measured here; what was not is said so."""
+    """Render every target beside its measured ratio, if it was measured."""
     rows = []
     for target in TARGETS:
         must, stretch = target.bounds(on_gpu)
         found = figures.get(target.figure)
         verdict = ""
         if found is None:
-            gpu_only = target.must_cpu is None and not on_gpu
+            gpu_only = must is None and not on_gpu
             shown = "not measured" + (" (needs a GPU)" if gpu_only else "")
         else:
             shown = found.text()
@@ -120,13 +131,13 @@ def _verdict(value: float, must: float | None, stretch: float | None, at_most: b
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """Return what it was measured on, and how busy that was."""
+    """Return the machine, the threads, and the load averages."""
     load = [round(load, 2) for load in os.getloadavg()]
     return {**machine_of(device), "threads": torch.get_num_threads(), "load": load}
 
 
 def write_json(path: Path, heading: dict[str, object], outcomes: list[Outcome]) -> None:
-    """Write everything, with every sample."""
+    """Write the heading and the outcomes, with every sample."""
     document = {**heading, "outcomes": [asdict(outcome) for outcome in outcomes]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")

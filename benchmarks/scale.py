@@ -1,4 +1,4 @@
-"""The paper's models in a size that a machine can hold and a round can afford."""
+"""Sizes of the paper's models that fit a machine and the time of a round."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_coe.config.validation import check_values
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a measurement. H, F, N, heads are the presets' own unless `overrides` say else.
+    """Sizes of a benchmark. H, F, N and heads are the presets' own unless overridden.
 
-    The proportion of the head to the layers decides how much the chain shows in a whole step: the
-    paper's 4 layers with 102,400 ids are a layer for every 25,600, with 32,000 one for every 8,000.
+    The ratio of vocabulary to layers decides the share of the iterations in a step: the paper's 4
+    layers have 25,600 ids each with a vocabulary of 102,400, and 8,000 with one of 32,000.
     """
 
     sequences: int
@@ -23,7 +23,7 @@ class Scale:
     num_layers: int
     vocab_size: int
     overrides: tuple[str, ...] = ()
-    """`section.key=value`, laid over the preset last."""
+    """`section.key=value`, applied to the preset last."""
 
     @property
     def tokens(self) -> int:
@@ -53,9 +53,11 @@ SCALES = {
 
 
 def preset_settings(preset: Path, scale: Scale, *changes: str) -> Settings:
-    """Return a preset of examples/paper at that scale, `changes` winning over both.
+    """Load a preset of examples/paper at a scale, with `changes` overriding both.
 
-    Raises: ValueError, OSError: as `load_settings`.
+    Raises:
+        ValueError: as `load_settings`.
+        OSError: as `load_settings`.
     """
     settings = load_settings(
         preset,

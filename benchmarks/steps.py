@@ -1,4 +1,4 @@
-"""Whole training steps as variants: the `Trainer` that `pretrain_coe.py` runs, on random tokens."""
+"""Training steps as variants: the `Trainer` of `coe train`, on random tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.trainer import Trainer, last_step
 
 PARTS = GRADIENTS, OPTIMIZER = "gradients", "optimizer"
-"""The two parts of a step: forward and backward; and the update with its clipping."""
+"""The two parts of a step: forward and backward; and the optimizer step with its clipping."""
 
 
 class RandomTokens(Dataset):
@@ -64,7 +64,7 @@ class StepVariant:
         return self.trainer.train_state.chunks[0]
 
     def calls(self) -> list[Target]:
-        """Return what of a step is to be told apart."""
+        """Return the calls of a step that are phases."""
         train_state = self.trainer.train_state
         calls = list(targets(self.model))
         calls += [
@@ -76,11 +76,11 @@ class StepVariant:
 
     @property
     def flops(self) -> int:
-        """Of forward and backward; the update is not counted, as is usual."""
+        """FLOPs of forward and backward; the optimizer step is not counted, as is usual."""
         return self.tokens * self.provider.flops_per_token(self.provider.seq_length)
 
     def variant(self) -> Variant:
-        """Return the step in two parts, the second beginning where the optimizer is called."""
+        """Return the step as a variant; its second part begins where the optimizer is called."""
         return Variant(self.name, self._run, flops=self.flops, tokens=self.tokens)
 
     def _run(self, lap: Lap) -> None:
@@ -100,7 +100,7 @@ class StepVariant:
 
 
 def build_step(name: str, settings: Settings, device: torch.device) -> StepVariant:
-    """Return a freshly initialized model in training; Megatron's parallel groups must be there."""
+    """Build a freshly initialized model in training; Megatron's process groups must exist."""
     seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
     train_state = build_train_state(provider, settings.parallel, settings.train, device)
@@ -123,15 +123,15 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepVaria
         profiler=StepProfiler(settings.log, enabled=False),
         heartbeat=Heartbeat(),
     )
-    replicas = parallel_state.get_data_parallel_world_size()
-    tokens = settings.train.global_batch_size * provider.seq_length // replicas
+    ranks = parallel_state.get_data_parallel_world_size()
+    tokens = settings.train.global_batch_size * provider.seq_length // ranks
     return StepVariant(name, trainer, provider, tokens)
 
 
 def share_memory(variants: Sequence[StepVariant]) -> None:
     """Let variants train the same fp32 weights with the same moments, where names and shapes agree.
 
-    Only the gradient buffers remain each variant's own. What is learnt is nobody's concern here.
+    Only the gradient buffers remain each variant's own; what is learned does not matter.
     """
     first, *others = variants
     known = dict(first.model.named_parameters())
@@ -148,7 +148,7 @@ def share_memory(variants: Sequence[StepVariant]) -> None:
 
 
 def _adam_state(variant: StepVariant) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the state of each parameter that the optimizer updates itself, not by an fp32 copy."""
+    """Return the state of each parameter that the optimizer updates without an fp32 copy."""
     optimizer: Any = variant.trainer.train_state.optimizer
     parts = optimizer.chained_optimizers
     return {parameter: state for part in parts for parameter, state in part.optimizer.state.items()}

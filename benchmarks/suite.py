@@ -1,4 +1,4 @@
-"""What can be measured: each benchmark builds its variants, times them in turns and reports."""
+"""The benchmarks: each builds its variants, times them in turns and returns an `Outcome`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MATCHED_COE, MATCHED_MOE = "coe-2_3-64", "moe_7-64"
 
 @dataclass(frozen=True)
 class Harness:
-    """What the benchmarks share: the machine, the sizes and how often to measure."""
+    """Parameters of all benchmarks: the device, the sizes and the numbers of repetitions."""
 
     presets: Path
     """Folder of the paper's models."""
@@ -41,41 +41,48 @@ class Harness:
     warmup: int
     clock: str
     profiles: int = 3
-    """How many steps are profiled for the table of phases; 0: none is shown."""
+    """Number of profiled steps for the table of phases; 0: no table."""
     steps: int = 1000
     """Of the benchmark `long`."""
     setting_variants: tuple[tuple[str, ...], ...] = ()
-    """Settings to compare, each a tuple of `section.key=value`; empty: CoE with MoE."""
+    """Settings to compare, each a tuple of `section.key=value`; empty: compare CoE with MoE."""
     changes: tuple[str, ...] = ()
     """`section.key=value` for every variant."""
 
     def check(self) -> None:
-        """Check the presets and overrides. Raises: ValueError, OSError: one cannot be used."""
+        """Check presets and overrides before any benchmark runs.
+
+        Raises:
+            ValueError: an override is invalid.
+            OSError: a preset is missing.
+        """
         for preset, changes in self.models((COE, MOE)).values():
             build_provider(self.settings(preset, *changes), self.device)
 
     def settings(self, preset: str, *changes: str) -> Settings:
+        """Load a preset at the scale, with changes."""
         return preset_settings(self.presets / f"{preset}.yaml", self.scale, *changes, *self.changes)
 
     def provider(self, preset: str, *changes: str) -> CoEModelProvider:
-        """Return the provider of a layer by itself, with auxiliary losses not scaled by tokens."""
+        """Build the provider of a layer by itself, whose auxiliary losses are not scaled."""
         settings = self.settings(preset, *changes)
         seed_everything(settings.train.seed)
         provider = build_provider(settings, self.device)
         return provider.with_fields(calculate_per_token_loss=False)
 
     def time(self, variants: Sequence[Variant]) -> Samples:
+        """Time variants that take turns."""
         return interleave(variants, self.rounds, self.warmup, self.device, self.clock)
 
     def models(self, pair: tuple[str, str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Name -> (preset, changes) of the variants: the pair, or variants of its first."""
+        """Return name -> (preset, changes) of the pair, or of the setting variants of its first."""
         if self.setting_variants:
             return {f"{pair[0]} {' '.join(v)}": (pair[0], v) for v in self.setting_variants}
         return {preset: (preset, ()) for preset in pair}
 
 
 def experts(harness: Harness) -> Outcome:
-    """Measure routed experts, forward and backward, beside Megatron's and the dense ceiling."""
+    """Time the routed experts, forward and backward, beside Megatron's and the dense ceiling."""
     models = harness.models((COE, MOE))
     variants: list[PassVariant] = []
     providers = []
@@ -87,7 +94,7 @@ def experts(harness: Harness) -> Outcome:
         )
         providers.append(provider)
     stock = _stock_experts(harness, providers[0], variants[0])
-    differences = _agreement(variants[0], stock, providers[0])
+    differences = _agreement(variants[0], stock)
     timed = [variant.variant() for variant in (*variants, stock)]
     dense = layers.dense_variant(providers[0], harness.scale.tokens, harness.device)
     samples = harness.time([*timed, dense])
@@ -102,23 +109,9 @@ def experts(harness: Harness) -> Outcome:
 
 
 def layer(harness: Harness) -> Outcome:
-    """Measure the whole layer: CoE, MoE, and Megatron's own called C times."""
-    variants: list[PassVariant] = []
-    providers: list[CoEModelProvider] = []
-    batch: tuple[Tensor, Tensor] | None = None
-    for name, (preset, changes) in harness.models((COE, MOE)).items():
-        provider = harness.provider(preset, *changes)
-        if batch is None:
-            batch = layers.random_batch(provider, harness.scale.sequences, harness.device)
-        module = layers.build_layer(provider, harness.device)
-        if not variants:
-            stock = layers.build_stock(provider, harness.device)
-            stock.share_weights(module)
-        variants.append(layers.layer_variant(name, module, provider, batch))
-        providers.append(provider)
-    assert batch is not None
-    variants.append(layers.layer_variant("stock MoELayer, C times", stock, providers[0], batch))
-    differences = _agreement(variants[0], variants[-1], providers[0])
+    """Time the layer: CoE, MoE, and Megatron's own called C times."""
+    variants = _layer_variants(harness)
+    differences = _agreement(variants[0], variants[-1])
     timed = [variant.variant() for variant in variants]
     samples = harness.time(timed)
     outcome = _pass_table(harness, "layer", "One layer", timed, samples)
@@ -139,18 +132,35 @@ def layer(harness: Harness) -> Outcome:
     return outcome
 
 
+def _layer_variants(harness: Harness) -> list[PassVariant]:
+    """Build the models' layers, and last Megatron's with the weights of the first."""
+    variants: list[PassVariant] = []
+    batch: tuple[Tensor, Tensor] | None = None
+    for name, (preset, changes) in harness.models((COE, MOE)).items():
+        provider = harness.provider(preset, *changes)
+        if batch is None:
+            batch = layers.random_batch(provider, harness.scale.sequences, harness.device)
+        module = layers.build_layer(provider, harness.device)
+        if not variants:
+            stock = layers.build_stock(provider, harness.device)
+            stock.share_weights(module)
+            last = layers.layer_variant("stock MoELayer, C times", stock, provider, batch)
+        variants.append(layers.layer_variant(name, module, provider, batch))
+    return [*variants, last]
+
+
 def step(harness: Harness) -> Outcome:
-    """Measure a whole training step: CoE-2(4/64) and MoE(8/64)."""
+    """Time a training step: CoE-2(4/64) and MoE(8/64)."""
     return _steps(harness, "step", (COE, MOE))
 
 
 def matched(harness: Harness) -> Outcome:
-    """Measure a whole training step of the pair with exactly equal expert passes."""
+    """Time a training step of the pair with exactly equal expert passes."""
     return _steps(harness, "matched", (MATCHED_COE, MATCHED_MOE))
 
 
 def output_head(harness: Harness) -> Outcome:
-    """Measure the output layer with its loss, which is the same for CoE and MoE."""
+    """Time the output layer with its loss, which is the same for CoE and MoE."""
     benchmark = head.random_head(harness.provider(MOE), harness.scale.tokens, harness.device)
     variants = benchmark.variants()
     names = head.MEGATRON, head.FUSED
@@ -158,7 +168,7 @@ def output_head(harness: Harness) -> Outcome:
         names, benchmark.result(names[0]), benchmark.result(names[1]), benchmark.x.dtype
     )
     samples = harness.time(variants)
-    outcome = _pass_table(harness, "head", "Output head and loss", variants, samples)
+    outcome = _pass_table(harness, "head", "Output layer and loss", variants, samples)
     outcome.header.append(f"time / {head.PRODUCTS}")
     for variant, row in zip(variants, outcome.rows, strict=True):
         row.append(ratio(samples, variant.name, head.PRODUCTS).text())
@@ -167,7 +177,7 @@ def output_head(harness: Harness) -> Outcome:
 
 
 def transformers(harness: Harness) -> Outcome:
-    """Forward and backward of MoE(8/64) here and in transformers, with the same weights."""
+    """Time forward and backward of MoE(8/64) here and in transformers, with the same weights."""
     pair = transformers_baseline.build_pair(
         harness.settings(MOE, *transformers_baseline.CHANGES), harness.device
     )
@@ -188,7 +198,7 @@ def transformers(harness: Harness) -> Outcome:
 
 
 def peak_memory(harness: Harness) -> Outcome:
-    """Measure bytes held and bytes passing through in a training step, model by model."""
+    """Measure the held and the temporary bytes of a training step, one model after the other."""
     outcome = Outcome("memory", f"Memory of a training step, {_sizes(harness)}")
     outcome.header = ["model", "held", *(f"passing, {part}" for part in PARTS), "peak"]
     found = {}
@@ -198,9 +208,9 @@ def peak_memory(harness: Harness) -> Outcome:
         held = memory.held_by(variant.trainer.train_state)
         found[name] = memory.footprint(held, variant.variant().run, harness.device)
         of_parts = [found[name].passing[part] for part in PARTS]
-        figures = (found[name].held, *of_parts, found[name].peak)
-        outcome.rows.append([name, *(f"{value / 2**20:,.0f} MiB" for value in figures)])
-        outcome.details[name] = dict(zip(outcome.header[1:], figures, strict=True))
+        sizes = (found[name].held, *of_parts, found[name].peak)
+        outcome.rows.append([name, *(f"{value / 2**20:,.0f} MiB" for value in sizes)])
+        outcome.details[name] = dict(zip(outcome.header[1:], sizes, strict=True))
         _discard(variant.trainer.train_state.chunks)
         del variant, held
     if not harness.setting_variants:
@@ -212,7 +222,7 @@ def peak_memory(harness: Harness) -> Outcome:
 
 
 def host_syncs(harness: Harness) -> Outcome:
-    """Count how often a training step makes the host wait for the device."""
+    """Count the host syncs of a training step."""
     how = "waits" if harness.device.type == "cuda" else "calls that would wait on a GPU"
     outcome = Outcome("host_syncs", f"Host syncs of a training step ({how})")
     outcome.header = ["model", "in all", "by place"]
@@ -228,20 +238,17 @@ def host_syncs(harness: Harness) -> Outcome:
 
 
 def parallel(harness: Harness) -> Outcome:
-    """Measure the share of a step that a rank waits for others, experts sharded over all ranks."""
+    """Measure the exposed communication of a step, experts parallelized over all ranks.
+
+    Raises:
+        ValueError: there is one rank.
+    """
     ranks = torch.distributed.get_world_size()
     if ranks < 2:
         raise ValueError("--what parallel needs several ranks: start it with torchrun")
-    layout = (f"model.num_moe_experts={63 - 63 % ranks}",)  # the preset's 63 divide by 1, 3, 7 only
     outcome = Outcome("parallel", f"Experts over {ranks} ranks, {_sizes(harness)}")
     outcome.header = ["model", "seconds per step", "exposed share of communication"]
-    variants: list[StepVariant] = []
-    for name, (preset, changes) in harness.models((COE, MOE)).items():
-        settings = harness.settings(preset, *layout, *changes)
-        settings.train.global_batch_size *= ranks
-        settings.parallel.expert_model_parallel_size = ranks
-        variants.append(steps.build_step(name, settings, harness.device))
-    steps.share_memory(variants)
+    variants = _parallel_variants(harness, ranks)
     outcome.samples = harness.time([variant.variant() for variant in variants])
     shares: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for _ in range(harness.rounds):
@@ -255,8 +262,20 @@ def parallel(harness: Harness) -> Outcome:
     return outcome
 
 
+def _parallel_variants(harness: Harness, ranks: int) -> list[StepVariant]:
+    experts = f"model.num_moe_experts={63 - 63 % ranks}"  # the preset's 63 divide by 1, 3, 7 only
+    variants = []
+    for name, (preset, changes) in harness.models((COE, MOE)).items():
+        settings = harness.settings(preset, experts, *changes)
+        settings.train.global_batch_size *= ranks
+        settings.parallel.expert_model_parallel_size = ranks
+        variants.append(steps.build_step(name, settings, harness.device))
+    steps.share_memory(variants)
+    return variants
+
+
 def long(harness: Harness) -> Outcome:
-    """Measure many steps of CoE-2(4/64) in a row, without validation or checkpoints."""
+    """Time many consecutive steps of CoE-2(4/64), without validation or checkpoints."""
     variant = steps.build_step(COE, harness.settings(COE), harness.device)
 
     def run(lap: Callable[[str], None]) -> None:
@@ -280,7 +299,7 @@ def long(harness: Harness) -> Outcome:
 
 
 def linear_kernels(harness: Harness) -> Outcome:
-    """Measure one linear layer per expert: the loop, `grouped_mm` and the dense product."""
+    """Time one linear layer per expert: the loop, `grouped_mm` and the dense product."""
     outcome = Outcome("kernels", "GFLOP/s of one linear layer per expert, forward and backward")
     outcome.header = ["experts x (inputs -> outputs), rows each", "loop", "grouped_mm", "dense"]
     dtype = torch.bfloat16 if harness.device.type == "cuda" else torch.float32
@@ -294,24 +313,6 @@ def linear_kernels(harness: Harness) -> Outcome:
     return outcome
 
 
-BENCHMARKS: dict[str, Callable[[Harness], Outcome]] = {
-    "kernels": linear_kernels,
-    "experts": experts,
-    "layer": layer,
-    "head": output_head,
-    "step": step,
-    "matched": matched,
-    "transformers": transformers,
-    "memory": peak_memory,
-    "host_syncs": host_syncs,
-    "parallel": parallel,
-    "long": long,
-}
-
-ALL = tuple(name for name in BENCHMARKS if name not in ("parallel", "long"))
-"""What `--what all` measures: what one process can, in minutes."""
-
-
 def _steps(harness: Harness, benchmark: str, pair: tuple[str, str]) -> Outcome:
     variants: list[StepVariant] = [
         steps.build_step(name, harness.settings(preset, *changes), harness.device)
@@ -322,23 +323,9 @@ def _steps(harness: Harness, benchmark: str, pair: tuple[str, str]) -> Outcome:
     samples = harness.time(timed)
     last = timed[-1]
     outcome = Outcome(benchmark, f"Training step, {_sizes(harness)}", samples=samples)
-    parts = (*PARTS, TOTAL)
-    outcome.header = ["model", *(f"{part}, s" for part in parts), "fastest, s"]
+    outcome.header = ["model", *(f"{part}, s" for part in (*PARTS, TOTAL)), "fastest, s"]
     outcome.header += ["tokens/s", "GFLOP/s", f"time / {last.name}", "of gradients", "FLOPs"]
-    for variant in timed:
-        times = [Spread.of(samples[variant.name][part]).text() for part in parts]
-        compared = [ratio(samples, variant.name, last.name, part) for part in (TOTAL, GRADIENTS)]
-        outcome.rows.append(
-            [
-                variant.name,
-                *times,
-                f"{min(samples[variant.name][TOTAL]):.3f}",
-                _tokens_per_second(samples, variant).text(0),
-                rate(samples, variant, GRADIENTS).text(0),
-                *(spread.text() for spread in compared),
-                f"{variant.flops / last.flops:.3f}",
-            ]
-        )
+    outcome.rows = [_step_row(samples, variant, last) for variant in timed]
     outcome.figures[benchmark] = ratio(samples, timed[0].name, last.name)
     outcome.figures[f"{benchmark} gradients"] = ratio(samples, timed[0].name, last.name, GRADIENTS)
     if harness.profiles:
@@ -348,10 +335,24 @@ def _steps(harness: Harness, benchmark: str, pair: tuple[str, str]) -> Outcome:
     return outcome
 
 
+def _step_row(samples: Samples, variant: Variant, last: Variant) -> list[str]:
+    times = [Spread.of(samples[variant.name][part]).text() for part in (*PARTS, TOTAL)]
+    compared = [ratio(samples, variant.name, last.name, part) for part in (TOTAL, GRADIENTS)]
+    return [
+        variant.name,
+        *times,
+        f"{min(samples[variant.name][TOTAL]):.3f}",
+        _tokens_per_second(samples, variant).text(0),
+        rate(samples, variant, GRADIENTS).text(0),
+        *(spread.text() for spread in compared),
+        f"{variant.flops / last.flops:.3f}",
+    ]
+
+
 def _pass_table(
     harness: Harness, benchmark: str, title: str, variants: Sequence[Variant], samples: Samples
 ) -> Outcome:
-    """Return seconds forward and backward, and the rate, of each variant."""
+    """Tabulate seconds forward and backward, and the rate, of each variant."""
     outcome = Outcome(benchmark, f"{title}, {_sizes(harness)}", samples=samples)
     outcome.header = ["variant", "forward, s", "backward, s", "fastest, s", "GFLOP/s"]
     for variant in variants:
@@ -364,7 +365,7 @@ def _pass_table(
 def _phase_table(
     harness: Harness, work: Mapping[str, tuple[Callable[[], object], Sequence[phases.Target]]]
 ) -> Outcome:
-    """Return seconds of each phase, the least of several profiled runs."""
+    """Tabulate the seconds of each phase, the least of several profiled runs."""
     found = {}
     for name, (run, calls) in work.items():
         profiles = [
@@ -380,7 +381,7 @@ def _phase_table(
 
 
 def _stock_experts(harness: Harness, provider: CoEModelProvider, ours: PassVariant) -> PassVariant:
-    """Return Megatron's `SequentialMLP` with the weights of our experts."""
+    """Build Megatron's `SequentialMLP` with the weights of our experts."""
     stock = layers.build_stock(provider, harness.device)
     stock.share_experts(ours.module.module)
     return layers.experts_variant(
@@ -388,11 +389,9 @@ def _stock_experts(harness: Harness, provider: CoEModelProvider, ours: PassVaria
     )
 
 
-def _agreement(
-    ours: PassVariant, theirs: PassVariant, provider: CoEModelProvider
-) -> dict[str, float]:
+def _agreement(ours: PassVariant, theirs: PassVariant) -> dict[str, float]:
     names = ours.name, theirs.name
-    return check_agreement(names, ours.result(), theirs.result(), provider.params_dtype)
+    return check_agreement(names, ours.result(), theirs.result(), ours.xs[0].dtype)
 
 
 def _rate_over(samples: Samples, variant: Variant, dense: Variant) -> Spread:
@@ -413,10 +412,10 @@ def _sizes(harness: Harness) -> str:
 
 
 def _discard(modules: Iterator[torch.nn.Module] | Sequence[torch.nn.Module]) -> None:
-    """Let models be freed.
+    """Free models.
 
-    A dispatcher remembers tensors of its last pass, and by their graph the model's gradient hooks:
-    a circle that Python's collector cannot see.
+    A dispatcher keeps tensors of its last pass, whose graph holds the model's gradient hooks, a
+    cycle that Python's collector cannot see.
     """
     for module in modules:
         for part in module.modules():

@@ -1,11 +1,11 @@
-"""Variants that take turns in one process, and what their times say about one another.
+"""Timing of variants that take turns in one process, and ratios of their times.
 
-A shared machine is faster one minute and slower the next. Variants that take turns see the same
-minutes, so a ratio is formed within each round and its median is reported, with its quartiles;
-plain seconds stand beside it for orientation only.
+The speed of a shared machine changes from minute to minute. Variants that take turns see the same
+minutes, so ratios are formed within each round and reported as a median with quartiles; seconds are
+shown beside them for orientation only.
 
-Where other work takes turns with this process on the same core, the wall's seconds are also the
-others'. For one thread there is a clock without them: the processor time of this process.
+Where other processes run on the same core, wall time includes theirs. For one thread the processor
+time of this process does not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 Lap = Callable[[str], None]
-"""Ends a part of a variant's run, under that name."""
+"""A function that ends a part of a variant's run, under that name."""
 
 Samples = dict[str, dict[str, list[float]]]
 """Seconds of each part of each variant, a value per round: `samples[variant][part]`."""
@@ -28,7 +28,7 @@ CLOCKS: dict[str, Callable[[], float]] = {
     "wall": time.perf_counter,
     "processor": time.process_time,
 }
-"""What seconds are on a CPU; on a GPU they are always the stream's."""
+"""Clocks on a CPU; on a GPU, CUDA events measure the stream's time."""
 
 TOTAL = "total"
 """The name of the sum of a variant's parts."""
@@ -36,12 +36,13 @@ TOTAL = "total"
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that are compared.
+    """Timed work to compare with other variants.
 
     Args:
-        run: does the work, and calls its argument at the end of each part.
-        prepare: what must be done before each run and is not timed.
-        flops: floating-point operations of a run; 0 where nobody asks for a rate.
+        name: in tables.
+        run: the work; calls its argument at the end of each part.
+        prepare: untimed preparation of each run.
+        flops: floating-point operations of a run; 0 if no rate is needed.
         tokens: of a run.
     """
 
@@ -54,7 +55,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of a list of samples, with its ends."""
+    """Median, quartiles, minimum and maximum of samples."""
 
     median: float
     lower: float
@@ -64,7 +65,11 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Compute median and quartiles. Raises: ValueError for no values at all."""
+        """Compute the spread of samples.
+
+        Raises:
+            ValueError: there are none.
+        """
         if not values:
             raise ValueError("no samples: give --rounds at least 1")
         if len(values) == 1:
@@ -73,13 +78,13 @@ class Spread:
         return cls(median, lower, upper, min(values), max(values))
 
     def text(self, digits: int = 3) -> str:
-        """Return median, and the quartiles in brackets."""
+        """Return the median, with the quartiles in parentheses."""
         shown = (f"{value:,.{digits}f}" for value in (self.median, self.lower, self.upper))
         return "{} ({} … {})".format(*shown)
 
 
 class Stopwatch:
-    """Seconds between laps: of a clock on a CPU, of the stream on a GPU."""
+    """A stopwatch of the seconds between laps: of a clock on a CPU, of the stream on a GPU."""
 
     def __init__(self, device: torch.device, clock: str = "wall") -> None:
         self._on_gpu = device.type == "cuda"
@@ -87,7 +92,7 @@ class Stopwatch:
         self._marks: list[tuple[str, Any]] = []  # a time, or on a GPU an event
 
     def start(self) -> None:
-        """Start the clock, once the device has finished earlier work."""
+        """Start the first part, after all earlier work has finished."""
         if self._on_gpu:
             torch.cuda.synchronize()
         self._marks = []
@@ -103,7 +108,7 @@ class Stopwatch:
             self._marks.append((name, self._now()))
 
     def stop(self) -> dict[str, float]:
-        """Return seconds of each part since `start`, and of all."""
+        """Return the seconds of each part since `start`, and their sum."""
         if self._on_gpu:
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
@@ -124,9 +129,9 @@ def interleave(
     device: torch.device,
     clock: str = "wall",
 ) -> Samples:
-    """Run each variant once per round, the first `warmup` rounds without counting them.
+    """Run each variant once per round, after `warmup` rounds that are not counted.
 
-    Each round begins with another variant, so that none always follows the same one.
+    Each round begins with another variant, so that none is always first.
     """
     samples: Samples = {variant.name: {} for variant in variants}
     watch = Stopwatch(device, clock)

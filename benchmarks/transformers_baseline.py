@@ -1,7 +1,7 @@
-"""The same mixture of experts by transformers, whose `grouped_mm` experts are its fastest on a CPU.
+"""The same MoE by transformers, whose `grouped_mm` experts are its fastest on a CPU.
 
-Both sides are one model: this package's with one iteration and the stream's residual is
-`deepseek_v2`, and here they even share their weights' memory.
+Both sides are one model: with one iteration and the outer residual this package's model is
+`deepseek_v2`. They share their weights' memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from transformers import DeepseekV2ForCausalLM
 
 CHANGES = ("model.coe_residual=outer", "model.moe_aux_loss_coeff=0.0", "train.precision=fp32")
-"""What makes a preset of one iteration the model that transformers has: it trains no balance, and
-its weights are not copies in another precision."""
+"""Overrides that make a preset of one iteration the model of transformers, which has no auxiliary
+loss and no copies of weights in another precision."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models and the batch that both take."""
+    """The two models and their common batch."""
 
     provider: CoEModelProvider
     ours: DistributedDataParallel
@@ -44,7 +44,7 @@ class Pair:
     labels: Tensor
 
     def variants(self) -> list[Variant]:
-        """Forward with loss, and backward; the update is left out on both sides."""
+        """Return both as variants: forward with loss, and backward, without optimizer step."""
         count = self.tokens.numel()
         flops = count * self.provider.flops_per_token(self.provider.seq_length)
         return [
@@ -61,7 +61,7 @@ class Pair:
         ]
 
     def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return both models' loss and three gradients that all the others feed into."""
+        """Return the loss and three gradients, which depend on all others, of both models."""
         for variant in self.variants():
             variant.prepare()
             variant.run(lambda part: None)
@@ -109,16 +109,17 @@ _LAYER, _UP = "model.layers.", "gate_up_proj"
 
 
 def build_pair(settings: Settings, device: torch.device) -> Pair:
-    """Return both models with one set of weights.
+    """Build both models with one set of weights.
 
-    Raises: ValueError: transformers is not installed, or has no choice of experts.
+    Raises:
+        ValueError: transformers is not installed, or has no `experts_implementation`.
     """
     try:
         from transformers import AutoModelForCausalLM, DeepseekV2Config
     except ImportError as error:
         raise ValueError(
             "the comparison with transformers needs its version 5: `pip install "
-            "'transformers>=5'`, or leave '--what transformers' out"
+            "'transformers>=5'`, or omit '--what transformers'"
         ) from error
     seed_everything(settings.train.seed)
     provider = build_provider(settings, device)
@@ -138,7 +139,7 @@ def build_pair(settings: Settings, device: torch.device) -> Pair:
 def _share_weights(
     ours: torch.nn.Module, theirs: torch.nn.Module, provider: CoEModelProvider
 ) -> None:
-    """Give transformers' model, made on meta, this package's weights (without padding)."""
+    """Give transformers' model, built on meta, this package's weights (without padding)."""
     weights, V = dict(ours.named_parameters()), provider.vocab_size
     state = {
         "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:V],
@@ -169,4 +170,4 @@ _NAMES = {
     "mlp.experts.linear_fc2.weight": "mlp.experts.down_proj",
     "mlp.shared_experts.linear_fc2.weight": "mlp.shared_experts.down_proj.weight",
 }
-"""Weights of a layer here, and of transformers' `deepseek_v2`; both lie the same way."""
+"""Weights of a layer here -> in transformers' `deepseek_v2`, in the same memory layout."""

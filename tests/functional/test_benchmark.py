@@ -12,7 +12,7 @@ def benchmark(*arguments: object, **how: bool) -> CompletedProcess[str]:
     return zygote.run("tools/benchmark.py", *arguments, **how)
 
 
-def test_every_subject_of_one_process(tmp_path):
+def test_every_benchmark_of_one_process(tmp_path):
     """Variants that must agree are held to it by the tool itself: it would end with an error."""
     benchmarks = (
         *("experts", "layer", "head", "step", "transformers", "memory", "host_syncs"),
@@ -55,8 +55,8 @@ def test_every_subject_of_one_process(tmp_path):
     assert all(of_chain[phase][1] > 0 for phase in expected)  # backward, too
     memory = found["memory"]["details"]
     assert memory["coe-2_4-64"]["held"] > memory["moe_8-64"]["held"]  # a router more
-    for figure in ("step", "layer", "experts", "transformers", "memory", "host_syncs"):
-        assert f"`--what {figure}`" in result.stdout
+    for benchmark_name in ("step", "layer", "experts", "transformers", "memory", "host_syncs"):
+        assert f"`--what {benchmark_name}`" in result.stdout
     assert result.stdout.count("not measured (needs a GPU)") == 2
 
 

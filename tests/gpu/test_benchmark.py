@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
+from benchmarks.command import ALL
 from benchmarks.host_syncs import count_host_syncs
 from benchmarks.memory import footprint
 from benchmarks.phases import measure_phases
-from benchmarks.suite import ALL
 from benchmarks.timing import Stopwatch
 from tests.functional.test_benchmark import benchmark
 
@@ -69,7 +69,7 @@ def test_phases_are_the_kernels_time(device):
     assert found["product"][0] > 2 * SIZE**3 / 3e15
 
 
-def test_every_subject(tmp_path):
+def test_every_benchmark(tmp_path):
     sizes = ("--scale", "tiny", "--rounds", 2, "--profiles", 1, "--steps", 2)
     result = benchmark(*sizes, "--what", *ALL, "long")
     assert result.returncode == 0, result.stderr

@@ -61,10 +61,10 @@ def test_synchronizations_are_counted_where_they_happen():
     assert len(counts) == 4
 
 
-def test_union_and_what_is_uncovered():
+def test_union_and_exposed_length():
     assert communication.union([(3, 5), (0, 1), (4, 6), (1, 2)]) == [(0, 2), (3, 6)]
-    assert communication.uncovered([(0, 4), (2, 6)], [(1, 3), (5, 9)]) == 1 + 2
-    assert communication.uncovered([], [(0, 1)]) == 0
+    assert communication.exposed([(0, 4), (2, 6)], [(1, 3), (5, 9)]) == 1 + 2
+    assert communication.exposed([], [(0, 1)]) == 0
 
 
 def test_waiting_in_collectives_is_exposed():
