@@ -1,10 +1,9 @@
-"""Claims about variants of an experiment, with the criterion that decides each, stated beforehand.
+"""Claims about variants of an experiment, each with its criterion, stated beforehand.
 
 A claim about losses is a linear contrast of the variants' validation losses, seed by seed (variants
-of a seed read the same sequences in the same order), and a bound. It holds where the 95% interval
-of the mean contrast lies below the bound, does not hold where it lies above, and
-cannot be told at this size otherwise. Several claims are judged one by one, without a correction
-for their number.
+of a seed read the same sequences in the same order), and a bound. It holds if the 95% interval of
+the mean contrast is below the bound, fails if it is above, and is undecided otherwise. Claims are
+judged one by one, without a correction for multiple comparisons.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from typing import Protocol
 from megatron_coe.analysis.intervals import Interval
 
 MARGIN = 1 / 60
-"""What counts as no difference, as a share of the reference's loss: a quarter of the gain that the
-paper's main experiment shows (1.20 to 1.12)."""
+"""The largest difference that counts as none, as a share of the reference's loss: a quarter of the
+gain in the paper's main experiment (1.20 to 1.12)."""
 
 MEMORY_TOLERANCE = 0.03
-"""By how much of the larger model's memory a saving may fall short of the paper's."""
+"""The largest shortfall of a saving from the paper's, as a share of the larger model's memory."""
 
 
 class Verdict(Enum):
@@ -32,19 +31,19 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Results:
-    """What the variants of an experiment came to."""
+    """The measured losses and memory of an experiment's variants."""
 
     losses: Mapping[str, Sequence[float]]
-    """Last validation losses, nats per token, by variant and, in the same order for all, seed."""
+    """Last validation losses, nats per token, by variant; seeds in the same order for all."""
     state: Mapping[str, int]
-    """Bytes of weights, gradients and optimizer on a rank, by variant."""
+    """Bytes of weights, gradients and optimizer state on a rank, by variant."""
     memory: Mapping[str, int]
-    """Of these, activations and workspace together."""
+    """Bytes of these, activations and workspace on a rank, by variant."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a claim."""
+    """The judgment of a claim."""
 
     claim: str
     criterion: str
@@ -55,26 +54,30 @@ class Finding:
 
 
 class Claim(Protocol):
-    """Something that results decide."""
+    """A statement that results decide."""
 
     @property
     def text(self) -> str: ...
 
     @property
     def control(self) -> bool:
-        """Measured beside the paper's claims, to understand them; no part of the verdict."""
+        """Whether it only helps to understand the paper's claims and has no part in the verdict."""
         ...
 
-    def judge(self, results: Results) -> Finding: ...
+    def judge(self, results: Results) -> Finding:
+        """Judge the claim by its criterion."""
+        ...
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A weighted sum of the variants' losses lies below a bound.
+    """The claim that a weighted sum of the variants' losses is below a bound.
 
     Attributes:
+        text: the claim.
         weights: of each variant's loss in the sum.
-        reference: the variant of whose loss `MARGIN` is taken as bound; None: the bound is 0.
+        reference: the variant whose loss times `MARGIN` is the bound; None: the bound is 0.
+        control: see `Claim`.
     """
 
     text: str
@@ -92,6 +95,7 @@ class Contrast:
         ]
 
     def judge(self, results: Results) -> Finding:
+        """Judge by the 95% interval of the mean contrast."""
         values, bound = self.values(results), 0.0
         if self.reference is not None:
             reference = results.losses[self.reference]
@@ -113,6 +117,7 @@ class Contrast:
 
     @property
     def formula(self) -> str:
+        """The weighted sum, in words of the variants."""
         text = ""
         for variant, weight in self.weights.items():
             times = "" if abs(weight) == 1 else f"{abs(weight):g} * "
@@ -126,18 +131,18 @@ class Contrast:
 
 
 def lower(text: str, variant: str, than: str, control: bool = False) -> Contrast:
-    """State the claim that the loss of a variant is lower than another's."""
+    """Make the claim that the loss of a variant is lower than another's."""
     return Contrast(text, {variant: 1, than: -1}, control=control)
 
 
 def no_worse(text: str, variant: str, than: str, control: bool = False) -> Contrast:
-    """State the claim that a variant's loss exceeds another's by no more than `MARGIN`."""
+    """Make the claim that a variant's loss exceeds another's by less than `MARGIN`."""
     return Contrast(text, {variant: 1, than: -1}, reference=than, control=control)
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """Two contrasts have different signs: each interval lies wholly on its side of 0."""
+    """The claim that two contrasts have different signs: each interval on its side of 0."""
 
     text: str
     first: Contrast
@@ -145,6 +150,7 @@ class Mixed:
     control: bool = False
 
     def judge(self, results: Results) -> Finding:
+        """Judge by the 95% intervals of both contrasts."""
         intervals = [Interval.of(c.values(results)) for c in (self.first, self.second)]
         signs = [(i.low > 0) - (i.high < 0) for i in intervals]
         verdict = Verdict.UNKNOWN
@@ -164,10 +170,10 @@ class Mixed:
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """The state of a variant in training is smaller than another's, by the share the paper names.
+    """The claim that a variant's training state is smaller than another's by the paper's share.
 
-    State: weights, gradients and optimizer. It is what the authors' figures count: their 11.70,
-    20.21 and 28.71 GB for 4, 8 and 12 layers are 16 bytes for each parameter, in GiB.
+    The state is weights, gradients and optimizer state. It is what the authors' numbers count:
+    their 11.70, 20.21 and 28.71 GB for 4, 8 and 12 layers are 16 bytes per parameter, in GiB.
     """
 
     text: str
@@ -177,9 +183,9 @@ class MemorySaving:
     control: bool = False
 
     def judge(self, results: Results) -> Finding:
+        """Judge by the saved share of the state, within `MEMORY_TOLERANCE`."""
         saved, in_all = (
-            1 - of_variant[self.variant] / of_variant[self.than]
-            for of_variant in (results.state, results.memory)
+            1 - sizes[self.variant] / sizes[self.than] for sizes in (results.state, results.memory)
         )
         less, more = (results.state[name] / 2**20 for name in (self.variant, self.than))
         verdict = Verdict.UNKNOWN
@@ -201,7 +207,7 @@ class MemorySaving:
 
 
 def overall(findings: Sequence[Finding]) -> Verdict:
-    """Return an experiment's verdict, that of its claims; a failed one decides for all."""
+    """Return the verdict of an experiment: fails if a claim fails, holds if all hold."""
     verdicts = [finding.verdict for finding in findings if not finding.control]
     if Verdict.FAILS in verdicts:
         return Verdict.FAILS

@@ -1,46 +1,48 @@
-r"""Run one of the paper's experiments: train its variants, and say whether its claim holds.
+r"""Run one of the paper's experiments: train its variants, and judge its claim.
 
     python tools/run_experiment.py main --scale tiny --seeds 3
     python tools/run_experiment.py memory --scale small --seeds 5 --dry-run
     python tools/run_experiment.py compute --input gsm8k/train.parquet \
         --valid-input gsm8k/test.parquet --qa-keys question answer
 
-Leaves a table (Markdown and CSV), a picture and a verdict (Markdown and JSON) in
-OUTPUT/DATA/SCALE/EXPERIMENT/. Runs stand beside it and belong to all experiments: a variant that
-another one trained is not trained again. Ctrl-C, SIGTERM or a crash lose nothing that is saved: the
-same command resumes.
+Writes a table (Markdown and CSV), a plot and a verdict (Markdown and JSON) into
+OUTPUT/DATA/SCALE/EXPERIMENT/. Runs are stored beside it and shared by all experiments: a variant
+that another one trained is not trained again. Ctrl-C, SIGTERM or a crash lose nothing that is
+saved: the same command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_coe.cli.command_line import (
-    add_renamed,
-    new_parser,
-    required,
-    run,
-)
+from megatron_coe.cli.command_line import add_renamed, new_parser, required, run
 
 with required():
     from experiments.data import Data, Source, make_data
-    from experiments.plans import EXPERIMENTS
-    from experiments.scales import SCALES
+    from experiments.plans import EXPERIMENTS, Experiment
+    from experiments.scales import SCALES, Scale
 
+if TYPE_CHECKING:
+    from experiments.measure import Machine, Sizes
+    from experiments.report import Outcome
+    from megatron_coe.analysis.run_jobs import Run
 
 INTERRUPTED = "interrupted; what was trained is saved, the same command resumes"
 
 
 def main() -> int:
     """Run the experiment that the command line names; return an exit status."""
-    # Runs are threads enough; what a library would start here could not follow into their server.
+    # Threads that a library starts here would not survive the fork of the runs' server.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return run(lambda: command(parse()), INTERRUPTED)
 
 
 def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="default: %(default)s")
@@ -71,6 +73,12 @@ def parse() -> argparse.Namespace:
 
 
 def command(options: argparse.Namespace) -> None:
+    """Train the variants of an experiment and write its report.
+
+    Raises:
+        ValueError: an option or a setting is invalid, or a run failed.
+        OSError: a file cannot be read or written.
+    """
     for name in ("seeds", "jobs", "threads", "vocab_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -82,42 +90,72 @@ def command(options: argparse.Namespace) -> None:
     source.check()
     folder = options.output / source.name
     runs_folder = folder / scale.name
-    # Beyond here things are imported and made that take seconds.
+    # From here on imports take seconds.
     from experiments.measure import sizes_of
-    from experiments.report import Outcome, sizes_table, write_report
-    from megatron_coe.analysis.run_jobs import Run, last_validation_loss, train
+    from experiments.report import Outcome
+    from megatron_coe.analysis.run_jobs import last_validation_loss, train
 
     seeds = list(range(1, options.seeds + 1))
     data = Data.at(folder / "data")
-    runs = []
-    for seed in seeds:  # all variants of a seed first, so that what is there early is paired
-        for variant in experiment.variants:
-            name = scale.run_name(variant, seed)
-            settings = scale.settings_of(variant, seed, runs_folder / name, data, options.overrides)
-            runs.append(Run(name, settings))
-    variants = [variant.name for variant in experiment.variants]
-    of_variants = {name: runs[number :: len(variants)] for number, name in enumerate(variants)}
-    firsts = {name: own[0].settings for name, own in of_variants.items()}
+    runs = runs_of(experiment, scale, seeds, runs_folder, data, options.overrides)
+    firsts = {name: own[0].settings for name, own in runs.items()}
     sizes, machine = sizes_of(firsts, source.vocab_size)
+    # All variants of a seed before the next seed, so that unfinished experiments have pairs.
+    in_order = [run for of_seed in zip(*runs.values(), strict=True) for run in of_seed]
     jobs = options.jobs or machine.jobs
-    total = sum(sizes[name].flops for name in variants) * len(seeds)
-    minutes = total / machine.speed / jobs / 60
-    print(f"{experiment.name}: {experiment.claim}\n\n{sizes_table(experiment, sizes)}\n")
-    print(
-        f"{len(runs)} runs, {jobs} at a time; roughly {minutes:,.0f} min of this machine, if it "
-        "has nothing else to do",
-        flush=True,
-    )
-    for one in runs:
+    print_plan(experiment, sizes, machine, len(seeds), jobs)
+    for one in in_order:
         one.check()
     if options.dry_run:
         return
     make_data(source, folder / "data")
-    train(runs, jobs, options.threads)
-    folders = {name: [run.folder for run in own] for name, own in of_variants.items()}
+    train(in_order, jobs, options.threads)
+    folders = {name: [run.folder for run in own] for name, own in runs.items()}
     losses = {name: [*map(last_validation_loss, own)] for name, own in folders.items()}
     outcome = Outcome(experiment, scale.name, seeds, sizes, folders, losses)
-    written = write_report(outcome, runs_folder / experiment.name)
+    report(outcome, runs_folder / experiment.name)
+
+
+def runs_of(
+    experiment: Experiment,
+    scale: Scale,
+    seeds: Sequence[int],
+    folder: Path,
+    data: Data,
+    overrides: Sequence[str],
+) -> dict[str, list[Run]]:
+    """Return the runs of each variant, one for each seed, in folders below `folder`."""
+    from megatron_coe.analysis.run_jobs import Run
+
+    runs: dict[str, list[Run]] = {}
+    for variant in experiment.variants:
+        for seed in seeds:
+            name = scale.run_name(variant, seed)
+            settings = scale.settings_of(variant, seed, folder / name, data, overrides)
+            runs.setdefault(variant.name, []).append(Run(name, settings))
+    return runs
+
+
+def print_plan(
+    experiment: Experiment, sizes: dict[str, Sizes], machine: Machine, seeds: int, jobs: int
+) -> None:
+    """Print the sizes of the variants, and an estimate of the time."""
+    from experiments.report import sizes_table
+
+    minutes = sum(of_one.flops for of_one in sizes.values()) * seeds / machine.speed / jobs / 60
+    print(f"{experiment.name}: {experiment.claim}\n\n{sizes_table(experiment, sizes)}\n")
+    print(
+        f"{len(sizes) * seeds} runs, {jobs} at a time; roughly {minutes:,.0f} min of this machine, "
+        "if it has nothing else to do",
+        flush=True,
+    )
+
+
+def report(outcome: Outcome, folder: Path) -> None:
+    """Write the report, print its Markdown parts and the paths of all."""
+    from experiments.report import write_report
+
+    written = write_report(outcome, folder)
     print()
     for path in written:
         if path.suffix == ".md":

@@ -1,4 +1,4 @@
-"""The text that all variants of an experiment read: made or read once, tokenised once."""
+"""The text that all variants of an experiment read, generated or read and tokenized once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ _SOURCE_FILE = "source.json"
 
 @dataclass(frozen=True)
 class Source:
-    """Where the text comes from.
+    """The source of the text.
 
     Attributes:
-        train, valid: files of the user's; None: the generated problems of the quickstart.
-        keys: of a question and an answer in them.
+        vocab_size: of the tokenizer to train.
+        train: a file of the user's; None: the generated problems of the quickstart.
+        valid: likewise, held out.
+        keys: of question and answer in their records.
     """
 
     vocab_size: int
@@ -30,7 +32,12 @@ class Source:
     keys: list[str] = field(default_factory=lambda: ["query", "response"])
 
     def check(self) -> None:
-        """Check the files. Raises: ValueError: only one is named; OSError: one is missing."""
+        """Check that both files or none are named, and readable.
+
+        Raises:
+            ValueError: only one is named.
+            OSError: one is missing.
+        """
         if (self.train is None) != (self.valid is None):
             raise ValueError("--input and --valid-input belong together: name both files, or none")
         for path in (self.train, self.valid):
@@ -39,13 +46,13 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Of the folder of its data."""
+        """The name of its data's folder."""
         return f"{'generated' if self.train is None else Path(self.train).stem}-{self.vocab_size}"
 
 
 @dataclass(frozen=True)
 class Data:
-    """A tokenizer, and prefixes of tokenised text."""
+    """Paths of a tokenizer, and prefixes of tokenized text."""
 
     tokenizer: Path
     train: Path
@@ -53,19 +60,22 @@ class Data:
 
     @staticmethod
     def at(folder: Path) -> Data:
+        """Return the paths in a folder."""
         return Data(folder / "tokenizer.model", folder / "train", folder / "valid")
 
 
 def make_data(source: Source, folder: Path) -> Data:
-    """Make the data in `folder`, where they are not there yet.
+    """Make the data in `folder`, unless they exist.
 
-    Raises: ValueError for text that cannot be read, or a folder with other data; OSError.
+    Raises:
+        ValueError: the text cannot be read, or the folder holds other data.
+        OSError: a file cannot be read or written.
     """
-    data, told = Data.at(folder), folder / _SOURCE_FILE
+    data, recorded = Data.at(folder), folder / _SOURCE_FILE
     described = json.dumps(asdict(source), indent=2) + "\n"
-    if told.exists():
-        if told.read_text(encoding="utf-8") != described:
-            raise ValueError(f"{told}: the folder's data came from elsewhere; name another folder")
+    if recorded.exists():
+        if recorded.read_text(encoding="utf-8") != described:
+            raise ValueError(f"{recorded}: the folder's data came from elsewhere; name another one")
         return data
     fields = Fields(tuple(source.keys), question_answer=True)
     train, valid = (Path(path) if path else None for path in (source.train, source.valid))
@@ -74,6 +84,6 @@ def make_data(source: Source, folder: Path) -> Data:
     train_tokenizer([train], data.tokenizer, fields=fields, vocab_size=source.vocab_size)
     for text, prefix in ((train, data.train), (valid, data.valid)):
         preprocess([text], prefix, data.tokenizer, fields=fields, append_eod=True)
-    with atomic_path(told) as temporary:  # the last: what it is beside is complete
+    with atomic_path(recorded) as temporary:  # written last: it marks the data as complete
         temporary.write_text(described, encoding="utf-8")
     return data

@@ -1,4 +1,4 @@
-"""What the models of an experiment are on paper, and how long their runs may take."""
+"""Planned sizes of an experiment's models, and an estimate of the machine's speed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_coe.analysis.run_jobs import server
 from megatron_coe.config.run_config import Settings
 
 _EFFICIENCY = 1 / 3
-"""Of training, as a share of what a large matrix product reaches: for estimates of time alone."""
+"""Rate of training as a share of a large matrix product's: for estimates of time alone."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model in training, on one rank."""
+    """Sizes of a model in training, on one rank."""
 
     params: int
     active_params: int
@@ -24,40 +24,40 @@ class Sizes:
     tokens: int
     """Of all steps."""
     state: int
-    """Bytes of weights, gradients and optimizer."""
+    """Bytes of weights, gradients and optimizer state."""
     memory: int
-    """Bytes with activations and workspace, as planned; tests/unit/planning/test_memory.py holds
-    them to measured ones."""
+    """Bytes with activations and workspace, as planned; tests/unit/planning/test_memory.py compares
+    them with measured ones."""
 
     @property
     def flops(self) -> int:
+        """FLOPs of the run."""
         return self.flops_per_token * self.tokens
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs are made on."""
+    """The capacity of the machine that runs are trained on."""
 
     jobs: int
-    """Runs that it makes at a time: one on a GPU, one on each core otherwise."""
+    """Runs at a time: one on a GPU, one on each core otherwise."""
     speed: float
-    """FLOP/s that are to be expected of a run, roughly."""
+    """FLOP/s to expect of a run, roughly."""
 
 
 def sizes_of(settings: dict[str, Settings], vocab_size: int) -> tuple[dict[str, Sizes], Machine]:
-    """Return sizes by variant, and what they would be trained on.
+    """Compute the sizes of each variant, and measure the machine.
 
     Args:
-        vocab_size: ids of the tokenizer, which need not be there yet.
+        settings: of each variant.
+        vocab_size: of the tokenizer, which need not exist yet.
 
-    Raises: ValueError: a model that cannot be, or knows fewer ids.
+    Raises:
+        ValueError: a model is invalid, or has a smaller vocabulary.
     """
     with ProcessPoolExecutor(1, mp_context=server()) as pool:  # it has Megatron imported
         machine = pool.submit(_machine)
-        sizes = {
-            name: pool.submit(_sizes_of, of_variant, vocab_size)
-            for name, of_variant in settings.items()
-        }
+        sizes = {name: pool.submit(_sizes_of, own, vocab_size) for name, own in settings.items()}
         return {name: future.result() for name, future in sizes.items()}, machine.result()
 
 
@@ -85,7 +85,7 @@ def _sizes_of(settings: Settings, vocab_size: int) -> Sizes:
 
 
 def _machine(size: int = 1024, rounds: int = 8) -> Machine:
-    """Measure a large matrix product, on one thread or a GPU."""
+    """Measure the machine by a large matrix product, on one thread or a GPU."""
     import torch
 
     on_gpu = torch.cuda.is_available()

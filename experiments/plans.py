@@ -1,7 +1,7 @@
-"""The paper's experiments: which models are compared, and what they are said to show.
+"""The paper's experiments: the models compared, and the claims about them.
 
 Models are the presets of examples/paper/, at the paper's size or made smaller by a `Scale`.
-CoE-C(K/N): C iterations, K routed experts chosen in each, N experts in all, shared ones included.
+CoE-C(K/N): C iterations, K routed experts per token in each, N experts, shared ones included.
 Source: arXiv 2506.18945, section 4 and its appendix on longer training.
 """
 
@@ -9,14 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from experiments.claims import (
-    Claim,
-    Contrast,
-    MemorySaving,
-    Mixed,
-    lower,
-    no_worse,
-)
+from experiments.claims import Claim, Contrast, MemorySaving, Mixed, lower, no_worse
 
 
 @dataclass(frozen=True)
@@ -26,8 +19,8 @@ class Variant:
     Attributes:
         name: of its preset examples/paper/NAME.yaml, and in tables.
         title: in the paper's notation.
-        longer: the preset of the same model for longer runs, which the paper's size uses; runs of
-            smaller ones are all equally long.
+        longer: the preset of the same model for longer runs, used at the paper's size; runs of
+            smaller scales are equally long.
     """
 
     name: str
@@ -37,12 +30,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Variants and claims.
+    """Variants and claims of an experiment.
 
     Attributes:
-        claim: what the paper says, in a sentence.
+        name: on the command line.
+        claim: the paper's, in a sentence.
         variants: the baseline first.
-        reported: what the paper measured, by variant.
+        claims: the parts of the claim, and controls.
+        reported: the paper's measurements, by variant.
     """
 
     name: str
@@ -295,7 +290,15 @@ SHARED = Experiment(
 
 EXPERIMENTS = {
     experiment.name: experiment
-    for experiment in (
-        *(MAIN, COMPUTE, MEMORY, LAYERS, ABLATION, RESIDUAL, DENSE, ITERATIONS, SHARED),
-    )
+    for experiment in [
+        MAIN,
+        COMPUTE,
+        MEMORY,
+        LAYERS,
+        ABLATION,
+        RESIDUAL,
+        DENSE,
+        ITERATIONS,
+        SHARED,
+    ]
 }

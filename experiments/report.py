@@ -1,4 +1,4 @@
-"""What an experiment leaves: a table, a picture, and a verdict for people and for programs."""
+"""The report of an experiment: a table, a plot and a verdict, for people and for programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERDICT, VERDICT_JSON = "verdict.md", "verdict.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """An experiment that was run."""
+    """The results of an experiment."""
 
     experiment: Experiment
     scale: str
@@ -38,7 +38,7 @@ class Outcome:
     losses: Mapping[str, Sequence[float]]
 
     def findings(self) -> list[Finding]:
-        """Return one for each claim."""
+        """Judge each claim."""
         state = {name: sizes.state for name, sizes in self.sizes.items()}
         memory = {name: sizes.memory for name, sizes in self.sizes.items()}
         results = Results(self.losses, state, memory)
@@ -46,9 +46,11 @@ class Outcome:
 
 
 def write_report(outcome: Outcome, folder: Path) -> list[Path]:
-    """Write table, picture and verdict of an experiment to `folder`; return their paths.
+    """Write table, plot and verdict of an experiment into `folder`, and return their paths.
 
-    Raises: ValueError: matplotlib is missing; OSError.
+    Raises:
+        ValueError: matplotlib is missing.
+        OSError: a file cannot be written.
     """
     texts = {
         TABLE: table(outcome),
@@ -70,7 +72,7 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
 
 
 def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
-    """Return what the variants are, before anything is trained."""
+    """Render the planned sizes of the variants as Markdown."""
     head = ["variant", "preset", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     rows = [
         [
@@ -86,7 +88,7 @@ def sizes_table(experiment: Experiment, sizes: Mapping[str, Sizes]) -> str:
 
 
 def table(outcome: Outcome) -> str:
-    """Render as Markdown what each variant costs and reaches."""
+    """Render the costs and the losses of each variant as Markdown."""
     head = ["variant", "parameters", "active", "MFLOP/token", "state, MiB", "memory, MiB"]
     head += [*(f"seed {seed}" for seed in outcome.seeds), "mean ± std", "paper"]
     rows = []
@@ -105,7 +107,7 @@ def table(outcome: Outcome) -> str:
 
 
 def table_csv(outcome: Outcome) -> str:
-    """Return the same for programs: one line for each variant."""
+    """Render the costs and the losses as CSV, one line for each variant."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"loss_seed_{seed}" for seed in outcome.seeds]
@@ -122,13 +124,15 @@ def table_csv(outcome: Outcome) -> str:
 
 
 def verdict(outcome: Outcome) -> str:
-    """Render as Markdown the paper's claim, and what was found of each part of it."""
+    """Render the paper's claim and the finding of each part of it as Markdown."""
     findings = outcome.findings()
     head = ["claim", "criterion", "measured", "verdict"]
     rows = [
         [
             f"{'(control) ' if finding.control else ''}{finding.claim}",
-            *(finding.criterion, finding.measured, finding.verdict.value),
+            finding.criterion,
+            finding.measured,
+            finding.verdict.value,
         ]
         for finding in findings
     ]
@@ -140,6 +144,7 @@ def verdict(outcome: Outcome) -> str:
 
 
 def verdict_json(outcome: Outcome) -> str:
+    """Render the verdict, findings, losses and sizes as JSON."""
     findings = outcome.findings()
     described = {
         "experiment": outcome.experiment.name,
@@ -155,7 +160,7 @@ def verdict_json(outcome: Outcome) -> str:
 
 
 def _without_infinities(value: object) -> object:
-    """Replace infinities, which JSON lacks, by null: what a single seed leaves unknown."""
+    """Replace infinity and NaN, which JSON lacks and single seeds give, by None."""
     if isinstance(value, dict):
         return {key: _without_infinities(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""At what size an experiment is run: the paper's presets, or the same made smaller.
+"""Scales of an experiment: the paper's presets, or the same made smaller.
 
-Smaller models keep what the claims are about, the numbers of experts, of chosen ones and of
-iterations, the residual and the gates; layers shrink in proportion, widths to those of the scale.
+Smaller models keep the subjects of the claims: the number of experts, the top-k, the iterations,
+the residual and the routers. Layers shrink in proportion, widths to those of the scale.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _PAPER_LAYERS = 4
 
 @dataclass(frozen=True)
 class Scale:
-    """A size.
+    """Sizes of an experiment's models.
 
     Attributes:
+        name: on the command line.
         layers: of a model that has four in the paper.
         expert_size: hidden channels of an expert; None: the paper's.
-        vocab_size: pieces of the tokenizer that is trained.
-        settings: what else differs from the presets.
+        vocab_size: of the tokenizer to train.
+        settings: other overrides of the presets.
     """
 
     name: str
@@ -41,18 +42,21 @@ class Scale:
 
     @property
     def shrinks(self) -> bool:
+        """Whether models are smaller than the paper's."""
         return self.expert_size is not None
 
     def run_name(self, variant: Variant, seed: int) -> str:
-        """Return the same for all experiments that could share the run."""
+        """Return the name of a run, the same in all experiments that can share it."""
         return run_name(variant.name if self.shrinks else variant.longer or variant.name, seed)
 
     def settings_of(
         self, variant: Variant, seed: int, run: Path, data: Data, overrides: Sequence[str]
     ) -> Settings:
-        """Return the settings of the run of a variant with a seed, in folder `run`.
+        """Make the settings of a variant's run with a seed, in folder `run`.
 
-        Raises: ValueError for overrides that cannot be; OSError if the preset is missing.
+        Raises:
+            ValueError: an override is invalid.
+            OSError: the preset is missing.
         """
         preset = PRESETS / f"{variant.longer or variant.name}.yaml"
         own = [*self._shrink(load_settings(preset)), *self.settings] if self.shrinks else []
@@ -67,7 +71,7 @@ class Scale:
         return settings
 
     def _shrink(self, preset: Settings) -> list[str]:
-        """Return what of a preset's model is a size, made smaller."""
+        """Return overrides that make the sizes of a preset's model smaller."""
         layers = preset.model["num_layers"] * self.layers // _PAPER_LAYERS
         shrunk = [f"num_layers={layers}", f"moe_ffn_hidden_size={self.expert_size}"]
         if preset.model["moe_shared_expert_intermediate_size"] is not None:
@@ -83,8 +87,21 @@ def _train(**values: int | float | str) -> tuple[str, ...]:
     return tuple(f"train.{name}={value}" for name, value in values.items())
 
 
-_OPTIMIZATION = _train(
-    lr=3e-3, min_lr=3e-4, lr_decay_style="cosine", lr_warmup_fraction=0.1, eval_samples=256
+_SHORT_RUN = (
+    *_train(
+        lr=3e-3,
+        min_lr=3e-4,
+        lr_decay_style="cosine",
+        lr_warmup_fraction=0.1,
+        eval_samples=256,
+        steps=300,
+        global_batch_size=16,
+        micro_batch_size=16,
+        eval_interval=50,
+    ),
+    "data.mode=packed",
+    "checkpoint.save_interval=50",
+    "checkpoint.keep_latest=1",
 )
 
 TINY = Scale(
@@ -94,13 +111,17 @@ TINY = Scale(
     vocab_size=1024,
     settings=(
         *_model(
-            **{"hidden_size": 128, "num_attention_heads": 4, "kv_lora_rank": 64},
-            **{"qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 32},
-            **{"seq_length": 128, "vocab_size": 1024, "original_max_position_embeddings": 128},
+            hidden_size=128,
+            num_attention_heads=4,
+            kv_lora_rank=64,
+            qk_head_dim=32,
+            qk_pos_emb_head_dim=16,
+            v_head_dim=32,
+            seq_length=128,
+            vocab_size=1024,
+            original_max_position_embeddings=128,
         ),
-        *_OPTIMIZATION,
-        *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
-        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep_latest=1"),
+        *_SHORT_RUN,
     ),
 )
 """Minutes on two cores."""
@@ -112,13 +133,17 @@ SMALL = Scale(
     vocab_size=2048,
     settings=(
         *_model(
-            **{"hidden_size": 192, "num_attention_heads": 6, "kv_lora_rank": 96},
-            **{"qk_head_dim": 32, "qk_pos_emb_head_dim": 16, "v_head_dim": 32},
-            **{"seq_length": 256, "vocab_size": 2048, "original_max_position_embeddings": 256},
+            hidden_size=192,
+            num_attention_heads=6,
+            kv_lora_rank=96,
+            qk_head_dim=32,
+            qk_pos_emb_head_dim=16,
+            v_head_dim=32,
+            seq_length=256,
+            vocab_size=2048,
+            original_max_position_embeddings=256,
         ),
-        *_OPTIMIZATION,
-        *_train(steps=300, global_batch_size=16, micro_batch_size=16, eval_interval=50),
-        *("data.mode=packed", "checkpoint.save_interval=50", "checkpoint.keep_latest=1"),
+        *_SHORT_RUN,
     ),
 )
 """Hours on two cores."""

@@ -52,7 +52,7 @@ VERBS = frozenset(
     correct count create cut decide delete describe diagnose dispatch do draw drop encode end enter
     estimate evaluate exit explain export extend fill find finish fit flush forward free fsync
     gather generate get give group guess hand hash have hold ignore import initialize insert install
-    iterate join keep leave let limit list load log look make map mark match measure merge move
+    iterate join judge keep leave let limit list load log look make map mark match measure merge move
     multiply name normalize note notice open parse patch permute pick place plan plot prepare
     preprocess print profile prune publish put raise rank read rebuild receive record reduce refuse
     register release remove rename render replace report rerun reset resolve restore resume return
