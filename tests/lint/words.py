@@ -47,19 +47,20 @@ BANNED_NAMES = {
 
 VERBS = frozenset(
     """
-    add allow announce apply ask assert attach attend bound bring broadcast build call check choose
-    clean clear clip close collect combine compare compile complete compute continue convert copy
-    correct count create cut decide delete describe diagnose dispatch do draw drop encode end enter
-    estimate evaluate exit explain export extend fill find finish fit flush forward free fsync
-    gather generate get give group guess hand hash have hold ignore import initialize insert install
-    iterate join judge keep leave let limit list load log look make map mark match measure merge move
-    multiply name normalize note notice open parse patch permute pick place plan plot prepare
-    preprocess print profile prune publish put raise rank read rebuild receive record reduce refuse
-    register release remove rename render replace report rerun reset resolve restore resume return
-    round route run sample save say scale scan score search seed select send serve set shard share
-    show shuffle skip sort split start state stop store subtract sum summarize sync tabulate take
-    tell test time tokenize trace train translate truncate try turn unblock undo unpack unpickle
-    upcycle update use validate verify wait warn watch weigh weight wrap write yield
+    add allow announce apply ask assert attach attend bound bring broadcast build call check
+    choose clean clear clip close collect combine compare compile complete compute continue
+    convert copy correct count create cut decide delete describe diagnose dispatch do draw drop
+    encode end enter estimate evaluate exit explain export extend fill find finish fit flush
+    forward free fsync gather generate get give group guess hand hash have hold ignore import
+    initialize insert install iterate join judge keep leave let limit list load log look make
+    map mark match measure merge move multiply name normalize note notice open parse patch
+    permute pick place plan plot prepare preprocess print profile prune publish put raise rank
+    read rebuild receive record reduce refuse register release remove rename render replace
+    report rerun reset resolve restore resume return round route run sample save say scale scan
+    score search seed select send serve set shard share show shuffle skip sort split start state
+    stop store subtract sum summarize sync tabulate take tell test time tokenize trace train
+    translate truncate try turn unblock undo unpack unpickle upcycle update use validate verify
+    wait warn watch weigh weight wrap write yield
     """.split()  # noqa: SIM905
 )
 
