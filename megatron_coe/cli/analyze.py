@@ -97,8 +97,8 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--mode",
-        type=lambda mode: "padded" if mode == "examples" else mode,  # its former name
-        choices=("packed", "padded"),
+        choices=("packed", "padded", "examples"),  # the last is the former name of padded
+        metavar="packed|padded",
         help="how sequences are cut; default: as trained",
     )
     parser.add_argument(
