@@ -11,7 +11,7 @@ from tests.faults.commands import REPO, Bench, run_case
 from tests.zygote import Zygote
 
 FEW = (
-    "yaml: nested 100,000 deep",
+    "yaml: nested 2,000 deep",
     "yaml: billion laughs",
     "value: train.lr=.inf",
     "layout: EP beside the experts",
