@@ -34,6 +34,8 @@ class Trainer:
         validator: None when there is no held-out set.
         progress: steps and samples so far, updated in place.
         metrics_logger: writes records on rank 0, and nothing on the others.
+        checkpointer: writes checkpoints when they are due.
+        profiler: traces the steps that `log.profile_steps` names.
         heartbeat: notes what this rank is doing.
     """
 
@@ -73,6 +75,7 @@ class Trainer:
         self._saved_step = self.progress.step
         self._seconds = self.metrics_logger.latest("seconds") or 0.0
         owed = validator is not None and validator.is_owed(self.progress.step, self.metrics_logger)
+        # A validation that a signal cut short is owed: the next round makes it, and no step.
         while owed or self.progress.step < self.last_step:
             self._complete_save(wait=False)
             if reason := stop.received_on_any_rank(self.source.device):
