@@ -11,7 +11,7 @@ or F.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,13 +164,9 @@ def _forward_loop(
     hidden = x.new_empty(len(x), fc1.shape[1]) if call.differentiable else None
     for block in _expert_blocks(call.groups, fc1):
         hidden_t = x.new_empty(block.size, fc1.shape[1]) if hidden is None else hidden[block.rows]
-        for x_e, w_e, out in zip(
-            block.of(x), fc1[block.experts], block.split(hidden_t), strict=True
-        ):
-            torch.mm(x_e, w_e.t(), out=out)
-        activated = block.split(call.activation.forward(hidden_t, probs[block.rows]))
-        for a_e, w_e, out in zip(activated, fc2[block.experts], block.of(y), strict=True):
-            torch.mm(a_e, w_e.t(), out=out)
+        _multiply(block.of(x), fc1[block.experts].mT, block.split(hidden_t))
+        activated = call.activation.forward(hidden_t, probs[block.rows])
+        _multiply(block.split(activated), fc2[block.experts].mT, block.of(y))
     return y, hidden
 
 
@@ -188,19 +184,21 @@ def _backward_loop(
     gradients = _WeightGradients(fc1, fc2, _main_grads(call.parameters)) if wants_dw else None
     for block in _expert_blocks(call.groups, fc1):
         dactivated = x.new_empty(block.size, fc2.shape[2])
-        parts = zip(block.of(dy), fc2[block.experts], block.split(dactivated), strict=True)
-        for dy_e, w_e, out in parts:
-            torch.mm(dy_e, w_e, out=out)
+        _multiply(block.of(dy), fc2[block.experts], block.split(dactivated))
         activated, dhidden, dprobs[block.rows] = call.activation.backward(
             hidden[block.rows], probs[block.rows], dactivated
         )
-        parts = zip(block.split(dhidden), fc1[block.experts], block.of(dx), strict=True)
-        for dh_e, w_e, out in parts:
-            torch.mm(dh_e, w_e, out=out)
+        _multiply(block.split(dhidden), fc1[block.experts], block.of(dx))
         if gradients:
             inputs = (block.of(x), block.split(activated))
             gradients.add(block, (block.split(dhidden), block.of(dy)), inputs)
     return dx, dprobs, gradients.for_autograd if gradients else None
+
+
+def _multiply(inputs: Iterable[Tensor], weights: Tensor, outputs: Iterable[Tensor]) -> None:
+    """Write each expert's product of its rows and its weight [in, out] to its output."""
+    for x_e, w_e, out in zip(inputs, weights, outputs, strict=True):
+        torch.mm(x_e, w_e, out=out)
 
 
 @dataclass(frozen=True)
