@@ -73,7 +73,9 @@ def _sizes_of(settings: Settings, vocab_size: int) -> Sizes:
     check_layout(settings, world_size=1)
     provider = build_provider(settings, device, vocab_size)
     train = settings.train
-    memory = rank_memory(plan_of(settings, provider, 1, device.type == "cuda"))
+    memory = rank_memory(
+        plan_of(provider, settings.parallel, settings.train, 1, device.type == "cuda")
+    )
     return Sizes(
         provider.num_params(),
         provider.num_active_params(),

@@ -120,7 +120,13 @@ def compare(case: dict[str, Any], device: torch.device) -> Outcome:
     settings = make_settings(model=model, parallel=case.get("parallel", {}), train=train)
     trainer = make_trainer(settings, device, Sequences())
     world_size = torch.distributed.get_world_size()
-    plan = plan_of(settings, trainer.train_state.provider, world_size, on_gpu=device.type == "cuda")
+    plan = plan_of(
+        trainer.train_state.provider,
+        settings.parallel,
+        settings.train,
+        world_size,
+        on_gpu=device.type == "cuda",
+    )
     predicted = stage_memory(plan, parallel_state.get_pipeline_model_parallel_rank())
     exchanged = Exchanges()
     with exchanged.watched():

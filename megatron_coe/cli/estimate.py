@@ -42,9 +42,9 @@ def command(options: argparse.Namespace) -> None:
     from megatron_coe.planning.run_summary import describe_sizes, plan_of, tokenizer_vocab_size
 
     device = torch.device(options.device)
-    provider = build_provider(settings, device, tokenizer_vocab_size(settings))
+    provider = build_provider(settings, device, tokenizer_vocab_size(settings.data.tokenizer))
     on_gpu = options.device == "cuda"
-    print(describe_sizes(plan_of(settings, provider, world_size, on_gpu)))
+    print(describe_sizes(plan_of(provider, settings.parallel, settings.train, world_size, on_gpu)))
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:

@@ -51,9 +51,11 @@ def command(options: argparse.Namespace) -> None:
     from megatron_coe.planning.run_summary import plan_of, tokenizer_vocab_size
 
     prepare()
-    model = build_provider(settings, torch.device("cuda"), tokenizer_vocab_size(settings))
+    model = build_provider(
+        settings, torch.device("cuda"), tokenizer_vocab_size(settings.data.tokenizer)
+    )
     if options.keep_layout:
-        plan = plan_of(settings, model, options.gpus, on_gpu=True)
+        plan = plan_of(model, settings.parallel, settings.train, options.gpus, on_gpu=True)
         ranking = layout_search.Ranking([layout_search.estimate(plan, cluster)], legal=1)
     else:
         ranking = layout_search.rank_layouts(

@@ -15,7 +15,6 @@ import torch
 
 from megatron_coe.checkpoint.assets import hf_folder, prepends_bos
 from megatron_coe.checkpoint.directory import resolve_checkpoint
-from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion import hf_config
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import (
@@ -71,7 +70,7 @@ def to_hf(
     step = resolve_checkpoint(checkpoint)
     verify_step(step)
     settings = settings_of(step, tokenizer)
-    provider = provider_of(settings)
+    provider, stored_tokenizer = provider_of(settings), settings.data.tokenizer
     native = family == hf_config.DEEPSEEK_V2
     describe = hf_config.to_deepseek_v2_config if native else hf_config.to_hf_config
     config = describe(provider)
@@ -80,12 +79,21 @@ def to_hf(
     stored = dtype or reader.dtype(next(iter(found.values())))
     with atomic_folder(folder) as partial:
         config["torch_dtype"] = _DTYPE_NAMES[stored]
-        config, usage = _write_description(config, step, settings, provider, partial)
-        if settings.data.tokenizer:
-            check_tokenizer(Path(settings.data.tokenizer), partial, usage)
+        config, usage = _write_description(config, step, stored_tokenizer, provider, partial)
+        if stored_tokenizer:
+            check_tokenizer(Path(stored_tokenizer), partial, usage)
         for name in () if native else MODEL_CODE:
             shutil.copyfile(Path(__file__).parents[1] / "hf" / name, partial / name)
-        card = model_card(provider, settings, step, folder.name, usage, remote_code=not native)
+        card = model_card(
+            provider,
+            step,
+            folder.name,
+            usage,
+            data=settings.data,
+            steps=settings.train.steps,
+            run=Path(settings.log.dir),
+            remote_code=not native,
+        )
         if native:
             card += hf_config.deepseek_v2_notes(provider, stored.itemsize)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -109,7 +117,7 @@ def describe(checkpoint: Path, folder: Path, tokenizer: Path | None = None) -> N
     settings = settings_of(step, tokenizer)
     provider = provider_of(settings)
     config = hf_config.to_hf_config(provider)
-    _write_description(config, step, settings, provider, folder)
+    _write_description(config, step, settings.data.tokenizer, provider, folder)
 
 
 # --- configuration and tokenizer ---------------------------------------------------------------
@@ -123,11 +131,15 @@ def _with_one_router(parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, 
 def _write_description(
     config: hf_config.Config,
     step: Path,
-    settings: Settings,
+    tokenizer: str,
     provider: CoEModelProvider,
     folder: Path,
 ) -> tuple[hf_config.Config, Usage]:
     """Write configurations and tokenizer.
+
+    Args:
+        config: what the model's fields say; the rest is added to it.
+        tokenizer: where it is; empty if there is none.
 
     Returns: the content of `config.json`, and how training used the tokenizer.
     """
@@ -136,8 +148,8 @@ def _write_description(
     original = _read_kept(kept / HF_CONFIG)
     length = _trained_length(original, provider, is_trained=bool(step_of(step)))
     usage = Usage(length, prepends_bos(step))
-    if settings.data.tokenizer:
-        ids = write_tokenizer(Path(settings.data.tokenizer), folder, usage)
+    if tokenizer:
+        ids = write_tokenizer(Path(tokenizer), folder, usage)
     config = {"max_position_embeddings": length, **config}
     described = {*config, *IDENTITY, *OWN, *OTHER_SPELLINGS}
     config |= {key: value for key, value in original.items() if key not in described}

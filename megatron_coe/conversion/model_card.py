@@ -11,7 +11,7 @@ from typing import cast
 
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
-from megatron_coe.config.run_config import Settings
+from megatron_coe.config.run_config import DataSettings
 from megatron_coe.conversion.tokenizer import Usage, describe_tokenizer
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.utils.metrics_file import read_records
@@ -64,27 +64,32 @@ model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 
 def model_card(
     provider: CoEModelProvider,
-    settings: Settings,
     step: Path,
     name: str,
     usage: Usage,
+    *,
+    data: DataSettings,
+    steps: int,
+    run: Path,
     remote_code: bool = True,
 ) -> str:
     """Return a README.md with the model, its training and how it is used.
 
     Args:
-        settings: of the run, with the tokenizer where it is now.
         step: the checkpoint.
         name: of the model, usually of its folder.
         usage: the use of the tokenizer in training.
+        data: of the run, with the tokenizer where it is now.
+        steps: that the run was to train in all.
+        run: the folder of its records.
         remote_code: whether the model's code is in the folder, not in transformers.
     """
     C = provider.coe_iterations
-    rows = [*_model_rows(provider, usage), *_training_rows(settings, step)]
-    if settings.data.tokenizer:
-        rows.append(("tokenizer", describe_tokenizer(Path(settings.data.tokenizer), usage)))
+    rows = [*_model_rows(provider, usage), *_training_rows(step, data, steps, run)]
+    if data.tokenizer:
+        rows.append(("tokenizer", describe_tokenizer(Path(data.tokenizer), usage)))
     rows.append(("software", _software(step)))
-    example = _GENERATE if settings.data.tokenizer else _LOAD
+    example = _GENERATE if data.tokenizer else _LOAD
     return _CARD.format(
         name=name,
         code_tag="- custom_code\n" if remote_code else "",
@@ -106,18 +111,19 @@ def _model_rows(provider: CoEModelProvider, usage: Usage) -> Iterator[tuple[str,
     yield "context length", f"{usage.max_length:,} tokens"
 
 
-def _training_rows(settings: Settings, step: Path) -> Iterator[tuple[str, str]]:
+def _training_rows(
+    step: Path, data: DataSettings, steps: int, run: Path
+) -> Iterator[tuple[str, str]]:
     """Rows about the run; none for a model that was imported and not trained since."""
-    data, train = settings.data, settings.train
     number = step_of(step)
     if not number:
         return
-    yield "run", Path(settings.log.dir).name
+    yield "run", run.name
     names = ", ".join(f"`{Path(prefix).name}`" for prefix in data.train)
     yield "training data", f"{names} (mode `{data.mode}`)"
     sequences = read_common(step)["progress"]["samples"]
-    yield "steps, sequences", f"{number:,} of {train.steps:,}, {sequences:,}"
-    path = Path(settings.log.dir, METRICS_FILE)
+    yield "steps, sequences", f"{number:,} of {steps:,}, {sequences:,}"
+    path = run / METRICS_FILE
     records = read_records(path) if path.is_file() else []
     for key, what in (("train_loss", "training"), ("valid_loss", "validation")):
         known = [r for r in records if key in r and cast("int", r["step"]) <= number]

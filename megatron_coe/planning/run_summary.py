@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_coe.config.run_config import Settings
+from megatron_coe.config.run_config import ParallelSettings, TrainSettings
 from megatron_coe.data.tokenizer import load_tokenizer
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.memory import GIB, rank_memory
@@ -16,18 +16,22 @@ _NO_VOCABULARY = (
 )
 
 
-def tokenizer_vocab_size(settings: Settings) -> int | None:
-    """Return the number of ids of the tokenizer that `settings` name, or None if it is not there.
+def tokenizer_vocab_size(path: str) -> int | None:
+    """Return the number of ids of the tokenizer at `data.tokenizer`, or None if it is not there.
 
     Raises: ValueError: it cannot be read.
     """
-    path = settings.data.tokenizer
     return load_tokenizer(path).vocab_size if path and Path(path).exists() else None
 
 
-def plan_of(settings: Settings, provider: CoEModelProvider, world_size: int, on_gpu: bool) -> Plan:
-    """Return the plan of the run of `settings` on `world_size` processes."""
-    train, parallel = settings.train, settings.parallel
+def plan_of(
+    provider: CoEModelProvider,
+    parallel: ParallelSettings,
+    train: TrainSettings,
+    world_size: int,
+    on_gpu: bool,
+) -> Plan:
+    """Return the plan of a run on `world_size` processes."""
     return Plan(
         model=provider,
         world_size=world_size,

@@ -1,16 +1,19 @@
-"""The summary of a run that is logged before its first step."""
+"""The summary of a run that is logged before its first step, and that of a dry run's data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_coe import __version__
-from megatron_coe.config.run_config import ParallelSettings
+from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
 from megatron_coe.config.validation import layout_of
+from megatron_coe.data.indexed import IndexedFile, data_summary
+from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
+from megatron_coe.training.preflight import training_sets
 
 _PACKAGES = ("megatron-core", "torch", "transformer-engine", "python")
 
@@ -90,3 +93,36 @@ def _batch(plan: Plan) -> str:
         f"replica(s) x {plan.num_microbatches} micro-batch(es) of {plan.micro_batch_size}; "
         f"{plan.global_batch_size * length:,} tokens per step"
     )
+
+
+def summarize_data(
+    data: DataSettings,
+    train: TrainSettings,
+    files: Sequence[IndexedFile],
+    per_epoch: float,
+    held_out: int | None,
+) -> str:
+    """Describe in a line what a run reads.
+
+    Args:
+        files: the training sets.
+        per_epoch: training sequences in one epoch.
+        held_out: validation sequences; None without validation.
+    """
+    documents, tokens = sum(f.documents for f in files), sum(f.tokens for f in files)
+    epochs = train.steps * train.global_batch_size / per_epoch
+    return (
+        f"{len(files)} set(s), {documents:,} documents, {tokens:,} tokens, {data.mode}; "
+        f"{epochs:.2f} epochs in {train.steps:,} steps; "
+        + ("no held-out set" if held_out is None else f"{held_out:,} sequences held out")
+    )
+
+
+def describe_data(data: DataSettings, train: TrainSettings, tokenizer: Tokenizer) -> Iterator[str]:
+    """Describe tokenizer and data sets of a dry run, a line or a paragraph each."""
+    yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
+    yield f"training data\n{data_summary(training_sets(data))}"
+    if data.valid:
+        yield f"validation data\n{data_summary(data.valid)}"
+    sequences = train.steps * train.global_batch_size
+    yield f"{sequences:,} sequences in {train.steps:,} steps, mode {data.mode}"

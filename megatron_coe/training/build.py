@@ -1,9 +1,10 @@
-"""A trainer built from its settings, and the description of a run that a dry run prints."""
+"""A run wired from its settings: its checks, its trainer, and what a dry run prints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +21,13 @@ from megatron_coe.checkpoint.resume import Start, check_changes, select_start
 from megatron_coe.checkpoint.safe_unpickle import read_common
 from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.checkpoint.tokenizer import identity_of
+from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings, TrainSettings
 from megatron_coe.config.validation import num_microbatches
-from megatron_coe.data.datasets import build_datasets
-from megatron_coe.data.indexed import IndexedFile, data_summary, documents_begin_with, identify
-from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.data.datasets import build_datasets, check_datasets
+from megatron_coe.data.fast_tokenizer import export_warning
+from megatron_coe.data.indexed import IndexedFile, documents_begin_with, identify
+from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_coe.distributed.process_groups import lone_process, process_groups, rendezvous
 from megatron_coe.distributed.seeds import seed_everything, use_deterministic_kernels
 from megatron_coe.distributed.train_state import build_train_state
@@ -32,31 +35,71 @@ from megatron_coe.fault_tolerance.exceptions import RunEndedError
 from megatron_coe.fault_tolerance.heartbeat import DATA, LOADING, MODEL, Heartbeat
 from megatron_coe.fault_tolerance.signals import StopRequest
 from megatron_coe.fault_tolerance.watchdog import group_timeout, watched
+from megatron_coe.model import backends
+from megatron_coe.model.backends.select import refuse_unusable
+from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.run_summary import describe_sizes, plan_of
-from megatron_coe.training.banner import banner
+from megatron_coe.training.banner import banner, describe_data, summarize_data
 from megatron_coe.training.batch_source import BatchSource
-from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger
-from megatron_coe.training.out_of_memory import explained
-from megatron_coe.training.preflight import (
-    Preflight,
-    check_run,
-    data_arguments,
-    training_sets,
-)
+from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger, check_wandb
+from megatron_coe.training.out_of_memory import explained, memory_remedies
+from megatron_coe.training.preflight import aux_loss_warning, check_folders, data_arguments
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.trainer import Trainer, last_step
 from megatron_coe.training.validation import Validator
-from megatron_coe.utils.environment import write_machine
+from megatron_coe.utils.environment import refuse_unused_gpus, write_machine
 from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import CONFIG_FILE
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks of a run have loaded and found valid."""
+
+    device: torch.device
+    tokenizer: Tokenizer
+    provider: CoEModelProvider
+    data: dict[str, Any]
+    """Arguments of `build_datasets`."""
+    files: list[IndexedFile]
+    """The training sets."""
+    warnings: list[str]
+    """What a user may not know of and should; empty on ranks other than 0."""
+
+
+def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Preflight:
+    """Check everything about a run that one process can see.
+
+    Args:
+        saves: whether the run writes checkpoints.
+        dry: nothing is left behind.
+
+    Raises: ValueError, OSError naming the setting or the file.
+    """
+    data, parallel, train = settings.data, settings.parallel, settings.train
+    warnings = [refuse_unused_gpus()]
+    check_wandb(settings.log)
+    device = backends.prepare()
+    tokenizer = load_tokenizer(data.tokenizer)
+    provider = build_provider(settings, device, tokenizer.vocab_size)
+    refuse_unusable(provider)
+    arguments = data_arguments(data, train, tokenizer, provider.seq_length)
+    files, _, _ = check_datasets(**arguments)
+    if is_rank_0():
+        check_folders(settings.checkpoint.save if saves else None, settings.log.dir, dry)
+        warnings += [export_warning(tokenizer), aux_loss_warning(provider, parallel, train)]
+    return Preflight(
+        device, tokenizer, provider, arguments, files, [text for text in warnings if text]
+    )
 
 
 def describe(settings: Settings, world_size: int) -> str:
     """Describe settings, sizes and data of a run. Raises as `trainer` does; nothing is built."""
     found = check_run(settings, dry=True)
-    plan = plan_of(settings, found.provider, world_size, found.device.type == "cuda")
+    train, on_gpu = settings.train, found.device.type == "cuda"
+    plan = plan_of(found.provider, settings.parallel, train, world_size, on_gpu)
     lines = [settings.to_yaml(), describe_sizes(plan), ""]
-    lines += _describe_data(settings, found.tokenizer)
+    lines += describe_data(settings.data, train, found.tokenizer)
     with lone_process():
         if start := select_start(settings.checkpoint, repair=False):
             data = [identify(file) for file in found.files]
@@ -86,12 +129,12 @@ def trainer(
     """
     stop, heartbeat = stop or StopRequest(), Heartbeat()
     found = check_run(settings, saves=not must_resume)
-    device = found.device
-    if settings.train.deterministic and device.type == "cuda":
+    device, parallel, train = found.device, settings.parallel, settings.train
+    if train.deterministic and device.type == "cuda":
         use_deterministic_kernels()
     data = [identify(file) for file in found.files]
     checkpointer = _make_checkpointer(settings, found.tokenizer, data, sources)
-    timeout_s, store = settings.train.hang_timeout_s, rendezvous()
+    timeout_s, store = train.hang_timeout_s, rendezvous()
 
     def begin(phase: str, before: str) -> None:
         stop.raise_if_stopped(device, before, settings.checkpoint.save is not None)
@@ -99,45 +142,43 @@ def trainer(
 
     with (
         watched(store, timeout_s, heartbeat, raised_together=(RunEndedError, CheckpointWriteError)),
-        explained(settings, heartbeat),
-        process_groups(settings.parallel, device, store, group_timeout(timeout_s)),
+        explained(heartbeat, memory_remedies(settings.model, parallel, train)),
+        process_groups(parallel, device, store, group_timeout(timeout_s)),
     ):
         begin(LOADING, "the data were looked at")
         start = select_start(settings.checkpoint, must_resume)
         changes = _prepare_start(start, checkpointer, settings, found.tokenizer, data, must_resume)
-        seed_everything(settings.train.seed)
+        seed_everything(train.seed)
         heartbeat.enter(DATA)
-        train_set, valid_set = _build_datasets(settings, found, start)
+        samples = (_num_samples(train, start), train.eval_samples)
+        train_set, valid_set = build_datasets(
+            **found.data | {"num_samples": samples}, cache_dir=settings.data.cache
+        )
         begin(MODEL, "the model was built")
         train_state = build_train_state(
-            found.provider, settings.parallel, settings.train, device, trains=not must_resume
+            found.provider, parallel, train, device, trains=not must_resume
         )
         begin(LOADING, "the checkpoint was loaded")
         progress = Progress()
         if start:
             progress = load_checkpoint(start.path, train_state, start.weights_only)
         if not must_resume:
-            checkpointer.prepare(train_state, saves=progress.step < settings.train.steps)
+            checkpointer.prepare(train_state, saves=progress.step < train.steps)
         validator = None
         if valid_set is not None:
-            source = _make_source(valid_set, settings.train, device)
-            validator = Validator(
-                settings.train, train_state, source, len(cast("Sized", valid_set)), heartbeat
-            )
+            source, size = _make_source(valid_set, train, device), len(cast("Sized", valid_set))
+            validator = Validator(train, train_state, source, size, heartbeat)
         per_epoch = _samples_per_epoch(found.files, settings.data.mode, found.provider.seq_length)
         metrics_logger = _open_logger(settings, progress)
         if metrics_logger.is_enabled:
-            begins = _describe_begin(settings, found, per_epoch, validator, start, changes)
-            for text in begins:
+            for text in _describe_begin(settings, found, per_epoch, validator, start, changes):
                 metrics_logger.log(text)
         try:
             yield Trainer(
-                settings=settings.train,
+                settings=train,
                 train_state=train_state,
-                source=_make_source(train_set, settings.train, device, per_epoch),
-                num_microbatches=num_microbatches(
-                    settings.parallel, settings.train, dist.get_world_size()
-                ),
+                source=_make_source(train_set, train, device, per_epoch),
+                num_microbatches=num_microbatches(parallel, train, dist.get_world_size()),
                 validator=validator,
                 progress=progress,
                 metrics_logger=metrics_logger,
@@ -186,17 +227,6 @@ def _prepare_start(
     return changes
 
 
-def _build_datasets(
-    settings: Settings, found: Preflight, start: Start | None
-) -> tuple[Dataset, Dataset | None]:
-    arguments = data_arguments(settings, found.tokenizer, found.provider.seq_length)
-    arguments["num_samples"] = (
-        _num_samples(settings.train, start),
-        settings.train.eval_samples,
-    )
-    return build_datasets(**arguments, cache_dir=settings.data.cache)
-
-
 def _describe_begin(
     settings: Settings,
     found: Preflight,
@@ -206,46 +236,17 @@ def _describe_begin(
     changes: Sequence[str],
 ) -> Iterator[str]:
     """Yield what a run logs before its first step."""
-    device, ranks = found.device, dist.get_world_size()
+    device, ranks, train = found.device, dist.get_world_size(), settings.train
     machine = write_machine(Path(settings.log.dir), device, ranks)
-    plan = plan_of(settings, found.provider, ranks, device.type == "cuda")
-    reads = _summarize_data(settings, found.files, per_epoch, validator)
-    yield banner(settings.parallel, plan, machine, reads, _start_of(settings, start))
+    plan = plan_of(found.provider, settings.parallel, train, ranks, device.type == "cuda")
+    held_out = validator.samples if validator else None
+    reads = summarize_data(settings.data, train, found.files, per_epoch, held_out)
+    begins = f"{settings.log.dir}, {start or 'from step 0'}, to step {last_step(train):,}"
+    yield banner(settings.parallel, plan, machine, reads, begins)
     yield from (f"warning: {warning}" for warning in found.warnings)
     if start and start.skipped:
         yield f"checkpoint.load={start.skipped} is not read again"
     yield from (f"changed since then: {change}" for change in changes)
-
-
-def _describe_data(settings: Settings, tokenizer: Tokenizer) -> Iterator[str]:
-    data = settings.data
-    yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
-    yield f"training data\n{data_summary(training_sets(data))}"
-    if data.valid:
-        yield f"validation data\n{data_summary(data.valid)}"
-    sequences = settings.train.steps * settings.train.global_batch_size
-    yield f"{sequences:,} sequences in {settings.train.steps:,} steps, mode {data.mode}"
-
-
-def _summarize_data(
-    settings: Settings,
-    files: Sequence[IndexedFile],
-    per_epoch: float,
-    validator: Validator | None,
-) -> str:
-    train = settings.train
-    documents, tokens = sum(f.documents for f in files), sum(f.tokens for f in files)
-    epochs = train.steps * train.global_batch_size / per_epoch
-    held_out = f"{validator.samples:,} sequences held out" if validator else "no held-out set"
-    return (
-        f"{len(files)} set(s), {documents:,} documents, {tokens:,} tokens, {settings.data.mode}; "
-        f"{epochs:.2f} epochs in {train.steps:,} steps; {held_out}"
-    )
-
-
-def _start_of(settings: Settings, start: Start | None) -> str:
-    last = last_step(settings.train)
-    return f"{settings.log.dir}, {start or 'from step 0'}, to step {last:,}"
 
 
 def _num_samples(train: TrainSettings, start: Start | None) -> int:

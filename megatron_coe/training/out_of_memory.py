@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from megatron_coe.config.run_config import Settings
+from megatron_coe.config.run_config import ParallelSettings, TrainSettings
 from megatron_coe.config.validation import layout_of, world_size
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
 from megatron_coe.fault_tolerance.heartbeat import Heartbeat
@@ -16,8 +17,8 @@ _ADVICE = " If reserved but unallocated memory"  # torch's own, about fragmentat
 
 
 @contextmanager
-def explained(settings: Settings, heartbeat: Heartbeat) -> Iterator[None]:
-    """Raise DeviceMemoryError for an error of torch's that means that a device is full."""
+def explained(heartbeat: Heartbeat, remedies: Sequence[str]) -> Iterator[None]:
+    """Raise DeviceMemoryError, with the remedies, for torch's error that a device is full."""
     try:
         yield
     except RuntimeError as error:
@@ -26,13 +27,14 @@ def explained(settings: Settings, heartbeat: Heartbeat) -> Iterator[None]:
         message = " ".join(str(error).partition(_ADVICE)[0].split())
         raise DeviceMemoryError(
             f"out of memory in {heartbeat}: {message.rstrip('.')}. What takes less: "
-            + "; ".join(remedies(settings))
+            + "; ".join(remedies)
         ) from error
 
 
-def remedies(settings: Settings) -> list[str]:
+def memory_remedies(
+    model: Mapping[str, Any], parallel: ParallelSettings, train: TrainSettings
+) -> list[str]:
     """List settings that lower the memory of a rank, if not yet set, the cheapest first."""
-    train, parallel = settings.train, settings.parallel
     found = []
     if train.micro_batch_size > 1:
         found.append(f"train.micro_batch_size={train.micro_batch_size // 2}, with the same result")
@@ -40,7 +42,7 @@ def remedies(settings: Settings) -> list[str]:
     if not parallel.use_distributed_optimizer and replicas > 1:
         found.append("parallel.use_distributed_optimizer=true")
     stronger = {None: ("moe_act", "full"), "selective": ("full",)}
-    for name in stronger.get(settings.model.get("recompute_granularity"), ()):
+    for name in stronger.get(model.get("recompute_granularity"), ()):
         found.append(
             " ".join(f"model.{key}={_text(value)}" for key, value in RECOMPUTE[name].items())
         )

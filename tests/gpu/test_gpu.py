@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_coe.config.run_config import Settings, TrainSettings
+from megatron_coe.config.run_config import ParallelSettings, TrainSettings
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
 from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.model.moe.expert_activation import SwiGLU
 from megatron_coe.model.moe.grouped_linear import grouping
 from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
-from megatron_coe.training.out_of_memory import explained
+from megatron_coe.training.out_of_memory import explained, memory_remedies
 from tests.builders import build_layer, randomize, reference_of, tiny_config, weigh_balance_losses
 
 pytestmark = [
@@ -121,9 +121,9 @@ def test_a_layer_never_waits_for_the_device(single_rank, changes: dict, padding:
 def test_a_full_device_is_explained(device: torch.device) -> None:
     heartbeat = Heartbeat()
     heartbeat.enter(STEP, 3)
-    settings = Settings(train=TrainSettings(micro_batch_size=8))
+    remedies = memory_remedies({}, ParallelSettings(), TrainSettings(micro_batch_size=8))
     with (
         pytest.raises(DeviceMemoryError, match=r"^out of memory in step 3: CUDA out of memory"),
-        explained(settings, heartbeat),
+        explained(heartbeat, remedies),
     ):
         torch.empty(1 << 50, device=device)

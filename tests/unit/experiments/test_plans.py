@@ -153,7 +153,7 @@ def test_the_papers_memory_is_counted_as_its_authors_do():
     for variant in (*EXPERIMENTS["layers"].variants, *MEMORY.variants):
         settings = settings_of(PAPER, variant)
         provider = build_provider(settings, torch.device("cpu"))
-        memory = rank_memory(plan_of(settings, provider, 1, on_gpu=True))
+        memory = rank_memory(plan_of(provider, settings.parallel, settings.train, 1, on_gpu=True))
         state[variant.name] = memory.weights + memory.gradients + memory.optimizer
     for name, reported in EXPERIMENTS["layers"].reported.items():
         assert state[name] / 2**30 == pytest.approx(float(reported.split()[0]), rel=0.01)

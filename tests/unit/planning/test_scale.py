@@ -29,7 +29,13 @@ def plan(preset: Path) -> Plan:
     check_values(settings)
     gpus = int(preset.stem.split("_")[-1].removesuffix("-gpus")) if preset in LAID_OUT else 1
     check_layout(settings, gpus)
-    return plan_of(settings, build_provider(settings, torch.device("cuda")), gpus, on_gpu=True)
+    return plan_of(
+        build_provider(settings, torch.device("cuda")),
+        settings.parallel,
+        settings.train,
+        gpus,
+        on_gpu=True,
+    )
 
 
 def lite() -> int:
