@@ -52,9 +52,6 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("model.moe_token_dispatcher_type", _SILENT),
     ("model.moe_grouped_gemm", _SILENT),
     ("model.attention_backend", _SILENT),
-    # Of settings written before they were dropped.
-    ("model.coe_merge_weight_gradients", _SILENT),
-    ("model.coe_own_dispatchers", _SILENT),
     ("model.*_dropout", _PRINTED),
     ("model.moe_aux_loss_coeff", _PRINTED),
     ("model.moe_z_loss_coeff", _PRINTED),

@@ -1,7 +1,6 @@
 """Former names and values of settings, which stay readable: in files, overrides and checkpoints.
 
-Everything written has the present ones. Fields that section `model` no longer has
-`config.model_section` translates, because what they meant depends on other fields.
+Everything written has the present ones.
 """
 
 from __future__ import annotations
@@ -17,6 +16,10 @@ FORMER_KEYS = {
 }
 
 FORMER_VALUES = {"data.mode": {"examples": "padded"}}
+
+DROPPED_FIELDS = ("coe_merge_weight_gradients", "coe_own_dispatchers")
+"""Fields that section `model` had. The first changed only the order of sums; what the second meant
+depends on another field, so `without_dropped_fields` translates it once all is merged."""
 
 
 def refuse_both(source: str, keys: Iterable[str]) -> None:
@@ -44,3 +47,17 @@ def with_present_names(source: str, sections: dict[str, Any]) -> dict[str, Any]:
             present = former.get(value, value) if isinstance(value, str) else value
             renamed[section][name if key == f"{section}.{name}" else key.split(".")[1]] = present
     return renamed
+
+
+def without_dropped_fields(model: dict[str, Any]) -> dict[str, Any]:
+    """Return section `model`, merged from all its sources, without `DROPPED_FIELDS`.
+
+    Raises: ValueError: the value of one is none that it took.
+    """
+    present = {name: value for name, value in model.items() if name not in DROPPED_FIELDS}
+    is_ours = model.get("coe_own_dispatchers", True)
+    if type(is_ours) is not bool:
+        raise ValueError(f"model.coe_own_dispatchers={is_ours!r}: must be true or false")
+    if not is_ours and present.get("moe_token_dispatcher_type", "alltoall") == "alltoall":
+        present["moe_token_dispatcher_type"] = "megatron_alltoall"
+    return present

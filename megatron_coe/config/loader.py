@@ -22,7 +22,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from megatron_coe.config.aliases import refuse_both, with_present_names
+from megatron_coe.config.aliases import (
+    refuse_both,
+    with_present_names,
+    without_dropped_fields,
+)
 from megatron_coe.config.locations import own_places
 from megatron_coe.config.run_config import SECTIONS, LogSettings, Settings
 
@@ -76,6 +80,7 @@ def _load(path: Path, overrides: Sequence[str]) -> Settings:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise ValueError(f"{path}: {key}{_first_line(error)}") from error
     assert isinstance(settings, Settings)
+    settings.model = without_dropped_fields(settings.model)
     return settings
 
 

@@ -45,7 +45,7 @@ def build_provider(
     Raises:
         ValueError: a field of section `model` is unknown, of the wrong type or out of range.
     """
-    model = _checked_fields(_without_dropped_fields(settings.model))
+    model = _checked_fields(settings.model)
     vocab_size = model["vocab_size"] = model.get("vocab_size") or tokenizer_vocab_size or 0
     if tokenizer_vocab_size is not None and 0 < vocab_size < tokenizer_vocab_size:
         raise ValueError(
@@ -79,18 +79,6 @@ def _precision_fields(precision: str, device: torch.device) -> dict[str, Any]:
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     return {"bf16": bf16, "params_dtype": dtype, "pipeline_dtype": dtype}
-
-
-def _without_dropped_fields(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate fields that older settings, and the config.yaml of checkpoints, may name."""
-    model = dict(model)
-    model.pop("coe_merge_weight_gradients", None)  # changed the order of sums only
-    is_ours = model.pop("coe_own_dispatchers", True)
-    if type(is_ours) is not bool:
-        raise ValueError(f"model.coe_own_dispatchers={is_ours!r}: must be true or false")
-    if not is_ours and model.get("moe_token_dispatcher_type", "alltoall") == "alltoall":
-        model["moe_token_dispatcher_type"] = "megatron_alltoall"
-    return model
 
 
 def _checked_fields(model: Mapping[str, Any]) -> dict[str, Any]:
