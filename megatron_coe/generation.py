@@ -255,7 +255,7 @@ def _failure(named: Path, error: Exception) -> ValueError:
 
 
 def _positions(config: AutoConfig) -> int:
-    """Maximum tokens of a sequence; no limit for a model whose configuration names none."""
+    """Return the maximum tokens of a sequence; no limit where the configuration names none."""
     return getattr(config, "max_position_embeddings", None) or 1 << 62
 
 

@@ -248,7 +248,7 @@ def _compare_on_rank(case: dict[str, Any]) -> dict[str, Any]:
         "measured": asdict(outcome.measured),
         "planned_exchanges": [
             sum(c.times * c.calls for c in planned),
-            sum(c.sent_per_step for c in planned),
+            sum(c.times * c.sent for c in planned),
         ],
         "exchanges": [outcome.exchanged.calls, outcome.exchanged.bytes],
     }

@@ -38,12 +38,11 @@ from megatron_coe.checkpoint.shard_writer import ShardPlan, Written
 from megatron_coe.checkpoint.state import Progress, run_state, state_size
 from megatron_coe.checkpoint.verify import is_loadable
 from megatron_coe.checkpoint.versions import VERSIONS_FILE, versions_text
-from megatron_coe.config.run_config import CheckpointSettings
+from megatron_coe.config.run_config import CheckpointSettings, is_multiple
 from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.utils.fsynced import digest_of, in_background, write_fsynced
 from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import COMMON_FILE, CONFIG_FILE, FORMAT_FILE, step_name, step_of
-from megatron_coe.utils.steps import is_multiple
 
 
 @dataclass(frozen=True)

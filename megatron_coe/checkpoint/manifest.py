@@ -113,14 +113,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name leads to a file of a checkpoint and nowhere else."""
+    """Return whether a name leads to a file of a checkpoint and nowhere else."""
     path = PurePosixPath(name)
     is_inside = str(path) == name and ".." not in path.parts and not path.is_absolute()
     return is_inside and (len(path.parts) == 1 or name.partition("/")[0] in _FOLDERS)
 
 
 def _could_be_read(name: str) -> bool:
-    """Whether a file passes for a part of a checkpoint: its data, or what it carries."""
+    """Return whether a file passes for a checkpoint's: its data, or what lies beside it."""
     is_carried = name == TOKENIZER_MODEL or name.partition("/")[0] in _FOLDERS
     return is_carried or name.endswith((".distcp", ".pt")) or name.startswith(".metadata")
 

@@ -32,8 +32,6 @@ from megatron_coe.config.run_config import SECTIONS, LogSettings, Settings
 
 EXTENDS = "extends"
 
-_REFERENCES = 10
-MAX_CHARACTERS = 1 << 16
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)+)\}")
 
 NOT_OFFERED = {
@@ -162,7 +160,7 @@ def _check_references(path: Path, settings: DictConfig) -> None:
 
 
 def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
-    """Every text in nested values, with its place, as `data.train.0`."""
+    """Yield every text in nested values, with its key, such as `data.train.0`."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict | list):

@@ -132,6 +132,11 @@ def warmup_steps(train: TrainSettings) -> int:
     return int(train.lr_warmup_fraction * train.steps)
 
 
+def is_multiple(step: int, interval: int) -> bool:
+    """Return whether an interval of steps ends at a step; one of 0 never does."""
+    return interval > 0 and step % interval == 0
+
+
 @dataclass
 class CheckpointSettings:
     """Where the state of the run is kept and how often it is written."""

@@ -139,7 +139,7 @@ def _ruled_values(settings: Settings) -> Iterator[tuple[str, object, ValueRule]]
 
 
 def _numbers(key: str, value: object) -> Iterator[tuple[str, int | float]]:
-    """Every number in nested settings, with its place."""
+    """Yield every number in nested settings, with its key."""
     if isinstance(value, dict | list):
         for name, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _numbers(f"{key}.{name}" if key else str(name), part)

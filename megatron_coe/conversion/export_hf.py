@@ -170,6 +170,6 @@ def _read_kept(path: Path) -> hf_config.Config:
 def _trained_length(
     original: hf_config.Config, provider: CoEModelProvider, is_trained: bool
 ) -> int:
-    """Positions that the model has seen in training, here or before it was imported."""
+    """Return the positions that the model was trained on, here or before it was imported."""
     before = original.get("max_position_embeddings") or provider.seq_length
     return max(before, provider.seq_length) if is_trained else before

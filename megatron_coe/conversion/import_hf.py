@@ -76,7 +76,7 @@ def open_folder(folder: Path) -> StoredModel:
 
 
 def _seq_length(config: Config) -> int:
-    """Positions that a model was trained on before they were scaled, up to `MAX_SEQ_LENGTH`."""
+    """Return the positions trained on before any scaling, `MAX_SEQ_LENGTH` at most."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     lengths = (
         config.get("max_position_embeddings"),

@@ -114,7 +114,7 @@ def _model_rows(provider: CoEModelProvider, usage: Usage) -> Iterator[tuple[str,
 def _training_rows(
     step: Path, data: DataSettings, steps: int, run: Path
 ) -> Iterator[tuple[str, str]]:
-    """Rows about the run; none for a model that was imported and not trained since."""
+    """Yield the rows about the run; none for a model that was imported and not trained since."""
     number = step_of(step)
     if not number:
         return

@@ -186,7 +186,7 @@ def _with_usage(config: dict[str, Any], usage: Usage) -> dict[str, Any]:
 
 
 def _special_ids(tokenizer: HuggingFaceTokenizer) -> dict[str, int]:
-    """Ids of the special tokens that text can contain in training too."""
+    """Return the ids of the special tokens that text can contain in training too."""
     loaded = tokenizer.tokenizer
     ids = dict(zip(loaded.all_special_tokens, loaded.all_special_ids, strict=True))
     return {token: number for token, number in ids.items() if tokenizer.tokenize(token) == [number]}

@@ -69,7 +69,7 @@ def make_corpus(
 
 
 def _split(split: str, size: int, seed: int, seen: set[str]) -> list[Example]:
-    """`size` examples with queries not in `seen` (to which they are added), in random order."""
+    """Draw `size` examples with queries not in `seen`, and add them to it; in random order."""
     examples = []
     for task, count in _counts(size).items():
         # reasoning-gym makes example i from seed + i: neighboring seeds would give nearly the same
@@ -81,7 +81,7 @@ def _split(split: str, size: int, seed: int, seen: set[str]) -> list[Example]:
 
 
 def _counts(size: int) -> dict[str, int]:
-    """Examples per task, summing to `size`; the rest of rounding goes to the word problems."""
+    """Return the examples per task, `size` in all; word problems take the rounding."""
     counts = {task: int(size * share) for task, share in TASKS.items()}
     counts["gsm_symbolic"] += size - sum(counts.values())
     return counts

@@ -124,7 +124,7 @@ class PaddedDataset(MegatronDataset):
         return np.concatenate(parts).astype(np.int64)
 
     def _document_order(self) -> np.ndarray:
-        """Document of each sample, int32 [number of samples]."""
+        """Return the document of each sample, int32 [number of samples]."""
         samples = len(self.indices) if self.num_samples is None else self.num_samples
         epochs = []
         for epoch in range(math.ceil(samples / len(self.indices))):
@@ -324,7 +324,7 @@ def _check_fits(file: IndexedFile, mode: Mode) -> None:
 
 
 def _surplus(weights: Sequence[float], size: int) -> float:
-    """Relative number of samples per dataset that the builder prepares beyond its share.
+    """Return the share of samples per dataset that the builder prepares beyond its own.
 
     The blend has up to len(weights) samples more than requested, and may take one more from a
     dataset than its share. Megatron's fixed 0.5% is less than that for small sizes, and fails.

@@ -194,7 +194,7 @@ def probe_texts(
 def _differences(
     model: SentencePieceModel, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
 ) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Texts with other ids in the rebuilt tokenizer: (text, ids of the model, other ids)."""
+    """Return texts whose ids differ when rebuilt: (text, ids of the model, other ids)."""
     tokenizer.encode_special_tokens = True  # text that spells them is text, as in SentencePiece
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     tokenizer.encode_special_tokens = False
@@ -204,7 +204,7 @@ def _differences(
 
 
 def _is_tie(model: SentencePieceModel, ids: list[int], other: list[int]) -> bool:
-    """Whether a unigram model finds both equally likely, up to rounding of the sums."""
+    """Return whether a unigram model finds both equally likely, up to rounding of the sums."""
     if model.proto.trainer_spec.model_type != model.proto.trainer_spec.UNIGRAM:
         return False
     pieces = model.proto.pieces
@@ -270,7 +270,7 @@ def _bpe(model: SentencePieceModel) -> tokenizers.models.Model:
 
 
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """Every pair of pieces that forms a piece, in SentencePiece's order of merging."""
+    """Return each pair of pieces that forms a piece, in SentencePiece's order of merging."""
     number = {piece: number for number, piece in enumerate(model.pieces)}
     pairs = []
     for piece, score in model.plain.items():

@@ -197,7 +197,7 @@ class CheckedDataset(IndexedDataset):
 
 
 def _arrays(content: np.ndarray, sequences: int, boundaries: int) -> tuple[np.ndarray, ...]:
-    """Lengths and offsets of the sequences, and boundaries of the documents, without modes."""
+    """Return lengths and offsets of the sequences, and document boundaries, without modes."""
     middle = _BYTES_PER_SEQUENCE * sequences
     return (
         content[: 4 * sequences].view("<i4"),
@@ -207,7 +207,7 @@ def _arrays(content: np.ndarray, sequences: int, boundaries: int) -> tuple[np.nd
 
 
 def _read_header(idx: Path) -> tuple[int, int, int]:
-    """Code of the dtype, number of sequences, number of document boundaries."""
+    """Return the dtype's code, the number of sequences and that of document boundaries."""
     with idx.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
@@ -261,7 +261,7 @@ def _check_documents(idx: Path, boundaries: np.ndarray, sequences: int) -> int:
 
 
 def _sampled(size: int, limit: int) -> Iterator[slice]:
-    """Slices of `size` entries to check: all, or about `limit` of them with first and last."""
+    """Return slices of `size` entries to check: all, or about `limit` with first and last."""
     if size <= limit:
         if size > 0:
             yield slice(0, size)
@@ -273,14 +273,14 @@ def _sampled(size: int, limit: int) -> Iterator[slice]:
 
 
 def _first_wrong(ids: np.ndarray, vocab_size: int) -> int | None:
-    """Index of the first id outside of [0, vocab_size)."""
+    """Return the index of the first id outside of [0, vocab_size)."""
     if ids.size == 0 or (ids.min() >= 0 and ids.max() < vocab_size):
         return None
     return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
 
 
 def _document_of(file: IndexedFile, token: int) -> int:
-    """Index of the document of a token, for a message."""
+    """Return the index of a token's document, for a message."""
     idx = Path(f"{file.prefix}.idx")
     _, sequences, boundaries = _read_header(idx)
     content = np.memmap(idx, mode="r")[_HEADER.size :]
@@ -299,7 +299,7 @@ def _wrong_id(prefix: str, document: int, token: int, tokenizer: Tokenizer) -> s
 
 
 def _checksum(content: np.ndarray) -> int:
-    """CRC of the beginning and the end of an index, where another differs even at equal size."""
+    """Return the CRC of both ends of an index, where another differs even at equal size."""
     ends = content[:_FINGERPRINTED_BYTES].tobytes(), content[-_FINGERPRINTED_BYTES:].tobytes()
     return zlib.crc32(ends[1], zlib.crc32(ends[0]))
 

@@ -287,7 +287,7 @@ def _account(encoded: _Encoded, names: list[str], summary: Summary) -> None:
 
 @contextmanager
 def _writers(prefixes: list[str], dtype: type[np.integer]) -> Iterator[list[_Writer]]:
-    """Writers whose files are renamed together, once the body has succeeded."""
+    """Yield writers whose files are renamed together, once the body has succeeded."""
     writers: list[_Writer] = []
     with ExitStack() as cleanup:
         for prefix in prefixes:
@@ -372,7 +372,7 @@ def _encode_in_worker(chunk: Chunk) -> _Encoded:
 
 
 def _valid_texts(inputs: Sequence[Path], fields: Fields) -> Iterator[str]:
-    """Every text, without the invalid records."""
+    """Yield every text, without the invalid records."""
     for chunk in read_chunks(inputs, fields):
         for record in chunk.records:
             with suppress(RecordError):

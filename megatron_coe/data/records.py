@@ -212,7 +212,7 @@ def is_blank(record: RawRecord) -> bool:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """Format and compression (or "") from a file's name."""
+    """Return the format and the compression (or "") that a file's name says."""
     compression = path.suffix if path.suffix in _COMPRESSIONS else ""
     return Path(path.name.removesuffix(compression)).suffix, compression
 

@@ -214,7 +214,7 @@ class TableRegistry(MegatronMappingRegistry):
 
 
 def _parameters(weight: Weight) -> Iterator[tuple[str, int | None]]:
-    """Parameters that hold a weight, for every backend: (name, expert)."""
+    """Return the parameters that hold a weight, for every backend: (name, expert)."""
     for key in weight.keys:
         name = key.replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
         if not weight.experts:
@@ -228,7 +228,7 @@ def _parameters(weight: Weight) -> Iterator[tuple[str, int | None]]:
 
 
 def _sharded_axis(weight: Weight, shard: Tensor) -> int | None:
-    """Axis, counted from the last, along which a weight is sharded over tensor-parallel ranks."""
+    """Return the axis, counted from the last, along which TP ranks shard a weight."""
     full = weight.join([torch.empty(shape, device="meta") for shape in weight.parts.values()])
     axes = range(-shard.ndim, 0)
     return next((axis for axis in axes if full.shape[axis] != shard.shape[axis]), None)

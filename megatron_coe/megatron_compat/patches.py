@@ -80,7 +80,7 @@ def _log_unusable_te() -> None:
 
 @functools.cache
 def _importable(name: str) -> bool:
-    """Whether `import name` works; whatever a broken package raises means that it does not."""
+    """Return whether `import name` works; whatever a broken package raises means no."""
     try:
         load_module(name)
     except Exception:
@@ -152,7 +152,7 @@ def _patch_unusable_te() -> None:
 
 
 def _is_of_te(function: types.FunctionType) -> bool:
-    """Whether a function is Transformer Engine's, or Megatron's around one of its."""
+    """Return whether a function is Transformer Engine's, or Megatron's around one of its."""
     module = function.__module__
     return module == "megatron.core.extensions.transformer_engine" or (
         module.partition(".")[0] == transformer_engine.PACKAGE

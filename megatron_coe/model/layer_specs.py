@@ -108,7 +108,7 @@ def _make_coe_layer(
 
 
 def _local_substitutes(backend: TorchSpecProvider, rms_norm: bool) -> dict[type, type]:
-    """Megatron's TE-free modules and what `backend` has in their place."""
+    """Return Megatron's TE-free modules and what `backend` has in their place."""
     local = LocalSpecProvider()
     return {
         local.layer_norm(rms_norm=rms_norm): backend.layer_norm(rms_norm=rms_norm),

@@ -278,7 +278,7 @@ _NAMES = tuple(f.name for f in fields(Layout))
 
 
 def _candidates(name: str, layout: Layout, extents: Extents) -> list[int | None]:
-    """Sizes worth trying: what divides everything that this size alone has to divide."""
+    """Return the sizes worth trying: divisors of everything that this size has to divide."""
     bounds = [
         getattr(extents, rule.extent)
         for rule in RULES

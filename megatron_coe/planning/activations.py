@@ -146,14 +146,14 @@ def _iterations(plan: Plan) -> Saved:
 
 
 def _norm(plan: Plan, width: int, tokens: int) -> int:
-    """Input, output and 1 / RMS of each token; on a CPU also the normed input, and both in fp32."""
+    """Return a norm's input, output and 1 / RMS; on a CPU also the normed input, in fp32."""
     e = plan.element_size
     inputs = e if plan.on_gpu else 2 * max(e, _FP32)
     return tokens * (width * (inputs + e) + _FP32)
 
 
 def _attention(plan: Plan) -> int:
-    """From the first projections' outputs to the input of the last one."""
+    """Return what lies between the first projections' outputs and the last one's input."""
     model, e = plan.model, plan.element_size
     tp, own = model.tensor_model_parallel_size, plan.own_tokens
     heads = model.num_attention_heads // tp
@@ -192,7 +192,7 @@ def _core(plan: Plan, heads: int, groups: int, key: int, value: int) -> int:
 
 
 def _gathers(plan: Plan) -> bool:
-    """Whether keys and values of the whole sequence are gathered, as the torch backend does."""
+    """Return whether keys and values of all tokens are gathered, as by the torch backend."""
     return plan.model.context_parallel_size > 1 and plan.model.backend != "te"
 
 
@@ -206,7 +206,7 @@ def _ffn(plan: Plan, size: int, own_tokens: int) -> int:
 
 
 def _activated(plan: Plan, routed: bool) -> int:
-    """Tensors of F columns between the two projections, besides the first one's output."""
+    """Count the tensors of F columns between the projections, the first's output aside."""
     model = plan.model
     if model.bias_activation_fusion or (routed and model.use_fused_weighted_squared_relu):
         return 1  # the second projection's input

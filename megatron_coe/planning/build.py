@@ -64,7 +64,7 @@ def build_rank(plan: Plan, rank: int) -> Built:
 
 @contextmanager
 def _fake_ranks(plan: Plan, rank: int) -> Iterator[None]:
-    """Megatron's parallel groups of one rank among others that do not exist."""
+    """Make Megatron's parallel groups of one rank among others that do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model = plan.model

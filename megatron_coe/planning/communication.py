@@ -38,10 +38,6 @@ class Collective:
     seconds: float
     """Each time."""
 
-    @property
-    def sent_per_step(self) -> int:
-        return self.times * self.sent
-
 
 @dataclass(frozen=True)
 class _Group:
@@ -83,7 +79,7 @@ class _Maker:
 
 
 def _of_experts(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
-    """Routed and shared experts in each iteration, and dense networks."""
+    """Return the collectives of routed and shared experts, and of dense networks."""
     model, layers = plan.model, plan.layers(stage)
     H, e = model.hidden_size, plan.element_size
     iterations = sum(layers) * plan.num_microbatches * model.coe_iterations
@@ -124,7 +120,7 @@ def _of_attention(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
 
 
 def _of_ends(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
-    """Embedding, output layer and the neighboring pipeline stages."""
+    """Return those of embedding, output layer and the neighboring pipeline stages."""
     m, part = plan.num_microbatches, _sequence_part(plan)
     if stage == 0:
         yield made("embedding: scatter", "TP", "micro-batch", m, 2, 2 * part)
@@ -136,7 +132,7 @@ def _of_ends(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
 
 
 def _of_step(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
-    """Gradients and weights over the data-parallel ranks."""
+    """Return those of gradients and weights over the data-parallel ranks."""
     weights, experts = stage_params(plan, stage)
     for name, group, params, n in (
         ("", "DP", weights, plan.dense_data_parallel_size),
@@ -151,7 +147,7 @@ def _of_step(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
 
 
 def _row(plan: Plan) -> int:
-    """Bytes of a token's hidden state."""
+    """Return the bytes of a token's hidden state."""
     return plan.model.hidden_size * plan.element_size
 
 
@@ -161,7 +157,7 @@ def _sequence_part(plan: Plan) -> int:
 
 
 def _forwards(plan: Plan) -> int:
-    """Forward passes of a micro-batch: a recomputed one communicates again."""
+    """Count a micro-batch's forward passes: a recomputed one communicates again."""
     return 1 + (plan.model.recompute_granularity == "full")
 
 

@@ -128,7 +128,7 @@ def _expert(plan: Plan) -> int:
 def _hidden_by_shared_expert(
     plan: Plan, stage: int, traffic: list[Collective], cluster: Cluster
 ) -> float:
-    """Seconds of a micro-batch's dispatch and combine that pass under the shared expert."""
+    """Return the seconds of dispatch and combine hidden by the shared expert."""
     model = plan.model
     if not model.moe_shared_expert_overlap or not model.moe_shared_expert_intermediate_size:
         return 0.0
@@ -142,7 +142,7 @@ def _hidden_by_shared_expert(
 
 
 def _exposed_after(plan: Plan, traffic: list[Collective], micro_batch: float) -> float:
-    """Exposed seconds of the collectives that a step has once."""
+    """Return the exposed seconds of the collectives that a step has once."""
     gradients = sum(c.seconds for c in traffic if c.place == "step" and "gradients" in c.name)
     weights = sum(c.seconds for c in traffic if c.place == "step" and "weights" in c.name)
     backward, forward = micro_batch * 2 / 3, micro_batch / 3

@@ -7,16 +7,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megatron_coe.config.run_config import LogSettings, is_multiple
 from megatron_coe.utils.metrics_file import Record, drop_records_after, read_records
 from megatron_coe.utils.run_files import METRICS_FILE
-from megatron_coe.utils.steps import is_multiple
-
-if TYPE_CHECKING:
-    from megatron_coe.config.run_config import LogSettings
 
 # name in the record -> (label on the console, format)
 _CONSOLE = {

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_coe.config.run_config import TrainSettings
+from megatron_coe.config.run_config import TrainSettings, is_multiple
 from megatron_coe.data.indexed import unigram_entropy
 from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.fault_tolerance.heartbeat import EVALUATION, Heartbeat
@@ -17,7 +17,6 @@ from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.metrics_logger import NullLogger
 from megatron_coe.training.optimizer_step import mean_loss
 from megatron_coe.training.step import forward_backward
-from megatron_coe.utils.steps import is_multiple
 
 MICRO_BATCHES_AT_ONCE = 4
 """Of a validation, per pipeline stage, between two checks for signals."""

@@ -272,7 +272,7 @@ class SDPACoreAttention(MegatronModule):
     def _attend_across_ranks(
         self, query: Tensor, key: Tensor, value: Tensor, group: torch.distributed.ProcessGroup
     ) -> Tensor:
-        """[B, N, S / CP, E]: this rank's two chunks of queries over the whole sequence's keys."""
+        """Attend from this rank's two chunks of queries to all keys: [B, N, S / CP, E]."""
         rank, last = group.rank(), 2 * group.size() - 1
         widths = (key.shape[-1], value.shape[-1])
         both = _gather_in_order(torch.cat([key, value], dim=-1), group)
@@ -339,14 +339,14 @@ class TensorParallelMLA(LatentAttention):
     def _own_tokens(
         self, _linear: torch.nn.Module, _args: tuple, output: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """[S, B, width / TP] of all tokens -> [S / TP, B, width] of this rank's tokens."""
+        """Turn [S, B, width / TP] of all tokens into [S / TP, B, width] of this rank's."""
         latents, bias = output
         own_TW = all_to_all_hp2sp(latents, group=self.pg_collection.tp)
         return own_TW.unflatten(0, (-1, latents.shape[1])), bias
 
 
 def _gather_in_order(own: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """[S / CP, ...] with chunks r and 2 CP - 1 - r of rank r -> [S, ...] as the sequence runs.
+    """Put chunks r and 2 CP - 1 - r of each rank r, [S / CP, ...], in order: [S, ...].
 
     Going back, each rank's part is the sum of what all ranks' queries ask of it.
     """
@@ -360,7 +360,7 @@ def _visible_keys(
     lengths: tuple[int, int],
     device: torch.device,
 ) -> tuple[Tensor | None, bool]:
-    """(mask of the keys each query sees or None for all, whether the plain causal rule applies)."""
+    """Return the mask of the keys that each query sees (None: all), and whether it is causal."""
     causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
     if attention_mask is None:
         if mask_type in (AttnMaskType.padding, AttnMaskType.arbitrary):
@@ -373,7 +373,7 @@ def _visible_keys(
 
 
 def _causal_mask(lengths: tuple[int, int], device: torch.device) -> Tensor:
-    """[S, Sk]; the last query sees every key, as when the first Sk - S keys come from a cache."""
+    """Return the causal mask [S, Sk], whose first Sk - S keys come from a cache."""
     queries, keys = lengths
     all_visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return all_visible.tril(diagonal=keys - queries)

@@ -36,5 +36,7 @@ def test_old_settings_mean_what_they_meant(tmp_path, overrides: list[str], dispa
 
 
 def test_a_value_that_chose_nothing_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"model\.coe_own_dispatchers='never': must be true or false"):
+    with pytest.raises(
+        ValueError, match=r"model\.coe_own_dispatchers='never': must be true or false"
+    ):
         load(tmp_path, ["coe_own_dispatchers=never"])
