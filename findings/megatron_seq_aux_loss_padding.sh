@@ -3,7 +3,7 @@
 # Behavior: with a padding_mask, the sequence-level auxiliary loss ("seq_aux_loss") divides the sums
 #     of every sequence by the mean number of valid tokens, twice. A sequence of n tokens counts
 #     (n / mean)^2 times: 2.56, 1.44, 0.64 and 0.16 for 16, 12, 8 and 4 tokens.
-# Surprise: the loss is the mean over the sequences of each one's own balance loss, as it is when
+# Surprise: the loss is the mean over the sequences of each one's own auxiliary loss, as it is when
 #     all are equally long. One would expect padding to change nothing; instead it makes the
 #     longest of these sequences weigh 16 times the shortest.
 # Seen: megatron-core 0.16.1: weight of each sequence in the gradient:

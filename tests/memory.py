@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"moe_layer_freq": [0, 1, 1, 1], "q_lora_rank": 96, "v_head_dim": 64}
     },
     "plain attention": {"model": {"multi_latent_attention": False, "num_query_groups": 2}},
-    "no shared expert, no balance loss": {
+    "no shared expert, no auxiliary loss": {
         "model": {"moe_shared_expert_intermediate_size": None, "moe_aux_loss_coeff": 0.0}
     },
     "upcycled": {"model": {"coe_upcycled": True, "coe_residual": "outer"}},

@@ -54,7 +54,7 @@ KEYWORDS = frozenset(
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
-        "output_balance_losses",
+        "output_aux_losses",
         "num_items_in_batch",  # this and the next two: the loss
         "shift_labels",
         "ignore_index",
@@ -525,7 +525,7 @@ class CoePreTrainedModel(PreTrainedModel):
         "hidden_states": CoeDecoderLayer,
         "attentions": CoeAttention,
         "router_logits": OutputRecorder(CoeGate, index=0),
-        "balance_losses": OutputRecorder(CoeGate, index=3),
+        "aux_losses": OutputRecorder(CoeGate, index=3),
     }
 
     def __init__(self, config: CoeConfig) -> None:
@@ -824,14 +824,14 @@ class CoeForCausalLM(CoePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             cache=cache,
             output_router_logits=output_router_logits,
-            output_balance_losses=balanced,
+            output_aux_losses=balanced,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = aux_loss = None
         if balanced:
-            losses_B = sum(value.to(logits.device) for value in outputs["balance_losses"])
+            losses_B = sum(value.to(logits.device) for value in outputs["aux_losses"])
             aux_loss = config.aux_loss_alpha * reduce_aux_losses(losses_B, labels, **kwargs)
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **kwargs)

@@ -39,7 +39,7 @@ UNSUPPORTED: dict[str, str] = {
     "delay_wgrad_compute": "it belongs to overlap_moe_expert_parallel_comm",
     "overlap_dispatch_backward_with_experts_wgrad": "it pairs one dispatch with one wgrad",
     "moe_use_legacy_grouped_gemm": "the legacy grouped GEMM is deprecated by Megatron",
-    "mtp_use_repeated_layer": "its balance losses would count once per predicted token",
+    "mtp_use_repeated_layer": "its auxiliary losses would count once per predicted token",
     "moe_paged_stash": "its pages hold the activations of one pass through the experts",
     "moe_expert_rank_capacity_factor": "it belongs to moe_paged_stash",
     "moe_router_force_biased": "routers of several iterations would share one bias",

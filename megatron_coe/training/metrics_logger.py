@@ -154,7 +154,7 @@ class MetricsLogger(NullLogger):
 
 
 def console_line(values: Record) -> str:
-    """Return the console line of a record: known metrics in fixed order, then balance losses."""
+    """Return the console line of a record: known metrics in fixed order, then auxiliary losses."""
     parts = [
         f"{label} {values[name]:{form}}"
         for name, (label, form) in _CONSOLE.items()

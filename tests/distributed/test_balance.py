@@ -1,4 +1,4 @@
-"""Balance losses over real ranks: their gradient and what is logged, against one process."""
+"""Auxiliary losses over real ranks: their gradient and what is logged, against one process."""
 
 from __future__ import annotations
 

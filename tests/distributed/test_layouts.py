@@ -93,7 +93,7 @@ def core(references) -> dict[str, list[float]]:
 
 
 def test_there_is_something_to_compare(references):
-    """Each tensor has a gradient well above rounding, and the balance loss is in the routers'."""
+    """Each tensor has a gradient well above rounding, and the auxiliary loss is in the routers'."""
     for variant in parity.VARIANTS:
         gradients = torch.load(os.path.join(references, f"{variant}.pt"), weights_only=True)[
             "gradients"

@@ -250,7 +250,7 @@ def test_dry_run_prints_and_builds_nothing(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("size", "count"), [(1, 0), (4, 1)])
-def test_a_global_balance_loss_of_several_micro_batches_is_warned_of(config, capsys, size, count):
+def test_a_global_aux_loss_of_several_micro_batches_is_warned_of(config, capsys, size, count):
     balance = "model.moe_router_load_balancing_type=global_aux_loss"
     batch = ["train.micro_batch_size=1", f"train.global_batch_size={size}"]
     assert pretrain_coe.main(["--config", str(config), "--dry-run", balance, *batch]) == 0

@@ -104,7 +104,7 @@ FAULTS = [
         OF_BENCHMARK,
     ),
     Fault(
-        "second iteration's balance loss dropped",
+        "second iteration's auxiliary loss dropped",
         ROUTER,
         "        masked = padding_mask is not None\n",
         "        masked = padding_mask is not None\n        if self.iteration == 1:\n"
@@ -112,7 +112,7 @@ FAULTS = [
         OF_LAYER,
     ),
     Fault(
-        "balance loss averaged over iterations",
+        "auxiliary loss averaged over iterations",
         ROUTER,
         "MoEAuxLossAutoScaler.apply(activation, aux_loss * weight)",
         "MoEAuxLossAutoScaler.apply(\n"
@@ -127,7 +127,7 @@ FAULTS = [
         OF_ROUTER,
     ),
     Fault(
-        "balance loss counts S tokens, not S x B",
+        "auxiliary loss counts S tokens, not S x B",
         ROUTER,
         "self.num_tokens = S * B if",
         "self.num_tokens = S if",
@@ -373,7 +373,7 @@ FAULTS = [
         OF_PATCHES,
     ),
     Fault(
-        "exported model: the balance loss in the value",
+        "exported model: the auxiliary loss in the value",
         HF_MODEL,
         "loss = loss + (aux_loss - aux_loss.detach())",
         "loss = loss + aux_loss",

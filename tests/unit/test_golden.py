@@ -71,7 +71,7 @@ class ReferenceLayer(torch.nn.Module):
 
 
 def run(model, case: str, expected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(logits in evaluation mode, training loss without the balance loss) of the golden batch."""
+    """(logits in evaluation mode, training loss without the auxiliary loss) of the golden batch."""
     ids = expected["input_ids"]
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():

@@ -142,7 +142,7 @@ def test_iterations_are_the_specification(mode, C, changes):
     compare_with_gradients(moe, lambda x: reference.forward(x.transpose(0, 1))[0].transpose(0, 1))
 
 
-def test_balance_loss_is_the_specification():
+def test_aux_loss_is_the_specification():
     model = small_model(
         inner_iter=3, aux_loss_alpha=0.5, n_routed_experts=9, first_k_dense_replace=1
     )
@@ -158,7 +158,7 @@ def test_balance_loss_is_the_specification():
     assert model.eval()(ids, labels=ids).aux_loss is None
 
 
-def test_balance_loss_over_the_batch_is_that_of_one_long_sequence():
+def test_aux_loss_over_the_batch_is_that_of_one_long_sequence():
     moe, x = coe_layer(), activations(3, 4, 32)
     (expected,) = moe.gate[0](x.reshape(1, 12, 32))[3]
     moe.config.seq_aux = False
@@ -166,7 +166,7 @@ def test_balance_loss_over_the_batch_is_that_of_one_long_sequence():
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sigmoid with bias"])
-def test_balance_losses_count_the_experts_of_the_groups_kept(scoring):
+def test_aux_losses_count_the_experts_of_the_groups_kept(scoring):
     """The authors' definition by plain loops: 12 experts in 4 groups, 2 kept, top-4."""
     biased, scoring = scoring == "sigmoid with bias", scoring.split()[0]
     gate = coe_layer(
@@ -193,7 +193,7 @@ def test_balance_losses_count_the_experts_of_the_groups_kept(scoring):
     close(gate(x)[3], (count_BN / (5 * 4 / 12) * share_BN).sum(dim=-1))
 
 
-def test_balance_loss_of_sigmoid_scores_ignores_the_bias():
+def test_aux_loss_of_sigmoid_scores_ignores_the_bias():
     moe, x = coe_layer(scoring_func="sigmoid", use_expert_bias=True), activations(3, 5, 32)
     scores_BSN = torch.sigmoid(x @ moe.gate[0].weight.T)
     chosen = scores_BSN.topk(2, dim=-1).indices

@@ -33,7 +33,7 @@ def gradients(model: CoeForCausalLM) -> dict[str, Tensor]:
 @pytest.mark.parametrize("count", [int, torch.tensor], ids=["int", "tensor"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_micro_batches_add_up_to_the_batch(split, count):
-    """Each sequence's balance loss counts by its share of the tokens with a label, as the
+    """Each sequence's auxiliary loss counts by its share of the tokens with a label, as the
     cross-entropy does; Trainer adds up what the calls return and divides by nothing."""
     alpha = 0.3
     total = int((batch()["labels"][:, 1:] != -100).sum())
@@ -59,7 +59,7 @@ def test_micro_batches_add_up_to_the_batch(split, count):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
     whole = model(**batch(), num_items_in_batch=total)
     torch.testing.assert_close(sum(values), torch.stack([whole.loss, whole.aux_loss]).detach())
-    # The balance loss is part of it, and its size the authors': of equal lengths the mean.
+    # The auxiliary loss is part of it, and its size the authors': of equal lengths the mean.
     plain = small_model(aux_loss_alpha=0.0).double().train()
     plain(**batch()).loss.backward()
     gate = "model.layers.0.mlp.gate.1.weight"
@@ -69,7 +69,7 @@ def test_micro_batches_add_up_to_the_batch(split, count):
     torch.testing.assert_close(told, model(**equal).aux_loss)
 
 
-def test_a_balance_loss_of_the_whole_batch_keeps_its_weight():
+def test_an_aux_loss_of_the_whole_batch_keeps_its_weight():
     """It is one of the micro-batch: of equal micro-batches the batch's."""
     model = small_model(aux_loss_alpha=0.3, seq_aux=False).double().train()
     part = batch(slice(3, 5))

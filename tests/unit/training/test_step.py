@@ -37,7 +37,7 @@ def run_one_step(device, micro_batch_size: int, sequences: Sequences, **model):
 def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     """Loss and gradient of the stated loss: one micro-batch, one backward, no Megatron loop.
 
-    Cross-entropy is computed here from the model's logits; the balance loss enters as it does in
+    Cross-entropy is computed here from the model's logits; the auxiliary loss enters as it does in
     the layer (held against the reference in tests/unit/model/moe), with weight 1.
     """
     (chunk,) = trainer.train_state.chunks
@@ -81,7 +81,7 @@ def test_the_gradient_is_the_objectives_whatever_the_micro_batch(
     assert len(routers) == 4 and all(gradient.abs().max() > 1e-6 for gradient in routers)
 
 
-def test_the_balance_loss_is_in_the_gradient_and_not_in_the_reported_loss(single_rank):
+def test_the_aux_loss_is_in_the_gradient_and_not_in_the_reported_loss(single_rank):
     sequences = Sequences(seed=3)
     _, with_balance, metrics = run_one_step(single_rank, 2, sequences)
     _, without, plain = run_one_step(

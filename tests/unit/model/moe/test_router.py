@@ -37,7 +37,7 @@ def random_input(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def balance_oracle(router: CoERouter) -> ReferenceCoE:
-    """Only its scores and balance loss are asked of it: it has no experts."""
+    """Only its scores and auxiliary loss are asked of it: it has no experts."""
     nothing = torch.empty(0)
     return ReferenceCoE([router.weight], nothing, nothing, None, topk=router.topk)
 
