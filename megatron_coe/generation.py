@@ -34,7 +34,7 @@ class Sampling:
     """Options of sampling; by default the most likely token is taken (greedy).
 
     Args:
-        max_new_tokens: at most so many, and no more than the model has positions for.
+        max_new_tokens: maximum; the model's positions are another limit.
         temperature: divides the logits; 0 is greedy. None: 1 if `top_k` or `top_p` is set, else 0.
         top_k: sample from the k most likely tokens; None: from all.
         top_p: sample from the most likely tokens of this total probability; None: from all.

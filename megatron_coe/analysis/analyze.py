@@ -126,7 +126,7 @@ def as_table(analysis: Analysis) -> str:
 
 
 def _routers_table(analysis: Analysis) -> str:
-    head = ["model", "layer", "entropy of use", "max / mean", "dead", "neighbors in common"]
+    head = ["model", "layer", "load entropy", "max / mean", "dead", "consistency"]
     rows = [
         [
             f"{row['model']}",

@@ -76,7 +76,7 @@ def run_name(model: Path) -> str:
 
 
 def trained_mode(model: Path) -> str:
-    """Return the `data.mode` that a model was trained in: packed, where its folder does not say."""
+    """Return the `data.mode` that a model was trained in: packed if its folder does not tell."""
     config = model / CONFIG_FILE
     return load_settings(config).data.mode if config.is_file() else "packed"
 

@@ -95,7 +95,7 @@ def usage_heatmap(name: str, rows: Sequence[Row], experts: int) -> Figure:
     axes.set_yticks(range(len(labels)), labels, fontsize=size)
     axes.set(xlabel="expert")
     axes.set_title(f"{name}: load of each expert", fontsize="medium")
-    _colorbar(figure, image, [axes], "load / mean (2: or more)")
+    _colorbar(figure, image, [axes], "load / mean (2: 2 or more)")
     return figure
 
 
@@ -159,7 +159,7 @@ def _draw_bars(
     color = COLORS[number % len(COLORS)]
     axes.bar(at, heights, width, label=str(of_model[0]["model"]), color=color)
     levels = [row[f"{null}_largest_by_chance"] - row[f"{null}_by_chance"] for row in of_model]
-    label = "largest of the shuffles" if number == 0 else None
+    label = "largest by chance" if number == 0 else None
     style: dict[str, Any] = {"linestyle": "none", "marker": "_", "markersize": 12}
     axes.plot(at, levels, label=label, color="#000000", **style)
 
@@ -183,7 +183,7 @@ def training_plot(
         training: of `training_rows`.
     """
     panels: list[tuple[str, Sequence[Row], Callable[[Row], float]]] = [
-        ("entropy of use / log N", routers, lambda row: row["entropy"]),
+        ("load entropy / log N", routers, lambda row: row["entropy"]),
         ("expert and token id: information (nats)", routers, lambda row: row["token_excess"]),
         ("share of the last one's experts", training, lambda row: row["saturation"]),
     ]

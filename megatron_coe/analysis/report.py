@@ -45,7 +45,7 @@ def write_report(run: Run, output: Path, analysis: Analysis | None = None) -> No
     Args:
         run: to report on.
         output: HTML file.
-        analysis: of its routing; None: the page says how to get it.
+        analysis: of its routing; None: the page names the command for it.
 
     Raises:
         ValueError: the run's settings are broken, or matplotlib is missing.

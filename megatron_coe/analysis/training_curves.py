@@ -26,10 +26,10 @@ _SPEED = (
     ("mfu", "model FLOP utilization"),
 )
 _ROUTING = (
-    ("load_entropy", "entropy of loads / log N"),
-    ("load_max_over_mean", "load of the busiest expert / mean"),
-    ("dead_experts", "experts without a token"),
-    ("router_confidence", "router confidence"),
+    ("load_entropy", "load entropy / log N"),
+    ("load_max_over_mean", "largest load / mean"),
+    ("dead_experts", "dead experts"),
+    ("router_confidence", "top-k probability mass"),
 )
 
 
@@ -113,7 +113,7 @@ def load_heatmaps(run: Run, names: Sequence[str]) -> Figure:
         row[0].set(ylabel="expert")
     for axes in panels[-1]:
         axes.set(xlabel="step")
-    bar = figure.colorbar(image, ax=list(panels.flat), label="load / mean (2: or more)")
+    bar = figure.colorbar(image, ax=list(panels.flat), label="load / mean (2: 2 or more)")
     assert bar.solids is not None
     bar.solids.set_rasterized(True)
     return figure

@@ -47,7 +47,7 @@ def tokenizer_content(path: Path) -> dict[str, bytes]:
 
 
 def documents_content(prepend_bos: bool) -> dict[str, bytes]:
-    """Return `documents.json`, which says whether documents begin with BOS, by its file name."""
+    """Return `documents.json`, which records whether documents begin with BOS, by file name."""
     return {DOCUMENTS_FILE: json.dumps({"prepend_bos": prepend_bos}).encode()}
 
 

@@ -138,7 +138,7 @@ def verify_files(
     that is not listed must not look like one of the checkpoint's.
 
     Args:
-        part, parts: compare the hashes of this part, of so many.
+        part, parts: compare the hashes of this part of `parts`.
         in_every_part: files that every part compares, because every rank reads them.
 
     Raises: BadCheckpointError naming the first file that differs.

@@ -147,7 +147,7 @@ def check_pickles(folder: Path, part: int = 0, parts: int = 1) -> Contents:
     """Check every pickle that Megatron will open in a checkpoint, without executing it.
 
     Args:
-        part, parts: check this part of the objects, of so many (ranks share the work).
+        part, parts: check this part of `parts` of the objects (ranks share the work).
 
     Raises:
         BadCheckpointError: naming the file, or the versions that the checkpoint needs.

@@ -26,7 +26,7 @@ def verify_checkpoint(
 
     Args:
         verify: False ignores the manifest.
-        part, parts: read this part of the files, of so many (ranks share the work).
+        part, parts: read this part of `parts` of the files (ranks share the work).
 
     Returns: the common values of the state, the same for all ranks.
 
@@ -86,7 +86,7 @@ def _check_manifest(folder: Path, manifest: Manifest, contents: Contents, step: 
 
 
 def _step_inside(common: dict[str, Any]) -> int:
-    """Return the step that a checkpoint's common values say."""
+    """Return the step in a checkpoint's common values."""
     progress = common.get("progress")
     step = progress.get("step") if isinstance(progress, dict) else None
     if type(step) is not int:

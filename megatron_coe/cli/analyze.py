@@ -10,7 +10,7 @@ checkpoints): then every checkpoint in it, over time. --input is the prefix of a
 the model's tokenizer made, or a file of text. Into --output go tables (CSV), pictures (PNG) and
 summary.json; docs/analysis.md defines each figure.
 
-Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
+Exit status: 0 done, 2 an error of the user (one line on stderr), 130 interrupted.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def add_renamed(parser: argparse.ArgumentParser, name: str, *former: str, **opti
 def add_text_arguments(
     parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup | None = None
 ) -> None:
-    """Add the options that say where texts come from; `fields_of` reads them.
+    """Add the options for the sources of texts; `fields_of` reads them.
 
     Args:
         source: `--input` is one of these; None: it must be given.
@@ -53,7 +53,7 @@ def add_text_arguments(
 
 
 def add_key_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say under which keys texts stand; `fields_of` reads them."""
+    """Add the options for the keys of texts in a record; `fields_of` reads them."""
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument(
         "--json-keys",
@@ -118,7 +118,7 @@ def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was w
     """Call `main` and return the exit status: 2 after the user's or the disk's error, in one line.
 
     Args:
-        interrupted: what is told after Ctrl-C or SIGTERM.
+        interrupted: the message after Ctrl-C or SIGTERM.
     """
     signal.signal(signal.SIGTERM, _terminate)
     quiet_imports()
@@ -128,10 +128,10 @@ def run(main: Callable[[], None], interrupted: str = "interrupted; nothing was w
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        told = broken_by(error) or missing_package(error) or error
-        if not isinstance(told, ValueError | OSError):
+        reported = broken_by(error) or missing_package(error) or error
+        if not isinstance(reported, ValueError | OSError):
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {reported}", file=sys.stderr)
         return USER_ERROR
     return 0
 
@@ -142,11 +142,11 @@ def required() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (told := missing_package(error)) is None:
+        if (reported := missing_package(error)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {reported}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from error
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # the same way out as Ctrl-C: temporary files and workers are removed
+    raise KeyboardInterrupt  # as Ctrl-C: temporary files and workers are removed

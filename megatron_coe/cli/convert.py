@@ -4,7 +4,7 @@
     coe convert to-hf --input my-moe/checkpoints --output moe --as deepseek_v2
     coe convert from-hf --input my-model --output runs/mine/checkpoints
 
-Exit status: 0 done, 2 a mistake or a damaged input (said in one line; nothing is left behind).
+Exit status: 0 done, 2 an error of the user or a damaged input (one line on stderr, no output).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 --model is a Hugging Face folder, a training checkpoint, or a folder of checkpoints (the newest is
 taken). The likeliest token is chosen unless --temperature, --top-k or --top-p is given.
 
-Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
+Exit status: 0 done, 2 an error of the user (one line on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def command(options: argparse.Namespace) -> None:
     if options.seed is not None:
         set_seed(options.seed)
     for number, (ids, (prompt, record)) in enumerate(zip(prompts, examples, strict=True)):
-        say("\n" if number else "")
-        say(f"question:  {record[0]}\ngenerated:" if options.qa_keys else prompt)
-        generator.stream(ids, sampling, say)
-        say(f"\ntrue:      {record[1]}\n" if options.qa_keys else "\n")
+        write("\n" if number else "")
+        write(f"question:  {record[0]}\ngenerated:" if options.qa_keys else prompt)
+        generator.stream(ids, sampling, write)
+        write(f"\ntrue:      {record[1]}\n" if options.qa_keys else "\n")
 
 
 def read_examples(options: argparse.Namespace) -> list[tuple[str, tuple[str, ...]]]:
@@ -83,7 +83,7 @@ def read_examples(options: argparse.Namespace) -> list[tuple[str, tuple[str, ...
     return [(as_prompt(record[0]), record) for record in records]
 
 
-def say(text: str) -> None:
+def write(text: str) -> None:
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:  # the reader has enough, as `head` does

@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         required=True,
         help="SentencePiece .model file, or folder of a Hugging Face tokenizer",
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument(
         "--append-eod", action="store_true", help="end each document with the tokenizer's token"
     )

@@ -7,7 +7,7 @@ It shows losses and other curves, routing maps, the settings, samples (answers.t
 figures. Routing comes from RUN/analysis, where coe analyze has left it; without that
 the run's checkpoints are analyzed on its held-out data, into that folder.
 
-Exit status: 0 done, 2 a mistake (said in one line), 130 interrupted.
+Exit status: 0 done, 2 an error of the user (one line on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def analyze(the_run: Run, output: Path) -> Analysis:
         from megatron_coe.analysis.heldout import Source
         from megatron_coe.analysis.routing_tables import PermutationTest
     except ModuleNotFoundError as error:
-        if (told := missing_package(error)) is None:
+        if (reported := missing_package(error)) is None:
             raise
-        raise ValueError(f"{told}; or give --no-analysis") from error
+        raise ValueError(f"{reported}; or give --no-analysis") from error
     from megatron_coe.data.records import Fields
 
     logging.set_verbosity_error()

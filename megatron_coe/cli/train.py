@@ -6,7 +6,7 @@
 Run again, the same command resumes from its latest checkpoint. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1
 end it before the next step, saved; a second Ctrl-C ends it at once.
 
-Exit status: 0 done; 2 a mistake in settings, data or checkpoint, said in one line (also: there are
+Exit status: 0 done; 2 an error in settings, data or checkpoint, in one line (also: there are
 checkpoints, and none is valid); 65 loss or gradients were not finite, nothing was updated; 70 a
 rank hung, died or failed, and is named; 74 a checkpoint could not be written, earlier ones are
 intact; 75 ended by a signal, resumed by the same command; 128 + number of the signal (130 for

@@ -3,7 +3,7 @@
     coe upcycle --input deepseek-v2-lite --iterations 2 --output runs/mine/checkpoints
     coe upcycle --input runs/moe/checkpoints --output runs/coe/checkpoints
 
-Exit status: 0 done, 2 a mistake or a damaged input (said in one line; nothing is left behind).
+Exit status: 0 done, 2 an error of the user or a damaged input (one line on stderr, no output).
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def command(options: argparse.Namespace) -> None:
                 add_manifest(path, verify_checkpoint(path, verify=False)["progress"]["step"])
             step = verify_checkpoint(path)["progress"]["step"]
             print(f"{path}: good, step {step}")
-            if strange := unlisted_files(path):
-                print(strange, file=sys.stderr)
+            if warning := unlisted_files(path):
+                print(warning, file=sys.stderr)
         except BadCheckpointError as error:
             bad += 1
             print(f"{path}: {error.verdict}: {error}")

@@ -37,7 +37,7 @@ def with_present_names(source: str, sections: dict[str, Any]) -> dict[str, Any]:
     """
     renamed = dict(sections)
     for section, settings in sections.items():
-        if not isinstance(settings, dict):  # the loader says what is wrong with it
+        if not isinstance(settings, dict):  # the loader reports it
             continue
         refuse_both(source, (f"{section}.{name}" for name in settings))
         renamed[section] = {}

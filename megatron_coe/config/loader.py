@@ -5,9 +5,9 @@
 A file may name another with `extends: other.yaml` (relative to itself) and then holds only what
 differs. A value may refer to another, `${section.key}`; nothing else is looked up for it (not the
 environment, which would end up in every checkpoint), and no tag of YAML makes an object of Python.
-The `config.yaml` of a checkpoint or of a run's folder names the places where it lies (`locations`).
-Names and types are checked here, values in `config.validation`; former names are read, too
-(`aliases`).
+The `config.yaml` in a checkpoint or a run's folder refers to that folder, wherever it is
+(`locations`). Names and types are checked here, values in `config.validation`; former names are
+read, too (`aliases`).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _with_own_places(path: Path, content: DictConfig) -> DictConfig:
 
 
 def _is_section(written: dict[str, Any], name: str) -> bool:
-    """Return whether there can be settings under a name; what else it is `_merge` complains of."""
+    """Return whether there can be settings under a name; `_merge` reports anything else."""
     return isinstance(written.get(name) or {}, dict)
 
 

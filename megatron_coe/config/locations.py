@@ -23,10 +23,10 @@ Sections = dict[str, dict[str, Any]]
 
 
 def own_places(path: Path, written: Sections) -> Sections:
-    """Return the settings that follow from where a file of settings lies; none for most files.
+    """Return the settings that follow from the folder of a config file; none for most files.
 
     Args:
-        written: what the file says.
+        written: the content of the file.
     """
     path = path.resolve()
     folder = path.parent
@@ -50,7 +50,7 @@ def _of_checkpoint(step: Path, written: Sections) -> Sections:
     named = _text(written, "data", "tokenizer")
     if tokenizer := own_tokenizer(step) or _imported_tokenizer(step, named):
         places["data"] = {"tokenizer": str(tokenizer)}
-    if step_of(step) is None:  # under a name of its own: it is none of the run's any more
+    if step_of(step) is None:  # renamed: no longer one of the run's
         places["log"] = {"dir": f"runs/{step.name}"}
         places["checkpoint"]["save"] = f"runs/{step.name}/checkpoints"
     elif not _is_at(_text(written, "checkpoint", "save"), step.parent):

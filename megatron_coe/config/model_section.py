@@ -1,6 +1,6 @@
 """From settings to a model configuration: names and types of section `model`.
 
-What values the fields may have `megatron_coe.model.field_rules` says.
+`megatron_coe.model.field_rules` has the rules for their values.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def preset_names() -> list[str]:
 def find_settings(name: str) -> Path:
     """Return the file of settings that a path or a preset's name stands for.
 
-    A file that is there wins over a preset. A path with a suffix is returned as it is: whoever
-    reads it says what is wrong with it.
+    An existing file takes precedence over a preset. A path with a suffix is returned unchanged:
+    reading it reports what is wrong.
 
     Raises: ValueError: a name without a suffix is neither a file nor a preset; the nearest preset
         is named.

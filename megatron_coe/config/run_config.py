@@ -43,7 +43,7 @@ def _choice(*values: str) -> str:
 class ParallelSettings:
     """How the model is parallelized over processes; the names of Megatron's `ModelParallelConfig`.
 
-    What the sizes may be, `megatron_coe.model.parallelism` says.
+    `megatron_coe.model.parallelism` has the rules for the sizes.
     """
 
     tensor_model_parallel_size: int = 1
@@ -63,7 +63,7 @@ class ParallelSettings:
 
 @dataclass
 class DataSettings:
-    """What is read. A prefix is the path of a `.bin/.idx` pair without the suffix."""
+    """Data and tokenizer. A prefix is the path of a `.bin/.idx` pair without the suffix."""
 
     tokenizer: str = ""
     """SentencePiece model file, or folder of a Hugging Face tokenizer."""
@@ -87,8 +87,8 @@ class TrainSettings:
 
     steps: int = _ruled(1000, POSITIVE)
     exit_step: int | None = _ruled(None, POSITIVE)
-    """Stop after this step, saved, to be continued by the same command without it; None: go on to
-    `steps`, which the learning rate's schedule spans in any case."""
+    """Save and stop after this step, to be continued by the same command without it; None: train to
+    `steps`, which the learning rate schedule spans in any case."""
     micro_batch_size: int = _ruled(1, POSITIVE)
     global_batch_size: int = _ruled(1, POSITIVE)
     seed: int = _ruled(42, integer(0, 2**32 - 1))  # as numpy takes
@@ -100,7 +100,7 @@ class TrainSettings:
     lr_warmup_fraction: float = _ruled(0.1, FRACTION)
     """Share of `steps` over which the learning rate rises linearly from 0."""
     lr_warmup_steps: int | None = _ruled(None, NOT_NEGATIVE)
-    """So many steps instead; None: `lr_warmup_fraction` of them."""
+    """The same in steps; None: `lr_warmup_fraction` of them."""
     weight_decay: float = _ruled(0.01, NOT_NEGATIVE)
     decay_all_parameters: bool = False
     """Weight decay on every parameter (the paper's recipe), or not on norms (Megatron's)."""
@@ -112,17 +112,17 @@ class TrainSettings:
     eval_interval: int = _ruled(0, NOT_NEGATIVE)
     """Steps between validations; 0: only at the end."""
     eval_samples: int | None = _ruled(None, POSITIVE)
-    """How many of the first held-out sequences are used, the same each time; None: all."""
+    """How many held-out sequences are used, the same first ones each time; None: all."""
     deterministic: bool = True
     """On a GPU, use kernels whose sums have a fixed order: the same command, the same bits."""
     on_nonfinite: str = _choice("stop", "skip")
-    """What a step with a NaN or Inf in loss or gradients does, beside updating nothing: stop the
-    run, saved as of the step before; or leave its sequences out and go on."""
+    """On NaN or Inf in loss or gradients nothing is updated; the run saves the state before the
+    step and stops, or skips the step's sequences."""
     max_skipped_steps: int = _ruled(10, NOT_NEGATIVE)
-    """How many steps in a row are skipped before the run stops after all."""
+    """Consecutive skipped steps after which the run stops."""
     hang_timeout_s: float = _ruled(600.0, NOT_NEGATIVE)
-    """Seconds without progress, in a step or a validation, after which a run ends and names the
-    rank that hangs; start-up, data and checkpoints have six times as long. 0: it waits for ever."""
+    """Seconds without progress, in a step or a validation, after which the run ends and names the
+    hanging rank; start-up, data and checkpoints have six times as long. 0: no limit."""
 
 
 def warmup_steps(train: TrainSettings) -> int:
@@ -139,7 +139,7 @@ def is_multiple(step: int, interval: int) -> bool:
 
 @dataclass
 class CheckpointSettings:
-    """Where the state of the run is kept and how often it is written."""
+    """Where checkpoints are kept, and when they are written."""
 
     save: str | None = "${log.dir}/checkpoints"
     """Folder; a run resumes from the latest valid checkpoint in it. None: nothing is saved."""
@@ -149,22 +149,22 @@ class CheckpointSettings:
     save_interval: int = _ruled(0, NOT_NEGATIVE)
     """Steps between checkpoints; 0: only at the end."""
     keep_latest: int = _ruled(2, POSITIVE)
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints are kept."""
     keep_every: int = _ruled(0, NOT_NEGATIVE)
-    """Checkpoints of steps that are a multiple of this stay as well; 0: none."""
+    """Checkpoints at multiples of this step are kept too; 0: none."""
     verify: bool = True
     """Write a manifest with the size and SHA-256 of every file, and compare it before loading; a
     checkpoint that differs, or has none, is not used. False: neither."""
     async_save: bool = False
-    """Write copies of the state in the background while training goes on. A copy takes as much host
+    """Write a copy of the state in the background while training continues. It takes as much host
     memory as the rank's share of the checkpoint."""
     allow_config_changes: list[str] = field(default_factory=list)
-    """Keys of settings whose change since the checkpoint would be refused, and is meant."""
+    """Settings that may differ from the checkpoint's although the change would be refused."""
 
 
 @dataclass
 class LogSettings:
-    """What is reported, and where to."""
+    """What is logged, and where."""
 
     dir: str = ""
     """Folder of config.yaml, metrics.jsonl and tensorboard/; empty: runs/<name of the file>."""

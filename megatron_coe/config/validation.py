@@ -1,4 +1,4 @@
-"""What can be said about settings before Megatron is imported or a process group made."""
+"""Checks of settings before Megatron is imported or a process group made."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megatron_coe.model.parallelism import Layout
 from megatron_coe.utils.value_rules import ValueRule
 
 _LARGEST = 10**12
-"""Far beyond what any run has; what is larger would only be found out by waiting."""
+"""Larger numbers are typing errors that a run would only reveal after a long time."""
 
 
 def world_size() -> int:
-    """Return the number of processes of this run, as torchrun says; 1 without it."""
+    """Return the number of processes that torchrun has started; 1 without it."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or not 1 <= int(text) <= _LARGEST:
         raise ValueError(f"WORLD_SIZE={text}: must be the number of processes; torchrun sets it")
@@ -49,10 +49,10 @@ def check_values(settings: Settings) -> None:
 
 
 def check_files_named(settings: Settings, held_out: bool = False) -> None:
-    """Raise ValueError when a run would not know what to read.
+    """Raise ValueError if tokenizer or data is not named.
 
     Args:
-        held_out: whether it cannot do without held-out data.
+        held_out: whether held-out data is required.
     """
     data = settings.data
     if not data.tokenizer:

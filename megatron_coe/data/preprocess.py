@@ -1,6 +1,6 @@
 """Texts to Megatron's `.bin/.idx` token files, on several processes.
 
-One process reads and writes, the others parse and tokenise. Results are written in the order of the
+One process reads and writes, the others parse and tokenize. Results are written in the order of the
 input whatever the number of workers, so the files are the same bytes.
 """
 

@@ -212,7 +212,7 @@ def is_blank(record: RawRecord) -> bool:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """Return the format and the compression (or "") that a file's name says."""
+    """Return the format and the compression (or "") of a file by its name."""
     compression = path.suffix if path.suffix in _COMPRESSIONS else ""
     return Path(path.name.removesuffix(compression)).suffix, compression
 

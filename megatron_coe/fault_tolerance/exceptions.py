@@ -8,7 +8,7 @@ from megatron_coe.fault_tolerance.exit_codes import NOT_FINITE, PREEMPTED
 
 
 class RunEndedError(Exception):
-    """An orderly end before the last step, raised by all ranks together; the message says why.
+    """An orderly end before the last step, for the reason in the message; raised by all ranks.
 
     Args:
         status: the exit status of the process.
@@ -35,7 +35,7 @@ class StoppedError(RunEndedError):
 
 
 class DeviceMemoryError(Exception):
-    """A device of one rank that has no memory left; the message says all there is to say."""
+    """A device of one rank is out of memory; the message is complete without a traceback."""
 
 
 def status_of(reason: signal.Signals, saves: bool) -> int:

@@ -9,7 +9,7 @@ DONE = 0
 """The last step is done, and saved if `checkpoint.save` names a folder."""
 
 CONFIG_ERROR = 2
-"""An error of the user in settings, data or checkpoint, told in one message; also: there are
+"""An error of the user in settings, data or checkpoint, reported in one message; also: there are
 checkpoints, and none is valid."""
 
 NOT_FINITE = 65

@@ -54,7 +54,7 @@ REPORTS_PER_TIMEOUT = 20
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.1, 2.0
 """Bounds of the time between two reports."""
 SILENT_REPORTS, SILENT_S = 4, 2.0
-"""A rank whose report stays the same for so many intervals, and seconds, is silent."""
+"""Intervals, and seconds, after which a rank with an unchanged report counts as silent."""
 _FAILURE, _REPORT = "watchdog/failure", "watchdog/rank_{}"
 _COMMUNICATION = ("/torch/distributed/", "/pipeline_parallel/p2p_communication.py")
 _BROKEN_LINK = ("gloo", "Connection", "connection", "NCCL", "peer", "Socket", "recv", "Timed out")

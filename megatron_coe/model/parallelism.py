@@ -1,7 +1,7 @@
 """Parallel layouts: which sizes a model and a number of processes allow, and the nearest that fit.
 
 Plain arithmetic over Megatron's field names, so that a mistake is answered before Megatron is
-imported or a process group made. One rule per line of `RULES`; whoever ranks layouts asks the same
+imported or a process group made. One rule per line of `RULES`; ranking layouts uses the same
 ones.
 """
 
@@ -148,7 +148,7 @@ class Rule:
     sizes: tuple[str, ...]
     multiple: Callable[[Layout], int]
     or_divisor: bool = False
-    """Whether a divisor will do, too: several ranks then compute the same part."""
+    """Whether a divisor is legal, too: several ranks then compute the same part."""
 
     def broken_by(self, layout: Layout, extents: Extents) -> bool:
         extent, multiple = getattr(extents, self.extent), self.multiple(layout)
@@ -156,7 +156,7 @@ class Rule:
             return False
         return not (self.or_divisor and multiple % extent == 0)
 
-    def complaint(self, layout: Layout, extents: Extents) -> str:
+    def violation(self, layout: Layout, extents: Extents) -> str:
         extent, multiple = getattr(extents, self.extent), self.multiple(layout)
         values = {name: getattr(layout, name) for name in self.sizes}
         if "expert_tensor_parallel_size" in values:
@@ -222,7 +222,7 @@ RULES = (
 )
 
 
-def complaint(layout: Layout, extents: Extents) -> str | None:
+def violation(layout: Layout, extents: Extents) -> str | None:
     """Describe the first rule that the layout breaks, with the values; None if it is legal."""
     vpp, pp = layout.virtual_pipeline_model_parallel_size, layout.pipeline_model_parallel_size
     if vpp is not None and pp == 1:
@@ -231,7 +231,7 @@ def complaint(layout: Layout, extents: Extents) -> str | None:
         return f"{_VPP}=1 is the plain schedule: leave it out"
     for rule in RULES:
         if rule.broken_by(layout, extents):
-            return rule.complaint(layout, extents)
+            return rule.violation(layout, extents)
     return None
 
 
@@ -241,12 +241,12 @@ def check_layout(layout: Layout, extents: Extents) -> None:
     Raises:
         ValueError: the message has the values and the nearest legal layout.
     """
-    words = complaint(layout, extents)
-    if words is None:
+    found = violation(layout, extents)
+    if found is None:
         return
     near = nearest_legal(layout, extents)
     hint = f". The nearest legal layout has {_changes(layout, near)}" if near else ""
-    raise ValueError(f"{words}{hint}.")
+    raise ValueError(f"{found}{hint}.")
 
 
 def nearest_legal(layout: Layout, extents: Extents) -> Layout | None:
@@ -257,7 +257,7 @@ def nearest_legal(layout: Layout, extents: Extents) -> Layout | None:
             changed
             for names in combinations(_NAMES, count)
             for values in product(*(candidates[name] for name in names))
-            if not complaint(changed := replace(layout, **_named(names, values)), extents)
+            if not violation(changed := replace(layout, **_named(names, values)), extents)
         ]
         if legal:
             return min(legal, key=lambda other: _distance(layout, other))

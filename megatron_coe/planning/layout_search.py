@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
-from megatron_coe.model.parallelism import UNEVEN_STAGES, Layout, complaint, divisors, extents_of
+from megatron_coe.model.parallelism import UNEVEN_STAGES, Layout, divisors, extents_of, violation
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.hardware import USABLE_MEMORY, Cluster
 from megatron_coe.planning.memory import Memory, rank_memory
@@ -121,12 +121,12 @@ def legal_layouts(model: CoEModelProvider, world_size: int, gpus_per_node: int) 
             continue
         for etp in sorted({1, tp}):
             plain = Layout(tp, pp, None, cp, ep, etp)
-            if complaint(plain, extents):
+            if violation(plain, extents):
                 continue
             yield plain
             for vpp in divisors(model.num_layers // pp)[1:] if pp > 1 else ():
                 interleaved = replace(plain, virtual_pipeline_model_parallel_size=vpp)
-                if not complaint(interleaved, extents):
+                if not violation(interleaved, extents):
                     yield interleaved
 
 

@@ -47,7 +47,7 @@ def plan_of(
 def describe_sizes(plan: Plan) -> str:
     """Tabulate sizes, FLOPs and the memory of the peak-memory stage.
 
-    Of a model without a vocabulary the decoder alone, and a line that says so.
+    Without a vocabulary, the decoder alone, and a line that states this.
     """
     model, S = plan.model, plan.model.seq_length
     memory = rank_memory(plan)

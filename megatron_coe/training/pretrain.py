@@ -71,10 +71,10 @@ def pretrain(request: Request) -> int:
             except CheckpointWriteError:
                 raise
             except Exception as error:
-                told = broken_by(error) or missing_package(error) or error
-                if not isinstance(told, ValueError | OSError):
+                reported = broken_by(error) or missing_package(error) or error
+                if not isinstance(reported, ValueError | OSError):
                     raise
-                return _complain(request, told, CONFIG_ERROR)
+                return _report(request, reported, CONFIG_ERROR)
             if trainer is None:
                 return DONE
             if request.eval_only:
@@ -92,13 +92,13 @@ def pretrain(request: Request) -> int:
             print(end, flush=True)
         return end.status
     except DeviceMemoryError as error:
-        return _complain(request, error, RANK_FAILURE)
+        return _report(request, error, RANK_FAILURE)
     except NotFiniteError as end:
-        return _complain(request, end, end.status)
+        return _report(request, end, end.status)
     except DataError as error:
-        return _complain(request, error, CONFIG_ERROR)
+        return _report(request, error, CONFIG_ERROR)
     except OSError as error:  # of a checkpoint or a record of the run
-        return _complain(request, error, NOT_WRITTEN)
+        return _report(request, error, NOT_WRITTEN)
     except Exception:
         traceback.print_exc()
         return RANK_FAILURE
@@ -109,7 +109,7 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
 
     Raises: ValueError, OSError: whatever the user can fix.
     """
-    # Megatron and torch are imported only after what can be said without them: they take seconds.
+    # Megatron and torch are imported after the checks that need neither: they take seconds.
     from megatron_coe.checkpoint.directory import check_start
     from megatron_coe.config import validation
     from megatron_coe.config.loader import load_settings, settings_files
@@ -122,7 +122,7 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
     if request.dry_run:  # one process can look at a layout for many
         world_size = max(world_size, validation.smallest_world_size(settings.parallel))
     validation.check_layout(settings, world_size)
-    # Megatron says so in every module; the setting `model.backend` says what stands in.
+    # Every module of Megatron warns of it; `model.backend` selects the replacement.
     quiet_imports()
     warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")
     from megatron_coe.training import build
@@ -134,7 +134,7 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
     return stack.enter_context(build.trainer(settings, request.eval_only, stop, sources))
 
 
-def _complain(request: Request, error: Exception, status: int) -> int:
+def _report(request: Request, error: Exception, status: int) -> int:
     if is_local_rank_0():  # one message per machine
         print(f"{request.name}: error: {error}", file=sys.stderr)
     return status

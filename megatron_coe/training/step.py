@@ -120,7 +120,7 @@ class TrainStep:
         )
 
     def _skip(self, progress: Progress, batches: list[Batch], loss: float, grad_norm: float) -> str:
-        """Undo what a bad step has changed, and say why; NotFiniteError if it cannot be skipped."""
+        """Undo what a bad step has changed, and log why; NotFiniteError if it cannot be skipped."""
         self._start.put_back()
         found = diagnose(
             self._train_state.chunks,

@@ -23,7 +23,7 @@ def naming_errors(path: Path, fix: str = "") -> Iterator[None]:
     """Name `path` in each OSError raised inside: that of a full disk, for one, names no file.
 
     Args:
-        fix: what to do about it, unless the reason says enough.
+        fix: what to do about it; empty if the reason suffices.
 
     Raises: OSError.
     """

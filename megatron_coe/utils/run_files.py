@@ -36,7 +36,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step that a folder's name says; None for another name."""
+    """Return the step in a checkpoint folder's name; None for another name."""
     found = _STEP.fullmatch(path.name)
     return int(found[1]) if found else None
 

@@ -1,6 +1,6 @@
 """Stock lm_eval on an exported model, as docs/evaluate.md runs it: `make test-eval`.
 
-The model has learnt answers by heart, which it only gives to the very prompts it was trained on.
+The model has learned answers by heart, which it only gives to the very prompts it was trained on.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def bits_per_byte(home: Path) -> float:
     return nats / size / math.log(2)
 
 
-def test_lm_eval_gives_the_share_of_learnt_answers_and_their_likelihood(home):
+def test_lm_eval_gives_the_share_of_learned_answers_and_their_likelihood(home):
     share = 1 - len(WRONG) / len(LEARNT)
     batched, single = evaluate(home, batch_size=8), evaluate(home, batch_size=1)
     for results in (batched, single):

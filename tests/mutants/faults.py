@@ -148,7 +148,7 @@ FAULTS = [
         OF_LAYER,
     ),
     Fault(
-        "scores renormalised over the chosen",
+        "scores renormalized over the chosen",
         ROUTER,
         'elif self.score_function == "sigmoid" and self.topk > 1:',
         "elif self.topk > 1:",

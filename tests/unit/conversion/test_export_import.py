@@ -63,7 +63,7 @@ MODELS = {
         "coe_residual": "outer",
     },
     "upcycled": {"coe_iterations": 3, "coe_residual": "outer", "coe_upcycled": True},
-    "renormalised scores": {"moe_router_pre_softmax": False},
+    "renormalized scores": {"moe_router_pre_softmax": False},
     "scaled scores": {"moe_router_topk_scaling_factor": 1.5, "coe_residual": "outer"},
     "plain attention": {**PLAIN, "coe_residual": "outer"},
     "plain attention, grouped, tied, with biases and norms": {

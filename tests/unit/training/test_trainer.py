@@ -11,7 +11,7 @@ from tests.unit.training.runs import SEQ_LENGTH, Sequences, make_settings, make_
 
 
 def test_training_learns(single_rank):
-    """Sequences that repeat are learnt by heart, so a wrong update cannot hide."""
+    """Sequences that repeat are learned by heart, so a wrong update cannot hide."""
 
     class Few(Sequences):
         def __getitem__(self, number):
