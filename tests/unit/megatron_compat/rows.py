@@ -36,6 +36,7 @@ from megatron.core.optimizer import (  # noqa: E402
     OptimizerConfig,
     clip_grads,
     get_megatron_optimizer,
+    optimizer,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import ColumnParallelLinear, data, mappings  # noqa: E402
@@ -266,6 +267,25 @@ def gradient_norm() -> None:
     torch.testing.assert_close(norm, torch.cat(tensors).norm().reshape(1))
 
 
+class Products(TorchDispatchMode):
+    """Fails where a tensor is multiplied into a new one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mul.Tensor:
+            raise RuntimeError("a copy is multiplied into a new tensor first")
+        return func(*args, **(kwargs or {}))
+
+
+def multi_tensor_scale() -> None:
+    sources = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
+    for scale in (1.0, 0.5):
+        targets = [torch.empty(len(source), dtype=torch.bfloat16) for source in sources]
+        with Products():
+            optimizer.multi_tensor_scale_impl(2048, torch.zeros(1), [sources, targets], scale)
+        for source, target in zip(sources, targets, strict=True):
+            assert torch.equal(target, (source * scale).bfloat16())
+
+
 def foreign_apex() -> None:
     norm = LocalSpecProvider().layer_norm(rms_norm=False)
     norm(config(persist_layer_norm=False), 8)
@@ -290,6 +310,7 @@ ROWS: dict[str, Callable[[], None]] = {
     "distributed_optimizer_load": distributed_optimizer_load,
     "distributed_optimizer_state": distributed_optimizer_state,
     "gradient_norm": gradient_norm,
+    "multi_tensor_scale": multi_tensor_scale,
     "foreign_apex": foreign_apex,
 }
 

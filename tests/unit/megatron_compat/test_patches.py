@@ -42,6 +42,7 @@ SYMPTOMS = {
     "distributed_optimizer_load": "KeyError: 'step'",
     "distributed_optimizer_state": "^AssertionError: $",
     "gradient_norm": "a value is read back",
+    "multi_tensor_scale": "a copy is multiplied into a new tensor",
     "foreign_apex": "Apex must be installed",
 }
 
