@@ -83,7 +83,7 @@ TARGETS = (
         (None, 100.0),
         "long --scale paper",
     ),
-    Target("host syncs per step", "host_syncs", (None, 4), (None, 0), "host_syncs"),
+    Target("host syncs per step", "host_syncs", (None, 1), (None, 0), "host_syncs"),
     Target(
         "EP > 1: exposed share of communication in a step",
         "parallel",

@@ -51,19 +51,35 @@ def build_train_state(
     if not trains:
         return TrainState(provider, chunks, None, None)
     optimizer = build_optimizer(provider, chunks, parallel, train)
-    connect_schedule(provider, parallel, chunks)
-    provider.grad_scale_func = optimizer.scale_loss
+    connect_schedule(provider, parallel, chunks, train.global_batch_size * provider.seq_length)
     return TrainState(provider, chunks, optimizer, build_schedule(optimizer, train))
 
 
 def connect_schedule(
-    provider: CoEModelProvider, parallel: ParallelSettings, chunks: list[DistributedDataParallel]
+    provider: CoEModelProvider,
+    parallel: ParallelSettings,
+    chunks: list[DistributedDataParallel],
+    positions: int,
 ) -> None:
-    """Set in the config how Megatron's forward-backward functions reduce gradients."""
-    provider.finalize_model_grads_func = finalize_model_grads
+    """Set in the config how Megatron's forward-backward functions scale and reduce gradients.
+
+    Args:
+        positions: P of a global batch (`megatron_coe.training.loss`), which gradients are divided
+            by. The backward pass starts from 1 / P: Megatron divides the finished gradients
+            instead, a pass over all of them, for which the host waits to see that P is not 0.
+    """
+    provider.grad_scale_func = lambda loss: loss / positions
+    provider.finalize_model_grads_func = _finalize_undivided
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         provider.no_sync_func = no_sync[0] if len(chunks) == 1 else no_sync
+
+
+def _finalize_undivided(
+    model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any
+) -> None:
+    """Reduce gradients as Megatron does, but leave them undivided."""
+    finalize_model_grads(model, None, **options)
 
 
 def build_model(

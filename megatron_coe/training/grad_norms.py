@@ -1,9 +1,10 @@
-"""The L2 norm of the gradients by parameter group, in one pass and one small collective."""
+"""The L2 norm of the gradients by parameter group, in one pass over them."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -63,15 +64,20 @@ class GradientNorms:
         self._groups = there.nonzero().flatten().tolist()
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Return the norm of each group in the model, the same on every rank. A collective."""
+    def squares(self) -> torch.Tensor:
+        """Return this rank's part of the squared norm of each of `GROUPS`, float64 on the device.
+
+        Summed over all ranks they are those of the whole model, NaN or Inf where a gradient is.
+        """
         squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=self._device)
         for (group, holders), weights in self._weights.items():
             gradients = [weight.grad for weight in weights if weight.grad is not None]
             squares[group] += get_total_norm(gradients).double().square() / holders
-        dist.all_reduce(squares)
-        norms = squares.sqrt().tolist()
-        return {GROUPS[group]: norms[group] for group in self._groups}
+        return squares
+
+    def named(self, squares: Sequence[float]) -> dict[str, float]:
+        """Return the norm of each group in the model from the sum of all ranks' `squares`."""
+        return {GROUPS[group]: math.sqrt(squares[group]) for group in self._groups}
 
 
 def _updated(

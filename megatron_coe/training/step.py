@@ -19,7 +19,6 @@ from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.fault_tolerance.nonfinite import diagnose
 from megatron_coe.megatron_compat.versions import clear_aux_losses, get_batch_on_this_cp_rank
 from megatron_coe.training.batch_source import BatchSource
-from megatron_coe.training.grad_norms import GradientNorms
 from megatron_coe.training.loss import (
     Batch,
     LossFunction,
@@ -27,12 +26,7 @@ from megatron_coe.training.loss import (
     loss_scale,
     make_loss_function,
 )
-from megatron_coe.training.optimizer_step import (
-    StepStart,
-    agreed_loss,
-    apply_update,
-    prepare_update,
-)
+from megatron_coe.training.optimizer_step import OptimizerStep, StepStart, UpdateOutcome
 from megatron_coe.training.step_metrics import MetricsCollector, StepMetrics
 
 
@@ -60,7 +54,8 @@ class TrainStep:
         self._heartbeat = heartbeat
         self._start = StepStart(train_state.chunks)
         self.collector = MetricsCollector(train_state, train, num_microbatches, source.device)
-        self.gradient_norms = GradientNorms(train_state.optimizer, train_state.chunks)
+        assert train_state.optimizer is not None
+        self._update = OptimizerStep(train_state.optimizer, train_state.chunks)
 
     def run(self, progress: Progress, is_logged: bool = False) -> StepMetrics:
         """Make a step; without an update where loss or gradients are not finite.
@@ -81,23 +76,19 @@ class TrainStep:
         with self.collector.watching(is_logged):
             totals = self.compute_gradients(batches)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
-        grad_norm = prepare_update(optimizer)
-        grad_norms = self.gradient_norms.measure() if is_logged else {}
-        loss, finite = agreed_loss(totals, grad_norm)
+        update = self._update.run(totals)
         skipped = None
-        if finite:
-            apply_update(optimizer, grad_norm)
+        if update.is_finite:
             progress.skipped_in_row = 0
         else:
-            skipped = self._skip(progress, batches, loss, grad_norm)
+            skipped = self._skip(progress, batches, update)
         schedule.step(1)
         progress.step += 1
         progress.samples += self._train.global_batch_size
         if is_logged and self._source.device.type == "cuda":
             torch.cuda.synchronize()  # the update is only launched: it belongs to this step's time
-        return StepMetrics(
-            loss, lr, grad_norm, grad_norms, time.perf_counter() - started_s, skipped
-        )
+        seconds = time.perf_counter() - started_s
+        return StepMetrics(update.loss, lr, update.grad_norm, update.grad_norms, seconds, skipped)
 
     def compute_gradients(self, batches: list[Batch]) -> torch.Tensor:
         """Compute the gradients of the loss, summed over all ranks; return this rank's totals."""
@@ -119,15 +110,15 @@ class TrainStep:
             loss_scale(valid_tokens, positions),
         )
 
-    def _skip(self, progress: Progress, batches: list[Batch], loss: float, grad_norm: float) -> str:
+    def _skip(self, progress: Progress, batches: list[Batch], update: UpdateOutcome) -> str:
         """Undo what a bad step has changed, and log why; NotFiniteError if it cannot be skipped."""
         self._start.put_back()
         found = diagnose(
             self._train_state.chunks,
             lambda: self.compute_gradients(batches),
             self._source.numbers(progress.samples, self._num_microbatches),
-            loss,
-            grad_norm,
+            update.loss,
+            update.grad_norm,
         )
         self._start.put_back()
         message = f"step {progress.step + 1} is not finite: {found.text}; nothing was updated"

@@ -31,7 +31,7 @@ class StepMetrics:
     lr: float
     grad_norm: float
     grad_norms: Mapping[str, float]
-    """Of each group of parameters; empty where the step is not logged."""
+    """Of each group of parameters."""
     seconds: float
     skipped: str | None = None
     """Why nothing was updated."""

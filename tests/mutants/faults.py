@@ -457,6 +457,27 @@ FAULTS = [
         ("tests/unit/training/test_mtp.py",),
     ),
     Fault(
+        "an update is made whatever the device has found",
+        "megatron_coe/training/optimizer_step.py",
+        "adam.found_inf = is_finite.logical_not().float()",
+        "adam.found_inf = is_finite.logical_not().float() * 0",
+        ("tests/unit/fault_tolerance/test_nonfinite.py",),
+    ),
+    Fault(
+        "the host asks for the gradients' norm by itself",
+        "megatron_coe/training/optimizer_step.py",
+        "norm = sums[2:].sum().sqrt()",
+        "norm = torch.tensor(sums[2:].sum().item()).sqrt()",
+        ("tests/unit/training/test_optimizer_step.py",),
+    ),
+    Fault(
+        "gradients are sums over the positions of the batch, not means",
+        "megatron_coe/distributed/train_state.py",
+        "provider.grad_scale_func = lambda loss: loss / positions",
+        "provider.grad_scale_func = lambda loss: loss / 1",
+        ("tests/unit/training/test_step.py",),
+    ),
+    Fault(
         "the vocabulary's padding counts from each tensor-parallel rank's first row",
         "megatron_coe/model/vocab_padding.py",
         "max(vocab_size - first_id, 0)",

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from megatron_coe.training.grad_norms import GROUPS, group_of
-from megatron_coe.training.optimizer_step import prepare_update
+from megatron_coe.training.grad_norms import GROUPS, GradientNorms, group_of
 from tests.unit.training.runs import make_settings, make_trainer
 
 LAYER = "module.decoder.layers.3."
@@ -63,8 +62,10 @@ def test_norms_are_those_of_the_gradients(single_rank, model: str, distributed: 
     for name, parameter in chunk.named_parameters():
         squares[group_of(name)] += parameter.main_grad.double().square().sum().item()
     optimizer = trainer.train_state.optimizer
-    norm = prepare_update(optimizer)
-    measured = trainer.train_step.gradient_norms.measure()
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    norms = GradientNorms(optimizer, trainer.train_state.chunks)
+    measured = norms.named(norms.squares().tolist())
     expected = {group: square**0.5 for group, square in squares.items() if square}
     assert measured == pytest.approx(expected, rel=1e-5)
     assert math.hypot(*measured.values()) == pytest.approx(norm, rel=1e-6)

@@ -1,0 +1,53 @@
+"""Whole training steps on a GPU: what the host waits for, and the same bits every time."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from benchmarks.host_syncs import count_host_syncs
+from megatron_coe.distributed.seeds import use_deterministic_kernels
+from tests.gpu.test_gpu import ONE_KERNEL
+from tests.unit.training.planted import everything, same
+from tests.unit.training.runs import make_settings, make_trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not ONE_KERNEL, reason="grouped_mm is not one kernel on this GPU"),
+]
+BF16 = {"precision": "bf16", "micro_batch_size": 4}
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
+def test_a_step_waits_for_one_copy_alone(single_rank, distributed: bool) -> None:
+    """PyTorch reports none: the one wait is for an event, which it does not count."""
+    parallel = {"use_distributed_optimizer": distributed}
+    trainer = make_trainer(make_settings(train=BF16, parallel=parallel), single_rank)
+    trainer.step()
+    assert not count_host_syncs(trainer.step, single_rank)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome = trainer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert outcome.skipped is None
+
+
+def test_deterministic_steps_are_the_same_bits(single_rank) -> None:
+    """And no operation of them is one that PyTorch warns of."""
+    use_deterministic_kernels()
+    try:
+        found = []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*deterministic.*")
+            for _ in range(2):
+                trainer = make_trainer(make_settings(train=BF16), single_rank)
+                for _ in range(3):
+                    trainer.step()
+                found.append(everything(trainer))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(*found)
