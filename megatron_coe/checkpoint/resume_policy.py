@@ -49,6 +49,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("model.backend", _SILENT),
     ("model.recompute_*", _SILENT),
     ("model.*_fusion", _SILENT),
+    ("model.cross_entropy_fusion_impl", _SILENT),
     ("model.moe_token_dispatcher_type", _SILENT),
     ("model.moe_grouped_gemm", _SILENT),
     ("model.attention_backend", _SILENT),

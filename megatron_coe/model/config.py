@@ -14,8 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import init_method_normal
 
 from megatron_coe.megatron_compat.versions import no_graph_scopes
-from megatron_coe.model import flops
-from megatron_coe.model.field_rules import check_fields
+from megatron_coe.model import field_rules, flops
 from megatron_coe.model.parallelism import Layout, check_layout, extents_of
 from megatron_coe.utils.value_rules import one_of
 
@@ -101,6 +100,15 @@ class CoEConfig(MLATransformerConfig):
     holds all experts whole, with all-to-alls that run under the shared expert where experts are
     sharded. `megatron_alltoall`: Megatron's own, for comparison; the numbers are the same."""
 
+    cross_entropy_loss_fusion: bool | None = None
+    """Fuse the loss with what stands before it. None: if `cross_entropy_fusion_impl` is `linear`
+    and the model on a GPU."""
+
+    cross_entropy_fusion_impl: str = "linear"
+    """What is fused: `linear`, output layer and loss, chunk by chunk, without ever holding all
+    logits (`megatron_coe.model.linear_cross_entropy`, any device); or the loss of logits alone, as
+    Megatron (`native`) or Transformer Engine (`te`) does it."""
+
     moe_router_topk: int = 4
     moe_router_pre_softmax: bool = True
     moe_router_dtype: str | None = "fp32"
@@ -109,7 +117,7 @@ class CoEConfig(MLATransformerConfig):
     cuda_graph_scope: str | list | None = field(default_factory=no_graph_scopes)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        field_rules.check_fields(self)
         if isinstance(self.activation_func, str):
             one_of(*ACTIVATIONS).check("activation_func", self.activation_func)
             self.activation_func = ACTIVATIONS[self.activation_func]
@@ -167,6 +175,14 @@ class CoEConfig(MLATransformerConfig):
         """
         spread = self.expert_model_parallel_size > 1 and not self.moe_shared_expert_overlap
         return self.moe_token_dispatcher_type == "alltoall" and spread
+
+    def fuses_output_layer(self, on_gpu: bool) -> bool:
+        """Return whether a model on such a device computes its losses without all logits."""
+        if self.cross_entropy_fusion_impl != "linear":
+            return False
+        if self.cross_entropy_loss_fusion is None:
+            return on_gpu and not field_rules.needs_logits(self)
+        return self.cross_entropy_loss_fusion
 
     @property
     def padded_vocab_size(self) -> int:

@@ -139,11 +139,20 @@ VALUES: dict[str, ValueRule] = {
     "moe_z_loss_coeff": NOT_NEGATIVE,
     # "flex" has the buffers of one pass through the experts.
     "moe_token_dispatcher_type": one_of("alltoall", "allgather", "megatron_alltoall"),
+    # Output layer and loss
+    "cross_entropy_fusion_impl": one_of("linear", "native", "te"),
     # Iterations
     "coe_iterations": integer(1, 1_000),
     "coe_residual": one_of(*RESIDUAL_MODES),
 }
 """Field -> what it must be, if it is set."""
+
+NEED_LOGITS: dict[str, str] = {
+    "defer_embedding_wgrad_compute": "it computes the output layer's weight gradient by itself",
+    "fp8_output_proj": "it computes the output layer in FP8",
+    "config_logger_dir": "it writes the logits down",
+}
+"""Field -> why output layer and loss cannot be fused (`cross_entropy_fusion_impl="linear"`)."""
 
 _MOE_GRAPHS = {"moe", "moe_router", "moe_preprocess"}
 
@@ -174,6 +183,21 @@ def check_fields(config: CoEConfig) -> None:
     _check_replay(config)
     _check_interleaving(config)
     _check_partial_graphs(config)
+    _check_loss_fusion(config)
+
+
+def needs_logits(config: CoEConfig) -> str | None:
+    """Return a field that is set and needs the output layer's logits, or None."""
+    return next((name for name in NEED_LOGITS if getattr(config, name, None)), None)
+
+
+def _check_loss_fusion(config: CoEConfig) -> None:
+    name = needs_logits(config)
+    if name and config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "linear":
+        raise ValueError(
+            f"cross_entropy_fusion_impl='linear' with {name}={getattr(config, name)!r}: "
+            f"{NEED_LOGITS[name]}. Unset it, or leave cross_entropy_loss_fusion out."
+        )
 
 
 def _check_balancing(config: CoEConfig) -> None:

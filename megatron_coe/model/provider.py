@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -19,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_coe.model.backends.select import resolve_backend
 from megatron_coe.model.config import CoEConfig
+from megatron_coe.model.gpt_model import LinearCrossEntropyModel
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
 from megatron_coe.model.vocab_padding import mask_vocab_padding
 
@@ -87,8 +89,9 @@ class CoEModelProvider(CoEConfig):
         mtp = None
         if self.mtp_num_layers:
             mtp = get_gpt_mtp_block_spec_for_backend(self, decoder, backend, vp_stage=vp_stage)
+        fuses = self.fuses_output_layer(on_gpu=torch.cuda.is_available())
         with _without_notices():
-            model = GPTModel(
+            model = (LinearCrossEntropyModel if fuses else GPTModel)(
                 config=self,
                 transformer_layer_spec=decoder,
                 vocab_size=self.padded_vocab_size,

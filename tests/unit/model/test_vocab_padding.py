@@ -16,7 +16,11 @@ MODELS = {
     "untied": {},
     "tied": {"share_embeddings_and_output_weights": True},
     "bf16": BF16,
-    "bf16, fused loss": {**BF16, "cross_entropy_loss_fusion": True},
+    "bf16, fused loss": {
+        **BF16,
+        "cross_entropy_loss_fusion": True,
+        "cross_entropy_fusion_impl": "native",
+    },
 }
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels, as functions without autograd; they import only where triton is installed."""

@@ -1,0 +1,162 @@
+"""The Triton kernel, by Triton's interpreter, equals the plain one; it compiles for a GPU.
+
+Whether functions are interpreted Triton decides when it is imported: that half of the file runs in
+a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_coe.model import linear_cross_entropy as module
+from megatron_coe.model.linear_cross_entropy import (
+    VocabShard,
+    linear_cross_entropy,
+    torch_cross_entropy,
+    triton_cross_entropy,
+)
+
+pytestmark = pytest.mark.skipif(not module.has_triton(), reason="no triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+T, V = 7, 200
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # of the largest entry
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+def test_interpreted() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "skipped" in done.stdout and " passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("statistics", "gradient"), [(True, True), (True, False), (False, True)])
+def test_it_compiles_for_sm_90(dtype, statistics, gradient) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from megatron_coe.model.kernels.cross_entropy import cross_entropy_kernel
+
+    types = [f"*{dtype}", "*i64", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
+    flags = {"STATISTICS": statistics, "GRADIENT": gradient, "BLOCK": 8192}
+    names = cross_entropy_kernel.arg_names
+    signature = dict(zip(names, types, strict=False)) | dict.fromkeys(flags, "constexpr")
+    source = triton.compiler.ASTSource(cross_entropy_kernel, signature, flags)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert compiled.asm["cubin"]
+
+
+def logits_of(dtype: torch.dtype) -> Tensor:
+    return (3 * torch.randn(T, V, generator=torch.Generator().manual_seed(2))).to(dtype)
+
+
+TARGETS = torch.tensor([0, 63, 64, 149, -1, 12, 100])
+WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 2.0, 0.0, -1.0, 1.0])
+
+
+def assert_same(ours, theirs, dtype: torch.dtype) -> None:
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found.dtype == expected.dtype
+        gap = (found.float() - expected.float()).abs().max()
+        assert gap <= TOLERANCE[dtype] * expected.float().abs().max()
+
+
+@interpreted
+@pytest.mark.parametrize("block", [64, 8192], ids=["many blocks", "one block"])
+@pytest.mark.parametrize("columns", [V, 150, 128])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_one_kernel(monkeypatch, dtype, columns, block) -> None:
+    from megatron_coe.model.kernels import cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "_BLOCK", block)
+    shard = VocabShard(0, columns)
+    targets = shard.targets(TARGETS)
+    logits = logits_of(dtype)
+    losses, gradient = triton_cross_entropy(logits, targets, WEIGHTS, shard)
+    assert gradient is logits and not gradient[:, columns:].any() and not gradient[2].any()
+    expected = torch_cross_entropy(logits_of(dtype), targets, WEIGHTS, shard)
+    assert_same((losses, gradient), expected, dtype)
+    without, nothing = triton_cross_entropy(logits_of(dtype), targets, None, shard)
+    assert torch.equal(without, losses) and nothing is None
+
+
+class Waiting(Exception):
+    """The rank waits for the others."""
+
+
+class Rank(VocabShard):
+    """One of several ranks that run in turn, again and again until no collective is unanswered.
+
+    `group` is a list of collectives, each what every rank gave.
+    """
+
+    calls = 0
+
+    def all_reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        given = self.group[self.calls : self.calls + 1] or [{}]
+        if self.calls == len(self.group):
+            self.group.append(given[0])
+        object.__setattr__(self, "calls", self.calls + 1)
+        given[0][self.first] = values.clone()
+        if len(given[0]) < 3:
+            raise Waiting
+        parts = torch.stack(list(given[0].values()))
+        values.copy_(parts.amax(dim=0) if op == dist.ReduceOp.MAX else parts.sum(dim=0))
+
+
+@interpreted
+@pytest.mark.parametrize("function", [triton_cross_entropy, torch_cross_entropy])
+@pytest.mark.parametrize("vocab_size", [150, 128], ids=["part padding", "padding alone"])
+def test_a_vocabulary_in_three_parts(function, vocab_size) -> None:
+    """64 rows a rank; the last one holds 22 tokens, or none."""
+    group: list[dict[int, Tensor]] = []
+    logits = logits_of(torch.float32)[:, :192].contiguous()
+
+    def on_rank(first: int) -> tuple[Tensor, Tensor] | None:
+        shard = Rank(first, min(max(vocab_size - first, 0), 64), group)
+        own = logits[:, first : first + 64].contiguous()
+        try:
+            return function(own, shard.targets(TARGETS), WEIGHTS, shard)
+        except Waiting:
+            return None
+
+    for _ in range(4):  # at most two collectives
+        ranks = [on_rank(first) for first in (0, 64, 128)]
+    assert len(group) == 2 and None not in ranks
+    whole = VocabShard(0, vocab_size)
+    expected = torch_cross_entropy(logits.clone(), whole.targets(TARGETS), WEIGHTS, whole)
+    gradient = torch.cat([part for _, part in ranks], dim=1)
+    for losses, _ in ranks:
+        assert_same((losses, gradient), expected, torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("weights", [torch.ones(300), None], ids=["weighted", "recomputed"])
+def test_a_pass_with_the_kernel_is_one_without(monkeypatch, weights) -> None:
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 1})
+    labels = torch.randint(150, (300,), generator=generator)
+    leaves = [torch.randn(rows, 16, generator=generator) for rows in (300, 160)]
+    found = []
+    for function in (triton_cross_entropy, torch_cross_entropy):
+        monkeypatch.setattr(module, "cross_entropy_of", lambda x, function=function: function)
+        x, weight = (leaf.clone().requires_grad_() for leaf in leaves)
+        losses = linear_cross_entropy(x, weight, labels, VocabShard(0, 150), weights)
+        losses.sum().backward()
+        found.append((losses.detach(), x.grad, weight.grad))
+    assert_same(*found, torch.float32)
