@@ -163,16 +163,23 @@ def output_head(harness: Harness) -> Outcome:
     """Time the output layer with its loss, which is the same for CoE and MoE."""
     benchmark = head.random_head(harness.provider(MOE), harness.scale.tokens, harness.device)
     variants = benchmark.variants()
-    names = head.MEGATRON, head.FUSED
-    differences = check_agreement(
-        names, benchmark.result(names[0]), benchmark.result(names[1]), benchmark.x.dtype
-    )
+    first, *others = benchmark.losses()
+    expected = benchmark.result(first)
+    differences = {
+        f"{name}: {value}": difference
+        for name in others
+        for value, difference in check_agreement(
+            (name, first), benchmark.result(name), expected, benchmark.x.dtype
+        ).items()
+    }
     samples = harness.time(variants)
     outcome = _pass_table(harness, "head", "Output layer and loss", variants, samples)
-    outcome.header.append(f"time / {head.PRODUCTS}")
+    outcome.header += [f"time / {head.PRODUCTS}", "peak, MiB"]
+    peaks = {variant.name: benchmark.peak_bytes(variant) for variant in variants}
     for variant, row in zip(variants, outcome.rows, strict=True):
         row.append(ratio(samples, variant.name, head.PRODUCTS).text())
-    outcome.details["differences"] = differences
+        row.append(f"{peaks[variant.name] / 2**20:,.0f}")
+    outcome.details |= {"differences": differences, "peaks": peaks}
     return outcome
 
 

@@ -47,6 +47,7 @@ MODEL = {
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 CLUSTER = Cluster(GPUS["h100"])
+LINEAR = {"cross_entropy_loss_fusion": True}
 SHARDED = {"use_distributed_optimizer": True}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -78,6 +79,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "distributed optimizer": {"parallel": SHARDED},
     "bf16": {"train": {"precision": "bf16"}, "parallel": SHARDED},
+    "linear loss fusion": {"model": LINEAR},
+    "linear loss fusion, multi-token prediction": {"model": {**LINEAR, "mtp_num_layers": 1}},
 }
 """On one rank."""
 

@@ -213,7 +213,7 @@ def _by_chunks(
     losses_T = torch.empty(len(x_TH), dtype=dtype, device=x_TH.device)
     dx_TH = torch.empty_like(x_TH) if wanted[0] else None
     dw_VH: Tensor | None = None
-    rows = chunk_rows(len(x_TH), len(weight_VH), x_TH)
+    rows = chunk_rows(len(x_TH), len(weight_VH), x_TH.element_size(), x_TH.is_cuda)
     for start in range(0, len(x_TH), rows):
         part = slice(start, start + rows)
         x = x_TH[part]
@@ -245,10 +245,10 @@ def _accumulate(
     return torch.addmm(dw_VH, dlogits_TV.t(), x_TH, out_dtype=dtype, out=dw_VH)
 
 
-def chunk_rows(tokens: int, width: int, x: Tensor) -> int:
+def chunk_rows(tokens: int, width: int, element_size: int, on_gpu: bool) -> int:
     """Return the tokens of a chunk: chunks of one size as far as that goes."""
-    limit = _CHUNK_BYTES["cuda" if x.is_cuda else "cpu"]
-    most = max(limit // (width * x.element_size()), _ROW_MULTIPLE)
+    limit = _CHUNK_BYTES["cuda" if on_gpu else "cpu"]
+    most = max(limit // (width * element_size), _ROW_MULTIPLE)
     chunks = max(-(-tokens // most), 1)
     rows = -(-tokens // chunks)
     return max(-(-rows // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_coe.model.linear_cross_entropy import chunk_rows
 from megatron_coe.planning.plan import Chunk, Plan
 
 _INDEX = 8  # bytes of an int64
@@ -39,8 +40,8 @@ class Saved:
 def stage_activations(plan: Plan, stage: int) -> int:
     """Return the bytes alive at the peak on a rank of a pipeline stage.
 
-    They are those of all micro-batches in flight, and either the output layer's softmax or what is
-    being recomputed.
+    They are those of all micro-batches in flight, and either what output layer and loss hold or
+    what is being recomputed.
     """
     model = plan.model
     saved = Saved()
@@ -52,9 +53,27 @@ def stage_activations(plan: Plan, stage: int) -> int:
     saved += Saved(_norm(plan, model.hidden_size, plan.own_tokens))
     if heads > 1:
         saved += _mtp_layer(plan) * (heads - 1)
-    softmax = heads * plan.own_tokens * model.padded_vocab_size * _FP32
-    # The softmax is freed before layers are recomputed.
-    return saved.saved + max(softmax, saved.recomputed)
+    # What the losses need is freed before layers are recomputed.
+    return saved.saved + max(_losses(plan, heads), saved.recomputed)
+
+
+def _losses(plan: Plan, heads: int) -> int:
+    """Count what losses keep: the softmax, or in its place both gradients, the weights' in fp32."""
+    model = plan.model
+    rows = model.padded_vocab_size // model.tensor_model_parallel_size
+    if not model.fuses_output_layer(plan.on_gpu):
+        return heads * plan.tokens * rows * _FP32
+    x, weight = plan.tokens * model.hidden_size, rows * model.hidden_size
+    return heads * (x * plan.element_size + weight * _FP32)
+
+
+def loss_workspace(plan: Plan) -> int:
+    """Return the bytes of logits on their way to the loss: all of them, or those of a chunk."""
+    model, e, tokens = plan.model, plan.element_size, plan.tokens
+    rows = model.padded_vocab_size // model.tensor_model_parallel_size
+    if model.fuses_output_layer(plan.on_gpu):
+        tokens = min(chunk_rows(tokens, rows, e, plan.on_gpu), tokens)
+    return tokens * rows * e
 
 
 def in_flight(plan: Plan, stage: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_coe.model import flops
-from megatron_coe.planning.activations import stage_activations
+from megatron_coe.planning.activations import loss_workspace, stage_activations
 from megatron_coe.planning.plan import Plan
 
 GIB = 1 << 30
@@ -73,7 +73,7 @@ def stage_memory(plan: Plan, stage: int) -> Memory:
         gradients=(dense + expert) * 4,  # reduced and summed over micro-batches in fp32
         optimizer=optimizer,
         activations=stage_activations(plan, stage),
-        workspace=plan.own_tokens * plan.model.padded_vocab_size * plan.element_size * is_last,
+        workspace=loss_workspace(plan) * is_last,
     )
 
 

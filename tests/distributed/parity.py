@@ -8,7 +8,8 @@ Gradients are put together by the global offsets that Megatron gives every piece
 
 In fp64 the logits are gathered for plain cross-entropy: Megatron's vocabulary-parallel one
 (tensor_parallel/cross_entropy.py) computes in fp32. With multi-token prediction the model computes
-its own losses, and the variant `mtp` agrees to fp32 only.
+its own losses, and the variant `mtp` agrees to fp32 only; output layer and loss in one compute in
+fp64.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ MODEL = {
     "init_method_std": 0.2,  # so that every part shows in the loss
     "backend": "torch",
 }
+LINEAR = {"cross_entropy_loss_fusion": True}
 VARIANTS = {
     "C=1": {"coe_iterations": 1},
     "C=2": {"coe_iterations": 2},
@@ -98,6 +100,13 @@ VARIANTS = {
         "recompute_modules": ["moe_act", "shared_experts"],
     },
     "mtp": {"coe_iterations": 2, "mtp_num_layers": 2},
+    "linear": {"coe_iterations": 2, **LINEAR},
+    "linear mtp": {
+        "coe_iterations": 2,
+        "mtp_num_layers": 2,
+        "make_vocab_size_divisible_by": 64,
+        **LINEAR,
+    },
     "recompute": {
         "coe_iterations": 2,
         "recompute_granularity": "full",
@@ -178,7 +187,8 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    forward = train_forward_step if provider.mtp_num_layers else forward_step
+    losses_by_model = provider.mtp_num_layers or provider.cross_entropy_loss_fusion
+    forward = train_forward_step if losses_by_model else forward_step
     reports = get_forward_backward_func()(
         forward_step_func=partial(forward, scale=loss_scale(tokens, BATCH * SEQ)),
         data_iterator=[iter(batches) for _ in chunks],

@@ -51,6 +51,10 @@ CORE = {
         "TP2·ETP1·MB4, mtp",
         "PP2·DO·MB4, mtp",
         "CP2·MB4, mtp",
+        "TP2·ETP1·MB4, linear",
+        "PP2·VPP2·DO·MB4, linear",
+        "TP2·ETP1·MB4, linear mtp",
+        "CP2·DO·OVERLAP·MB4, linear mtp",
     ],
     4: [
         "TP2·ETP1·DO, C=2",

@@ -39,6 +39,8 @@ VARIANTS = {
     "tied": {"share_embeddings_and_output_weights": True},
     "MTP": {"mtp_num_layers": 1},
 }
+LINEAR = "linear"
+"""Added to a variant: output layer and loss in one, held to the unfused one."""
 TP_3 = {"tensor_model_parallel_size": 3, "expert_tensor_parallel_size": 1}
 LAYOUTS = {
     "TP 2": {"tensor_model_parallel_size": 2},
@@ -47,8 +49,11 @@ LAYOUTS = {
     "TP 4": {"tensor_model_parallel_size": 4, "use_distributed_optimizer": True},
     "TP 2, PP 2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
 }
-ON_THREE_RANKS = [("TP 3", "untied"), ("TP 3", "MTP")]
-ON_FOUR_RANKS = [("TP 4", "untied"), ("TP 2, PP 2", "tied"), ("TP 2", "tied"), ("PP 2", "MTP")]
+ON_THREE_RANKS = [("TP 3", "untied"), ("TP 3", "MTP"), ("TP 3", f"MTP, {LINEAR}")]
+ON_FOUR_RANKS = [
+    *[("TP 4", "untied"), ("TP 2, PP 2", "tied"), ("TP 2", "tied"), ("PP 2", "MTP")],
+    *[("TP 2, PP 2", f"tied, {LINEAR}"), ("TP 2", f"tied, {LINEAR}"), ("PP 2", f"MTP, {LINEAR}")],
+]
 OPTIMIZERS = {"plain": {}, "distributed": {"use_distributed_optimizer": True}}
 
 
@@ -66,7 +71,9 @@ class Sequences:
 
 
 def settings(variant: str, multiple: int = MULTIPLE, **parallel: object) -> Settings:
-    model = {**MODEL, **VARIANTS[variant], "make_vocab_size_divisible_by": multiple}
+    name, _, linear = variant.partition(", ")
+    model = {**MODEL, **VARIANTS[name], "make_vocab_size_divisible_by": multiple}
+    model["cross_entropy_loss_fusion"] = linear == LINEAR
     train = {"lr": 1e-3, "lr_warmup_fraction": 0.0, "clip_grad": 0.1, "micro_batch_size": 2}
     return make_settings(model=model, train=train, parallel=parallel)
 
@@ -162,7 +169,8 @@ def in_layouts(cases: list[tuple[str, str]]) -> list[list[list[float]]]:
 @pytest.mark.parametrize("case", [*ON_THREE_RANKS, *ON_FOUR_RANKS], ids=", ".join)
 def test_a_layout_trains_as_one_process_without_padding(unpadded, on_ranks, case):
     assert len(on_ranks[case]) == STEPS
-    for step, expected in zip(on_ranks[case], unpadded[case[1]], strict=True):
+    variant, _, _ = case[1].partition(", ")
+    for step, expected in zip(on_ranks[case], unpadded[variant], strict=True):
         assert step == pytest.approx(expected, rel=TOLERANCE)
         assert expected[1] > 0.1  # so that clipping was part of it
 

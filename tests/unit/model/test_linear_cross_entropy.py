@@ -38,7 +38,7 @@ INCOMING = {
 def small_chunks(monkeypatch) -> None:
     """Three chunks of a tile each, the last one not full."""
     monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 1})
-    assert chunk_rows(T, V, torch.zeros(1)) == 128
+    assert chunk_rows(T, V, 4, on_gpu=False) == 128
 
 
 def draw_of(seed: int):
@@ -222,11 +222,10 @@ def test_targets_are_columns_of_the_rank(monkeypatch, vocab_size, rank, columns)
 
 
 def test_chunks_are_of_one_size(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": 2**30})
-    x = torch.zeros(1, dtype=torch.bfloat16)
-    rows = chunk_rows(32_768, 102_400, x)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cuda": 2**30})
+    rows = chunk_rows(32_768, 102_400, 2, on_gpu=True)
     assert rows % 128 == 0 and 32_768 - 6 * rows > 0.9 * rows  # 7 of 4,736 tokens
-    assert chunk_rows(48, 320, x) == 128
+    assert chunk_rows(48, 320, 2, on_gpu=True) == 128
 
 
 def test_the_kernel_is_for_a_gpu() -> None:

@@ -95,7 +95,7 @@ def test_one_kernel(monkeypatch, dtype, columns, block) -> None:
     assert torch.equal(without, losses) and nothing is None
 
 
-class Waiting(Exception):
+class WaitingError(Exception):
     """The rank waits for the others."""
 
 
@@ -114,7 +114,7 @@ class Rank(VocabShard):
         object.__setattr__(self, "calls", self.calls + 1)
         given[0][self.first] = values.clone()
         if len(given[0]) < 3:
-            raise Waiting
+            raise WaitingError
         parts = torch.stack(list(given[0].values()))
         values.copy_(parts.amax(dim=0) if op == dist.ReduceOp.MAX else parts.sum(dim=0))
 
@@ -132,7 +132,7 @@ def test_a_vocabulary_in_three_parts(function, vocab_size) -> None:
         own = logits[:, first : first + 64].contiguous()
         try:
             return function(own, shard.targets(TARGETS), WEIGHTS, shard)
-        except Waiting:
+        except WaitingError:
             return None
 
     for _ in range(4):  # at most two collectives
