@@ -106,9 +106,12 @@ def linear_cross_entropy(
     if not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_VH.requires_grad)):
         losses_T, _, _ = _by_chunks(x_TH, weight_VH, labels_T, shard, None)
         return losses_T
-    if weights_T is None:
+    if (
+        weights_T is None or x_TH.dtype == torch.float16
+    ):  # which needs the loss scale from the start
         return _Recomputed.apply(x_TH, weight_VH, labels_T, shard)
-    return _Weighted.apply(x_TH, weight_VH, labels_T, shard, weights_T.detach())
+    w_T = weights_T.detach().to(torch.promote_types(x_TH.dtype, torch.float32))
+    return _Weighted.apply(x_TH, weight_VH, labels_T, shard, w_T)
 
 
 class _Weighted(torch.autograd.Function):

@@ -11,6 +11,7 @@ EXPERT_MLP = "megatron_coe/model/moe/grouped_mlp.py"
 EXPERT_ACTIVATION = "megatron_coe/model/moe/expert_activation.py"
 SPECS = "megatron_coe/model/layer_specs.py"
 CONFIG = "megatron_coe/model/config.py"
+LINEAR_CROSS_ENTROPY = "megatron_coe/model/linear_cross_entropy.py"
 UPCYCLE = "megatron_coe/conversion/upcycle.py"
 HF_MODEL = "megatron_coe/hf/modeling_coe.py"
 DATASETS = "megatron_coe/data/datasets.py"
@@ -38,6 +39,7 @@ OF_MODEL = (
     "tests/unit/model/test_provider.py",
     "tests/unit/model/test_config.py",
 )
+OF_LINEAR_CROSS_ENTROPY = ("tests/unit/model/test_linear_cross_entropy.py",)
 OF_EXPERTS = ("tests/unit/model/moe/test_experts.py",)
 OF_EXPERT_MLP = ("tests/unit/model/moe/test_grouped_mlp.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_loss.py",)
@@ -483,6 +485,41 @@ FAULTS = [
         "max(vocab_size - first_id, 0)",
         "min(vocab_size, width)",
         ("tests/distributed/test_vocab_padding.py",),
+    ),
+    Fault(
+        "of the losses' gradient the first token's stands for all",
+        LINEAR_CROSS_ENTROPY,
+        "torch._assert_async(",
+        "(lambda kept, message: None)(",
+        OF_LINEAR_CROSS_ENTROPY,
+    ),
+    Fault(
+        "the weight gradient of the last chunk alone",
+        LINEAR_CROSS_ENTROPY,
+        "return dw_VH.addmm_(dlogits_TV.t(), x_TH)",
+        "return dw_VH.addmm_(dlogits_TV.t(), x_TH, beta=0)",
+        OF_LINEAR_CROSS_ENTROPY,
+    ),
+    Fault(
+        "a stand-in joins the embedding's part of a tied weight's gradient",
+        LINEAR_CROSS_ENTROPY,
+        'shared = getattr(weight, "zero_out_wgrad", False)',
+        "shared = False",
+        OF_LINEAR_CROSS_ENTROPY,
+    ),
+    Fault(
+        "each rank takes a label of another one for its own",
+        LINEAR_CROSS_ENTROPY,
+        "columns = labels - self.first",
+        "columns = labels % max(self.columns, 1)",
+        OF_LINEAR_CROSS_ENTROPY,
+    ),
+    Fault(
+        "the loss of a later token under the mask of this one",
+        "megatron_coe/model/gpt_model.py",
+        "losses_BS = mask_BS * self._losses(x_SBH, labels_BS, mask_BS, detach) * scale",
+        "losses_BS = self._losses(x_SBH, labels_BS, None, detach) * scale",
+        ("tests/unit/model/test_gpt_model.py",),
     ),
     Fault(
         "a resumed optimizer counts its steps from 0",
