@@ -30,7 +30,7 @@ def softmax_statistics(logits_TV: Tensor, targets_T: Tensor, columns: int) -> tu
 def write_gradient(
     logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor, lse_T: Tensor, columns: int
 ) -> None:
-    """Overwrite logits by weight * (softmax - [column is the target]); padding gets 0."""
+    """Write weight * (softmax - [column is the target]) over the logits; 0 over padding."""
     _launch(logits_TV, targets_T, weights_T, lse_T, lse_T, columns, statistics=False)
 
 
