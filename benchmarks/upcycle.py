@@ -1,0 +1,217 @@
+"""Upcycling at the size of DeepSeek-V2-Lite: time, peak memory, and the plan of its training.
+
+    python -m benchmarks.upcycle --directory /tmp/at-size --layers 27
+
+A folder of that shape with random weights is written, upcycled to two iterations by the command
+itself, and its training is described on 8 GPUs in the layout of the planner; the folder, which takes
+2.3 GB for each layer, input and output together, is removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_coe.conversion.hf_config import to_model_fields
+from megatron_coe.conversion.safetensors_shards import ShardWriter
+from megatron_coe.data.corpus import make_corpus
+from megatron_coe.data.preprocess import preprocess
+from megatron_coe.data.records import Fields
+from megatron_coe.data.tokenizer import train_tokenizer
+from megatron_coe.hf.weight_names import Weight, weights
+from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.utils.environment import REPOSITORY
+
+SHAPE = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102_400,
+    "hidden_size": 2048,
+    "intermediate_size": 10_944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10_000,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+SHARD_BYTES = 5 * 10**9
+FREE_BYTES = 4 * 10**9
+"""Of the disk, that stay free."""
+GPUS = 8
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The memory of a process at its largest, bytes, read every 50 ms."""
+
+    resident: int
+    """Mapped pages of files among it."""
+    anonymous: int
+    """Without them."""
+
+
+def main() -> int:
+    """Run the benchmark; return the exit status of the first command that fails, or 0."""
+    options = _parse()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        home = Path(name)
+        table, each = write_model(home / "moe", options.layers)
+        imports, _ = run(home, "-c", "import megatron_coe.conversion.upcycle")
+        peak, seconds = run(
+            home, "-m", "megatron_coe.cli.main", "upcycle", "--input", "moe", "--output", "coe"
+        )
+        shutil.rmtree(home / "moe")
+        report(options.layers, table, each, imports, peak, seconds, home / "coe")
+        describe_training(home)
+    return 0
+
+
+def write_model(folder: Path, layers: int) -> tuple[list[Weight], dict[str, int]]:
+    """Write a folder of random weights in bf16, with a tokenizer of a generated corpus.
+
+    Returns: the table of its weights, and the bytes of each of its files.
+
+    Raises: ValueError when the disk cannot hold it and what becomes of it.
+    """
+    config = {**SHAPE, "num_hidden_layers": layers}
+    table = weights(CoEModelProvider(**to_model_fields(config, folder)))
+    size = 2 * sum(torch.Size(shape).numel() for w in table for shape in w.parts.values())
+    free = shutil.disk_usage(folder.parent).free
+    if free < 2 * size + FREE_BYTES:
+        raise ValueError(
+            f"--layers={layers}: input and output take {2 * size / 1e9:.0f} GB, {free / 1e9:.0f} "
+            f"GB are free in {folder.parent}: take fewer layers or another --directory"
+        )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    corpus, _ = make_corpus(folder.parent / "data", train_size=500, valid_size=50)
+    fields = Fields(("query", "response"), question_answer=True)
+    train_tokenizer([corpus], folder / "tokenizer.model", fields=fields, vocab_size=1024)
+    from megatron_coe.conversion.tokenizer import write_tokenizer
+
+    write_tokenizer(folder / "tokenizer.model", folder)
+    preprocess([corpus], folder.parent / "train", folder, fields=fields, quiet=True)
+    writer = ShardWriter(folder, SHARD_BYTES)
+    generator = torch.Generator().manual_seed(1)
+    for weight in table:
+        for name, shape in weight.parts.items():
+            values = torch.empty(shape, dtype=torch.bfloat16)
+            writer.add(
+                name.replace(".gate.0.", ".gate."), values.normal_(0, 0.02, generator=generator)
+            )
+    writer.close()
+    return table, {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+
+
+def run(home: Path, *arguments: str) -> tuple[Peak, float]:
+    """Run Python in `home`; return its largest memory and the seconds that it took."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    started_s, peak = time.perf_counter(), Peak(0, 0)
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", *arguments], cwd=home, env=environment
+    ) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            lines = (line.split() for line in status.read_text().splitlines())
+            found = {line[0]: 1024 * int(line[1]) for line in lines if line[-1] == "kB"}
+            peak = Peak(
+                max(peak.resident, found.get("VmHWM:", 0)),
+                max(peak.anonymous, found.get("RssAnon:", 0)),
+            )
+            time.sleep(0.05)
+    seconds = time.perf_counter() - started_s
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return peak, seconds
+
+
+def report(
+    layers: int,
+    table: list[Weight],
+    files: dict[str, int],
+    imports: Peak,
+    peak: Peak,
+    seconds: float,
+    output: Path,
+) -> None:
+    """Print what the command took, beside what it may take."""
+    of_layer: dict[int, int] = {}
+    for weight in table:
+        if weight.layer is not None:
+            size = 2 * sum(torch.Size(shape).numel() for shape in weight.parts.values())
+            of_layer[weight.layer] = of_layer.get(weight.layer, 0) + size
+    shard, layer = max(files.values()), max(of_layer.values())
+    written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    bound = shard + layer + imports.resident
+    print(f"layers {layers}, files {len(files)}, input {sum(files.values()) / 1e9:.2f} GB")
+    print(f"output {written / 1e9:.2f} GB, {seconds:.0f} s")
+    print(f"largest file {shard / MB:,.0f} MB, largest layer {layer / MB:,.0f} MB")
+    print(f"imports {imports.resident / MB:,.0f} MB, {imports.anonymous / MB:,.0f} MB anonymous")
+    print(f"peak {peak.resident / MB:,.0f} MB, {peak.anonymous / MB:,.0f} MB anonymous")
+    print(f"one file + one layer + imports {bound / MB:,.0f} MB")
+    print("within the bound" if peak.resident <= bound else "BEYOND THE BOUND")
+
+
+def describe_training(home: Path) -> None:
+    """Print the planner's layout for the upcycled model, and a dry run of training in it."""
+    coe = [sys.executable, "-W", "ignore", "-m", "megatron_coe.cli.main"]
+    config = ["--config", str(next((home / "coe").glob("step_*/config.yaml")))]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    planned = subprocess.run(
+        [*coe, "plan", *config, "--gpus", str(GPUS), "--json"],
+        cwd=home, env=environment, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    found = json.loads(planned.stdout)["layouts"][0]
+    overrides = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, values in found["settings"].items()
+        for key, value in values.items()
+    ]
+    print(*overrides)
+    print({name: round(value / 2**30, 1) for name, value in found["memory"].items()}, "GiB")
+    subprocess.run(
+        [*coe, "train", *config, "--dry-run", *overrides, "data.train=[train]",
+         "train.steps=1000", "train.precision=bf16",
+         "checkpoint.allow_config_changes=[model.moe_shared_expert_overlap]"],
+        cwd=home, env={**environment, "WORLD_SIZE": str(GPUS)}, check=True,
+    )  # fmt: skip
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True, help="where the disk has room")
+    parser.add_argument("--layers", type=int, default=27)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
