@@ -2,6 +2,8 @@
 
     python tools/benchmark.py --what all --threads 1 --clock processor --output runs/benchmark.json
     python tools/benchmark.py --what step layer --vary model.bias_activation_fusion=on,off
+    python tools/benchmark.py --what step memory --against ../megatron_coe-0.1
+    python tools/benchmark.py --quick --against ../megatron_coe-0.1 --te-path te
     torchrun --nproc-per-node 2 tools/benchmark.py --what parallel
 
 Variants of a benchmark take turns in one process; docs/performance.md describes the benchmarks.
@@ -48,6 +50,9 @@ ALL = tuple(name for name in BENCHMARKS if name not in ("parallel", "long"))
 """The benchmarks of `--what all`: those of one process that take minutes."""
 
 FORMER_NAMES = {"synchronisations": "host_syncs"}  # codespell:ignore synchronisations
+SIZES = ("sequences", "seq_length", "num_layers", "vocab_size")
+"""Options that change one size of the scale."""
+
 BOOLEANS = {"on": "true", "off": "false"}
 
 
@@ -58,6 +63,8 @@ def main() -> int:
 
 def command(options: argparse.Namespace) -> None:
     """Run the benchmarks that the options name, and report them on rank 0."""
+    if options.quick or options.against:
+        return run_processes(options)
     # Only now, because they take seconds.
     import torch
 
@@ -73,6 +80,44 @@ def command(options: argparse.Namespace) -> None:
     harness.check()
     with process_groups(ParallelSettings(expert_model_parallel_size=world_size()), device):
         run_benchmarks(options, harness)
+
+
+def run_processes(options: argparse.Namespace) -> None:
+    """Run benchmarks in processes of their own: `--against` another checkout, or `--quick`."""
+    import torch
+
+    from benchmarks import report
+    from benchmarks.against import Side, compare
+    from benchmarks.quick import Quick
+
+    common, seconds = arguments_of(options), options.seconds
+    if options.quick:
+        quick = Quick(REPOSITORY, common, options.against, options.te_path, seconds, options.output)
+        quick.run()
+        tables = [*quick.tables, report.target_table(quick.figures, torch.cuda.is_available())]
+        tables += [f"{part}: not measured: {why}" for part, why in quick.missing.items()]
+        print("\n\n".join(tables))
+        return
+    other, this = Side(str(options.against), options.against), Side("this commit", REPOSITORY)
+    arguments = ["--what", *options.what, *common]
+    comparison = compare(other, this, arguments, REPOSITORY, options.turns, seconds)
+    print(comparison.markdown())
+    if options.output:
+        documents = [document for pair in comparison.pairs for document in pair]
+        report.write_processes(options.output, {"against": documents})
+
+
+def arguments_of(options: argparse.Namespace) -> list[str]:
+    """Return the arguments that every process of a comparison gets, which former versions take."""
+    names = ("scale", "rounds", "warmup", "profiles", "threads", "clock", *SIZES)
+    given = {name: getattr(options, name) for name in names}
+    words = [
+        word
+        for name, value in given.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [*words, *(("--set", *options.overrides) if options.overrides else ())]
 
 
 def run_benchmarks(options: argparse.Namespace, harness: Harness) -> None:
@@ -155,16 +200,38 @@ def new_argument_parser() -> argparse.ArgumentParser:
         help="settings for every variant, as coe train takes them",
     )
     parser.add_argument("--set", nargs="+", default=[], help=argparse.SUPPRESS)
-    for name in ("sequences", "seq-length", "num-layers", "vocab-size"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the scale's")
+    for name in SIZES:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, help="instead of the scale's")
     parser.add_argument(
         "--presets", type=Path, default=REPOSITORY / "examples/paper", help="the paper's models"
     )
     parser.add_argument("--output", type=Path, help="JSON file with every sample")
+    _add_processes(parser)
     return parser
 
 
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("processes of their own, that alternate on the device")
+    group.add_argument(
+        "--against", type=Path, metavar="DIR", help="another checkout, which runs the same"
+    )
+    group.add_argument("--turns", type=int, default=2, help="processes of each side")
+    group.add_argument(
+        "--quick",
+        action="store_true",
+        help="the targets' rows, in four minutes on one GPU; those of another commit by --against",
+    )
+    group.add_argument(
+        "--te-path", type=Path, metavar="DIR", help="folder with Transformer Engine, for --quick"
+    )
+    group.add_argument(
+        "--seconds", type=float, help="limit of --quick (240), or of each process (none)"
+    )
+
+
 LEAST = {
+    "turns": 1,
     "warmup": 0,
     "profiles": 0,
     "rounds": 1,
@@ -191,6 +258,7 @@ def check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
     if options.output:
         check_writable(options.output)
+    check_processes(options)
     if options.clock == "processor" and options.threads != 1:
         raise ValueError(
             "--clock processor counts the time of all threads together: add --threads 1"
@@ -203,14 +271,37 @@ def check(options: argparse.Namespace) -> None:
         )
 
 
+def check_processes(options: argparse.Namespace) -> None:
+    """Check and complete the options of benchmarks in processes of their own.
+
+    Raises:
+        ValueError: a folder is not what it should be, or options contradict each other.
+    """
+    for name, file in (("against", "tools/benchmark.py"), ("te_path", "transformer_engine")):
+        folder = getattr(options, name)
+        if folder is None:
+            continue
+        if not (folder / file).exists():
+            raise ValueError(f"--{name.replace('_', '-')} {folder}: no {file} is there")
+        setattr(options, name, folder.resolve())
+    if not (options.quick or options.against):
+        return
+    if options.vary:
+        raise ValueError("--vary compares settings in one process; leave --against or --quick out")
+    if options.against and not options.quick and set(options.what) & {"all", "parallel"}:
+        raise ValueError("--against: name benchmarks of one process, such as --what step memory")
+    if options.quick:
+        options.rounds, options.profiles = options.rounds or 10, 0
+    options.seconds = options.seconds or (240.0 if options.quick else None)
+
+
 def build_harness(options: argparse.Namespace, device: torch.device) -> Harness:
     """Build the harness from the options, with defaults for the device."""
     from benchmarks.suite import Harness
 
     on_gpu = device.type == "cuda"
     scale = SCALES[options.scale or ("paper" if on_gpu else "cpu")]
-    sizes = ("sequences", "seq_length", "num_layers", "vocab_size")
-    given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     return Harness(
         presets=options.presets,
         scale=dataclasses.replace(scale, **given),

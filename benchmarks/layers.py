@@ -269,3 +269,15 @@ def dense_variant(provider: CoEModelProvider, tokens: int, device: torch.device)
     return Variant(
         "dense matmul", run, flops=expert_flops(provider, len(passes) * rows), tokens=tokens
     )
+
+
+def square_variant(device: torch.device) -> Variant:
+    """Return a large square product, which shows what the machine's matrix units give at best."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b, into = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+
+    def run(lap: Lap) -> None:
+        torch.mm(a, b, out=into)
+        lap(FORWARD)
+
+    return Variant(f"{size}-cubed product", run, flops=2 * size**3)

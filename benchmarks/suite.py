@@ -24,6 +24,7 @@ from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
 from megatron_coe.distributed.seeds import seed_everything
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.planning.hardware import peak_flops
 
 COE, MOE = "coe-2_4-64", "moe_8-64"
 MATCHED_COE, MATCHED_MOE = "coe-2_3-64", "moe_7-64"
@@ -97,12 +98,17 @@ def experts(harness: Harness) -> Outcome:
     differences = _agreement(variants[0], stock)
     timed = [variant.variant() for variant in (*variants, stock)]
     dense = layers.dense_variant(providers[0], harness.scale.tokens, harness.device)
-    samples = harness.time([*timed, dense])
+    square = layers.square_variant(harness.device)
+    samples = harness.time([*timed, dense, square])
     outcome = _pass_table(harness, "experts", "Routed experts", [*timed, dense], samples)
-    outcome.header.append("rate / dense")
+    outcome.header += ["rate / dense", f"rate / {square.name}"]
     for variant, row in zip([*timed, dense], outcome.rows, strict=True):
-        row.append(_rate_over(samples, variant, dense).text())
-    outcome.figures["experts"] = _rate_over(samples, timed[0], dense)
+        row += [_rate_over(samples, variant, other).text() for other in (dense, square)]
+    on_gpu = harness.device.type == "cuda"
+    outcome.figures["experts"] = _rate_over(samples, timed[0], square if on_gpu else dense)
+    if peak := on_gpu and peak_flops(torch.cuda.get_device_name(harness.device)):
+        seconds = samples[square.name][TOTAL]
+        outcome.figures["square"] = Spread.of([square.flops / peak / time for time in seconds])
     outcome.details["differences"] = differences
     _discard(variant.module for variant in (*variants, stock))
     return outcome

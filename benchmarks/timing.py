@@ -77,6 +77,12 @@ class Spread:
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, lower, upper, min(values), max(values))
 
+    def inverse(self) -> Spread:
+        """Return the spread of the samples' reciprocals (of positive samples)."""
+        return Spread(
+            1 / self.median, 1 / self.upper, 1 / self.lower, 1 / self.largest, 1 / self.smallest
+        )
+
     def text(self, digits: int = 3) -> str:
         """Return the median, with the quartiles in parentheses."""
         shown = (f"{value:,.{digits}f}" for value in (self.median, self.lower, self.upper))

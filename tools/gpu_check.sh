@@ -4,7 +4,7 @@
 #   OUT=out tools/gpu_check.sh [PART ...]      the parts below; without any, all in this order
 #   tests       tests/gpu without Transformer Engine
 #   tests-te    tests/gpu with it
-#   benchmark   the baseline (1, 4) and this commit (2, 3), in turns: benchmark_1.json … _4.json
+#   benchmark   tools/benchmark.py --quick: the targets, against the baseline and with TE
 #   pairs       CoE-2(4/64) and MoE(8/64), in turns, on the same data with the same seeds
 #   extra       the command in EXTRA
 #
@@ -22,7 +22,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." && mkdir -p "${OUT:?a folder for the results}"
 OUT=$(realpath "$OUT") HERE=$PWD PYTHON=${PYTHON:-python3}
-declare -A LIMITS=([tests]=120 [tests-te]=150 [benchmark]=260 [pairs]=300 [extra]=300)
+declare -A LIMITS=([tests]=120 [tests-te]=150 [benchmark]=270 [pairs]=300 [extra]=300)
 PLAIN=$HERE${PACKAGES:+:$(realpath "$PACKAGES")}
 export PYTHONPATH=$PLAIN OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 
@@ -31,14 +31,13 @@ if [[ -z ${SMALL:-} ]]; then # the status is 1 where there is no GPU
     export SMALL=$?
 fi
 if ((SMALL)); then
-    BENCHMARK=(--what step experts --scale tiny --rounds 2 --profiles 1)
+    BENCHMARK=(--scale tiny --rounds 2 --warmup 1)
     RUN=(model.num_layers=1 model.hidden_size=64 model.kv_lora_rank=32 model.moe_ffn_hidden_size=32
         model.vocab_size=512 model.seq_length=32 train.steps=4 train.eval_interval=2
         train.eval_samples=4 train.global_batch_size=2 train.micro_batch_size=2)
     PROBLEMS=200 VOCABULARY=400
 else
-    # host_syncs, by the name that 777423a knows.
-    BENCHMARK=(--what step synchronisations experts layer matched memory --rounds 10 --profiles 2) # codespell:ignore synchronisations
+    BENCHMARK=(--rounds 10)
     RUN=(model.vocab_size=8192 train.steps=300 train.eval_interval=100 train.eval_samples=256
         train.micro_batch_size=64 train.deterministic=false)
     PROBLEMS=20000 VOCABULARY=8192
@@ -61,14 +60,9 @@ tests-te() {
 }
 
 benchmark() {
-    : "${BASELINE:?the files of a commit to compare with}"
-    local turn number=0 status=0
-    for turn in "$BASELINE" "$HERE" "$HERE" "$BASELINE"; do
-        number=$((number + 1))
-        (cd "$turn" && PYTHONPATH=$PWD${PLAIN#"$HERE"} "$PYTHON" -W ignore tools/benchmark.py \
-            "${BENCHMARK[@]}" --output "$OUT/benchmark_$number.json") || status=$?
-    done
-    return $status
+    "$PYTHON" -W ignore tools/benchmark.py --quick "${BENCHMARK[@]}" \
+        ${BASELINE:+--against "$(realpath "$BASELINE")"} ${TE:+--te-path "$(realpath "$TE")"} \
+        --output "$OUT/benchmark.json"
 }
 
 data() {

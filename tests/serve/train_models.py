@@ -27,9 +27,19 @@ GROUPS = {
 UPCYCLED = "upcycled"
 MODELS: dict[str, dict[str, object]] = {
     "quickstart": {},
-    "latent_512": {"kv_lora_rank": 512, "qk_pos_emb_head_dim": 64, "qk_head_dim": 64, "v_head_dim": 64},
+    "latent_512": {
+        "kv_lora_rank": 512,
+        "qk_pos_emb_head_dim": 64,
+        "qk_head_dim": 64,
+        "v_head_dim": 64,
+    },
     "c3_addinit": {"coe_iterations": 3, "coe_residual": "addinit", **PLAIN},
-    "c4_outer": {"coe_iterations": 4, "coe_residual": "outer", "moe_layer_freq": "[0,1,1]", **GROUPS},
+    "c4_outer": {
+        "coe_iterations": 4,
+        "coe_residual": "outer",
+        "moe_layer_freq": "[0,1,1]",
+        **GROUPS,
+    },
     "c2_inner_outer": {"coe_residual": "inner_outer", "q_lora_rank": 32, **SIGMOID},
     "c2_none": {
         "coe_residual": "none",
@@ -46,7 +56,9 @@ MODELS: dict[str, dict[str, object]] = {
 
 
 def run(*command: object) -> None:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{command[0]}: {done.stderr}\n{done.stdout}")
 
