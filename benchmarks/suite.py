@@ -185,6 +185,7 @@ def output_head(harness: Harness) -> Outcome:
     for variant, row in zip(variants, outcome.rows, strict=True):
         row.append(ratio(samples, variant.name, head.PRODUCTS).text())
         row.append(f"{peaks[variant.name] / 2**20:,.0f}")
+    outcome.figures["head"] = ratio(samples, head.CHUNKS, head.PRODUCTS)
     outcome.details |= {"differences": differences, "peaks": peaks}
     return outcome
 
