@@ -121,7 +121,8 @@ def test_targets_name_every_ratio_and_judge_it():
     assert cells["step time CoE-2(4/64) / MoE(8/64)"][4] == "must"
     layer = next(row for name, row in cells.items() if name.startswith("CoE layer"))
     assert layer[4] == "stretch"
-    assert cells["routed experts' rate / dense matmul's rate"][4] == "missed"
+    experts = next(row for name, row in cells.items() if name.startswith("routed experts"))
+    assert experts[4] == "missed"
     unmeasured = next(row for name, row in cells.items() if name.startswith("seconds for 1,000"))
     assert unmeasured[3] == "not measured (needs a GPU)"
     on_gpu = report.target_table(figures, on_gpu=True)
