@@ -44,7 +44,7 @@ class Head:
 
     def losses(self) -> dict[str, Callable[[], Tensor]]:
         """Return each way to the mean loss that this machine has; the first is the present one."""
-        ways = {
+        ways: dict[str, Callable[[], Tensor]] = {
             MEGATRON: self._by_megatron,
             CHUNKS: partial(self._in_chunks, torch.ones_like(self.labels, dtype=torch.float32)),
             RECOMPUTED: partial(self._in_chunks, None),

@@ -42,9 +42,10 @@ class LinearCrossEntropyModel(GPTModel):
         loss_mask: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        fuses = self.post_process and labels is not None and not others.get("output_processor")
         # An adapter around the output layer has weights of its own.
-        if not fuses or type(self.output_layer) is not ColumnParallelLinear:
+        adapted = self.post_process and type(self.output_layer) is not ColumnParallelLinear
+        processed = others.get("output_processor") is not None
+        if labels is None or not self.post_process or adapted or processed:
             others |= {"labels": labels, "loss_mask": loss_mask}
             return super()._postprocess(hidden_states, *args, **others)
         with self._without_output_layer():  # only the MTP layers, where this stage has them

@@ -36,7 +36,6 @@ def test_memory_is_that_of_all_logits_or_of_a_chunk(single_rank, monkeypatch):
     head = random_head(tiny_provider(vocab_size=4096), 1024, single_rank)
     peaks = {variant.name: head.peak_bytes(variant) for variant in head.variants()}
     logits, gradients = 1024 * 4096 * 4, (1024 + 4096) * 32 * 4
-    assert peaks[PRODUCTS] >= logits
-    assert peaks[MEGATRON] >= 2 * logits
+    assert peaks[PRODUCTS] >= logits and peaks[MEGATRON] >= logits
     for name in (CHUNKS, RECOMPUTED):
         assert gradients < peaks[name] < logits / 4
