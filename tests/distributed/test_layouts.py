@@ -109,6 +109,18 @@ def test_there_is_something_to_compare(references):
             assert gradient.isfinite().all() and gradient.abs().max() > 1e-4, name
 
 
+def test_output_layer_and_loss_in_one_compute_what_all_logits_do(references):
+    """In fp64, where the other references are of plain cross-entropy."""
+    linear, logits = (
+        torch.load(os.path.join(references, f"{variant}.pt"), weights_only=True)
+        for variant in ("linear", "C=2")
+    )
+    assert linear["loss"] == pytest.approx(logits["loss"], rel=1e-12)
+    for name, gradient in logits["gradients"].items():
+        gap = (linear["gradients"][name] - gradient).abs().max()
+        assert gap <= 1e-12 * gradient.abs().max(), name
+
+
 @pytest.mark.parametrize("case", [case for cases in CORE.values() for case in cases])
 def test_a_layout_computes_what_one_process_does(core, case):
     loss, gradients = core[case]
