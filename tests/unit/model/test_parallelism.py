@@ -14,9 +14,9 @@ from megatron_coe.model.parallelism import (
     Extents,
     Layout,
     check_layout,
-    complaint,
     extents_of,
     nearest_legal,
+    violation,
 )
 from megatron_coe.planning.build import build_rank
 from megatron_coe.planning.plan import Plan
@@ -95,7 +95,7 @@ def test_random_layouts_are_judged_right_and_sent_to_a_nearest_one():
             **sizes, **{VPP: rng.choice([None, None, 1, 2]), ETP: rng.choice([None, 1])}
         )
         right = legal(layout, extents)
-        assert (complaint(layout, extents) is None) == right, (layout, extents)
+        assert (violation(layout, extents) is None) == right, (layout, extents)
         seen[right] += 1
         if right:
             continue
@@ -208,5 +208,5 @@ def test_whole_latents_are_not_asked_to_divide() -> None:
     """Transformer Engine keeps the down-projections whole on each rank."""
     others = dict.fromkeys(("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 48)
     model = {**TINY, **LATENT, **others, "q_lora_rank": 5}
-    assert complaint(Layout(3), extents_of(model)).startswith("kv_lora_rank + qk_pos_emb_head_dim=")
-    assert complaint(Layout(3), extents_of({**model, "backend": "te"})) is None
+    assert violation(Layout(3), extents_of(model)).startswith("kv_lora_rank + qk_pos_emb_head_dim=")
+    assert violation(Layout(3), extents_of({**model, "backend": "te"})) is None
