@@ -15,7 +15,7 @@ from megatron_coe.config.run_config import (
     TrainSettings,
 )
 from megatron_coe.model import parallelism as layouts
-from megatron_coe.model.parallelism import Layout
+from megatron_coe.model.parallelism import Layout, layout_of
 from megatron_coe.utils.value_rules import ValueRule
 
 _LARGEST = 10**12
@@ -102,11 +102,6 @@ def check_layout(settings: Settings, world_size: int) -> None:
             f"pipeline_model_parallel_size ({pp}); change train.global_batch_size or "
             "train.micro_batch_size"
         )
-
-
-def layout_of(parallel: ParallelSettings) -> Layout:
-    """Return the sizes among the settings of section `parallel`."""
-    return Layout(**{f.name: getattr(parallel, f.name) for f in fields(Layout)})
 
 
 def smallest_world_size(parallel: ParallelSettings) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from megatron.core.utils import init_method_normal
 
 from megatron_coe.megatron_compat.versions import no_graph_scopes
 from megatron_coe.model import field_rules, flops
-from megatron_coe.model.parallelism import Layout, check_layout, extents_of
+from megatron_coe.model.parallelism import check_layout, extents_of, layout_of
 from megatron_coe.utils.value_rules import one_of
 
 RESIDUAL_STREAM_MODES = ("outer", "inner_outer")
@@ -248,8 +248,7 @@ class CoEConfig(MLATransformerConfig):
             )
 
     def _check_layout(self) -> None:
-        layout = Layout(**{f.name: getattr(self, f.name) for f in fields(Layout)})
-        check_layout(layout, extents_of(vars(self)))
+        check_layout(layout_of(self), extents_of(vars(self)))
         self._check_uneven_stages()
         if self.tensor_model_parallel_size == 1 and self.sequence_parallel:
             raise ValueError(

@@ -74,6 +74,11 @@ class Layout:
         return math.lcm(2 * cp if cp > 1 else 1, tp * cp)
 
 
+def layout_of(config: object) -> Layout:
+    """Return the parallel sizes among the fields of a configuration, or of section `parallel`."""
+    return Layout(**{f.name: getattr(config, f.name) for f in fields(Layout)})
+
+
 @dataclass(frozen=True)
 class Extents:
     """What a layout has to divide. None: not known, or divided in a way of the user's own."""

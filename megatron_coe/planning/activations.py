@@ -120,7 +120,7 @@ def layer_activations(plan: Plan, is_moe: bool) -> Saved:
     if is_moe:
         return layer + _iterations(plan)
     ffn = _ffn(plan, model.ffn_hidden_size, plan.own_tokens)
-    if _recomputes(plan, "mlp"):
+    if plan.recomputes("mlp"):
         return layer + Saved(0, ffn)
     return layer + Saved(ffn)
 
@@ -147,17 +147,17 @@ def iteration_activations(plan: Plan, t: int) -> Saved:
     if model.moe_shared_expert_intermediate_size:
         shared = _ffn(plan, model.moe_shared_expert_intermediate_size, own)
         shared += 2 * own * H * e if model.moe_shared_expert_gate else 0
-    rows, width = plan.routed_rows, model.moe_ffn_hidden_size // plan.expert_tp
+    rows, width = plan.routed_rows, model.moe_ffn_hidden_size // plan.layout.expert_tp
     first = rows * width * (2 if model.gated_linear_unit else 1) * e
     activated = 0  # the torch backend's experts always recompute it, with or without "moe_act"
     if model.backend == "te":
         activated = rows * width * _activated(plan, routed=True) * e
     routed = rows * (H * e + scored) + first
-    if _recomputes(plan, "moe"):
+    if plan.recomputes("moe"):
         return Saved(x, router + scales + shared + routed + activated)
     saved = Saved(x + router + scales + routed)
-    saved += Saved(0, shared) if _recomputes(plan, "shared_experts") else Saved(shared)
-    return saved + (Saved(0, activated) if _recomputes(plan, "moe_act") else Saved(activated))
+    saved += Saved(0, shared) if plan.recomputes("shared_experts") else Saved(shared)
+    return saved + (Saved(0, activated) if plan.recomputes("moe_act") else Saved(activated))
 
 
 def _iterations(plan: Plan) -> Saved:
@@ -246,8 +246,3 @@ def _balanced(plan: Plan) -> bool:
     coefficients = plan.model.moe_aux_loss_coeff
     coefficients = coefficients if isinstance(coefficients, list) else [coefficients]
     return any(coefficients) and plan.model.moe_router_load_balancing_type != "none"
-
-
-def _recomputes(plan: Plan, module: str) -> bool:
-    model = plan.model
-    return model.recompute_granularity == "selective" and module in (model.recompute_modules or ())

@@ -83,7 +83,7 @@ def _of_experts(plan: Plan, stage: int, made: _Maker) -> Iterator[Collective]:
     model, layers = plan.model, plan.layers(stage)
     H, e = model.hidden_size, plan.element_size
     iterations = sum(layers) * plan.num_microbatches * model.coe_iterations
-    forwards = _forwards(plan) + _recomputes_moe(plan)
+    forwards = _forwards(plan) + plan.recomputes("moe")
     passes = forwards + 1
     ep, etp = made.groups["EP"].size, made.groups["ETP"].size
     rows = plan.own_tokens * model.moe_router_topk
@@ -164,7 +164,7 @@ def _forwards(plan: Plan) -> int:
 def _groups(plan: Plan) -> list[_Group]:
     model = plan.model
     tp, cp = model.tensor_model_parallel_size, model.context_parallel_size
-    etp, ep = plan.expert_tp, model.expert_model_parallel_size
+    etp, ep = plan.layout.expert_tp, model.expert_model_parallel_size
     pp = model.pipeline_model_parallel_size
     return [
         _Group("TP", tp, 1),
@@ -192,8 +192,3 @@ def _key_value_width(plan: Plan) -> int:
         return 2 * max(1, model.num_query_groups // tp) * model.kv_channels
     widths = model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim
     return model.num_attention_heads // tp * widths
-
-
-def _recomputes_moe(plan: Plan) -> bool:
-    model = plan.model
-    return model.recompute_granularity == "selective" and "moe" in (model.recompute_modules or ())

@@ -50,7 +50,7 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
             work += table
         elif not first and not model.mtp_num_layers:
             work += table  # a copy of the tied table
-    experts = work.routed // (plan.expert_tp * model.expert_model_parallel_size)
+    experts = work.routed // (plan.layout.expert_tp * model.expert_model_parallel_size)
     divided = (work.stored - work.routed - work.replicated) // model.tensor_model_parallel_size
     return divided + work.replicated, experts
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
+from megatron_coe.model.parallelism import Layout, layout_of
 from megatron_coe.model.provider import CoEModelProvider
 
 Chunk = list[bool]
@@ -16,7 +17,7 @@ Chunk = list[bool]
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the cost of a step; the layout itself stands in `model`, under Megatron's names.
+    """What decides the cost of a step; the layout itself is in `model`, under Megatron's names.
 
     The quantities below are of one rank. Experts are taken to be equally loaded.
     """
@@ -36,17 +37,15 @@ class Plan:
         """Return the bytes of a weight or an activation."""
         return self.model.params_dtype.itemsize
 
-    @property
-    def expert_tp(self) -> int:
-        model = self.model
-        return model.expert_tensor_parallel_size or model.tensor_model_parallel_size
+    @cached_property
+    def layout(self) -> Layout:
+        """Return the parallel sizes."""
+        return layout_of(self.model)
 
     @property
     def data_parallel(self) -> int:
         """Return the number of data-parallel ranks, which read different sequences."""
-        model = self.model
-        dense = model.tensor_model_parallel_size * model.context_parallel_size
-        return self.world_size // (dense * model.pipeline_model_parallel_size)
+        return self.layout.data_parallel_size(self.world_size)
 
     @property
     def dense_data_parallel_size(self) -> int:
@@ -56,9 +55,7 @@ class Plan:
     @property
     def expert_data_parallel_size(self) -> int:
         """Return how many ranks hold the same experts and shard their optimizer state."""
-        model = self.model
-        ranks = self.expert_tp * model.expert_model_parallel_size
-        return self.world_size // (ranks * model.pipeline_model_parallel_size)
+        return self.world_size // self.layout.expert_ranks
 
     @property
     def num_microbatches(self) -> int:
@@ -79,7 +76,7 @@ class Plan:
     @property
     def routed_rows(self) -> int:
         """Return the dispatched tokens of one iteration of one micro-batch on this rank."""
-        return self.own_tokens * self.model.moe_router_topk * self.expert_tp
+        return self.own_tokens * self.model.moe_router_topk * self.layout.expert_tp
 
     @cached_property
     def chunks(self) -> list[list[Chunk]]:
@@ -108,6 +105,12 @@ class Plan:
             layers = tuple(tuple(chunk) for chunk in chunks)
             kinds.setdefault((layers, stage == 0, stage == last), stage)
         return list(kinds.values())
+
+    def recomputes(self, module: str) -> bool:
+        """Return whether selective recomputation covers a module, a name of Megatron's."""
+        model = self.model
+        modules = model.recompute_modules or ()
+        return model.recompute_granularity == "selective" and module in modules
 
     def layers(self, stage: int) -> Chunk:
         """Return all layers of a pipeline stage, with multi-token prediction's on the last."""

@@ -103,7 +103,7 @@ def _layer_seconds(plan: Plan, is_moe: bool, cluster: Cluster) -> float:
     routed_passes = passes
     if model.recompute_granularity == "full":
         passes = routed_passes = 4.0
-    elif model.recompute_granularity == "selective" and "moe" in (model.recompute_modules or ()):
+    elif plan.recomputes("moe"):
         routed_passes = 4.0
     return passes * (dense + core) + routed_passes * routed + moved
 
@@ -116,7 +116,7 @@ def _routed_seconds(plan: Plan, cluster: Cluster) -> float:
     model, gpu = plan.model, cluster.gpu
     experts = model.num_moe_experts // model.expert_model_parallel_size
     rows = plan.routed_rows + experts * TILE_ROWS / 2
-    weights = _expert(plan) // plan.expert_tp
+    weights = _expert(plan) // plan.layout.expert_tp
     multiply = 2 * rows * weights / (gpu.flops * MATRIX_EFFICIENCY)
     return max(multiply, experts * weights * plan.element_size / gpu.memory_bandwidth)
 

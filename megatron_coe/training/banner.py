@@ -7,10 +7,10 @@ from typing import Any
 
 from megatron_coe import __version__
 from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
-from megatron_coe.config.validation import layout_of
 from megatron_coe.data.indexed import IndexedFile, data_summary
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.backends.select import resolve_backend
+from megatron_coe.model.parallelism import layout_of
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
 from megatron_coe.training.preflight import training_sets

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_coe.config.run_config import ParallelSettings, TrainSettings
-from megatron_coe.config.validation import layout_of, world_size
+from megatron_coe.config.validation import world_size
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
 from megatron_coe.fault_tolerance.heartbeat import Heartbeat
+from megatron_coe.model.parallelism import layout_of
 from megatron_coe.planning.layout_search import RECOMPUTE
 
 _SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
