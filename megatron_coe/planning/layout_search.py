@@ -109,7 +109,7 @@ def rank_layouts(
 
 
 def legal_layouts(model: CoEModelProvider, world_size: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Yield the layouts that `megatron_coe.model.parallelism` allows, but the pointless.
+    """Yield the layouts that `megatron_coe.model.parallelism` allows, without the pointless ones.
 
     These are tensor parallelism beyond a node, and expert-tensor parallelism other than 1 or TP.
     """

@@ -56,7 +56,7 @@ def ranking_table(ranking: Ranking, cluster: Cluster, top: int) -> str:
 
 
 def nothing_fits(ranking: Ranking, cluster: Cluster) -> str:
-    """Say why there is no layout to recommend."""
+    """Explain why there is no layout to recommend."""
     assert ranking.smallest is not None
     plan = ranking.smallest.plan
     return (
@@ -134,7 +134,7 @@ def as_dict(estimate: Estimate, cluster: Cluster) -> dict[str, Any]:
 
 
 def built_table(ranks: Sequence[Built]) -> str:
-    """Tabulate what was built beside what had been predicted."""
+    """Tabulate built and predicted parameters."""
     header = ("rank", "stage", "built", "of them in experts", "predicted", "")
     rows = []
     for built in ranks:

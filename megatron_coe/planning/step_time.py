@@ -4,9 +4,9 @@ Experimental: not compared with the time of a cluster yet.
 
 The assumptions, each a line here and in docs/scaling.md: experts are equally loaded; matrix
 products run at a fixed share of the peak, grouped ones less by their half-empty tiles; all else
-costs the memory traffic of what is saved for the backward pass; collectives inside a layer wait and
-are waited for, but those that hide under the shared expert; gradients and weights travel under the
-last backward and the first forward pass where they may.
+costs the memory traffic of what is saved for the backward pass; collectives inside a layer are
+exposed, except for those that overlap with the shared expert; with the overlap settings gradients
+are reduced during the last backward pass, and weights gathered during the first forward pass.
 
 Axis letters: H hidden, N experts, C iterations, F expert feed-forward size, V vocabulary.
 """
@@ -28,13 +28,13 @@ from megatron_coe.planning.memory import Memory, stage_memory
 from megatron_coe.planning.plan import Plan
 
 _TOUCHES = 5
-"""Times that a saved byte crosses the memory's interface: written, read and read again, and its
-gradient written and read. What is recomputed is written and read once more."""
+"""Memory accesses per saved byte: it is written and read twice, its gradient written and read. What
+is recomputed is written and read once more."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step; `exposed` is what of the communication nothing else hides."""
+    """Seconds of one step; `exposed` is communication that overlaps with nothing."""
 
     compute: float
     exposed: float

@@ -3,7 +3,7 @@
     L = (1/N) * sum of cross-entropy over the N valid tokens of the global batch
       + coefficient * mean over its sequences of the aux loss, summed over layers and iterations
 
-With multi-token prediction, the cross-entropy of each later token joins the first sum, weighed by
+With multi-token prediction, the cross-entropy of each later token joins the first sum, weighted by
 `mtp_loss_scaling_factor / mtp_num_layers`.
 
 Megatron's own default is a mean of means: it divides by the micro-batches and by the data-parallel

@@ -174,7 +174,7 @@ def forward_step(
         batch["position_ids"],
         None,  # causal attention needs no mask: padding stands on the right
         labels=batch["labels"],
-        loss_mask=batch["loss_mask"] * scale,  # what multi-token prediction weighs its losses by
+        loss_mask=batch["loss_mask"] * scale,  # weights the MTP losses
     )
     return output, make_loss_function(batch["loss_mask"], scale)
 
