@@ -147,7 +147,7 @@ LAYERS = Experiment(
 
 ABLATION = Experiment(
     "ablation",
-    "The gain needs both the residual inside the chain and a router for each iteration.",
+    "The gain needs both the inner residual and a router for each iteration.",
     (
         COE_8,
         Variant("coe-2_8-64_outer", "CoE-2(8/64), residual outside"),
@@ -201,8 +201,8 @@ RESIDUAL = Experiment(
         lower("`inner` is better than `addinit`.", "coe-2_4-64", "coe-2_4-64_addinit"),
         lower("`addinit` is better than `outer`.", "coe-2_4-64_addinit", "coe-2_4-64_outer"),
         lower(
-            "It is not the chain that makes the difference: `inner` is better with one iteration, "
-            "too.",
+            "It is not the iterations that make the difference: `inner` is better with one "
+            "iteration, too.",
             "moe_8-64",
             "moe_8-64_outer",
             control=True,

@@ -172,7 +172,7 @@ class GapRecorder(ReferenceCoE):
 
 @torch.no_grad()
 def clear_of_ties(reference: ReferenceCoE, x_SBH: Tensor, gap: float) -> bool:
-    """Whether rounding errors below `gap` cannot swap two experts anywhere along the chain."""
+    """Whether rounding errors below `gap` cannot swap two experts anywhere in any iteration."""
     recorder = GapRecorder(**vars(reference))
     recorder.forward(x_SBH)
     return recorder.smallest_gap > gap

@@ -277,7 +277,7 @@ def _serve() -> dict | None:
 
 
 def _lines():
-    """Lines of standard input, unbuffered, lest a child inherits some."""
+    """Lines of standard input, unbuffered, so that no child inherits any."""
     pending = b""
     while chunk := os.read(0, 65536):
         *lines, pending = (pending + chunk).split(b"\n")

@@ -5,7 +5,7 @@ What a layout does not use up is data parallelism: `EP4` on 8 ranks has 2 replic
 
 from __future__ import annotations
 
-CHAINS = ("C=1", "C=2", "C=3")
+ITERATIONS = ("C=1", "C=2", "C=3")
 _BY_WORLD = {
     2: "DP2 TP2·EP1·ETP1 TP2·ETP2 TP2·EP2·ETP1 PP2 PP2·VPP2 EP2 CP2 CP2·EP2",
     4: "DP4 DP2·TP2·ETP1 DP2·TP2·EP2·ETP1 TP2·EP2·ETP2 TP4·ETP1 TP4·EP4·ETP1 PP4 DP2·PP2·VPP2 "

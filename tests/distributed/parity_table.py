@@ -19,7 +19,7 @@ sys.path.insert(0, str(REPO))
 
 from megatron_coe.utils.tables import markdown_table  # noqa: E402
 from tests.distributed.launch import launch  # noqa: E402
-from tests.distributed.layouts import BATCH, CHAINS, WORLDS, every_setting  # noqa: E402
+from tests.distributed.layouts import BATCH, ITERATIONS, WORLDS, every_setting  # noqa: E402
 
 TOLERANCE = 1e-9
 TIME_LIMIT_S = 3600.0
@@ -31,15 +31,17 @@ CASES_PER_LAUNCH = 30
 
 def main(quick: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        launch("tests.distributed.parity:write_references", 1, list(CHAINS), folder)
+        launch("tests.distributed.parity:write_references", 1, list(ITERATIONS), folder)
         rows = [row for world in WORLDS for row in rows_of(world, folder, quick)]
     cells = [
         [str(world), layout, *(f"{loss:.0e} · {gradient:.0e}" for loss, gradient in errors)]
         for world, layout, errors in rows
     ]
-    print(markdown_table(["ranks", "layout", *CHAINS], cells))
+    print(markdown_table(["ranks", "layout", *ITERATIONS], cells))
     worst = max(max(pair) for _, _, errors in rows for pair in errors)
-    count = sum(len(settings_of(layout, world, quick)) for world, layout, _ in rows) * len(CHAINS)
+    count = sum(len(settings_of(layout, world, quick)) for world, layout, _ in rows) * len(
+        ITERATIONS
+    )
     print(f"\n{count} runs of {BATCH} sequences; the largest difference is {worst:.1e}.")
     return int(not worst < TOLERANCE)
 
@@ -64,18 +66,18 @@ def rows_of(
 ) -> list[tuple[int, str, list[tuple[float, float]]]]:
     """(ranks, layout, the worst errors for each number of iterations) of the layouts of a world."""
     cases = [
-        [setting, chain]
+        [setting, iterations]
         for layout in WORLDS[world]
         for setting in settings_of(layout, world, quick)
-        for chain in CHAINS
+        for iterations in ITERATIONS
     ]
     measured = measure(cases, world, folder)
     rows = []
     for layout in WORLDS[world]:
         errors = []
-        for chain in CHAINS:
+        for iterations in ITERATIONS:
             settings = settings_of(layout, world, quick)
-            pairs = [measured[f"{setting}, {chain}"] for setting in settings]
+            pairs = [measured[f"{setting}, {iterations}"] for setting in settings]
             errors.append((max(loss for loss, _ in pairs), max(worst for _, worst in pairs)))
         rows.append((world, layout, errors))
     return rows

@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed import parity
 from tests.distributed.launch import launch
-from tests.distributed.layouts import CHAINS, WORLDS, every_setting
+from tests.distributed.layouts import ITERATIONS, WORLDS, every_setting
 from tests.distributed.parity_table import measure
 
 TOLERANCE = 1e-9
@@ -68,8 +68,8 @@ CORE = {
     ],
 }
 ALL = {
-    world: [f"{name}, {chain}" for layout in layouts for name in every_setting(layout, world)
-            for chain in CHAINS]
+    world: [f"{name}, {iterations}" for layout in layouts for name in every_setting(layout, world)
+            for iterations in ITERATIONS]
     for world, layouts in WORLDS.items()
 }  # fmt: skip
 TRAINED = ["DP2", "TP2·ETP1", "PP2·VPP2", "EP2·DO", "CP2"]

@@ -7,7 +7,7 @@ import torch
 from megatron_coe.distributed.process_groups import parallel_groups
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from tests.distributed.launch import launch
-from tests.unit.training.planted import NanBackward, chains, everything, nan_at, planted, same
+from tests.unit.training.planted import NanBackward, coe_layers, everything, nan_at, planted, same
 from tests.unit.training.runs import make_settings, make_trainer
 
 LAYOUTS = {
@@ -36,7 +36,7 @@ def plant_and_ask(_: str) -> dict[str, dict]:
                 trainer.step()
                 before = everything(trainer)
                 is_bad = torch.distributed.get_rank() == BAD
-                experts = chains(trainer)[-1].experts
+                experts = coe_layers(trainer)[-1].experts
                 with planted(experts, change, lambda call, is_bad=is_bad: is_bad and call % 2):
                     try:
                         trainer.step()

@@ -64,8 +64,8 @@ class Case:
         command: script and arguments; `{d}` is the case's folder.
         says: what the message must contain; `{d}` as above.
         make: spoils something in the case's folder.
-        needs: what the folder holds besides tokenizer, data and settings: `checkpoint` (a chain's),
-            `moe` (of an MoE model), `run` (metrics and settings as well), `hf`.
+        needs: what the folder holds besides tokenizer, data and settings: `checkpoint` (of a CoE
+            model), `moe` (of an MoE model), `run` (metrics and settings as well), `hf`.
         status: what the command must end with.
         late: what is wrong shows only to process groups, or in the middle of the work.
         environment: variables besides the usual ones.

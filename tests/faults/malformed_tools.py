@@ -290,7 +290,7 @@ def _converting() -> Iterator[Case]:
     )
     yield Case("upcycle: one iteration", f"{upcycle} --iterations 1", ("iterations=1",), **model)
     yield Case("upcycle: iterations are a word", f"{upcycle} --iterations two", ("two",))
-    yield Case("upcycle: already a chain", upcycle, ("coe_iterations=2",), **model)
+    yield Case("upcycle: already a CoE model", upcycle, ("coe_iterations=2",), **model)
     yield Case(
         "upcycle: target exists",
         "tools/upcycle.py --input {d}/hf --output {d}",
@@ -315,7 +315,7 @@ def _converting() -> Iterator[Case]:
     )
     yield Case("upcycle: weights cut short", upcycle, ("{d}/hf",), cut(weights, 0.6), **model)
     yield Case(
-        "upcycle: checkpoint of a chain",
+        "upcycle: checkpoint of a CoE model",
         "tools/upcycle.py --input {d}/run/checkpoints --output {d}/out",
         ("{d}/run/checkpoints/step_00000001", "coe_iterations=2"),
         **checkpoint,

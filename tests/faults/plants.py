@@ -131,7 +131,7 @@ def not_finite() -> None:
         bad.view(-1)[:1] = value
         return bad
 
-    def enter(chain: object, args: object) -> None:
+    def enter(layer: object, args: object) -> None:
         nonlocal calls
         calls = 0
 
@@ -144,12 +144,12 @@ def not_finite() -> None:
         def bad_step(trainer: Any, *args: object, **kwargs: object) -> object:
             nonlocal due
             if _is_due(trainer):
-                chain = _chains(trainer)[1]
+                layer = _coe_layers(trainer)[1]
                 if place == "output":
-                    chain.register_forward_pre_hook(enter)
-                    chain.experts.register_forward_hook(leave)
+                    layer.register_forward_pre_hook(enter)
+                    layer.experts.register_forward_hook(leave)
                 else:
-                    weight = next(chain.router.parameters())
+                    weight = next(layer.router.parameters())
                     weight.register_hook(lambda gradient: poisoned(gradient) if due else None)
             due = _is_due(trainer)
             try:
@@ -166,6 +166,6 @@ def _is_due(trainer: Any) -> bool:
     return trainer.progress.step + 1 == int(os.environ["FAULT_STEP"])
 
 
-def _chains(trainer: Any) -> list[CoELayer]:
+def _coe_layers(trainer: Any) -> list[CoELayer]:
     chunks = trainer.train_state.chunks
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, CoELayer)]

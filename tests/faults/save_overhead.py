@@ -31,7 +31,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="where to save; the disk that is measured")
-    parser.add_argument("--saves", type=int, default=9, help="per arm")
+    parser.add_argument("--saves", type=int, default=9, help="per variant")
     parser.add_argument("--background", action="store_true", help="time what training waits for")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -65,10 +65,10 @@ def test_every_benchmark_of_one_process(tmp_path):
     assert 0 < max(found["head"]["details"]["differences"].values()) < 1e-5
 
     (phases,) = found["step"]["further"]
-    of_chain = phases["details"]["phases"]["coe-2_4-64"]
+    of_coe = phases["details"]["phases"]["coe-2_4-64"]
     expected = {"route", "permute", "experts", "combine", "shared", "attention", "head"}
-    assert expected | {"optimizer", "gradient buffers", "norms"} <= set(of_chain)
-    assert all(of_chain[phase][1] > 0 for phase in expected)  # backward, too
+    assert expected | {"optimizer", "gradient buffers", "norms"} <= set(of_coe)
+    assert all(of_coe[phase][1] > 0 for phase in expected)  # backward, too
     memory = found["memory"]["details"]
     assert memory["coe-2_4-64"]["held"] > memory["moe_8-64"]["held"]  # a router more
     for benchmark_name in ("step", "layer", "experts", "transformers", "memory", "host_syncs"):

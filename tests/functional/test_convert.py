@@ -167,7 +167,7 @@ def test_training_starts_from_an_imported_model(imported):
             "inner_iter=2",
         ),
     ],
-    ids=["no folder", "taken", "no plain mixture"],
+    ids=["no folder", "taken", "no standard MoE"],
 )
 def test_a_mistake_is_one_line(imported, arguments, told):
     before = sorted(imported.iterdir())

@@ -38,7 +38,7 @@ def made(tmp_path_factory) -> Path:
     (home / "my.jsonl").write_text("".join(lines))
     train_tokenizer([home / "texts.txt"], home / "t.model", fields=Fields(), vocab_size=285)
     standard = {"coe_iterations": 1, "coe_residual": "outer"}
-    for name, seed, changes in (("my-model", 1, {}), ("mixture", 2, standard)):
+    for name, seed, changes in (("my-model", 1, {}), ("moe", 2, standard)):
         write_random_model(home / name, seed=seed, vocab_size=300, **changes)
         write_tokenizer(home / "t.model", home / name)
     for name in ("train", "other"):
@@ -112,7 +112,7 @@ def test_what_an_import_begins_with(home):
     Path("my-model/config.json").write_text(json.dumps(scaled))
     for path, folder in (
         (from_hf(Path("my-model"), Path("runs/one/checkpoints")), "runs/one"),
-        (upcycle(Path("mixture"), Path("runs/two/checkpoints")), "runs/two"),
+        (upcycle(Path("moe"), Path("runs/two/checkpoints")), "runs/two"),
         (from_hf(Path("my-model"), Path("three")), "three"),
     ):
         assert pretrain_coe.main(["--config", str(path / "config.yaml"), "--dry-run",

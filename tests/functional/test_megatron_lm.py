@@ -138,6 +138,6 @@ def test_parallel_ranks_train_the_same_model(single, tmp_path: Path) -> None:
         assert logged(parallel, name) == pytest.approx(values, rel=1e-4, abs=1.1e-3)
 
 
-def test_what_a_chain_cannot_be_is_named_by_its_argument(tmp_path: Path) -> None:
+def test_unsupported_options_are_named_by_their_argument(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"hidden_dropout=0.1 .*--hidden-dropout 0"):
         pretrain(tmp_path, "--hidden-dropout 0.1")

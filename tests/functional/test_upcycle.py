@@ -19,18 +19,18 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with a mixture of experts, its tokenizer, and a text to train on."""
+    """A folder with a standard MoE model, its tokenizer, and a text to train on."""
     from megatron_coe.conversion.tokenizer import write_tokenizer
     from megatron_coe.data.preprocess import preprocess
     from megatron_coe.data.records import Fields
     from megatron_coe.data.tokenizer import train_tokenizer
 
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "mixture", seed=1, **STANDARD_MOE)
+    write_random_model(home / "moe", seed=1, **STANDARD_MOE)
     texts = home / "texts.txt"
     texts.write_text("one two three\nfour five six\n" * 20)
     train_tokenizer([texts], home / "t.model", fields=Fields(), vocab_size=285)
-    write_tokenizer(home / "t.model", home / "mixture")
+    write_tokenizer(home / "t.model", home / "moe")
     preprocess([texts], home / "train", home / "t.model", fields=Fields(), quiet=True)
     return home
 
@@ -44,12 +44,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_standard_moe_is_upcycled_trained_and_exported(home, single_rank, monkeypatch):
-    done = upcycle(
-        home, "--input", "mixture", "--iterations", "2", "--output", "chain", forked=False
-    )
+    done = upcycle(home, "--input", "moe", "--iterations", "2", "--output", "coe", forked=False)
     assert done.returncode == 0, done.stderr
-    step = Path("chain/step_00000000")
-    assert done.stdout == f"mixture -> {step}; train it with --config {step}/config.yaml\n"
+    step = Path("coe/step_00000000")
+    assert done.stdout == f"moe -> {step}; train it with --config {step}/config.yaml\n"
 
     done = zygote.run(
         "pretrain_coe.py", "--config", step / "config.yaml",
@@ -59,12 +57,12 @@ def test_a_standard_moe_is_upcycled_trained_and_exported(home, single_rank, monk
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"resumed from {step}" in done.stdout
-    records = map(json.loads, (home / "chain" / "metrics.jsonl").read_text().splitlines())
+    records = map(json.loads, (home / "coe" / "metrics.jsonl").read_text().splitlines())
     losses = [record["train_loss"] for record in records if "train_loss" in record]
     assert len(losses) == STEPS
     assert losses[-1] < 0.8 * losses[0]
 
-    done = convert(home, "to-hf", "--input", "chain", "--output", "exported")
+    done = convert(home, "to-hf", "--input", "coe", "--output", "exported")
     assert done.returncode == 0, done.stderr
     exported = weights_of(home / "exported")
     gates = {name: tensor for name, tensor in exported.items() if "coe_weights" in name}
@@ -80,7 +78,7 @@ def test_a_standard_moe_is_upcycled_trained_and_exported(home, single_rank, monk
     model = CoeForCausalLM.from_pretrained("exported").eval()
     with torch.no_grad():
         expected = model(ids).logits
-    trained = Path(f"chain/step_{STEPS:08d}")
+    trained = Path(f"coe/step_{STEPS:08d}")
     logits = megatron_logits(trained, ids, single_rank)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
@@ -94,10 +92,10 @@ def test_a_standard_moe_is_upcycled_trained_and_exported(home, single_rank, monk
 
 
 def test_a_mistake_is_one_line(home):
-    write_random_model(home / "no mixture", seed=2)
+    write_random_model(home / "no moe", seed=2)
     before = sorted(home.iterdir())
-    done = upcycle(home, "--input", "no mixture", "--output", "out")
+    done = upcycle(home, "--input", "no moe", "--output", "out")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "no mixture/config.json: coe_iterations=2" in done.stderr
+    assert "no moe/config.json: coe_iterations=2" in done.stderr
     assert sorted(home.iterdir()) == before

@@ -9,7 +9,7 @@ import torch
 
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.training.trainer import Trainer
-from tests.unit.training.planted import NanBackward, chains, everything, nan_at, planted, same
+from tests.unit.training.planted import NanBackward, coe_layers, everything, nan_at, planted, same
 from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights
 
 PLANTED_STEP = 3
@@ -37,7 +37,7 @@ def test_the_report_names_layer_iteration_and_data_and_nothing_changes(
     trainer = small()
     steps(trainer, PLANTED_STEP - 1)
     before = everything(trainer)
-    experts = chains(trainer)[layer].experts
+    experts = coe_layers(trainer)[layer].experts
     change = nan_at if way == "forward" else NanBackward.apply
     with (
         planted(experts, change, lambda number: number % 4 == call),
@@ -64,7 +64,7 @@ def test_an_infinite_router_weight_is_named_and_never_saved(single_rank, tmp_pat
     trainer = small(tmp_path)
     steps(trainer, 1)
     with torch.no_grad():
-        chains(trainer)[layer].router[1].weight[0, 0] = math.inf
+        coe_layers(trainer)[layer].router[1].weight[0, 0] = math.inf
     with pytest.raises(NotFiniteError) as stopped:
         trainer.run()
     report = str(stopped.value)
@@ -77,16 +77,16 @@ def test_an_infinite_router_weight_is_named_and_never_saved(single_rank, tmp_pat
 def test_an_expert_with_a_nan_weight_is_named(single_rank):
     """Expert 5 of layer 2 gets tokens in iteration 2 alone."""
     trainer = small()
-    chain = chains(trainer)[1]
+    layer = coe_layers(trainer)[1]
     with torch.no_grad():
-        chain.experts.linear_fc1.weight[5, 0, 0] = math.nan
+        layer.experts.linear_fc1.weight[5, 0, 0] = math.nan
 
     def without_expert_5(logits: torch.Tensor) -> torch.Tensor:
         away = torch.zeros_like(logits)
         away[..., 5] = -1e4
         return logits + away
 
-    first, second = chain.router[0], chain.router[1]
+    first, second = layer.router[0], layer.router[1]
     first_gating, second_gating = first.gating, second.gating
     first.gating = lambda x: without_expert_5(first_gating(x))
     second.gating = lambda x: -without_expert_5(-second_gating(x))
@@ -100,7 +100,7 @@ def test_an_expert_with_a_nan_weight_is_named(single_rank):
 
 def test_stopping_saves_the_step_before(single_rank, tmp_path):
     trainer = small(tmp_path, steps=10)
-    experts = chains(trainer)[0].experts
+    experts = coe_layers(trainer)[0].experts
     due = 4 * (PLANTED_STEP - 1)
     with planted(experts, nan_at, lambda number: number >= due), pytest.raises(NotFiniteError):
         trainer.run()
@@ -115,7 +115,7 @@ def test_a_skipped_step_uses_its_data_up_and_resumes_exactly(single_rank, tmp_pa
 
     def skipping(folder, exit_step=None) -> Trainer:
         trainer = small(folder, steps=6, on_nonfinite="skip", exit_step=exit_step)
-        experts = chains(trainer)[0].experts
+        experts = coe_layers(trainer)[0].experts
         due = range(4 * (PLANTED_STEP - 1), 4 * PLANTED_STEP + 4)  # the step, and its repetition
         with planted(experts, nan_at, lambda number: number in due):
             trainer.run()
@@ -137,7 +137,7 @@ def test_a_skipped_step_uses_its_data_up_and_resumes_exactly(single_rank, tmp_pa
 
 def test_no_more_steps_in_a_row_are_skipped_than_allowed(single_rank):
     trainer = small(on_nonfinite="skip", max_skipped_steps=2)
-    with planted(chains(trainer)[0].experts, nan_at, lambda number: True):
+    with planted(coe_layers(trainer)[0].experts, nan_at, lambda number: True):
         assert "step 1 is not finite" in trainer.step().skipped
         assert trainer.step().skipped
         with pytest.raises(NotFiniteError, match="2 steps before it were skipped"):
@@ -148,7 +148,7 @@ def test_no_more_steps_in_a_row_are_skipped_than_allowed(single_rank):
 def test_what_does_not_come_again_is_called_transient(single_rank):
     trainer = small()
     with (
-        planted(chains(trainer)[0].experts, nan_at, lambda number: number == 0),
+        planted(coe_layers(trainer)[0].experts, nan_at, lambda number: number == 0),
         pytest.raises(NotFiniteError, match="transient fault"),
     ):
         trainer.step()
@@ -160,7 +160,7 @@ def test_no_blame_for_memory_that_nobody_reads(single_rank):
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills such memory with NaN
     try:
         with (
-            planted(chains(trainer)[0].experts, nan_at, lambda number: number == 0),
+            planted(coe_layers(trainer)[0].experts, nan_at, lambda number: number == 0),
             pytest.raises(NotFiniteError, match="transient fault"),
         ):
             trainer.step()
@@ -202,7 +202,7 @@ def test_biases_that_balance_are_put_back(single_rank):
     before = everything(trainer)
     assert any("expert_bias" in name and b.any() for name, b in before["buffers"].items())
     with (
-        planted(chains(trainer)[0].experts, nan_at, lambda number: True),
+        planted(coe_layers(trainer)[0].experts, nan_at, lambda number: True),
         pytest.raises(NotFiniteError),
     ):
         trainer.step()

@@ -29,7 +29,7 @@ class NanBackward(torch.autograd.Function):
         return gradient
 
 
-def chains(trainer: Trainer) -> list[CoELayer]:
+def coe_layers(trainer: Trainer) -> list[CoELayer]:
     models = unwrap_model(trainer.train_state.chunks)
     return [m for model in models for m in model.modules() if isinstance(m, CoELayer)]
 

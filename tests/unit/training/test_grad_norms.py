@@ -36,7 +36,7 @@ NAMES = {
     "module.something_new.weight": "other",
 }
 MODELS = {
-    "chain": {},
+    "CoE layers": {},
     "dense layer, plain attention": {"moe_layer_freq": [0, 1], "multi_latent_attention": False},
     "tied": {"share_embeddings_and_output_weights": True},
     "upcycled": {"coe_residual": "outer", "coe_upcycled": True},

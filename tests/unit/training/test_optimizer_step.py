@@ -9,7 +9,7 @@ from benchmarks.host_syncs import count_host_syncs
 from megatron_coe.distributed import train_state
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.training.optimizer_step import HostCopy
-from tests.unit.training.planted import chains, everything, nan_at, planted, same
+from tests.unit.training.planted import coe_layers, everything, nan_at, planted, same
 from tests.unit.training.runs import make_settings, make_trainer
 
 ON_THE_CPU = {"grouped_linear.py", "runs.py"}
@@ -59,7 +59,7 @@ def test_optimizers_that_the_host_guards_take_no_nan(single_rank, monkeypatch):
     trainer = unfused(monkeypatch)
     trainer.step()
     before = everything(trainer)
-    experts = chains(trainer)[0].experts
+    experts = coe_layers(trainer)[0].experts
     with planted(experts, nan_at, lambda number: True), pytest.raises(NotFiniteError):
         trainer.step()
     assert same(everything(trainer), before)
