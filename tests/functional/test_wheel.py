@@ -87,6 +87,22 @@ def test_it_holds_the_package_its_presets_and_the_license(wheel: Path) -> None:
     assert modules <= names
 
 
+def test_vllm_finds_the_plugin_and_its_function(installed: Path, tmp_path: Path) -> None:
+    """Without vLLM, whose every process loads what the entry point names."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+from importlib.metadata import distribution
+points = distribution("megatron_coe").entry_points.select(group="vllm.general_plugins")
+(point,) = [each for each in points if each.name == "megatron_coe"]
+assert point.load().__name__ == "register"
+assert "torch" not in sys.modules and "megatron" not in sys.modules
+"""
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_command_says_how_it_is_called(installed: Path, tmp_path: Path) -> None:
     """In one process: that they can be imported is what the checkout could hide."""
     code = f"""

@@ -54,7 +54,7 @@ class Rotary(nn.Module):
 
 
 class PaddedAttention(nn.Module):
-    """vLLM's attention for heads of any size: zeros up to one that it has, the true size's scale."""
+    """vLLM's attention for heads of any size: zeros up to one it has, the scale of the true."""
 
     def __init__(
         self, vllm_config: VllmConfig, heads: int, kv_heads: int, scale: float, prefix: str
@@ -73,7 +73,7 @@ class PaddedAttention(nn.Module):
         )
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend: q, k [T, heads, D] and v [T, heads, Dv], to [T, heads * Dv].
+        """Compute attention of q, k [T, heads, D] and v [T, heads, Dv]: [T, heads * Dv].
 
         Zeros in q and k add nothing to a score, and columns of zeros in v are cut off again.
         """

@@ -12,7 +12,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from megatron_coe.hf.configuration_coe import CoeConfig
 
 LATENT = (512, 64)
-"""The latent and rotary sizes of MLA that all of vLLM's MLA kernels have; on a CPU the only ones."""
+"""Latent and rotary sizes that all of vLLM's MLA kernels have; on a CPU the only ones."""
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes of vLLM's attention on a CPU; the GPU's kernels have those up to 256, and more."""
