@@ -52,6 +52,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("model.cross_entropy_fusion_impl", _SILENT),
     ("model.moe_token_dispatcher_type", _SILENT),
     ("model.moe_grouped_gemm", _SILENT),
+    ("model.moe_grouped_gemm_backend", _SILENT),
     ("model.attention_backend", _SILENT),
     ("model.*_dropout", _PRINTED),
     ("model.moe_aux_loss_coeff", _PRINTED),

@@ -95,6 +95,11 @@ class CoEConfig(MLATransformerConfig):
     mscale: float = 0.707
     mscale_all_dim: float = 0.707
     moe_grouped_gemm: bool = True
+    moe_grouped_gemm_backend: str = "auto"
+    """What multiplies in grouped experts that are not Transformer Engine's modules: `grouped_mm`
+    (torch), `triton` (this package's kernels), `te` (Transformer Engine's products), `loop`, or
+    `auto`, what was measured to be the fastest (`megatron_coe.model.moe.grouped_linear`)."""
+
     moe_token_dispatcher_type: str = "alltoall"
     """`alltoall`: those of `megatron_coe.model.moe.dispatcher`, without communication where a rank
     holds all experts whole, with all-to-alls that run under the shared expert where experts are

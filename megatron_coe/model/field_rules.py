@@ -89,6 +89,8 @@ RESIDUAL_MODES = ("inner", "outer", "addinit", "inner_outer", "none")
 
 GROUP_SCORES = ("sum", "max")
 
+GROUPED_GEMM_BACKENDS = ("auto", "grouped_mm", "triton", "te", "loop")
+
 _COUNT = integer(1)
 
 VALUES: dict[str, ValueRule] = {
@@ -132,6 +134,7 @@ VALUES: dict[str, ValueRule] = {
     "moe_router_num_groups": NOT_NEGATIVE,
     "moe_router_group_topk": NOT_NEGATIVE,
     "moe_router_group_score": one_of(*GROUP_SCORES),
+    "moe_grouped_gemm_backend": one_of(*GROUPED_GEMM_BACKENDS),
     "moe_router_load_balancing_type": each(
         one_of("seq_aux_loss", "aux_loss", "global_aux_loss", "none")
     ),

@@ -11,8 +11,9 @@ import torch
 from megatron_coe.config.run_config import ParallelSettings, TrainSettings
 from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
 from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
+from megatron_coe.model.moe.dispatcher import order_by_expert
 from megatron_coe.model.moe.expert_activation import SwiGLU
-from megatron_coe.model.moe.grouped_linear import grouping
+from megatron_coe.model.moe.grouped_linear import BACKENDS, Grouping, grouping
 from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 from megatron_coe.training.out_of_memory import explained, memory_remedies
 from tests.builders import build_layer, randomize, reference_of, tiny_config, weigh_balance_losses
@@ -37,37 +38,106 @@ def error(ours: torch.Tensor, oracle: torch.Tensor) -> float:
     return ((ours.double() - oracle.double()).abs().max() / oracle.abs().max()).item()
 
 
+COUNTS = [5, 0, 300, 17]  # rows of each expert: none, fewer than a tile's, several tiles'
+
+
+def usable(name: str, dtype: torch.dtype) -> bool:
+    return torch.cuda.is_available() and not BACKENDS[name].missing(
+        torch.device("cuda", 0), dtype, (64, 32)
+    )
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_grouped_mm_is_a_product_per_expert(device: torch.device, dtype: torch.dtype) -> None:
-    rows = torch.tensor([5, 0, 64, 17])
+def test_grouped_experts_are_a_product_per_expert(
+    device: torch.device, dtype: torch.dtype, name: str
+) -> None:
+    """Output and gradients, two calls with the same weights; the gradients of the weights also
+    added to fp32 buffers, with the same bits when all is done once more."""
+    if not usable(name, dtype):
+        pytest.skip(f"{name} cannot be used for {dtype} here")
+    backend, counts_E = BACKENDS[name], torch.tensor(COUNTS)
+    rows = sum(COUNTS)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         scaled = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
         return scaled.to(device, dtype).requires_grad_()
 
-    leaves = x, probs, w1, w2 = random(86, 64), random(86, 1), random(4, 64, 64), random(4, 64, 32)
-    chosen = grouping(x, rows.to(device), (32, 64))
-    one_kernel = dtype == torch.bfloat16 and ONE_KERNEL
-    assert isinstance(chosen, torch.Tensor) == one_kernel, "the sizes must stay on the device"
-    groups = rows.cumsum(0, dtype=torch.int32).to(device)
-    shared = SharedWeights(w1, w2)
-    y = expert_mlp(x, probs, shared, groups, SwiGLU())
-    y = y + expert_mlp(y, probs, shared, groups, SwiGLU())
-    dy = random(86, 64).detach()
+    leaves = random(rows, 64), random(rows, 1), random(4, 64, 64), random(4, 64, 32)
+    dy = random(rows, 64).detach()
+
+    def ours() -> torch.Tensor:
+        x, probs, w1, w2 = leaves
+        groups = grouping(backend, x, counts_E.to(device))
+        shared = SharedWeights(w1, w2, backend)
+        y = expert_mlp(x, probs, shared, groups, SwiGLU())
+        return y + expert_mlp(y, probs, shared, groups, SwiGLU())
+
+    y = ours()
     grads = torch.autograd.grad(y, leaves, dy)
 
     exact = x, probs, w1, w2 = [leaf.detach().double().requires_grad_() for leaf in leaves]
 
     def oracle(x: torch.Tensor) -> torch.Tensor:
-        parts = zip(x.split(rows.tolist()), probs.split(rows.tolist()), w1, w2, strict=True)
+        parts = zip(x.split(COUNTS), probs.split(COUNTS), w1, w2, strict=True)
         return torch.cat([_swiglu(x_e @ u.t()) * p_e @ v.t() for x_e, p_e, u, v in parts])
 
     expected = oracle(x)
     expected = expected + oracle(expected)
     oracles = torch.autograd.grad(expected, exact, dy.double())
-    for ours, want in zip((y, *grads), (expected, *oracles), strict=True):
-        assert error(ours, want) < TOLERANCE[dtype]
+    for got, want in zip((y, *grads), (expected, *oracles), strict=True):
+        assert error(got, want) < TOLERANCE[dtype]
+
+    if backend.adds_to_main_grad:
+        weights, found = leaves[2:], []
+        for _ in range(2):
+            for weight in weights:
+                weight.main_grad = torch.full_like(weight, 0.5, dtype=torch.float32)
+            ours().backward(dy)
+            for weight, want in zip(weights, oracles[2:], strict=True):
+                assert error(weight.main_grad - 0.5, want) < TOLERANCE[dtype]
+            found.append([weight.main_grad for weight in weights])
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif(not usable("triton", torch.bfloat16), reason="the kernels cannot run here")
+@pytest.mark.parametrize("choices", [4, 8])
+def test_gathering_kernels_at_the_papers_widths(device: torch.device, choices: int) -> None:
+    """Rows gathered by the kernel: the numbers of rows gathered before, to a rounding."""
+    tokens, experts, hidden, ffn = 2048, 63, 1024, 704
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        scaled = torch.randn(shape, generator=generator, device=device) / shape[-1] ** 0.5
+        return scaled.bfloat16().requires_grad_()
+
+    x, w1, w2 = (
+        random(tokens, hidden),
+        random(experts, 2 * ffn, hidden),
+        random(experts, hidden, ffn),
+    )
+    scores = torch.rand(tokens, experts, generator=generator, device=device)
+    probs, chosen = scores.topk(choices)
+    probs = probs.requires_grad_()
+    order = order_by_expert(chosen, experts)
+    ends = order.counts.cumsum(0, dtype=torch.int32)
+    dy = random(tokens * choices, hidden).detach()
+    backend = BACKENDS["triton"]
+
+    def run(gather: bool) -> list[torch.Tensor]:
+        shared = SharedWeights(w1, w2, backend)
+        if gather:
+            groups = Grouping(backend, ends=ends, order=order)
+            y = expert_mlp(x, probs, shared, groups, SwiGLU())
+        else:
+            rows, slot = x[order.token.long()], order.slot.long()
+            groups = Grouping(backend, ends=ends)
+            y = expert_mlp(rows, probs.flatten()[slot].unsqueeze(1), shared, groups, SwiGLU())
+        return [y, *torch.autograd.grad(y, (x, probs, w1, w2), dy)]
+
+    for got, want in zip(run(gather=True), run(gather=False), strict=True):
+        assert error(got, want) < TOLERANCE[torch.bfloat16]
 
 
 def _swiglu(hidden: torch.Tensor) -> torch.Tensor:
@@ -100,7 +170,11 @@ def test_layer_is_the_reference(single_rank, dispatcher: str, residual: str) -> 
 
 @pytest.mark.skipif(not ONE_KERNEL, reason="grouped_mm is not one kernel on this GPU")
 @pytest.mark.parametrize("padding", [False, True], ids=["no mask", "padding mask"])
-@pytest.mark.parametrize("changes", [{}, {"moe_shared_expert_overlap": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"moe_shared_expert_overlap": True}, {"moe_grouped_gemm_backend": "triton"}],
+    ids=["default", "overlap", "triton"],
+)
 def test_a_layer_never_waits_for_the_device(single_rank, changes: dict, padding: bool) -> None:
     """Forward and backward, after one pass that makes what is made once."""
     config = tiny_config(params_dtype=torch.bfloat16, bf16=True, **changes)

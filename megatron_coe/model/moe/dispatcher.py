@@ -17,6 +17,7 @@ Axis letters: T tokens, H hidden, N experts, K chosen, R = T * K rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,8 @@ class LocalDispatcher(MoETokenDispatcher):
     def __init__(self, config: CoEConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config, pg_collection)
         self.order: Order | None = None
+        self.experts_gather: Callable[[Tensor], bool] | None = None
+        """A function that tells whether the experts fetch the rows of these tokens themselves."""
 
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor
@@ -98,11 +101,16 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows [R, H] sorted by expert, counts [N] on the device, and probabilities [R]."""
+    ) -> tuple[Tensor, Tensor | Order, Tensor]:
+        """Return rows [R, H] sorted by expert, counts [N] on the device, and probabilities [R].
+
+        Experts that gather their rows get the arguments, and in place of the counts the order.
+        """
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act()
         assert self.order is not None
+        if self.experts_gather and self.experts_gather(hidden_states):
+            return hidden_states, self.order, probs
         rows, probs = _ToExperts.apply(hidden_states, probs, *self.order[:3])
         return rows, self.order.counts, probs
 

@@ -38,8 +38,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
+from megatron_coe.model.moe.dispatcher import Order
 from megatron_coe.model.moe.expert_activation import ByAutograd, ExpertActivation, SwiGLU
-from megatron_coe.model.moe.grouped_linear import grouping
+from megatron_coe.model.moe.grouped_linear import BACKENDS, Backend, choose_backend, grouping
 from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 
 Offsets = tuple[tuple[int, int, int], ...]
@@ -244,33 +245,55 @@ class GroupedExperts(MegatronModule):
     def forward(
         self,
         permuted_local_hidden_states: Tensor,
-        tokens_per_expert: Tensor,
+        tokens_per_expert: Tensor | Order,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
         """Run each row through its expert.
 
         Args:
             permuted_local_hidden_states: [T, H], sorted by local expert
-            tokens_per_expert: [E], integers that sum to T; on the host or the device
+            tokens_per_expert: [E], integers that sum to T; on the host or the device. Or, where
+                `gathers_rows`, the order of rows; the other arguments are then those of the tokens
+                in their own order, [tokens, H] and [tokens, K].
             permuted_probs: [T], the router's weight of each row
 
         Returns:
             [T, H] in the dtype of the hidden states, and None for the bias there is none of.
         """
-        x_TH, probs_T1 = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
+        order = tokens_per_expert if isinstance(tokens_per_expert, Order) else None
+        counts = order.counts if order else tokens_per_expert
+        x_TH = permuted_local_hidden_states
+        probs_T1 = permuted_probs if order else permuted_probs.unsqueeze(-1)
         if self.config.moe_apply_probs_on_input:
             x_TH = (x_TH * probs_T1).to(x_TH.dtype)
             probs_T1 = torch.ones_like(probs_T1)
-        w1, w2 = self.linear_fc1.weight, self.linear_fc2.weight
-        groups = grouping(x_TH, tokens_per_expert, (*w1.shape[1:], *w2.shape[1:]))
-        weights = self._shared or SharedWeights(self.linear_fc1(), self.linear_fc2())
+        groups = grouping(self.backend(), x_TH, counts, order)
+        weights = self._shared or self._share_weights()
         fp8_hidden = self.config.activation_func_fp8_input_store
         return expert_mlp(x_TH, probs_T1, weights, groups, self.activation, fp8_hidden), None
+
+    def backend(self) -> Backend:
+        """Return what multiplies, for the weights where they are now.
+
+        Raises:
+            ValueError: as `choose_backend`.
+        """
+        w1, w2 = self.linear_fc1.weight, self.linear_fc2.weight
+        name = _backend_name(self.config)
+        return choose_backend(name, w1.device, w1.dtype, (*w1.shape[1:], *w2.shape[1:]))
+
+    def gathers_rows(self, tokens_TH: Tensor) -> bool:
+        """Return whether `forward` takes tokens in their own order, with the order of rows."""
+        fused = self.backend() is BACKENDS["triton"] and isinstance(self.activation, SwiGLU)
+        return fused and len(tokens_TH) > 0 and not self.config.moe_apply_probs_on_input
+
+    def _share_weights(self) -> SharedWeights:
+        return SharedWeights(self.linear_fc1(), self.linear_fc2(), self.backend())
 
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
         """Let all calls within share one node of the graph for their weights: `SharedWeights`."""
-        self._shared = SharedWeights(self.linear_fc1(), self.linear_fc2())
+        self._shared = self._share_weights()
         try:
             yield
         finally:
@@ -309,6 +332,10 @@ class GroupedExperts(MegatronModule):
             )
             for expert in range(first, first + self.num_local_experts)
         }
+
+
+def _backend_name(config: TransformerConfig) -> str:
+    return getattr(config, "moe_grouped_gemm_backend", "auto")  # Megatron's own has no such field
 
 
 def _activation(config: TransformerConfig) -> ExpertActivation:
@@ -380,6 +407,7 @@ def refuse_unsupported(config: TransformerConfig, expert_tp: int) -> None:
         )
     if config.moe_apply_probs_on_input and config.moe_router_topk != 1:
         refuse("moe_router_topk", "moe_apply_probs_on_input works with moe_router_topk=1 only")
+    grouped_gemm_of(config)  # refuses what cannot be used
     if config.bias_activation_fusion:
         fusable = config.gated_linear_unit and config.activation_func in (F.silu, quick_gelu)
         if not fusable:
@@ -387,3 +415,15 @@ def refuse_unsupported(config: TransformerConfig, expert_tp: int) -> None:
                 "bias_activation_fusion",
                 "experts fuse gated silu and gated quick_gelu only; set it to False",
             )
+
+
+def grouped_gemm_of(config: TransformerConfig) -> str:
+    """Return the backend of `BACKENDS` that the grouped experts will use on this machine.
+
+    Raises:
+        ValueError: as `choose_backend`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ffn = config.moe_ffn_hidden_size // (config.expert_tensor_parallel_size or 1)
+    widths = (config.moe_latent_size or config.hidden_size, ffn)
+    return choose_backend(_backend_name(config), device, config.params_dtype, widths).name

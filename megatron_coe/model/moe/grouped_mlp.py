@@ -11,16 +11,17 @@ or F.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_coe.model.moe.expert_activation import ExpertActivation
-from megatron_coe.model.moe.grouped_linear import Grouping, outer, times, times_transposed
+from megatron_coe.model.moe.expert_activation import ExpertActivation, SwiGLU
+from megatron_coe.model.moe.fused_mlp import fused_backward, fused_forward
+from megatron_coe.model.moe.grouped_linear import BACKENDS, Backend, Grouping, Products
 
 Parameters = tuple[torch.nn.Parameter, torch.nn.Parameter]
 
@@ -31,9 +32,14 @@ class SharedWeights:
     Autograd sees one gradient per parameter, complete after the last call's backward pass.
     """
 
-    def __init__(self, fc1: torch.nn.Parameter, fc2: torch.nn.Parameter):
-        self.parameters = (fc1, fc2)
-        self.fc1, self.fc2 = _ShareWeights.apply(fc1, fc2, self.parameters)
+    def __init__(
+        self,
+        fc1: torch.nn.Parameter,
+        fc2: torch.nn.Parameter,
+        backend: Backend = BACKENDS["loop"],
+    ):
+        self.parameters, self.backend = (fc1, fc2), backend
+        self.fc1, self.fc2 = _ShareWeights.apply(fc1, fc2, (fc1, fc2), backend)
 
 
 def expert_mlp(
@@ -46,20 +52,27 @@ def expert_mlp(
 ) -> Tensor:
     """Return y_TH with y = fc2(activation(fc1(x)) * probs), each row by its expert; dtype of x.
 
+    With `groups.order`, x and probs are the tokens' in their own order, [tokens, H], [tokens, K].
+
     Args:
         fp8_hidden: save fc1's output for backward in eight bits.
     """
-    call = _Call(groups, activation, weights.parameters, torch.is_grad_enabled(), fp8_hidden)
+    sinks = (weights.parameters, weights.backend)
+    call = _Call(groups, activation, *sinks, torch.is_grad_enabled(), fp8_hidden)
     return _ExpertMLP.apply(x_TH, probs_T1, weights.fc1, weights.fc2, call)
 
 
 @dataclass(frozen=True)
 class _Call:
-    groups: Any  # a `Grouping`: its kind selects the loop or `grouped_mm`
+    groups: Grouping
     activation: ExpertActivation
     parameters: Parameters
+    backend: Backend  # that of all calls; an empty one's own may be another
     differentiable: bool
     fp8_hidden: bool
+
+    def main_grads(self) -> tuple[Tensor, Tensor] | None:
+        return _main_grads(self.parameters, self.backend)
 
 
 class _ShareWeights(torch.autograd.Function):
@@ -67,9 +80,9 @@ class _ShareWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, fc1: Tensor, fc2: Tensor, parameters: Parameters
+        ctx: Any, fc1: Tensor, fc2: Tensor, parameters: Parameters, backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        ctx.parameters = parameters
+        ctx.parameters, ctx.backend = parameters, backend
         ctx.set_materialize_grads(False)
         return fc1.view_as(fc1), fc2.view_as(fc2)
 
@@ -77,25 +90,26 @@ class _ShareWeights(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, dw1: Tensor | None, dw2: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        if _main_grads(ctx.parameters):
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if _main_grads(ctx.parameters, ctx.backend):
             # The calls have added to the buffers. Megatron's convention then
             # (tensor_parallel/layers.py): what autograd gets is an uninitialized stand-in, which
             # nobody reads, to say "there is a gradient".
             for weight in ctx.parameters:
                 weight.grad_added_to_main_grad = True
             dw1, dw2 = (torch.empty_like(weight) for weight in ctx.parameters)
-        return dw1, dw2, None
+        return dw1, dw2, None, None
 
 
-def _main_grads(parameters: Parameters) -> tuple[Tensor, Tensor] | None:
+def _main_grads(parameters: Parameters, backend: Backend) -> tuple[Tensor, Tensor] | None:
     """Return Megatron's gradient buffers, where products can be added to them in place.
 
-    That is on a CPU, if they have the weights' dtype.
+    That is on a CPU if they have the weights' dtype, on a GPU if the backend can.
     """
     found: list[Any] = [getattr(weight, "main_grad", None) for weight in parameters]
     usable = all(
-        main is not None and main.dtype == weight.dtype and not weight.is_cuda
+        main is not None
+        and (backend.adds_to_main_grad or (main.dtype == weight.dtype and not weight.is_cuda))
         for main, weight in zip(found, parameters, strict=True)
     )
     return (found[0], found[1]) if usable else None
@@ -108,9 +122,8 @@ class _ExpertMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: _Call
     ) -> Tensor:
-        run = _forward_loop if isinstance(call.groups, list) else _forward_grouped
         x = x.contiguous()
-        y, hidden = run(x, probs, fc1, fc2, call)
+        y, hidden = _implementation(call)[0](x, probs, fc1, fc2, call)
         ctx.call = call
         if call.differentiable:
             assert hidden is not None
@@ -124,7 +137,7 @@ class _ExpertMLP(torch.autograd.Function):
         x, probs, hidden, fc1, fc2 = ctx.saved_tensors
         _, _, wants_dw1, wants_dw2, _ = ctx.needs_input_grad
         call = ctx.call
-        run = _backward_loop if isinstance(call.groups, list) else _backward_grouped
+        run = _implementation(call)[1]
         # A sum's gradient has strides of zero, which grouped_mm refuses.
         dx, dprobs, dweights = run(
             x, probs, hidden.to(x.dtype), dy.contiguous(), fc1, fc2, call, wants_dw1 or wants_dw2
@@ -132,11 +145,33 @@ class _ExpertMLP(torch.autograd.Function):
         return dx, dprobs, *(dweights or (None, None)), None
 
 
+def _implementation(call: _Call) -> tuple[Callable, Callable]:
+    """Return the functions that run a call forward and backward."""
+    if call.groups.backend is BACKENDS["loop"]:
+        return _forward_loop, _backward_loop
+    if call.groups.backend is BACKENDS["triton"] and isinstance(call.activation, SwiGLU):
+        return _forward_fused, _backward_fused
+    return _forward_grouped, _backward_grouped
+
+
+def _forward_fused(
+    x: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: _Call
+) -> tuple[Tensor, Tensor]:
+    return fused_forward(x, probs, fc1, fc2, call.groups)
+
+
+def _backward_fused(*tensors: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    *tensors, call, wants_dw = tensors
+    return fused_backward(*tensors, call.groups, call.main_grads(), wants_dw)
+
+
 def _forward_grouped(
     x: Tensor, probs: Tensor, fc1: Tensor, fc2: Tensor, call: _Call
 ) -> tuple[Tensor, Tensor]:
-    hidden = times_transposed(x, fc1, call.groups)
-    return times_transposed(call.activation.forward(hidden, probs), fc2, call.groups), hidden
+    products = cast(Products, call.groups.backend)
+    hidden = products.times_transposed(x, fc1, call.groups)
+    activated = call.activation.forward(hidden, probs)
+    return products.times_transposed(activated, fc2, call.groups), hidden
 
 
 def _backward_grouped(
@@ -149,12 +184,16 @@ def _backward_grouped(
     call: _Call,
     wants_dw: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    dactivated = times(dy, fc2, call.groups)
+    products, groups = cast(Products, call.groups.backend), call.groups
+    dactivated = products.times(dy, fc2, groups)
     activated, dhidden, dprobs = call.activation.backward(hidden, probs, dactivated)
-    dx = times(dhidden, fc1, call.groups)
+    dx = products.times(dhidden, fc1, groups)
     if not wants_dw:
         return dx, dprobs, None
-    return dx, dprobs, (outer(dhidden, x, call.groups), outer(dy, activated, call.groups))
+    into = call.main_grads() or (None, None)
+    dw1 = products.outer(dhidden, x, groups, fc1, into[0])
+    dw2 = products.outer(dy, activated, groups, fc2, into[1])
+    return dx, dprobs, None if dw1 is None or dw2 is None else (dw1, dw2)
 
 
 def _forward_loop(
@@ -162,7 +201,7 @@ def _forward_loop(
 ) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     hidden = x.new_empty(len(x), fc1.shape[1]) if call.differentiable else None
-    for block in _expert_blocks(call.groups, fc1):
+    for block in _expert_blocks(call.groups.counts or [], fc1):
         hidden_t = x.new_empty(block.size, fc1.shape[1]) if hidden is None else hidden[block.rows]
         _multiply(block.of(x), fc1[block.experts].mT, block.split(hidden_t))
         activated = call.activation.forward(hidden_t, probs[block.rows])
@@ -181,8 +220,8 @@ def _backward_loop(
     wants_dw: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     dx, dprobs = torch.empty_like(x), torch.empty_like(probs)
-    gradients = _WeightGradients(fc1, fc2, _main_grads(call.parameters)) if wants_dw else None
-    for block in _expert_blocks(call.groups, fc1):
+    gradients = _WeightGradients(fc1, fc2, call.main_grads()) if wants_dw else None
+    for block in _expert_blocks(call.groups.counts or [], fc1):
         dactivated = x.new_empty(block.size, fc2.shape[2])
         _multiply(block.of(dy), fc2[block.experts], block.split(dactivated))
         activated, dhidden, dprobs[block.rows] = call.activation.backward(
@@ -231,14 +270,14 @@ _BLOCK_BYTES = 1 << 20
 the activation reads it, large enough that small experts share the cost of its launches."""
 
 
-def _expert_blocks(groups: list[int], fc1: Tensor) -> list[_ExpertBlock]:
+def _expert_blocks(counts: list[int], fc1: Tensor) -> list[_ExpertBlock]:
     most = _BLOCK_BYTES // (fc1.shape[1] * fc1.element_size())
     blocks, first, start = [], 0, 0
-    while first < len(groups):
-        end, size = first + 1, groups[first]
-        while end < len(groups) and size + groups[end] <= most:
-            size, end = size + groups[end], end + 1
-        blocks.append(_ExpertBlock(slice(first, end), groups[first:end], start))
+    while first < len(counts):
+        end, size = first + 1, counts[first]
+        while end < len(counts) and size + counts[end] <= most:
+            size, end = size + counts[end], end + 1
+        blocks.append(_ExpertBlock(slice(first, end), counts[first:end], start))
         first, start = end, start + size
     return blocks
 

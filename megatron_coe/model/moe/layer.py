@@ -127,6 +127,8 @@ class CoELayer(MoELayer):
         if self.config.dispatches_locally:
             overlapped = self.token_dispatcher.shared_experts
             self.token_dispatcher: MoETokenDispatcher = LocalDispatcher(self.config, groups)
+            if isinstance(self.experts, GroupedExperts):
+                self.token_dispatcher.experts_gather = self.experts.gathers_rows
             if overlapped is not None:
                 self.token_dispatcher.set_shared_experts(overlapped)
         elif self.config.dispatches_asynchronously:

@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_coe.model.field_rules import GROUPED_GEMM_BACKENDS
+from megatron_coe.model.moe import grouped_linear
 from megatron_coe.model.moe.expert_activation import ByAutograd, SwiGLU
-from megatron_coe.model.moe.grouped_linear import grouping
+from megatron_coe.model.moe.grouped_linear import BACKENDS, Grouping, choose_backend, grouping
 from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 
 E, H, WIDTH = 5, 16, 8
@@ -35,8 +37,9 @@ def swiglu(hidden, probs):
 
 
 def groups_of(counts, kernel):
-    counts_E = torch.tensor(counts)
-    return counts if kernel == "loop" else counts_E.cumsum(0, dtype=torch.int32)
+    if kernel == "loop":
+        return Grouping(BACKENDS[kernel], counts=list(counts))
+    return Grouping(BACKENDS[kernel], ends=torch.tensor(counts).cumsum(0, dtype=torch.int32))
 
 
 def weights(dtype, seed=0):
@@ -244,7 +247,9 @@ def test_an_eight_bit_copy_can_be_kept_instead():
 
     pairs = zip(x.split(counts), probs.split(counts), w1, w2, strict=True)
     want = torch.cat([rounded(a @ u.T, p) @ v.T for a, p, u, v in pairs])
-    got = expert_mlp(x, probs, SharedWeights(w1, w2), counts, SwiGLU(), fp8_hidden=True)
+    got = expert_mlp(
+        x, probs, SharedWeights(w1, w2), groups_of(counts, "loop"), SwiGLU(), fp8_hidden=True
+    )
     assert_close(got, oracle(x, probs, w1, w2, counts), 1e-5)  # forward in full
     leaves = (x, probs, w1, w2)
     wanted = torch.autograd.grad(want, leaves, upstream)
@@ -260,7 +265,7 @@ def test_nothing_waits_for_the_garbage_collector():
     gc.disable()
     try:
         shared = SharedWeights(w1, w2)
-        y = expert_mlp(x, probs, shared, counts, SwiGLU())
+        y = expert_mlp(x, probs, shared, groups_of(counts, "loop"), SwiGLU())
         alive = [weakref.ref(shared), weakref.ref(shared.fc1)]
         y.backward(upstream)
         del shared, y
@@ -269,6 +274,44 @@ def test_nothing_waits_for_the_garbage_collector():
         gc.enable()
 
 
+CPU = torch.device("cpu")
+
+
 def test_a_cpu_takes_the_loop():
-    assert grouping(torch.empty(4, 8), torch.tensor([1, 3]), (8, 8)) == [1, 3]
-    assert grouping(torch.empty(0, 8), torch.tensor([0, 0]), (8, 8)) == [0, 0]
+    loop = choose_backend("auto", CPU, torch.bfloat16, (8, 8))
+    assert loop is BACKENDS["loop"]
+    assert grouping(loop, torch.empty(4, 8), torch.tensor([1, 3])).counts == [1, 3]
+
+
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_no_rows_take_the_loop(kernel):
+    """On any device, for libraries refuse empty products."""
+    groups = grouping(BACKENDS[kernel], torch.empty(0, 8), torch.tensor([0, 0]))
+    assert groups.backend is BACKENDS["loop"] and groups.counts == [0, 0]
+
+
+H100 = {"capability": (9, 0)}
+CHOICES = {
+    "paper, bf16": (H100, torch.bfloat16, (1024, 704), "grouped_mm"),
+    "fp32": (H100, torch.float32, (1024, 704), "loop"),
+    "rows of half a vector": (H100, torch.bfloat16, (1024, 4), "loop"),
+    "A100": ({"capability": (8, 0)}, torch.bfloat16, (1024, 704), "loop"),
+    "Blackwell": ({"capability": (10, 0)}, torch.bfloat16, (1024, 704), "grouped_mm"),
+}
+
+
+@pytest.mark.parametrize(("device", "dtype", "widths", "chosen"), CHOICES.values(), ids=CHOICES)
+def test_auto_takes_what_was_measured(monkeypatch, device, dtype, widths, chosen):
+    monkeypatch.setattr(grouped_linear, "_capability", lambda _device: device["capability"])
+    got = choose_backend("auto", torch.device("cuda"), dtype, widths)
+    assert got is BACKENDS[chosen]
+
+
+@pytest.mark.parametrize("kernel", [name for name in BACKENDS if name != "loop"])
+def test_a_backend_that_cannot_be_used_is_refused(kernel):
+    with pytest.raises(ValueError, match=f"moe_grouped_gemm_backend='{kernel}' needs a GPU"):
+        choose_backend(kernel, CPU, torch.bfloat16, (8, 8))
+
+
+def test_every_backend_has_a_name_in_the_configuration():
+    assert set(GROUPED_GEMM_BACKENDS) == {"auto", *BACKENDS}
