@@ -41,13 +41,15 @@ BENCHMARKS = {
     "transformers": "transformers",
     "memory": "peak_memory",
     "host_syncs": "host_syncs",
+    "tiles": "expert_tiles",
+    "te": "te_parts",
     "parallel": "parallel",
     "long": "long",
 }
 """Name -> function of `benchmarks.suite`, which takes seconds to import."""
 
-ALL = tuple(name for name in BENCHMARKS if name not in ("parallel", "long"))
-"""The benchmarks of `--what all`: those of one process that take minutes."""
+ALL = tuple(name for name in BENCHMARKS if name not in ("tiles", "te", "parallel", "long"))
+"""The benchmarks of `--what all`: those of one process that take minutes and can run anywhere."""
 
 FORMER_NAMES = {"synchronisations": "host_syncs"}  # codespell:ignore synchronisations
 SIZES = ("sequences", "seq_length", "num_layers", "vocab_size")
@@ -170,7 +172,7 @@ def new_argument_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("all", *BENCHMARKS, *FORMER_NAMES),
         default=["all"],
-        help="benchmarks; all: all but parallel and long",
+        help="benchmarks; all: all but tiles, te, parallel and long",
     )
     parser.add_argument(
         "--scale", choices=SCALES, help="sizes (default: paper on a GPU, cpu without)"

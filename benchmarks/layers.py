@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.timing import Lap, Variant
 from megatron_coe.megatron_compat.versions import build_part
-from megatron_coe.model.backends.select import resolve_backend
+from megatron_coe.model.backends.select import backend_of
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.flops import ffn_params, moe_work
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
@@ -71,7 +71,7 @@ class StockIterations(torch.nn.Module):
 
 def build_layer(provider: CoEModelProvider, device: torch.device) -> CoELayer:
     """Build a CoE layer from the model's specs, outside of a model."""
-    block = get_coe_decoder_block_spec(provider, resolve_backend(provider.backend))
+    block = get_coe_decoder_block_spec(provider, backend_of(provider))
     layer = build_part(block.layer_specs[0].submodules.mlp, config=provider)
     assert isinstance(layer, CoELayer)
     return layer.to(device, provider.params_dtype)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-from benchmarks import head, kernels, layers, memory, phases, steps, transformers_baseline
+from benchmarks import (
+    expert_products,
+    head,
+    kernels,
+    layers,
+    memory,
+    phases,
+    steps,
+    transformers_baseline,
+)
 from benchmarks.agreement import check_agreement
 from benchmarks.communication import exposed_share
+from benchmarks.expert_peers import peers
 from benchmarks.host_syncs import count_host_syncs
 from benchmarks.layers import BACKWARD, FORWARD, PassVariant
 from benchmarks.report import Outcome
@@ -23,6 +33,8 @@ from benchmarks.timing import TOTAL, Samples, Spread, Variant, interleave, rate,
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
 from megatron_coe.distributed.seeds import seed_everything
+from megatron_coe.model.backends.select import TE_PARTS
+from megatron_coe.model.moe.grouped_linear import BACKENDS
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.hardware import peak_flops
 
@@ -96,7 +108,8 @@ def experts(harness: Harness) -> Outcome:
         providers.append(provider)
     stock = _stock_experts(harness, providers[0], variants[0])
     differences = _agreement(variants[0], stock)
-    timed = [variant.variant() for variant in (*variants, stock)]
+    others = [*peers(providers[0], harness.scale.tokens, harness.device), stock]
+    timed = [variant.variant() for variant in (*variants, *others)]
     dense = layers.dense_variant(providers[0], harness.scale.tokens, harness.device)
     square = layers.square_variant(harness.device)
     samples = harness.time([*timed, dense, square])
@@ -110,8 +123,61 @@ def experts(harness: Harness) -> Outcome:
         seconds = samples[square.name][TOTAL]
         outcome.figures["square"] = Spread.of([square.flops / peak / time for time in seconds])
     outcome.details["differences"] = differences
-    _discard(variant.module for variant in (*variants, stock))
+    _discard(variant.module for variant in (*variants, *others))
+    for name, provider in zip(models, providers, strict=True):
+        outcome.further.append(_product_table(harness, name, provider))
     return outcome
+
+
+def _product_table(harness: Harness, name: str, provider: CoEModelProvider) -> Outcome:
+    """Time one call of the experts by every backend of grouped GEMMs that can be used here."""
+    call = expert_products.random_call(provider, harness.scale.tokens, harness.device)
+    variants = expert_products.product_variants(provider, call)
+    samples = harness.time(variants)
+    rows = f"{len(call.dy):,} rows"
+    outcome = Outcome("products", f"Products of the experts of {name}, {rows}", samples=samples)
+    parts = expert_products.PARTS
+    outcome.header = ["backend", *(f"{part}, ms" for part in parts)]
+    outcome.header += [f"{part}: rate / dense" for part in (*parts, TOTAL)]
+    for variant in variants:
+        times = [Spread.of([1e3 * s for s in samples[variant.name][part]]) for part in parts]
+        rates = [ratio(samples, expert_products.DENSE, variant.name, p) for p in (*parts, TOTAL)]
+        outcome.rows.append([variant.name, *(spread.text() for spread in (*times, *rates))])
+    missing = {name: call.missing(name) for name in BACKENDS}
+    outcome.details["missing"] = {name: what for name, what in missing.items() if what}
+    return outcome
+
+
+def expert_tiles(harness: Harness) -> Outcome:
+    """Time the candidates of the Triton kernels' tiles, at both numbers of rows per expert.
+
+    Raises:
+        ValueError: the kernels cannot run here.
+    """
+    outcome = Outcome("tiles", "Tiles of the experts' Triton kernels, microseconds")
+    outcome.header = ["model", "product", "tile", "time"]
+    for name, (preset, changes) in harness.models((COE, MOE)).items():
+        provider = harness.provider(preset, *changes)
+        call = expert_products.random_call(provider, harness.scale.tokens, harness.device)
+        if missing := call.missing("triton"):
+            raise ValueError(f"--what tiles needs {missing}: leave it out")
+        for product, variants in expert_products.tile_variants(call).items():
+            samples = harness.time(variants)
+            for variant in variants:
+                spread = Spread.of([1e6 * s for s in samples[variant.name][product]])
+                outcome.rows.append([name, product, variant.name, spread.text(0)])
+    return outcome
+
+
+def te_parts(harness: Harness) -> Outcome:
+    """Time a training step with each part of Transformer Engine by itself, with all and with none.
+
+    Raises:
+        ValueError: Transformer Engine cannot be used.
+    """
+    parts = ("torch", "te", *(f"te:{part}" for part in TE_PARTS))
+    variants = tuple((f"model.backend={part}",) for part in parts)
+    return _steps(replace(harness, setting_variants=variants), "te", (COE, COE))
 
 
 def layer(harness: Harness) -> Outcome:

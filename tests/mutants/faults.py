@@ -8,6 +8,7 @@ LAYER = "megatron_coe/model/moe/layer.py"
 ROUTER = "megatron_coe/model/moe/router.py"
 EXPERTS = "megatron_coe/model/moe/experts.py"
 EXPERT_MLP = "megatron_coe/model/moe/grouped_mlp.py"
+GROUPED_GEMM = "megatron_coe/model/kernels/grouped_gemm.py"
 EXPERT_ACTIVATION = "megatron_coe/model/moe/expert_activation.py"
 SPECS = "megatron_coe/model/layer_specs.py"
 CONFIG = "megatron_coe/model/config.py"
@@ -41,6 +42,7 @@ OF_MODEL = (
 )
 OF_LINEAR_CROSS_ENTROPY = ("tests/unit/model/test_linear_cross_entropy.py",)
 OF_EXPERTS = ("tests/unit/model/moe/test_experts.py",)
+OF_GROUPED_GEMM = ("tests/unit/model/kernels/test_grouped_gemm.py",)
 OF_EXPERT_MLP = ("tests/unit/model/moe/test_grouped_mlp.py",)
 OF_OBJECTIVE = ("tests/unit/training/test_loss.py",)
 OF_SETUP = ("tests/unit/distributed/test_train_state.py",)
@@ -74,6 +76,8 @@ class Fault:
     old: str
     new: str
     tests: tuple[str, ...]
+    needs: str = ""
+    """The package without which the tests are skipped, and the fault is too."""
 
 
 FAULTS = [
@@ -324,6 +328,29 @@ FAULTS = [
         "self.beta = 1 if main_grads else 0",
         "self.beta = 0",
         OF_EXPERT_MLP,
+    ),
+    Fault(
+        "a gathered row is the slot's, not the token's",
+        GROUPED_GEMM,
+        "a = x + (loaded // TOP_K)",
+        "a = x + (loaded)",
+        OF_GROUPED_GEMM,
+        needs="triton",
+    ),
+    Fault(
+        "a tile's last rows overwrite the next expert's",
+        GROUPED_GEMM,
+        "stored = (rows < end)[:, None] & (n < OUTPUTS)[None, :]",
+        "stored = (rows < end + 1)[:, None] & (n < OUTPUTS)[None, :]",
+        OF_GROUPED_GEMM,
+        needs="triton",
+    ),
+    Fault(
+        "Transformer Engine wherever it is installed",
+        "megatron_coe/model/backends/select.py",
+        "AUTO_PARTS: tuple[str, ...] = ()",
+        "AUTO_PARTS: tuple[str, ...] = TE_PARTS",
+        ("tests/unit/model/backends/test_select.py",),
     ),
     Fault(
         "activation's gradient without the router's weight",
