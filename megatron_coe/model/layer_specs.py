@@ -27,7 +27,6 @@ from megatron_coe.megatron_compat.versions import (
     part_submodules,
     with_module,
 )
-from megatron_coe.model.backends.mla import LatentAttention
 from megatron_coe.model.backends.torch import TorchSpecProvider
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.layer import CoELayer, get_bias_add_without_residual
@@ -59,8 +58,8 @@ def get_coe_decoder_block_spec(
     )
     # Megatron repeats the same object: without this, layers would share one spec even now.
     block.layer_specs = [deepcopy(spec) for spec in block.layer_specs]
-    substitutes: dict[type, type] = {MLASelfAttention: LatentAttention}
     if use_transformer_engine:
+        substitutes = backend.substitutes()
         for spec in block.layer_specs:
             _share_checkpoint_keys(spec.submodules, config)
     else:

@@ -18,7 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_coe.model.backends.select import resolve_backend
+from megatron_coe.model.backends.select import backend_of
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.gpt_model import LinearCrossEntropyModel
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
@@ -37,7 +37,8 @@ class CoEModelProvider(CoEConfig):
     """S: the longest sequence that the model will see."""
 
     backend: str = "auto"
-    """`te` (Transformer Engine), `torch` (without it), or `auto`: te where it can be used."""
+    """`te` (Transformer Engine), `torch` (without it), `te:` and some of its parts (`linear`,
+    `attention`, `experts`), or `auto`: te where a setting needs it, torch otherwise."""
 
     parallel_output: bool = True
     """Leave the logits split over the tensor-parallel ranks, as the parallel loss takes them."""
@@ -84,7 +85,7 @@ class CoEModelProvider(CoEConfig):
             pre_process = parallel_state.is_pipeline_first_stage(**stage)
         if post_process is None:
             post_process = parallel_state.is_pipeline_last_stage(**stage)
-        backend = resolve_backend(self.backend)
+        backend = backend_of(self)
         decoder = get_coe_decoder_block_spec(self, backend, vp_stage, pg_collection)
         mtp = None
         if self.mtp_num_layers:

@@ -9,8 +9,10 @@ from megatron_coe import __version__
 from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
 from megatron_coe.data.indexed import IndexedFile, data_summary
 from megatron_coe.data.tokenizer import Tokenizer
-from megatron_coe.model.backends.select import resolve_backend
+from megatron_coe.model.backends.select import TE_PARTS, te_parts_of
+from megatron_coe.model.moe.experts import grouped_gemm_of
 from megatron_coe.model.parallelism import layout_of
+from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.memory import GIB, rank_memory
 from megatron_coe.planning.plan import Plan
 from megatron_coe.training.preflight import training_sets
@@ -54,9 +56,20 @@ def _device(plan: Plan, machine: Mapping[str, Any]) -> str:
         needed += f" of {machine['gpu_bytes'] / GIB:.1f}"
     else:
         name = f"CPU ({machine['processor']}, {machine['cores']} cores)"
-    te = resolve_backend(plan.model.backend).fuse_layernorm_and_linear()
-    modules = "Transformer Engine" if te else "PyTorch"
-    return f"{name}; {precision}, modules of {modules}; {needed}"
+    return f"{name}; {precision}, {_modules(plan.model)}; {needed}"
+
+
+def _modules(model: CoEModelProvider) -> str:
+    """Say who provides the parts of the model, and who multiplies in its grouped experts."""
+    parts = te_parts_of(model)
+    if parts == TE_PARTS:
+        return "modules of Transformer Engine"
+    modules = "modules of PyTorch"
+    if parts:
+        modules += f", {' and '.join(parts)} of Transformer Engine"
+    if "experts" not in parts and model.moe_grouped_gemm:
+        modules += f", experts by {grouped_gemm_of(model)}"
+    return modules
 
 
 def _layout(parallel: ParallelSettings, plan: Plan) -> str:

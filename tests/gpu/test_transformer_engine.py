@@ -92,11 +92,24 @@ KINDS = {
 }
 
 
-def test_auto_takes_transformer_engine(single_rank) -> None:
-    from megatron_coe.model.backends.select import resolve_backend
-    from megatron_coe.model.backends.te import TESpecProvider
+def test_auto_takes_transformer_engine_where_it_is_needed(single_rank) -> None:
+    from megatron_coe.model.backends.select import AUTO_PARTS, TE_PARTS, te_parts_of
+    from tests.builders import tiny_provider
 
-    assert isinstance(resolve_backend("auto"), TESpecProvider)
+    assert te_parts_of(tiny_provider(backend="auto")) == AUTO_PARTS
+    fp8 = tiny_provider(backend="auto", fp8="hybrid", fp8_recipe="delayed")
+    assert te_parts_of(fp8) == TE_PARTS
+
+
+@pytest.mark.parametrize("part", ["linear", "attention", "experts", "attention,experts"])
+def test_a_part_by_itself_agrees_with_none(single_rank, tmp_path, part: str) -> None:
+    """The losses of three steps from the same weights, in the same checkpoint."""
+    checkpoint = saved(single_rank, "torch", tmp_path)
+    losses = []
+    for backend in ("torch", f"te:{part}"):
+        trainer = resumed(single_rank, backend, checkpoint)
+        losses.append([trainer.step().loss for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=BF16 / 10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

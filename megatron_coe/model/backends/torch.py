@@ -14,8 +14,9 @@ E value width, H hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +45,34 @@ from megatron_coe.model.backends.mla import LatentAttention
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe import experts
 
+if TYPE_CHECKING:
+    from megatron_coe.model.backends.te import TESpecProvider
+
 
 class TorchSpecProvider(BackendSpecProvider):
-    """Modules for Megatron's layer specs (megatron/core/models/backends.py)."""
+    """Modules for Megatron's layer specs (megatron/core/models/backends.py).
+
+    Args:
+        te_parts: of `select.TE_PARTS`, what is Transformer Engine's instead; never `linear`.
+    """
+
+    def __init__(self, te_parts: Sequence[str] = ()) -> None:
+        self.te_parts = te_parts
 
     def refuse_unsupported(self, config: CoEConfig) -> None:
         """Raise ValueError for a field that this backend's modules refuse when built."""
+        if "attention" not in self.te_parts:
+            self.refuse_attention(config)
+        if "experts" not in self.te_parts:
+            self.refuse_experts(config)
+
+    def refuse_attention(self, config: CoEConfig) -> None:
+        """Raise ValueError for a field that the attention refuses."""
         for layer_number in range(1, config.num_layers + 1):
             _refuse_unsupported(config, layer_number)
+
+    def refuse_experts(self, config: CoEConfig) -> None:
+        """Raise ValueError for a field that the grouped experts refuse."""
         if config.moe_grouped_gemm:
             experts.refuse_unsupported(config, config.expert_tensor_parallel_size)
 
@@ -72,7 +93,7 @@ class TorchSpecProvider(BackendSpecProvider):
         return Norm
 
     def core_attention(self) -> type:
-        return SDPACoreAttention
+        return self._te().core_attention() if "attention" in self.te_parts else SDPACoreAttention
 
     def mla_self_attention(self) -> type:
         """Return what replaces Megatron's `MLASelfAttention` (not in the protocol)."""
@@ -82,6 +103,8 @@ class TorchSpecProvider(BackendSpecProvider):
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool = False
     ) -> ExpertModules:
         """Return grouped experts, or Megatron's loop over expert modules without grouped GEMM."""
+        if "experts" in self.te_parts:
+            return self._te().grouped_mlp_modules(moe_use_grouped_gemm)
         if moe_use_grouped_gemm:
             return expert_modules(experts.GroupedExperts)
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -89,6 +112,11 @@ class TorchSpecProvider(BackendSpecProvider):
 
     def activation_func(self) -> type | None:
         return None
+
+    def _te(self) -> TESpecProvider:
+        from megatron_coe.model.backends.te import TESpecProvider
+
+        return TESpecProvider()
 
 
 # --- norms ----------------------------------------------------------------------------------------

@@ -45,9 +45,35 @@ def test_transformer_engine_is_refused_where_it_is_missing(device):
 
 def test_an_unknown_backend_is_refused_with_the_choices(device):
     with pytest.raises(
-        ValueError, match=r"backend='jax' is unknown: choose one of auto, torch, te"
+        ValueError,
+        match=r"backend='jax' is unknown: choose one of auto, torch, te, or te: and some",
     ):
         select.resolve_backend("jax")
+
+
+@pytest.mark.parametrize("name", ["te:", "te:linear,head", "torch:linear", "auto:experts"])
+def test_unknown_parts_are_refused_with_the_choices(device, name):
+    with pytest.raises(ValueError, match=f"backend='{name}' is unknown.* linear, attention, exper"):
+        select.te_parts(name)
+
+
+def test_auto_takes_of_transformer_engine_what_a_setting_needs(monkeypatch):
+    from tests.builders import tiny_provider
+
+    monkeypatch.setattr(select, "have_te", lambda: True)
+    plain = tiny_provider(backend="auto")
+    assert select.te_parts_of(plain) == select.AUTO_PARTS == ()
+    for name in ("tp_comm_overlap", "apply_rope_fusion", "gradient_accumulation_fusion"):
+        assert select.te_parts_of(tiny_provider(backend="auto", **{name: True})) == select.TE_PARTS
+    assert select.te_parts_of(tiny_provider(backend="te:experts")) == ("experts",)
+
+
+def test_a_part_of_transformer_engine_has_what_only_all_of_it_has_refused(monkeypatch, device):
+    from tests.builders import tiny_provider
+
+    monkeypatch.setattr(select, "have_te", lambda: True)
+    with pytest.raises(ValueError, match="apply_rope_fusion=True needs Transformer Engine"):
+        select.refuse_unusable(tiny_provider(backend="te:attention", apply_rope_fusion=True))
 
 
 def test_cpu_patches_refuse_to_hide_a_gpu(monkeypatch):
