@@ -111,12 +111,12 @@ def refuse_unusable(config: CoEModelProvider) -> None:
 
 def backend_of(config: CoEModelProvider) -> TorchSpecProvider | TESpecProvider:
     """Return the provider of modules for a configuration. Raises: ValueError, as `te_parts`."""
-    return _provider(te_parts_of(config))
+    return provider_of(te_parts_of(config))
 
 
 def resolve_backend(name: str) -> TorchSpecProvider | TESpecProvider:
     """Return the provider of modules for a `backend` setting. Raises: ValueError, as `te_parts`."""
-    return _provider(te_parts(name))
+    return provider_of(te_parts(name))
 
 
 def te_parts_of(config: CoEModelProvider) -> tuple[str, ...]:
@@ -157,7 +157,8 @@ def te_parts(name: str) -> tuple[str, ...]:
     return parts if kind == "te" else ()
 
 
-def _provider(parts: tuple[str, ...]) -> TorchSpecProvider | TESpecProvider:
+def provider_of(parts: tuple[str, ...]) -> TorchSpecProvider | TESpecProvider:
+    """Return the provider that has these of `TE_PARTS` from Transformer Engine."""
     # Imported here so that `prepare` can correct Megatron before either provider builds on it.
     if "linear" in parts:
         from megatron_coe.model.backends.te import TESpecProvider

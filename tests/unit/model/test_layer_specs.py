@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from megatron_coe.megatron_compat import transformer_engine
 from megatron_coe.megatron_compat.versions import part_class, part_submodules
-from megatron_coe.model.backends.select import resolve_backend
+from megatron_coe.model.backends import select
+from megatron_coe.model.backends.select import TE_PARTS, resolve_backend
 from megatron_coe.model.field_rules import RESIDUAL_MODES
 from megatron_coe.model.layer_specs import get_coe_decoder_block_spec
 from megatron_coe.model.moe.experts import GroupedExperts
@@ -68,3 +72,23 @@ def test_every_local_module_is_the_backends(backend) -> None:
     assert layer.self_attention.module is backend.mla_self_attention()
     assert layer.self_attention.submodules.kv_layernorm is norm
     assert layer.self_attention.submodules.core_attention is backend.core_attention()
+
+
+@pytest.mark.skipif(not transformer_engine.is_installed(), reason="needs Transformer Engine")
+@pytest.mark.parametrize("latent", [True, False], ids=["latent", "plain"])
+@pytest.mark.parametrize("parts", [p for n in range(4) for p in combinations(TE_PARTS, n)])
+def test_parts_are_transformer_engines_where_they_are_asked_for(
+    single_rank, parts: tuple[str, ...], latent: bool
+) -> None:
+    """The specs alone: its modules are built on a GPU only."""
+    config = tiny_config(num_layers=1, multi_latent_attention=latent)
+    (spec,) = get_coe_decoder_block_spec(config, select.provider_of(parts)).layer_specs
+    attention = spec.submodules.self_attention.submodules
+    found = {
+        "linear": attention.linear_proj,
+        "attention": attention.core_attention,
+        "experts": part_class(part_submodules(spec.submodules.mlp).experts),
+    }
+    for part, module in found.items():
+        of_te = module.__module__ == "megatron.core.extensions.transformer_engine"
+        assert (of_te or module.__name__ == "TEGroupedMLP") == (part in parts), (part, module)

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_coe import single_process
 from megatron_coe.model.kernels import grouped_gemm
 from megatron_coe.model.kernels.grouped_gemm import Tile, Tiles
 from megatron_coe.model.moe.dispatcher import Order, order_by_expert
 from megatron_coe.model.moe.expert_activation import ByAutograd, ExpertActivation, SwiGLU
-from megatron_coe.model.moe.grouped_linear import BACKENDS, Grouping
+from megatron_coe.model.moe.grouped_linear import BACKENDS, Grouping, Triton
 from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
+from tests.builders import build_layer, randomize, tiny_config, weigh_balance_losses
 
 T, K, E, H, WIDTH = 24, 2, 5, 40, 24
 """No width is a multiple of a tile of 16."""
@@ -106,6 +108,25 @@ def errors(
     return found
 
 
+def layer_errors() -> dict[str, float]:
+    """Of a whole layer with these kernels, beside the same one with the loop."""
+    layers = []
+    for backend in ("loop", "triton"):
+        layer = build_layer(tiny_config(coe_iterations=2, moe_grouped_gemm_backend=backend))
+        randomize(layer, torch.Generator().manual_seed(4), std=0.15)
+        generator = torch.Generator().manual_seed(5)
+        x = torch.randn(4, 4, 32, generator=generator).requires_grad_()
+        weigh_balance_losses(1.0)
+        y, _ = layer(x)
+        y.backward(torch.randn(y.shape, generator=generator))
+        routers = {f"router {t}": router.weight.grad for t, router in enumerate(layer.router)}
+        experts = {"w1": layer.experts.linear_fc1.weight, "w2": layer.experts.linear_fc2.weight}
+        gradients = {name: weight.grad for name, weight in experts.items()}
+        layers.append({"y": y.detach(), "dx": x.grad, **routers, **gradients})
+    loop, ours = layers
+    return {name: error(ours[name], loop[name]) for name in loop}
+
+
 def main() -> None:
     tile = Tile(16, 16, 16, num_warps=4, num_stages=1)
     grouped_gemm.TILES = Tiles(*[tile] * len(Tiles._fields))
@@ -119,6 +140,10 @@ def main() -> None:
     found["uneven, torch.float32, unfused"] = errors(
         COUNTS["uneven"], torch.float32, False, unfused
     )
+    # All that it lacks here is the GPU.
+    Triton.missing = lambda *_: ""  # type: ignore[method-assign]
+    with single_process(seed=1):
+        found["layer"] = layer_errors()
     json.dump(found, sys.stdout)
 
 

@@ -12,8 +12,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,8 +24,9 @@ pytest.importorskip("triton", reason="PyTorch's CPU build brings no triton")
 from benchmarks.expert_products import CANDIDATES, Call
 from benchmarks.expert_products import launch as launch_product
 from megatron_coe.model.moe.dispatcher import Order
-from megatron_coe.model.moe.fused_mlp import fused_backward, fused_forward
-from megatron_coe.model.moe.grouped_linear import BACKENDS, Grouping
+from megatron_coe.model.moe.expert_activation import SwiGLU
+from megatron_coe.model.moe.grouped_linear import BACKENDS, grouping
+from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 from tests.sm90 import MOST_REGISTERS, MOST_SHARED, Launch, compiled_launches
 
 TOLERANCES = {"torch.float32": 1e-5, "torch.float16": 3e-3}
@@ -41,7 +42,9 @@ def test_the_definition_in_the_interpreter() -> None:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert len(found) == 8
+    assert len(found) == 9
+    layer = found.pop("layer")
+    assert len(layer) == 6 and max(layer.values()) < TOLERANCES["torch.float32"], layer
     for case, errors in found.items():
         dtype = case.split(", ")[1]
         assert set(errors) == {*("y", "dx", "dprobs", "dw1", "dw2"), *MAIN_GRADS}
@@ -56,22 +59,54 @@ def at_paper_size(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+class Pass(NamedTuple):
+    """A call forward and backward, as autograd runs it, on tensors without values."""
+
+    choices: int
+    launches: list[Launch]
+    saved: int
+    """Bytes kept for the backward pass, the weights' not among them."""
+
+
 @pytest.fixture(scope="module", params=[4, 8], ids=["K=4", "K=8"])
-def launches(request: pytest.FixtureRequest) -> Iterator[list[Launch]]:
-    """What one call launches, forward and backward."""
+def one_pass(request: pytest.FixtureRequest) -> Pass:
     K, meta = request.param, at_paper_size
-    rows = T * K
     index = {"dtype": torch.int32}
-    order = Order(meta(rows, **index), meta(rows, **index), meta(T, K, **index), meta(E))
-    groups = Grouping(BACKENDS["triton"], ends=meta(E, **index), order=order)
-    x, probs = meta(T, H), meta(T, K, dtype=torch.float32)
-    weights = meta(E, 2 * WIDTH, H), meta(E, H, WIDTH)
-    main_grads = tuple(meta(*w.shape, dtype=torch.float32) for w in weights)
-    with compiled_launches() as launched:
-        y, hidden = fused_forward(x, probs, *weights, groups)
-        assert y.shape == (rows, H) and hidden.shape == (rows, 2 * WIDTH)
-        fused_backward(x, probs, hidden, y, *weights, groups, main_grads, wants_dw=True)
-    yield launched
+    order = Order(*(meta(*shape, **index) for shape in ((T * K,), (T * K,), (T, K), (E,))))
+    x, probs = meta(T, H).requires_grad_(), meta(T, K, dtype=torch.float32).requires_grad_()
+    weights = [torch.nn.Parameter(meta(*s)) for s in ((E, 2 * WIDTH, H), (E, H, WIDTH))]
+    for weight in weights:
+        weight.main_grad = meta(*weight.shape, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    backend = BACKENDS["triton"]
+    with (
+        compiled_launches() as launches,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        shared = SharedWeights(*weights, backend)
+        y = expert_mlp(x, probs, shared, grouping(backend, x, order.counts, order), SwiGLU())
+        assert y.shape == (T * K, H)
+        y.backward(meta(T * K, H))
+    assert x.grad is not None and x.grad.shape == x.shape and probs.grad.shape == probs.shape
+    of_weights = sum(weight.untyped_storage().nbytes() for weight in weights)
+    return Pass(K, launches, sum(kept.values()) - of_weights)
+
+
+@pytest.fixture
+def launches(one_pass: Pass) -> list[Launch]:
+    return one_pass.launches
+
+
+def test_rows_are_saved_only_behind_the_first_product(one_pass: Pass) -> None:
+    """Tokens, probabilities and fc1's output: no row of the input, nor its activation. (That no
+    value was asked for, a host sync on a GPU, the tensors without values have shown.)"""
+    rows = T * one_pass.choices
+    assert one_pass.saved == 2 * T * H + 4 * rows + 2 * rows * 2 * WIDTH
 
 
 def test_a_call_is_six_launches(launches: list[Launch]) -> None:
