@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("data.tokenizer", _SILENT),  # its content is compared, not its path: see `tokenizer_change`
     ("data.valid", _SILENT),
     ("data.cache", _SILENT),
+    ("data.num_workers", _SILENT),
     ("data.*", _REFUSED),  # of the training sets the content is compared: see `data_change`
     ("train.exit_step", _SILENT),
     ("train.micro_batch_size", _SILENT),

@@ -79,6 +79,9 @@ class DataSettings:
     sequence, cut on the right and padded, padding left out of the loss (the paper's way)."""
     cache: str | None = None
     """Where index files are kept; None: beside the data."""
+    num_workers: int = _ruled(0, NOT_NEGATIVE)
+    """Processes of each rank that prepare training batches ahead, into pinned memory on a GPU, the
+    same batches for any number; 0: the rank reads them itself, between two steps."""
 
 
 @dataclass

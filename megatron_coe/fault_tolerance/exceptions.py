@@ -34,8 +34,16 @@ class StoppedError(RunEndedError):
         super().__init__(f"stopped by {reason.name} before {before}", status_of(reason, saves))
 
 
-class DeviceMemoryError(Exception):
-    """A device of one rank is out of memory; the message is complete without a traceback."""
+class RankError(Exception):
+    """An error of one rank; the message is complete without a traceback."""
+
+
+class DeviceMemoryError(RankError):
+    """A device is out of memory."""
+
+
+class DataWorkerError(RankError):
+    """A process that prepares batches has ended by itself."""
 
 
 def status_of(reason: signal.Signals, saves: bool) -> int:

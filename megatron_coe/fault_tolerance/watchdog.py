@@ -32,7 +32,7 @@ from types import FrameType
 import psutil
 import torch.distributed as dist
 
-from megatron_coe.fault_tolerance.exceptions import DeviceMemoryError
+from megatron_coe.fault_tolerance.exceptions import RankError
 from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, NOT_WRITTEN, RANK_FAILURE
 from megatron_coe.fault_tolerance.heartbeat import (
     DATA,
@@ -159,7 +159,7 @@ class Watchdog:
         if starts or isinstance(error, DataError):
             text = f"rank {self._rank} ({own.host}): {error}"
             return self._publish_failure(text, CONFIG_ERROR, raised_by=self._rank)
-        if isinstance(error, DeviceMemoryError):
+        if isinstance(error, RankError):
             text = f"{own.name}: {error}"
             return self._publish_failure(text, RANK_FAILURE, raised_by=self._rank)
         status = NOT_WRITTEN if isinstance(error, OSError) else RANK_FAILURE
@@ -371,7 +371,7 @@ def _fail(watchdog: Watchdog, rank: int, error: Exception) -> None:
     if failure.raised_by == rank:
         if failure.status != RANK_FAILURE:
             return
-        if not isinstance(error, DeviceMemoryError):
+        if not isinstance(error, RankError):
             _log("".join(traceback.format_exception(error)).rstrip())
     _log_failure(failure, rank)
     # Not an ordinary exit: destroying the process groups can wait for ranks that are gone.

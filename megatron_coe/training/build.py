@@ -40,7 +40,7 @@ from megatron_coe.model.backends.select import refuse_unusable
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.run_summary import describe_sizes, plan_of
 from megatron_coe.training.banner import banner, describe_data, summarize_data
-from megatron_coe.training.batch_source import BatchSource
+from megatron_coe.training.batch_source import BatchSource, explained_worker_deaths
 from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger, check_wandb
 from megatron_coe.training.out_of_memory import explained, memory_remedies
 from megatron_coe.training.preflight import aux_loss_warning, check_folders, data_arguments
@@ -143,6 +143,7 @@ def trainer(
     with (
         watched(store, timeout_s, heartbeat, raised_together=(RunEndedError, CheckpointWriteError)),
         explained(heartbeat, memory_remedies(settings.model, parallel, train)),
+        explained_worker_deaths(settings.data.num_workers),
         process_groups(parallel, device, store, group_timeout(timeout_s)),
     ):
         begin(LOADING, "the data were looked at")
@@ -169,6 +170,8 @@ def trainer(
             source, size = _make_source(valid_set, train, device), len(cast("Sized", valid_set))
             validator = Validator(train, train_state, source, size, heartbeat)
         per_epoch = _samples_per_epoch(found.files, settings.data.mode, found.provider.seq_length)
+        train_source = _make_source(train_set, train, device, per_epoch)
+        train_source.num_workers = settings.data.num_workers
         metrics_logger = _open_logger(settings, progress)
         if metrics_logger.is_enabled:
             for text in _describe_begin(settings, found, per_epoch, validator, start, changes):
@@ -177,7 +180,7 @@ def trainer(
             yield Trainer(
                 settings=train,
                 train_state=train_state,
-                source=_make_source(train_set, train, device, per_epoch),
+                source=train_source,
                 num_microbatches=num_microbatches(parallel, train, dist.get_world_size()),
                 validator=validator,
                 progress=progress,
@@ -187,6 +190,7 @@ def trainer(
                 heartbeat=heartbeat,
             )
         finally:
+            train_source.close()
             metrics_logger.close()
 
 

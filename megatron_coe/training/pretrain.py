@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from megatron_coe.checkpoint.errors import CheckpointWriteError
 from megatron_coe.fault_tolerance.exceptions import (
-    DeviceMemoryError,
     NotFiniteError,
+    RankError,
     StoppedError,
     status_of,
 )
@@ -91,7 +91,7 @@ def pretrain(request: Request) -> int:
         if is_rank_0():
             print(end, flush=True)
         return end.status
-    except DeviceMemoryError as error:
+    except RankError as error:
         return _report(request, error, RANK_FAILURE)
     except NotFiniteError as end:
         return _report(request, end, end.status)

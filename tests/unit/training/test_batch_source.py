@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
+import psutil
 import pytest
 import torch
 
-from megatron_coe.training.batch_source import BatchSource
+from megatron_coe.fault_tolerance.exceptions import DataWorkerError
+from megatron_coe.training.batch_source import BatchSource, explained_worker_deaths
+from megatron_coe.utils.errors import DataError
 
 CPU = torch.device("cpu")
 
@@ -56,3 +62,79 @@ def test_a_validation_counts_each_held_out_sequence_once(micro, replicas, extra)
                 assert mask.tolist() in ([1.0, 1.0, 0.0], [0.0, 0.0, 0.0])
                 counted += [int(row[0])] * bool(mask.any())
     assert sorted(counted) == list(range(samples))
+
+
+class Unreadable(Numbered):
+    """Sequence 5 cannot be read."""
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        if number == 5:
+            raise DataError("sequence 5 is damaged")
+        return super().__getitem__(number)
+
+    def __len__(self) -> int:
+        return 32
+
+
+def same_batches(ours, oracle) -> bool:
+    pairs = zip(ours, oracle, strict=True)
+    return all(mine.keys() == other.keys() for mine, other in pairs) and all(
+        torch.equal(mine[name], other[name])
+        for mine, other in zip(ours, oracle, strict=True)
+        for name in other
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_give_the_same_batches_wherever_a_run_begins(workers):
+    """In order, after a jump (a resumed run), and again; the run's generator is left alone."""
+    plain = BatchSource(Numbered(), 2, 1, 3, CPU)
+    source = BatchSource(Numbered(), 2, 1, 3, CPU, num_workers=workers)
+    before = torch.get_rng_state()
+    try:
+        for first in (0, 12, 24, 1200, 1212, 12, 24):
+            assert same_batches(source.training(first, 2), plain.training(first, 2))
+    finally:
+        source.close()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_read_nothing_past_the_end():
+    source = BatchSource(Unreadable(), 4, 0, 1, CPU, num_workers=1)
+    try:
+        assert numbers(source.training(24, 2)) == list(range(24, 32))
+    finally:
+        source.close()
+
+
+def test_what_a_worker_cannot_read_is_said_as_it_is():
+    source = BatchSource(Unreadable(), 2, 0, 1, CPU, num_workers=2)
+    try:
+        source.training(0, 2)
+        with pytest.raises(DataError, match=r"^sequence 5 is damaged$"):
+            source.training(4, 2)
+    finally:
+        source.close()
+
+
+def test_a_worker_that_dies_is_said_in_one_line():
+    """Ctrl-C, which a terminal sends to all of a group, ends none; `kill -9` does."""
+    source = BatchSource(Numbered(), 1, 0, 1, CPU, num_workers=2)
+    source.training(0, 2)
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+        worker.send_signal(signal.SIGTERM)
+    assert numbers(source.training(2, 4)) == [2, 3, 4, 5]
+    with (
+        pytest.raises(DataWorkerError, match=r"killed by signal: Killed.*data.num_workers=2 "),
+        explained_worker_deaths(2),
+    ):
+        workers[0].kill()
+        for first in range(6, 1000):
+            source.training(first, 1)
+            time.sleep(0.01)
+    source.close()
+    psutil.wait_procs(workers, timeout=10)
+    assert not any(worker.is_running() for worker in workers)
