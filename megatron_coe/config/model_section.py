@@ -53,7 +53,7 @@ def build_provider(
             f"tokenizer {settings.data.tokenizer}: raise it, or leave it out"
         )
     try:
-        return CoEModelProvider(
+        provider = CoEModelProvider(
             **model,
             **_layout_fields(settings.parallel),
             **_precision_fields(settings.train.precision, device),
@@ -62,6 +62,19 @@ def build_provider(
         )
     except AssertionError as error:  # Megatron's own checks
         raise ValueError(f"model: Megatron refuses these settings: {error}") from error
+    _refuse_graphs_of_iterations(provider)
+    return provider
+
+
+def _refuse_graphs_of_iterations(provider: CoEModelProvider) -> None:
+    """Refuse what Megatron's own training loop acts on, and this one would ignore."""
+    scopes = [*(provider.cuda_graph_scope or []), *getattr(provider, "cuda_graph_modules", [])]
+    found = {provider.cuda_graph_impl, *(getattr(scope, "name", scope) for scope in scopes)}
+    if "full_iteration" in found:
+        raise ValueError(
+            "model.cuda_graph_impl and model.cuda_graph_scope ask for full_iteration: coe train "
+            "captures no CUDA graph of a whole iteration; leave it out"
+        )
 
 
 def _layout_fields(parallel: ParallelSettings) -> dict[str, Any]:

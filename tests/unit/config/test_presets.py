@@ -14,6 +14,8 @@ import torch
 from megatron_coe.config.loader import load_settings
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.validation import check_layout, check_values
+from megatron_coe.megatron_compat.versions import PARTS_ARE_PARTIALS
+from tests.unit.training.runs import make_settings
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -157,3 +159,16 @@ def test_a_built_model_has_the_size(single_rank):
     provider.perform_initialization = False  # shapes only: the memory is never touched
     model = provider.provide()
     assert sum(parameter.numel() for parameter in model.parameters()) == 780_930_048
+
+
+def test_a_graph_of_the_whole_iteration_is_refused() -> None:
+    """Megatron's own loop captures it, under the field that each line has for it."""
+    with pytest.raises(ValueError, match="full_iteration: coe train captures no CUDA graph"):
+        build_provider(make_settings(model=_FULL_ITERATION), torch.device("cpu"), 96)
+
+
+_FULL_ITERATION = (
+    {"cuda_graph_impl": "full_iteration"}
+    if PARTS_ARE_PARTIALS
+    else {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]}
+)
