@@ -16,10 +16,16 @@ from megatron.core.tensor_parallel.random import (
 
 
 def use_deterministic_kernels() -> None:
-    """Make torch, cuBLAS and Transformer Engine sum in a fixed order on a GPU (call it first)."""
+    """Make torch, cuBLAS and Transformer Engine sum in a fixed order on a GPU (call it first).
+
+    New memory is not filled with NaN, which torch then does to every tensor that is made empty, a
+    pass over each. It protects programs that read what they have not written: this one does not,
+    which a test shows by filling it (`tests/unit/distributed/test_seeds.py`).
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def seed_everything(seed: int) -> None:

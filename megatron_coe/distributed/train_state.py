@@ -13,6 +13,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import Float16Module
 
 from megatron_coe.config.run_config import ParallelSettings, TrainSettings, warmup_steps
@@ -98,6 +99,7 @@ def build_model(
     modules = [module.to(device) for module in modules]
     for module in modules:
         initialize_weights(module, seed)
+        look_up_embeddings(module)
     if provider.bf16:
         modules = [Float16Module(provider, module) for module in modules]
     ddp_config = DistributedDataParallelConfig(
@@ -119,6 +121,18 @@ def build_model(
     for chunk in chunks:
         chunk.broadcast_params()
     return chunks
+
+
+def look_up_embeddings(model: torch.nn.Module) -> None:
+    """Let Megatron's embedding use `F.embedding` in deterministic mode, too.
+
+    Its gradient sorts the tokens and sums in a fixed order, without atomics. Megatron takes it for
+    one that is not deterministic, and indexes the weight: the gradient of that adds up all rows of
+    a token one after the other, and half of a batch may be padding.
+    """
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding):
+            module.deterministic_mode = False
 
 
 def build_optimizer(
