@@ -9,7 +9,9 @@ import torch
 
 from benchmarks.host_syncs import count_host_syncs
 from megatron_coe.distributed.seeds import use_deterministic_kernels
-from tests.gpu.test_gpu import ONE_KERNEL
+from megatron_coe.model.moe import dispatcher, router
+from tests.builders import build_layer, tiny_config, weigh_balance_losses
+from tests.gpu.test_gpu import ONE_KERNEL, TOLERANCE, error
 from tests.unit.training.planted import everything, same
 from tests.unit.training.runs import make_settings, make_trainer
 
@@ -34,6 +36,32 @@ def test_a_step_waits_for_one_copy_alone(single_rank, distributed: bool) -> None
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert outcome.skipped is None
+
+
+@pytest.mark.parametrize("pre_softmax", [True, False])
+def test_kernels_are_the_plain_layer(single_rank, monkeypatch, pre_softmax: bool) -> None:
+    """Between the experts' products, in bf16: output and every gradient."""
+    options = {"params_dtype": torch.bfloat16, "bf16": True, "coe_iterations": 2}
+    config = tiny_config(**options, moe_router_pre_softmax=pre_softmax)
+    layer = build_layer(config).to(single_rank).train()
+    generator = torch.Generator().manual_seed(1)
+    x, y_grad = (torch.randn(16, 4, 32, generator=generator).bfloat16() for _ in range(2))
+
+    def run() -> dict[str, torch.Tensor]:
+        layer.zero_grad()
+        leaf = x.to(single_rank).requires_grad_()
+        weigh_balance_losses(1.0)
+        y, _ = layer(leaf)
+        y.backward(y_grad.to(single_rank))
+        return {"output": y.detach(), "input gradient": leaf.grad} | {
+            name: weight.grad.clone() for name, weight in layer.named_parameters()
+        }
+
+    ours = run()
+    for module in (dispatcher, router):
+        monkeypatch.setattr(module, "uses_kernels", lambda *_: False)
+    for name, oracle in run().items():
+        assert error(ours[name], oracle) < TOLERANCE[torch.bfloat16], name
 
 
 def test_deterministic_steps_are_the_same_bits(single_rank) -> None:

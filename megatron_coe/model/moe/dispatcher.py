@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.async_all_to_all import AllToAll
+from megatron_coe.model.moe.fused import KERNEL_DTYPES, uses_kernels
 
 
 class Order(NamedTuple):
@@ -60,10 +61,19 @@ def order_by_expert(chosen_TK: Tensor, num_experts: int) -> Order:
         chosen_TK: expert indices, each below `num_experts`.
     """
     T, K = chosen_TK.shape
+    if uses_kernels(chosen_TK):
+        from megatron_coe.model.kernels.order import order_rows
+
+        token_R, slot_R, row_R, counts_N = order_rows(chosen_TK.flatten(), num_experts, K)
+        return Order(token_R, slot_R, row_R.view(T, K), counts_N)
     experts_R = chosen_TK.flatten()
     slots = torch.arange(T * K, dtype=torch.int32, device=chosen_TK.device)
     sorted_R, slot_R = experts_R.sort(stable=True)
-    row_TK = torch.empty_like(slots).scatter_(0, slot_R, slots).view(T, K)
+    # The inverse permutation. In deterministic mode `scatter` is a sort and several kernels more.
+    if torch.are_deterministic_algorithms_enabled():
+        row_TK = slot_R.argsort().int().view(T, K)
+    else:
+        row_TK = torch.empty_like(slots).scatter_(0, slot_R, slots).view(T, K)
     # Not `bincount`, which asks the device for the largest number.
     numbers_N = torch.arange(num_experts, dtype=sorted_R.dtype, device=chosen_TK.device)
     ends_N = torch.searchsorted(sorted_R, numbers_N, right=True)
@@ -84,6 +94,8 @@ class LocalDispatcher(MoETokenDispatcher):
         self.order: Order | None = None
         self.experts_gather: Callable[[Tensor], bool] | None = None
         """A function that tells whether the experts fetch the rows of these tokens themselves."""
+        self.addends: tuple[Tensor, ...] = ()
+        """[S, B, H] each, to be added to the next combined output: one kernel does it all."""
 
     def dispatch_preprocess(
         self, tokens: Tensor, routing_map: Tensor, probs: Tensor
@@ -115,13 +127,19 @@ class LocalDispatcher(MoETokenDispatcher):
         return rows, self.order.counts, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Return the sum of each token's K rows [T, H], which the experts have weighted."""
+        """Return the sum of each token's K rows [T, H], which the experts have weighted.
+
+        `addends` are added to it, and forgotten.
+        """
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward()
             self.shared_experts.post_forward_comm()
         order, self.order = self.order, None  # a reference would keep the graph alive
         assert order is not None
-        return _FromExperts.apply(hidden_states, order.token, order.row)
+        width = hidden_states.shape[-1]
+        addends = [addend.reshape(-1, width) for addend in self.addends]
+        self.addends = ()
+        return _FromExperts.apply(hidden_states, order.token, order.row, *addends)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Return the argument, as `token_dispatch` does."""
@@ -181,24 +199,32 @@ class _ToExperts(torch.autograd.Function):
 
 
 class _FromExperts(torch.autograd.Function):
-    """y [R, H] -> the sum of each token's K rows [T, H]."""
+    """y [R, H] -> the sum of each token's K rows [T, H], plus addends [T, H]."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, token: Tensor, row: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, token: Tensor, row: Tensor, *addends: Tensor) -> Tensor:
         ctx.save_for_backward(token)
-        return _sum_rows(y, row)
+        return _sum_rows(y, row, *addends)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (token,) = ctx.saved_tensors
-        return dy.index_select(0, token), None, None
+        needed = ctx.needs_input_grad[3:]
+        return dy.index_select(0, token), None, None, *(dy if needs else None for needs in needed)
 
 
-def _sum_rows(y_RH: Tensor, row_TK: Tensor) -> Tensor:
-    """Return [T, H], token t's being the sum over k of y[row[t, k]].
+def _sum_rows(y_RH: Tensor, row_TK: Tensor, *addends_TH: Tensor) -> Tensor:
+    """Return [T, H], token t's being the sum over k of y[row[t, k]], plus the addends of token t.
 
     One kernel gathers and sums, 16-bit numbers in fp32.
     """
+    if uses_kernels(y_RH, *KERNEL_DTYPES):
+        from megatron_coe.model.kernels.combine import gather_sum
+
+        return gather_sum(y_RH, row_TK, *addends_TH)
     # Detached, or tables for a backward pass of its own would be made too: thrice the time.
-    return F.embedding_bag(row_TK, y_RH.detach(), mode="sum")
+    total_TH = F.embedding_bag(row_TK, y_RH.detach(), mode="sum")
+    for addend_TH in addends_TH:
+        total_TH = total_TH + addend_TH
+    return total_TH

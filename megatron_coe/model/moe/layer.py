@@ -92,15 +92,14 @@ class CoELayer(MoELayer):
         x_0 = x = hidden_states
         with self._weights_shared():
             for t in range(self.config.coe_iterations):
-                update = self._iterate(t, x, padding_mask)
                 if upcycled and t > 0:
-                    x = x + self.coe_weights[str(t)] * update
+                    x = x + self.coe_weights[str(t)] * self._iterate(t, x, None, padding_mask)
                 elif residual in ("inner", "inner_outer"):
-                    x = x + update
+                    x = self._iterate(t, x, x, padding_mask)
                 elif residual == "addinit":
-                    x = x_0 + update
+                    x = self._iterate(t, x, x_0, padding_mask)
                 else:  # "outer", "none"
-                    x = update
+                    x = self._iterate(t, x, None, padding_mask)
         return x, None
 
     def _weights_shared(self) -> AbstractContextManager[None]:
@@ -136,24 +135,28 @@ class CoELayer(MoELayer):
                 self.num_local_experts, self.local_expert_indices, self.config, groups
             )
 
-    def _iterate(self, t: int, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Return f_t(x(t-1)), recomputed in the backward pass if `recompute_modules` has "moe".
+    def _iterate(
+        self, t: int, x: Tensor, base: Tensor | None, padding_mask: Tensor | None
+    ) -> Tensor:
+        """Return base + f_t(x(t-1)), recomputed going back if `recompute_modules` has "moe".
 
         Each iteration is recomputed by itself, so that the activations of only one are alive.
         """
         if not self.moe_layer_recompute:
-            return self._experts_pass(t, x, padding_mask)
+            return self._experts_pass(t, x, base, padding_mask)
         run = partial(self._experts_pass, t)
         if self.config.fp8 or self.config.fp4:
             from megatron.core.extensions.transformer_engine import te_checkpoint
 
             tracker = tensor_parallel.random.get_cuda_rng_tracker
             group = parallel_state.get_tensor_model_parallel_group()
-            return te_checkpoint(run, False, tracker, group, x, padding_mask)
-        return tensor_parallel.checkpoint(run, False, x, padding_mask)
+            return te_checkpoint(run, False, tracker, group, x, base, padding_mask)
+        return tensor_parallel.checkpoint(run, False, x, base, padding_mask)
 
-    def _experts_pass(self, t: int, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """One pass of Megatron's phases, with router t."""
+    def _experts_pass(
+        self, t: int, x: Tensor, base: Tensor | None, padding_mask: Tensor | None
+    ) -> Tensor:
+        """One pass of Megatron's phases, with router t, added to `base`."""
         is_async = self.config.dispatches_asynchronously
         shared_output = None if is_async else self.shared_experts_compute(x)
         probs, routing_map = self.route(x, padding_mask, iteration=t)
@@ -161,9 +164,13 @@ class CoELayer(MoELayer):
         dispatched, probs = self.dispatch(hidden_states, probs)
         if is_async:
             shared_output = self.shared_experts_compute(x)
+        if isinstance(self.token_dispatcher, LocalDispatcher) and not self.config.moe_latent_size:
+            addends = [addend for addend in (shared_output, base) if addend is not None]
+            self.token_dispatcher.addends = tuple(addends)
+            shared_output = base = None
         output, _ = self.routed_experts_compute(dispatched, probs)
-        output = self.combine(output)
-        return self.postprocess(output, shared_output)
+        output = self.postprocess(self.combine(output), shared_output)
+        return output if base is None else base + output
 
 
 def _iteration_scale(config: CoEConfig) -> torch.nn.Parameter:

@@ -14,6 +14,7 @@ C iterations.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,11 +27,13 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_coe.megatron_compat.versions import record_aux_loss
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.aux_loss import iteration_key
 from megatron_coe.model.moe.capacity import drop_tokens
+from megatron_coe.model.moe.fused import route_tokens, uses_kernels
 
 NORMALIZING_EPS = 1e-20  # as Megatron's, for K scores that all underflow
 
@@ -123,6 +126,8 @@ class CoERouter(TopKRouter):
         The auxiliary losses use the scores and the assignment that are there already: neither is
         computed, or saved for the backward pass, a second time.
         """
+        if self.uses_kernel(logits_TN, padding_mask):
+            return self.route_by_kernel(logits_TN, S, B)
         probs_TK, chosen_TK, scores_TN = self.choose(logits_TN)
         if self.is_recording:
             self.count(logits_TN, routing_map_of(chosen_TK, self.num_experts), padding_mask)
@@ -139,6 +144,39 @@ class CoERouter(TopKRouter):
                 )
         return probs_TK, chosen_TK
 
+    def uses_kernel(self, logits_TN: Tensor, padding_mask: Tensor | None) -> bool:
+        """Return whether one kernel does it all: without limits on groups, biases, padding."""
+        return (
+            uses_kernels(logits_TN, torch.float32)
+            and padding_mask is None
+            and self.expert_bias is None
+            and self.router_replay is None
+            and not self.config.moe_router_group_topk
+            and not self.get_aux_loss_coeff("global_aux_loss")
+        )
+
+    def route_by_kernel(self, logits_TN: Tensor, S: int, B: int) -> tuple[Tensor, Tensor]:
+        """Do as `route_by_index` does, in one pass over the logits each way."""
+        config = self.config
+        routed = route_tokens(
+            logits_TN,
+            B,
+            self.topk,
+            self.score_function,
+            config.moe_router_pre_softmax,
+            config.moe_router_topk_scaling_factor or 1.0,
+        )
+        probs_TK, chosen_TK, counts_BN, sums_BN, mass_B = routed
+        if self.is_recording:
+            self.add_counts(counts_BN.double().sum(0), mass_B.double().sum(0, keepdim=True))
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            # Megatron sums scores and assignments over all tokens, and divides by their number
+            # squared. Here they are summed: one row stands for all, and has been divided already.
+            sums_N, counts_N = sums_BN.sum(0, keepdim=True), counts_BN.sum(0, keepdim=True)
+            probs_TK = self._apply_aux_loss(probs_TK, sums_N / (S * B) ** 2, counts_N)
+            probs_TK = self._apply_seq_aux_loss(probs_TK, sums_BN / S**2, counts_BN, 1, B)
+        return probs_TK, chosen_TK
+
     @property
     def is_recording(self) -> bool:
         """Return whether to count this pass: with recomputation, the one of two with a graph."""
@@ -152,7 +190,6 @@ class CoERouter(TopKRouter):
         groups, which decide the assignment, left aside) that its K experts hold: from K / N, if all
         scores are alike, to 1. Assignments count before any is dropped by capacity.
         """
-        assert self.routing_counts is not None
         scores_TN = self.scores(logits_TN)
         chosen_T = (scores_TN * routing_map).sum(dim=1, dtype=torch.float64)
         topk_mass_T = chosen_T / (scores_TN.sum(dim=1, dtype=torch.float64) + NORMALIZING_EPS)
@@ -160,9 +197,13 @@ class CoERouter(TopKRouter):
             routing_map = routing_map & ~padding_mask[:, None]
             topk_mass_T = topk_mass_T * ~padding_mask
         counts_N = routing_map.sum(dim=0, dtype=torch.float64)
-        self.routing_counts[self.iteration] += torch.cat(
-            [counts_N, topk_mass_T.sum(dim=0, keepdim=True)]
-        )
+        self.add_counts(counts_N, topk_mass_T.sum(dim=0, keepdim=True))
+
+    @torch.no_grad()
+    def add_counts(self, counts_N: Tensor, topk_mass: Tensor) -> None:
+        """Add to this iteration's counts: tokens of each expert and the sum of their mass [1]."""
+        assert self.routing_counts is not None
+        self.routing_counts[self.iteration] += torch.cat([counts_N, topk_mass])
 
     def count_for_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None) -> None:
         """Count the tokens of each expert, where a bias is to balance them."""
@@ -212,7 +253,7 @@ class CoERouter(TopKRouter):
         scores = logits_TN if renormalised else self.scores(logits_TN)
         biased = scores if self.expert_bias is None else scores + self.expert_bias
         chosen_TK = self.best(biased)
-        probs_TK = scores.gather(1, chosen_TK)
+        probs_TK = _TakeColumns.apply(scores, chosen_TK)
         if renormalised:
             probs_TK = self.scores(probs_TK)
         elif self.score_function == "sigmoid" and self.topk > 1:
@@ -373,6 +414,33 @@ def routing_map_of(chosen_TK: Tensor, num_experts: int) -> Tensor:
     """Return expert indices [T, K] as a boolean map [T, N]."""
     shape = (chosen_TK.shape[0], num_experts)
     return torch.zeros(shape, dtype=torch.bool, device=chosen_TK.device).scatter(1, chosen_TK, True)
+
+
+class _TakeColumns(torch.autograd.Function):
+    """values [T, N], K different columns of each row [T, K] -> their values [T, K].
+
+    As `gather`, whose own gradient is a `scatter_add`: atomics, or in deterministic mode a sort.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_TN: Tensor, columns_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(columns_TK)
+        ctx.width = values_TN.shape[1]
+        return values_TN.gather(1, columns_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtaken_TK: Tensor) -> tuple[Tensor, None]:
+        (columns_TK,) = ctx.saved_tensors
+        shape = (len(dtaken_TK), ctx.width)
+        if not torch.are_deterministic_algorithms_enabled():
+            return dtaken_TK.new_zeros(shape).scatter_(1, columns_TK, dtaken_TK), None
+        numbers_N = torch.arange(ctx.width, device=columns_TK.device)
+        dvalues_TN = dtaken_TK.new_zeros(shape)
+        for k in range(columns_TK.shape[1]):
+            is_taken_TN = columns_TK[:, k, None] == numbers_N
+            dvalues_TN = torch.where(is_taken_TN, dtaken_TK[:, k, None], dvalues_TN)
+        return dvalues_TN, None
 
 
 def group_max_topk(
