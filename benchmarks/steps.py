@@ -67,10 +67,7 @@ class StepVariant:
         """Return the calls of a step that are phases."""
         train_state = self.trainer.train_state
         calls = list(targets(self.model))
-        calls += [
-            (train_state.optimizer, method, "optimizer")
-            for method in ("prepare_grads", "get_grad_norm", "step_with_ready_grads")
-        ]
+        calls += [(self.trainer.train_step.update, "run", "optimizer")]
         calls += [(chunk, "zero_grad_buffer", GRADIENT_BUFFERS) for chunk in train_state.chunks]
         return [*calls, (self.provider, "finalize_model_grads_func", GRADIENT_BUFFERS)]
 

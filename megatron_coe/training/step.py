@@ -55,7 +55,7 @@ class TrainStep:
         self._start = StepStart(train_state.chunks)
         self.collector = MetricsCollector(train_state, train, num_microbatches, source.device)
         assert train_state.optimizer is not None
-        self._update = OptimizerStep(train_state.optimizer, train_state.chunks)
+        self.update = OptimizerStep(train_state.optimizer, train_state.chunks)
 
     def run(self, progress: Progress, is_logged: bool = False) -> StepMetrics:
         """Make a step; without an update where loss or gradients are not finite.
@@ -76,7 +76,7 @@ class TrainStep:
         with self.collector.watching(is_logged):
             totals = self.compute_gradients(batches)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
-        update = self._update.run(totals)
+        update = self.update.run(totals)
         skipped = None
         if update.is_finite:
             progress.skipped_in_row = 0

@@ -493,6 +493,27 @@ FAULTS = [
         ("tests/unit/fault_tolerance/test_nonfinite.py",),
     ),
     Fault(
+        "worker processes skip the micro-batches of other ranks twice",
+        "megatron_coe/training/batch_source.py",
+        "numbers = range(numbers.start + self.stride, numbers.stop + self.stride)",
+        "numbers = range(numbers.start + 2 * self.stride, numbers.stop + 2 * self.stride)",
+        ("tests/unit/training/test_batch_source.py",),
+    ),
+    Fault(
+        "workers draw their seed from the run's generator",
+        "megatron_coe/training/batch_source.py",
+        "generator=torch.Generator(),",
+        "generator=None,",
+        ("tests/unit/training/test_batch_source.py",),
+    ),
+    Fault(
+        "top-k probabilities pass no gradient on in deterministic mode",
+        "megatron_coe/model/moe/router.py",
+        "dvalues_TN = torch.where(is_taken_TN, dtaken_TK[:, k, None], dvalues_TN)",
+        "dvalues_TN = torch.where(is_taken_TN, dtaken_TK[:, 0, None], dvalues_TN)",
+        ("tests/unit/distributed/test_seeds.py",),
+    ),
+    Fault(
         "the host asks for the gradients' norm by itself",
         "megatron_coe/training/optimizer_step.py",
         "norm = sums[2:].sum().sqrt()",
