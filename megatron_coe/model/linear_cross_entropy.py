@@ -91,8 +91,7 @@ def linear_cross_entropy(
         x_TH: hidden states, the same on all ranks of the shard's group. Their gradient is this
             rank's part of a sum over the group, as of any column-parallel layer.
         weight_VH: this rank's rows, of x's dtype.
-        labels_T: ids, int64; one outside the vocabulary has the target logit 0, and is for a
-            weight of 0.
+        labels_T: ids, int64. The loss of one outside the vocabulary means nothing; it is finite.
         shard: what the rows are.
         weights_T: what the incoming gradient will be, up to one factor; None if nobody knows.
 

@@ -57,8 +57,9 @@ def _launch(
     block = min(triton.next_power_of_2(width), _BLOCK)
     cross_entropy_kernel[(rows,)](
         logits_TV,
-        targets_T,
-        lse_T if weights_T is None else weights_T,  # unread without a gradient
+        targets_T.contiguous(),
+        # Of a sum the gradient has strides of zero. (Unread without a gradient.)
+        lse_T if weights_T is None else weights_T.contiguous(),
         lse_T,
         target_T,
         logits_TV.stride(0),
