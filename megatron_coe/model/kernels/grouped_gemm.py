@@ -68,8 +68,10 @@ def fc1_swiglu(
     hidden_R2F, activated_RF = x.new_empty(R, width), x.new_empty(R, F)
     _fc1_swiglu[_row_grid(R, E, F, tile)](
         *(x, probs, slot, w1_E2FH, ends, hidden_R2F, activated_RF),
+        TOP_K=R // len(x),
+        H=H,
+        F=F,
         **_experts(E),
-        **{"TOP_K": R // len(x), "H": H, "F": F},
         **_meta(tile),
     )
     return hidden_R2F, activated_RF
@@ -82,8 +84,10 @@ def product(a_RI: Tensor, weight: Tensor, ends: Tensor, transposed: bool, tile: 
     out_RO = a_RI.new_empty(len(a_RI), outputs)
     _product[_row_grid(len(a_RI), E, outputs, tile)](
         *(a_RI, weight, ends, out_RO),
+        INPUTS=inputs,
+        OUTPUTS=outputs,
+        TRANSPOSED=transposed,
         **_experts(E),
-        **{"INPUTS": inputs, "OUTPUTS": outputs, "TRANSPOSED": transposed},
         **_meta(tile),
     )
     return out_RO
@@ -112,8 +116,9 @@ def dfc2_dswiglu(
     _dfc2_dswiglu[_row_grid(R, E, F, tile)](
         *(dy_RH, hidden_R2F, probs, slot, w2_EHF, ends, activated_RF, dhidden_R2F, dprobs_CR),
         R,
+        H=H,
+        F=F,
         **_experts(E),
-        **{"H": H, "F": F},
         **_meta(tile),
     )
     return activated_RF, dhidden_R2F, dprobs_CR.sum(0).to(probs.dtype).view_as(probs)
@@ -138,8 +143,10 @@ def add_outer(
     grid = (E * triton.cdiv(outputs, tile.m) * triton.cdiv(inputs, tile.n),)
     _add_outer[grid](
         *(dy_RO, x, slot, ends, out_EOI),
-        **{"TOP_K": len(dy_RO) // max(len(x), 1), "ACCUMULATE": accumulate},
-        **{"INPUTS": inputs, "OUTPUTS": outputs},
+        TOP_K=len(dy_RO) // max(len(x), 1),
+        INPUTS=inputs,
+        OUTPUTS=outputs,
+        ACCUMULATE=accumulate,
         **_meta(tile),
     )
 
