@@ -169,7 +169,13 @@ def _meta(tile: Tile) -> dict[str, Any]:
 
 
 @triton.jit
-def _find_rows(ends, tile, E: tl.constexpr, E_POWER: tl.constexpr, BLOCK_M: tl.constexpr):
+def _find_rows(  # type: ignore[no-untyped-def]  # compiled by Triton
+    ends,
+    tile,
+    E: tl.constexpr,
+    E_POWER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """Return the expert of a tile of rows, its first row, and the end of the expert's rows.
 
     The expert is at least E, and the two others 0, past the last tile.
@@ -186,14 +192,17 @@ def _find_rows(ends, tile, E: tl.constexpr, E_POWER: tl.constexpr, BLOCK_M: tl.c
 
 
 @triton.jit
-def _swiglu_parts(gate, up):
+def _swiglu_parts(  # type: ignore[no-untyped-def]  # compiled by Triton
+    gate,
+    up,
+):
     """Return sigmoid(gate), silu(gate) and silu(gate) * up, in fp32."""
     sigmoid = tl.sigmoid(gate)
     return sigmoid, gate * sigmoid, gate * sigmoid * up
 
 
 @triton.jit
-def _fc1_swiglu(
+def _fc1_swiglu(  # type: ignore[no-untyped-def]  # compiled by Triton
     x,
     probs,
     slot,
@@ -246,7 +255,7 @@ def _fc1_swiglu(
 
 
 @triton.jit
-def _rows_times_weight(
+def _rows_times_weight(  # type: ignore[no-untyped-def]  # compiled by Triton
     a,
     weight,
     rows,
@@ -273,7 +282,7 @@ def _rows_times_weight(
 
 
 @triton.jit
-def _product(
+def _product(  # type: ignore[no-untyped-def]  # compiled by Triton
     a,
     weight,
     ends,
@@ -302,7 +311,7 @@ def _product(
 
 
 @triton.jit
-def _dfc2_dswiglu(
+def _dfc2_dswiglu(  # type: ignore[no-untyped-def]  # compiled by Triton
     dy,
     hidden,
     probs,
@@ -344,7 +353,17 @@ def _dfc2_dswiglu(
 
 
 @triton.jit
-def _dswiglu(dy_weighted, prob, hidden, activated, dhidden, rows, end, n, F: tl.constexpr):
+def _dswiglu(  # type: ignore[no-untyped-def]  # compiled by Triton
+    dy_weighted,
+    prob,
+    hidden,
+    activated,
+    dhidden,
+    rows,
+    end,
+    n,
+    F: tl.constexpr,
+):
     """Store the activation of a tile and fc1's gradient; return the tile's part of dprobs."""
     stored = (rows < end)[:, None] & (n < F)[None, :]
     gate_at = rows.to(tl.int64)[:, None] * (2 * F) + n[None, :]
@@ -360,7 +379,7 @@ def _dswiglu(dy_weighted, prob, hidden, activated, dhidden, rows, end, n, F: tl.
 
 
 @triton.jit
-def _add_outer(
+def _add_outer(  # type: ignore[no-untyped-def]  # compiled by Triton
     dy,
     x,
     slot,

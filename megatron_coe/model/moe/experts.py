@@ -260,8 +260,9 @@ class GroupedExperts(MegatronModule):
         Returns:
             [T, H] in the dtype of the hidden states, and None for the bias there is none of.
         """
-        order = tokens_per_expert if isinstance(tokens_per_expert, Order) else None
-        counts = order.counts if order else tokens_per_expert
+        order, counts = None, tokens_per_expert
+        if isinstance(counts, Order):
+            order, counts = counts, counts.counts
         x_TH = permuted_local_hidden_states
         probs_T1 = permuted_probs if order else permuted_probs.unsqueeze(-1)
         if self.config.moe_apply_probs_on_input:

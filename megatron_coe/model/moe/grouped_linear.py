@@ -24,7 +24,7 @@ Axis letters: T rows, E experts, I input width, O output width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -90,10 +90,10 @@ class Grouping:
     """Which rows are an expert's, and what multiplies them."""
 
     backend: Backend
-    counts: list[int] | None = None
-    """[E], on the host: rows of each expert."""
-    ends: Tensor | None = None
-    """[E], int32, on the device: where each expert's rows end."""
+    counts: list[int] = field(default_factory=list)
+    """[E], on the host, if the backend takes them there: rows of each expert."""
+    ends: Any = None
+    """A tensor [E], int32, on the device, if not: where each expert's rows end."""
     order: Order | None = None
     """Given: the rows are not there yet, but gathered from the tokens by the first product."""
 
@@ -232,12 +232,12 @@ class TransformerEngine:
 
     def times_transposed(self, x_TI: Tensor, weight_EOI: Tensor, groups: Grouping) -> Tensor:
         out = x_TI.new_empty(len(x_TI), weight_EOI.shape[1])
-        self._multiply(weight_EOI, x_TI.split(groups.counts or []), [out], groups, layout="TN")
+        self._multiply(weight_EOI, x_TI.split(groups.counts), [out], groups, layout="TN")
         return out
 
     def times(self, dy_TO: Tensor, weight_EOI: Tensor, groups: Grouping) -> Tensor:
         out = dy_TO.new_empty(len(dy_TO), weight_EOI.shape[2])
-        parts = dy_TO.split(groups.counts or [])
+        parts = dy_TO.split(groups.counts)
         self._multiply(weight_EOI, parts, [out], groups, layout="NN", grad=True)
         return out
 
@@ -250,7 +250,7 @@ class TransformerEngine:
         main_grad: Tensor | None,
     ) -> Tensor | None:
         dw = torch.zeros_like(weight) if main_grad is None else None
-        parts = x_TI.split(groups.counts or []), dy_TO.split(groups.counts or [])
+        parts = x_TI.split(groups.counts), dy_TO.split(groups.counts)
         into = list(weight_gradient(dw, main_grad))
         self._multiply(*parts, into, groups, layout="NT", grad=True, accumulate=True)
         return dw
@@ -258,7 +258,7 @@ class TransformerEngine:
     def _multiply(self, a: Any, b: Any, out: list[Tensor], groups: Grouping, **how: Any) -> None:
         from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
 
-        none = [None] * len(groups.counts or [])
+        none = [None] * len(groups.counts)
         how |= {"m_splits": groups.counts, "single_output": len(out) == 1 and how["layout"] != "NT"}
         general_grouped_gemm(list(a), list(b), out, none, b[0].dtype, **how)
 

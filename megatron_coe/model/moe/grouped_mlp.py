@@ -160,9 +160,18 @@ def _forward_fused(
     return fused_forward(x, probs, fc1, fc2, call.groups)
 
 
-def _backward_fused(*tensors: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    *tensors, call, wants_dw = tensors
-    return fused_backward(*tensors, call.groups, call.main_grads(), wants_dw)
+def _backward_fused(
+    x: Tensor,
+    probs: Tensor,
+    hidden: Tensor,
+    dy: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    call: _Call,
+    wants_dw: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    into = call.main_grads()
+    return fused_backward(x, probs, hidden, dy, fc1, fc2, call.groups, into, wants_dw)
 
 
 def _forward_grouped(
@@ -201,7 +210,7 @@ def _forward_loop(
 ) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(x)
     hidden = x.new_empty(len(x), fc1.shape[1]) if call.differentiable else None
-    for block in _expert_blocks(call.groups.counts or [], fc1):
+    for block in _expert_blocks(call.groups.counts, fc1):
         hidden_t = x.new_empty(block.size, fc1.shape[1]) if hidden is None else hidden[block.rows]
         _multiply(block.of(x), fc1[block.experts].mT, block.split(hidden_t))
         activated = call.activation.forward(hidden_t, probs[block.rows])
@@ -221,7 +230,7 @@ def _backward_loop(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     dx, dprobs = torch.empty_like(x), torch.empty_like(probs)
     gradients = _WeightGradients(fc1, fc2, call.main_grads()) if wants_dw else None
-    for block in _expert_blocks(call.groups.counts or [], fc1):
+    for block in _expert_blocks(call.groups.counts, fc1):
         dactivated = x.new_empty(block.size, fc2.shape[2])
         _multiply(block.of(dy), fc2[block.experts], block.split(dactivated))
         activated, dhidden, dprobs[block.rows] = call.activation.backward(
