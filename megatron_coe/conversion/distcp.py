@@ -70,7 +70,6 @@ class CheckpointReader:
         return None
 
     def keys(self) -> list[str]:
-        """List the keys of all tensors."""
         return list(self._chunks)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -78,7 +77,6 @@ class CheckpointReader:
         return tuple(self._described(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
         return self._described(key).properties.dtype
 
     def _described(self, key: str) -> TensorStorageMetadata:

@@ -34,15 +34,12 @@ class ShardReader:
             self._read_shapes(path)
 
     def names(self) -> list[str]:
-        """List the names of all weights."""
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight."""
         return self._shapes[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a weight."""
         return self._shapes[name][1]
 
     def file_of(self, name: str) -> Path:
@@ -50,7 +47,6 @@ class ShardReader:
         return self._file_of[name]
 
     def read(self, name: str) -> Tensor:
-        """Read a weight."""
         path = self._file_of[name]
         if path != self._open_path:  # one file at a time is mapped
             self._handle, self._open_path = _open(path), path
