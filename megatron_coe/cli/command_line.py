@@ -20,10 +20,15 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def new_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+def new_parser(
+    description: str | None, prog: str | None = None, *, add_help: bool = True
+) -> argparse.ArgumentParser:
     """Return a parser whose help begins with a module's docstring, its lines as they are."""
     return argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=add_help,
     )
 
 

@@ -2,6 +2,8 @@
 
     coe train --config quickstart train.steps=100
     torchrun --nproc-per-node 8 pretrain_coe.py --config paper/coe-2_4-64
+    coe train --help model.moe          every setting whose name holds these letters
+    coe train --json-schema > coe.json  the settings for an editor that completes and checks YAML
 
 Run again, the same command resumes from its latest checkpoint. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1
 end it before the next step, saved; a second Ctrl-C ends it at once.
@@ -16,10 +18,15 @@ Ctrl-C) that ended it without a checkpoint.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from megatron_coe.cli.command_line import add_config_arguments, new_parser
+from megatron_coe.cli.command_line import USER_ERROR, add_config_arguments, new_parser
+from megatron_coe.config.settings_table import describe_settings, json_schema
 from megatron_coe.training.pretrain import Request, pretrain
+from megatron_coe.utils.imports import quiet_imports, quiet_megatron
 
 NAME = "pretrain_coe.py"
 
@@ -39,9 +46,50 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     )
 
 
+class _Show(argparse.Action):
+    """An option that prints something and ends the command, whatever else is given."""
+
+    def __init__(self, *args: Any, show: Callable[[Any], str], **options: Any) -> None:
+        options["default"] = argparse.SUPPRESS
+        super().__init__(*args, **options)
+        self.show = show
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        quiet_imports()
+        quiet_megatron()
+        try:
+            print(self.show(values))
+        except ValueError as error:
+            parser.exit(USER_ERROR, f"error: {error}\n")
+        parser.exit()
+
+
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = new_parser(__doc__, prog)
+    parser = new_parser(__doc__, prog, add_help=False)
     add_config_arguments(parser)
+    parser.add_argument(
+        "-h",
+        "--help",
+        nargs="?",
+        const="",
+        action=_Show,
+        show=lambda text: describe_settings(text) if text else parser.format_help().rstrip(),
+        metavar="SETTING",
+        help="this page, or the settings whose name or description holds some text",
+    )
+    parser.add_argument(
+        "--json-schema",
+        nargs=0,
+        action=_Show,
+        show=lambda _: json.dumps(json_schema(), indent=1),
+        help="print the JSON Schema of a file of settings",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--dry-run", action="store_true", help="print settings, sizes and data, and stop"

@@ -77,6 +77,13 @@ def _refuse_graphs_of_iterations(provider: CoEModelProvider) -> None:
         )
 
 
+def settable_fields() -> dict[str, Any]:
+    """Return name -> annotated type of the fields that section `model` takes."""
+    hints = get_type_hints(CoEModelProvider)
+    known = {f.name for f in fields(CoEModelProvider) if f.init} - _DECIDED_ELSEWHERE.keys()
+    return {name: hints[name] for name in hints if name in known}
+
+
 def _layout_fields(parallel: ParallelSettings) -> dict[str, Any]:
     given = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
     layout = {f.name: getattr(parallel, f.name) for f in fields(parallel) if f.name not in given}
@@ -96,8 +103,7 @@ def _precision_fields(precision: str, device: torch.device) -> dict[str, Any]:
 
 def _checked_fields(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that this version of Megatron-Core has, each known and of its type."""
-    hints = get_type_hints(CoEModelProvider)
-    known = {f.name for f in fields(CoEModelProvider) if f.init} - _DECIDED_ELSEWHERE.keys()
+    known = settable_fields()
     for name, value in model.items():
         if name in RETIRED_FIELDS and name not in known:
             if value not in RETIRED_FIELDS[name]:
@@ -110,8 +116,8 @@ def _checked_fields(model: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"model.{name} is decided by {_DECIDED_ELSEWHERE[name]}: remove it")
         if name not in known:
             raise ValueError(f"unknown key 'model.{name}'{suggestion(name, known)}")
-        if not _fits(value, hints[name]):
-            raise ValueError(f"model.{name}={value!r}: must be {_describe(hints[name])}")
+        if not _fits(value, known[name]):
+            raise ValueError(f"model.{name}={value!r}: must be {describe_type(known[name])}")
     return {name: value for name, value in model.items() if name in known}
 
 
@@ -131,14 +137,15 @@ def _fits(value: object, hint: Any) -> bool:
     return hint in (bool, str, type(None)) and isinstance(value, hint)
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """Return the words for what a value from YAML of an annotated type is."""
     args = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
+        return " or ".join(dict.fromkeys(describe_type(arg) for arg in args))
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if get_origin(hint) is list:
-        return f"a list of {_describe(args[0])}"
+        return f"a list of {describe_type(args[0])}"
     plain = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "left out (it cannot be set from a file)"

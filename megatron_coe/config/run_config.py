@@ -47,18 +47,25 @@ class ParallelSettings:
     """
 
     tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's weights and sequence."""
     pipeline_model_parallel_size: int = 1
+    """Pipeline stages that share the layers."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline stage (interleaved schedule); None: the plain schedule."""
     context_parallel_size: int = 1
+    """Ranks that share each sequence, attention included."""
     expert_model_parallel_size: int = 1
+    """Ranks that share the routed experts."""
     expert_tensor_parallel_size: int | None = None
     """None: as `tensor_model_parallel_size`, Megatron's own default."""
     sequence_parallel: bool | None = None
     """None: on exactly when tensor_model_parallel_size > 1, where MoE training needs it."""
     use_distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
+    """Gather updated weights while the forward pass runs; with the distributed optimizer."""
 
 
 @dataclass
@@ -89,27 +96,38 @@ class TrainSettings:
     """Optimization. A step is one update of the weights, by `global_batch_size` sequences."""
 
     steps: int = _ruled(1000, POSITIVE)
+    """Steps of the whole run."""
     exit_step: int | None = _ruled(None, POSITIVE)
     """Save and stop after this step, to be continued by the same command without it; None: train to
     `steps`, which the learning rate schedule spans in any case."""
     micro_batch_size: int = _ruled(1, POSITIVE)
+    """Sequences of one forward pass of a rank."""
     global_batch_size: int = _ruled(1, POSITIVE)
+    """Sequences of a step, of all ranks and micro-batches."""
     seed: int = _ruled(42, integer(0, 2**32 - 1))  # as numpy takes
+    """Decides initial weights, dropout and the order of the data."""
     precision: str = _choice("auto", "bf16", "fp32")
     """auto: bf16 on a GPU, fp32 on a CPU (where bf16 products are hundreds of times slower)."""
     lr: float = _ruled(3e-4, POSITIVE)
+    """The highest learning rate."""
     min_lr: float = _ruled(0.0, NOT_NEGATIVE)
+    """The learning rate at the end of a schedule that decays."""
     lr_decay_style: str = _choice("constant", "linear", "cosine")
+    """How the learning rate falls after the warm-up, until the last step."""
     lr_warmup_fraction: float = _ruled(0.1, FRACTION)
     """Share of `steps` over which the learning rate rises linearly from 0."""
     lr_warmup_steps: int | None = _ruled(None, NOT_NEGATIVE)
     """The same in steps; None: `lr_warmup_fraction` of them."""
     weight_decay: float = _ruled(0.01, NOT_NEGATIVE)
+    """AdamW's decoupled weight decay."""
     decay_all_parameters: bool = False
     """Weight decay on every parameter (the paper's recipe), or not on norms (Megatron's)."""
     adam_beta1: float = _ruled(0.9, FRACTION)
+    """Decay of AdamW's first moment."""
     adam_beta2: float = _ruled(0.95, FRACTION)
+    """Decay of AdamW's second moment."""
     adam_eps: float = _ruled(1e-8, POSITIVE)
+    """What AdamW adds to the root of the second moment."""
     clip_grad: float = _ruled(1.0, NOT_NEGATIVE)
     """Largest global L2 norm of the gradient; 0: no clipping."""
     eval_interval: int = _ruled(0, NOT_NEGATIVE)
@@ -176,6 +194,7 @@ class LogSettings:
     wandb_project: str | None = None
     """Weights & Biases project; None: it is not used."""
     wandb_name: str | None = None
+    """Name of the run there; None: Weights & Biases chooses one."""
     profile_steps: list[int] | None = None
     """[first, last] steps, counted from 1, that torch's profiler traces into `dir`/profile."""
 

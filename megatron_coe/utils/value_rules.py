@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -13,6 +13,8 @@ class ValueRule:
 
     allows: Callable[[Any], bool]
     words: str
+    schema: Mapping[str, Any] = field(default_factory=dict)
+    """The same in JSON Schema, as far as it can say it."""
 
     def check(self, name: str, value: object) -> None:
         """Raise ValueError, naming field and value, for a value that is set and not allowed."""
@@ -20,9 +22,15 @@ class ValueRule:
             raise ValueError(f"{name}={value!r}: must be {self.words}")
 
 
-POSITIVE = ValueRule(lambda value: value > 0, "greater than 0")
-NOT_NEGATIVE = ValueRule(lambda value: value >= 0, "0 or more")
-FRACTION = ValueRule(lambda value: 0 <= value < 1, "in [0, 1)")
+POSITIVE = ValueRule(
+    lambda value: value > 0, "greater than 0", {"type": "number", "exclusiveMinimum": 0}
+)
+NOT_NEGATIVE = ValueRule(lambda value: value >= 0, "0 or more", {"type": "number", "minimum": 0})
+FRACTION = ValueRule(
+    lambda value: 0 <= value < 1,
+    "in [0, 1)",
+    {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+)
 
 
 def integer(least: int, most: int | None = None) -> ValueRule:
@@ -30,12 +38,14 @@ def integer(least: int, most: int | None = None) -> ValueRule:
     return ValueRule(
         lambda value: type(value) is int and least <= value and (most is None or value <= most),
         f"an integer >= {least}" if most is None else f"an integer from {least} to {most:,}",
+        {"type": "integer", "minimum": least} | ({} if most is None else {"maximum": most}),
     )
 
 
 def one_of(*choices: object) -> ValueRule:
     """Return the rule for a value that is one of some."""
-    return ValueRule(lambda value: value in choices, f"one of {', '.join(map(repr, choices))}")
+    words = f"one of {', '.join(map(repr, choices))}"
+    return ValueRule(lambda value: value in choices, words, {"enum": list(choices)})
 
 
 def each(rule: ValueRule) -> ValueRule:
@@ -43,4 +53,5 @@ def each(rule: ValueRule) -> ValueRule:
     return ValueRule(
         lambda value: all(map(rule.allows, value if isinstance(value, list) else [value])),
         rule.words,
+        {"anyOf": [dict(rule.schema), {"type": "array", "items": dict(rule.schema)}]},
     )

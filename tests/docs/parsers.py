@@ -95,6 +95,8 @@ def parsed(root: Path, program: str, arguments: list[str]) -> argparse.Namespace
     except ParsedError as end:
         return end.options
     except SystemExit as end:
+        if end.code == 0:  # it was asked to print something
+            return argparse.Namespace()
         raise ValueError(f"{program} ended with {end.code} before it had read them") from end
     raise ValueError(f"{program} never read its arguments")
 
