@@ -153,14 +153,15 @@ def test_steps_are_those_of_the_unfused_model(single_rank, changes) -> None:
         (chunk,) = trainer.train_state.chunks
         randomize(chunk.module, torch.Generator().manual_seed(4), std=0.1)
         trainer.train_state.optimizer.reload_model_params()
-        steps = [trainer.step() for _ in range(3)]
-        runs.append((steps, dict(chunk.module.named_parameters())))
-    (steps, after), (fused_steps, fused_after) = runs
+        parameters = dict(chunk.module.named_parameters())
+        before = {name: weight.detach().clone() for name, weight in parameters.items()}
+        runs.append((before, [trainer.step() for _ in range(3)], parameters))
+    (before, steps, after), (_, fused_steps, fused_after) = runs
     for step, other in zip(steps, fused_steps, strict=True):
         assert other.loss == pytest.approx(step.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(step.grad_norm, rel=1e-5)
         assert step.grad_norm > 0.1
     for name, weight in after.items():
-        torch.testing.assert_close(
-            fused_after[name], weight, rtol=0, atol=5e-5
-        )  # Adam's, of gradients near 0
+        # Adam makes much of rounding where a gradient is near 0.
+        gap = torch.linalg.vector_norm(fused_after[name] - weight)
+        assert gap <= 2e-3 * torch.linalg.vector_norm(weight - before[name]), name

@@ -22,15 +22,17 @@ from megatron_coe.model.linear_cross_entropy import (
     torch_cross_entropy,
     triton_cross_entropy,
 )
+from tests.sm90 import MOST_REGISTERS, compiled_launches
 
 pytestmark = pytest.mark.skipif(not module.has_triton(), reason="no triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 T, V = 7, 200
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # of the largest entry
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs the others")
+@compiled
 def test_interpreted() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
@@ -43,22 +45,46 @@ def test_interpreted() -> None:
     assert "18 passed" in done.stdout
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("statistics", "gradient"), [(True, True), (True, False), (False, True)])
-def test_it_compiles_for_sm_90(dtype, statistics, gradient) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_form_compiles_for_sm_90(dtype) -> None:
+    """Statistics, gradient, and both: without registers spilled to memory."""
+    from megatron_coe.model.kernels import cross_entropy as kernels
 
-    from megatron_coe.model.kernels.cross_entropy import cross_entropy_kernel
+    def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    types = [f"*{dtype}", "*i64", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32"]
-    flags = {"STATISTICS": statistics, "GRADIENT": gradient, "BLOCK": 8192}
-    names = cross_entropy_kernel.arg_names
-    signature = dict(zip(names, types, strict=False)) | dict.fromkeys(flags, "constexpr")
-    source = triton.compiler.ASTSource(cross_entropy_kernel, signature, flags)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    assert compiled.asm["cubin"]
+    logits, targets = on_meta(4736, 102_400, dtype=dtype), on_meta(4736, dtype=torch.int64)
+    weights = on_meta(4736)
+    with compiled_launches() as launches:
+        kernels.softmax_statistics(logits, targets, 102_400)
+        kernels.write_gradient(logits, targets, weights, weights, 102_400)
+        kernels.statistics_and_gradient(logits, targets, weights, 102_400)
+    assert [launch.grid for launch in launches] == [(4736,)] * 3
+    for launch in launches:
+        assert launch.spilled == 0
+        assert 32 * launch.num_warps * launch.registers <= MOST_REGISTERS / 4  # 4 at a time
+
+
+@compiled
+@pytest.mark.parametrize("known", [True, False], ids=["weighted", "recomputed"])
+def test_a_pass_launches_one_kernel_a_chunk(monkeypatch, known) -> None:
+    """At the paper's size, where 7 chunks are of 1 GiB of logits at most."""
+    monkeypatch.setattr(module, "_CHUNK_BYTES", {"cpu": module._CHUNK_BYTES["cuda"]})
+    monkeypatch.setattr(module, "cross_entropy_of", lambda x: triton_cross_entropy)
+    shapes = {"x": (32_768, 1024), "weight": (102_400, 1024)}
+    x, weight = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for shape in shapes.values()
+    )
+    labels = torch.empty(32_768, dtype=torch.int64, device="meta")
+    weights = torch.empty(32_768, device="meta") if known else None
+    with compiled_launches() as launches:
+        losses = linear_cross_entropy(x, weight, labels, VocabShard(0, 102_400), weights)
+        forward = len(launches)
+        losses.sum().backward()
+    assert forward == 7 and len(launches) == (7 if known else 14)
+    assert x.grad.shape == shapes["x"] and weight.grad.shape == shapes["weight"]
 
 
 def logits_of(dtype: torch.dtype) -> Tensor:
