@@ -3,8 +3,8 @@
     python -m benchmarks.upcycle --directory /tmp/at-size --layers 27
 
 A folder of that shape with random weights is written, upcycled to two iterations by the command
-itself, and its training is described on 8 GPUs in the layout of the planner; the folder, which takes
-2.3 GB for each layer, input and output together, is removed at the end.
+itself, and its training is described on 8 GPUs in the layout of the planner; the folder, which
+takes 2.3 GB for each layer, input and output together, is removed at the end.
 """
 
 from __future__ import annotations
