@@ -128,6 +128,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, arg) for arg in args)
     if origin is Literal:
         return value in args
+    if hint is list:
+        return isinstance(value, list)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
     if hint is float:
@@ -147,6 +149,7 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) is list:
         return f"a list of {describe_type(args[0])}"
     plain = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    plain |= {list: "a list"}
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "left out (it cannot be set from a file)"
     return plain.get(hint, "null" if hint is type(None) else "left out (not for files)")
