@@ -6,10 +6,14 @@ workers changes no sequence of any step, nor any state of a generator.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
+import time
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -130,6 +134,9 @@ class BatchWorkers:
         )
         self._batches: Iterator[Batch | Exception] | None = None
         self._next: range | None = None
+        self._processes: set[BaseProcess] = set()
+        # Before multiprocessing's own: it waits for all processes, and they ignore its signal.
+        atexit.register(self.close)
 
     def take(self, wanted: Sequence[range]) -> Iterator[Batch]:
         """Yield the micro-batches of these sequences. Raises: what reading them has raised."""
@@ -137,17 +144,29 @@ class BatchWorkers:
             if self._batches is None or numbers != self._next:
                 assert self._loader is not None
                 self._upcoming.first = numbers
+                others = set(multiprocessing.active_children()) - self._processes
                 self._batches = iter(self._loader)
-            batch = next(self._batches)
+                self._processes = set(multiprocessing.active_children()) - others
+            batch = self._receive(self._batches)
             if isinstance(batch, Exception):
                 raise batch
             stride = self._upcoming.stride
             self._next = range(numbers.start + stride, numbers.stop + stride)
             yield batch
 
+    def _receive(self, batches: Iterator[Batch | Exception]) -> Batch | Exception:
+        try:
+            return next(batches)
+        except (ConnectionError, EOFError) as error:
+            time.sleep(1.0)  # torch's handler of SIGCHLD comes late, and says what has happened
+            raise RuntimeError("a DataLoader worker has ended by itself") from error
+
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: those that have nothing to do by themselves, others at once."""
+        atexit.unregister(self.close)
         self._batches = self._loader = None
+        for process in self._processes:
+            process.kill()
 
 
 class _Upcoming(Sampler[range]):

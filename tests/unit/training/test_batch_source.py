@@ -9,9 +9,13 @@ import psutil
 import pytest
 import torch
 
+from megatron_coe.checkpoint.directory import find_checkpoints
+from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.fault_tolerance.exceptions import DataWorkerError
 from megatron_coe.training.batch_source import BatchSource, explained_worker_deaths
 from megatron_coe.utils.errors import DataError
+from tests.unit.training.planted import everything, same
+from tests.unit.training.runs import make_settings, make_trainer
 
 CPU = torch.device("cpu")
 
@@ -128,7 +132,7 @@ def test_a_worker_that_dies_is_said_in_one_line():
         worker.send_signal(signal.SIGTERM)
     assert numbers(source.training(2, 4)) == [2, 3, 4, 5]
     with (
-        pytest.raises(DataWorkerError, match=r"killed by signal: Killed.*data.num_workers=2 "),
+        pytest.raises(DataWorkerError, match=r"DataLoader worker .* data.num_workers=2 "),
         explained_worker_deaths(2),
     ):
         workers[0].kill()
@@ -138,3 +142,25 @@ def test_a_worker_that_dies_is_said_in_one_line():
     source.close()
     psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_training_is_the_same_to_the_bit(single_rank, tmp_path, workers):
+    """Three steps without workers, saved; two more with some, after resuming, and without."""
+    states = []
+    for more in (0, workers):
+        folder = tmp_path / str(more)
+        trainer = make_trainer(make_settings(folder, train={"micro_batch_size": 2}), single_rank)
+        for _ in range(3):
+            trainer.step()
+        trainer.save()
+        trainer.checkpointer.finish()
+        resumed = make_trainer(make_settings(folder, train={"micro_batch_size": 1}), single_rank)
+        resumed.progress = load_checkpoint(find_checkpoints(folder)[0], resumed.train_state)
+        resumed.source.num_workers = more
+        try:
+            losses = [resumed.step().loss for _ in range(2)]
+        finally:
+            resumed.source.close()
+        states.append((losses, everything(resumed)))
+    assert same(*states)
