@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_coe.model.moe import dispatcher, fused, router
+from megatron_coe.model.linear_cross_entropy import has_triton
+from megatron_coe.model.moe import dispatcher, router
 from megatron_coe.model.moe.dispatcher import order_by_expert
 from tests.builders import build_layer, randomize, tiny_config, weigh_balance_losses
 
-pytestmark = pytest.mark.skipif(not fused.has_triton(), reason="no triton")
+pytestmark = pytest.mark.skipif(not has_triton(), reason="no triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -70,11 +71,11 @@ def test_they_compile_for_an_h100_and_keep_their_numbers_in_registers(K: int) ->
         *("route_kernel", "count_rows_kernel", "place_rows_kernel"),
         *("gather_sum_kernel", "gather_sum_kernel", "route_backward_kernel"),
     ]
+    assert {launch.name: launch.spilled for launch in launches if launch.spilled} == {}
     for launch in launches:
-        assert launch.spilled == 0, launch.name
         assert "atom." not in launch.instructions and "red.global" not in launch.instructions
     wide = next(launch for launch in launches if launch.name == "gather_sum_kernel")
-    assert "ld.global.v4" in wide.instructions.replace(".b32", ""), "16 bytes at a time"
+    assert "ld.global.v4.b32" in wide.instructions, "16 bytes at a time"
 
 
 # --- by the interpreter ---------------------------------------------------------------------------
