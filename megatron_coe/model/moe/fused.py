@@ -14,22 +14,16 @@ choices of N experts (T = 32,768, H = 1,024, K = 4, N = 63: MB in parentheses) a
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_coe.model.linear_cross_entropy import has_triton
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of rows that a kernel sums in fp32."""
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether triton is installed."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def uses_kernels(tensor: Tensor, *dtypes: torch.dtype) -> bool:
