@@ -170,5 +170,5 @@ def test_a_graph_of_the_whole_iteration_is_refused() -> None:
 _FULL_ITERATION = (
     {"cuda_graph_impl": "full_iteration"}
     if PARTS_ARE_PARTIALS
-    else {"cuda_graph_impl": "local", "cuda_graph_scope": ["full_iteration"]}
+    else {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}
 )
