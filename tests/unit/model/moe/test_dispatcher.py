@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 from megatron_coe.megatron_compat.versions import clear_aux_losses
 from megatron_coe.model.moe import experts
 from megatron_coe.model.moe.dispatcher import LocalDispatcher, order_by_expert
+from megatron_coe.model.moe.grouped_linear import BACKENDS
 from megatron_coe.model.moe.router import routing_map_of
 from tests.builders import build_layer, tiny_config
 
@@ -170,7 +171,7 @@ QUIET = [
 @pytest.fixture
 def without_values(groups, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Experts as on a GPU; what Megatron keeps between steps without values too."""
-    monkeypatch.setattr(experts, "grouping", lambda _x, counts, _widths: counts.cumsum(0).int())
+    monkeypatch.setattr(experts.GroupedExperts, "backend", lambda self: BACKENDS["grouped_mm"])
     scale = torch.ones(1, device="meta")
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale)
     clear_aux_losses()
