@@ -69,8 +69,11 @@ def assert_reported(case: str) -> None:
     reported = statistics(Path("run", "metrics.jsonl"), after=STOPPED)
     expected = EXPECTED["resumed"][case]
     assert reported.keys() == expected.keys()
+    # Not the same bits: since then gradients are divided before the backward pass, and clipped
+    # within the update.
+    tolerance = 1e-6 if same_machine() else 1e-5
     for name, steps in expected.items():
-        assert reported[name] == (steps if same_machine() else pytest.approx(steps, rel=1e-5)), name
+        assert reported[name] == pytest.approx(steps, rel=tolerance), name
 
 
 def tensors_of(step: Path) -> dict[str, torch.Tensor]:
