@@ -195,7 +195,7 @@ class _ToExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dx: Tensor, dprobs: Tensor) -> tuple[Tensor | None, ...]:
         (row,) = ctx.saved_tensors
-        return _sum_rows(dx, row), dprobs.index_select(0, row.flatten()).view_as(row), *[None] * 3
+        return sum_rows(dx, row), dprobs.index_select(0, row.flatten()).view_as(row), *[None] * 3
 
 
 class _FromExperts(torch.autograd.Function):
@@ -204,7 +204,7 @@ class _FromExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, token: Tensor, row: Tensor, *addends: Tensor) -> Tensor:
         ctx.save_for_backward(token)
-        return _sum_rows(y, row, *addends)
+        return sum_rows(y, row, *addends)
 
     @staticmethod
     @once_differentiable
@@ -214,7 +214,7 @@ class _FromExperts(torch.autograd.Function):
         return dy.index_select(0, token), None, None, *(dy if needs else None for needs in needed)
 
 
-def _sum_rows(y_RH: Tensor, row_TK: Tensor, *addends_TH: Tensor) -> Tensor:
+def sum_rows(y_RH: Tensor, row_TK: Tensor, *addends_TH: Tensor) -> Tensor:
     """Return [T, H], token t's being the sum over k of y[row[t, k]], plus the addends of token t.
 
     One kernel gathers and sums, 16-bit numbers in fp32.

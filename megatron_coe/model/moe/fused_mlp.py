@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_coe.model.moe.dispatcher import _sum_rows
+from megatron_coe.model.moe.dispatcher import sum_rows
 from megatron_coe.model.moe.grouped_linear import Grouping
 
 MainGrads = tuple[Tensor, Tensor] | None
@@ -56,7 +56,7 @@ def fused_backward(
     )
     dx = kernels.product(dhidden, fc1, ends, False, tiles.dfc1)
     if order:
-        dx = _sum_rows(dx, order.row)
+        dx = sum_rows(dx, order.row)
     if not wants_dw:
         return dx, dprobs, None
     dw = None if main_grads else (torch.empty_like(fc1), torch.empty_like(fc2))
