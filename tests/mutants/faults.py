@@ -439,8 +439,8 @@ FAULTS = [
     Fault(
         "experts' weights read before they are gathered",
         "megatron_coe/model/moe/experts.py",
-        "self._shared = SharedWeights(self.linear_fc1(), self.linear_fc2())",
-        "self._shared = SharedWeights(self.linear_fc1.weight, self.linear_fc2.weight)",
+        "return SharedWeights(self.linear_fc1(), self.linear_fc2(), self.backend())",
+        "return SharedWeights(self.linear_fc1.weight, self.linear_fc2.weight, self.backend())",
         ("tests/distributed/test_training.py",),
     ),
     Fault(
