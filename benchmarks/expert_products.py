@@ -193,7 +193,7 @@ CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "dfc2": ((128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 4)),
     "dfc1": ROW_TILES,
     # A gathered row takes two stages.
-    "dw1": ((128, 128, 64, 8, 7), (128, 256, 64, 8, 5), (128, 128, 32, 8, 7), *OUTER_TILES),
+    "dw1": ((128, 128, 64, 8, 7), (128, 128, 32, 8, 7), *OUTER_TILES),
     "dw2": OUTER_TILES,
 }
 """Product -> tiles that an H100 can run without spilling registers (a test compiles them)."""
