@@ -124,8 +124,9 @@ def experts(harness: Harness) -> Outcome:
         outcome.figures["square"] = Spread.of([square.flops / peak / time for time in seconds])
     outcome.details["differences"] = differences
     _discard(variant.module for variant in (*variants, *others))
-    for name, provider in zip(models, providers, strict=True):
-        outcome.further.append(_product_table(harness, name, provider))
+    if harness.device.type == "cuda":  # a CPU has the loop alone
+        for name, provider in zip(models, providers, strict=True):
+            outcome.further.append(_product_table(harness, name, provider))
     return outcome
 
 
