@@ -160,12 +160,12 @@ class _Recomputed(torch.autograd.Function):
 
 def _factor(dlosses_T: Tensor, w_T: Tensor) -> Tensor:
     """Return the factor between the incoming gradient and the weights that were said to be it."""
-    largest = w_T.abs().argmax()
-    weight = w_T[largest]
-    factor = torch.where(weight == 0, dlosses_T[largest], dlosses_T[largest] / weight)
+    largest = w_T.abs().argmax(keepdim=True)  # an index without axes would be read by the host
+    weight, gradient = w_T[largest], dlosses_T[largest]
+    factor = torch.where(weight == 0, gradient, gradient / weight)
     off = (dlosses_T - factor * w_T).abs().amax()
     # A loss that is not finite is not this function's to refuse.
-    kept = (off <= 1e-4 * dlosses_T[largest].abs()) | ~off.isfinite()
+    kept = (off <= 1e-4 * gradient.abs()) | ~off.isfinite()
     torch._assert_async(
         kept,
         "linear_cross_entropy: the gradient of the losses is not a multiple of the weights (of "

@@ -174,6 +174,17 @@ def test_all_logits_never_exist(weights, dtype) -> None:
     assert largest.numel == 128 * V < T * V
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["weighted", "recomputed"])
+def test_the_host_reads_no_value(known) -> None:
+    """On tensors without values, where asking for one raises."""
+    x, weight, labels = (tensor.to("meta") for tensor in problem(torch.float32))
+    weights = torch.ones(T, device="meta") if known else None
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight)]
+    losses = linear_cross_entropy(*leaves, labels, SHARD, weights)
+    gradients = torch.autograd.grad(losses, leaves, torch.ones(T, device="meta"))
+    assert [gradient.shape for gradient in gradients] == [(T, H), (V, H)]
+
+
 # --- where the weights' gradient goes -------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def test_every_form_compiles_for_sm_90(dtype) -> None:
     assert [launch.grid for launch in launches] == [(4736,)] * 3
     for launch in launches:
         assert launch.spilled == 0
-        assert 32 * launch.num_warps * launch.registers <= MOST_REGISTERS / 4  # 4 at a time
+        assert 32 * launch.num_warps * launch.registers <= MOST_REGISTERS / 3  # 3 at a time
 
 
 @compiled
