@@ -1025,4 +1025,18 @@ FAULTS = [
         "return planned",
         ("tests/functional/test_fine_tune.py",),
     ),
+    Fault(
+        "vLLM's model has an expert's gate and up projections exchanged",
+        "megatron_coe/integrations/vllm/weights.py",
+        '"gate_proj": "w1", "up_proj": "w3"',
+        '"gate_proj": "w3", "up_proj": "w1"',
+        ("tests/unit/integrations/test_vllm.py",),
+    ),
+    Fault(
+        "a server listens to the network",
+        "megatron_coe/cli/serve.py",
+        'LOOPBACK = "127.0.0.1"',
+        'LOOPBACK = "0.0.0.0"',
+        ("tests/unit/cli/test_serve.py",),
+    ),
 ]

@@ -5,6 +5,8 @@ Axis letters: T tokens, H hidden, D width of an attention head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin() * magnitude, persistent=False)
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate query and key [T, heads, D] by their positions [T]."""
+        """Apply it to query and key [T, heads, D] at their positions [T]."""
         cos, sin = self.cos[positions], self.sin[positions]  # T is the batch: one token each
         query, key = (
             rotate(x.unsqueeze(2), cos.unsqueeze(1), sin.unsqueeze(1), self.interleaved).squeeze(2)
@@ -87,52 +89,34 @@ class LatentAttention(nn.Module):
 
     def __init__(self, vllm_config: VllmConfig, rotary: Rotary, prefix: str) -> None:
         super().__init__()
-        config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
-        H, rank, bias = config.hidden_size, config.q_lora_rank, config.attention_bias
+        config = vllm_config.model_config.hf_config
+        H, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
         self.widths = (config.qk_nope_head_dim, config.qk_rope_head_dim)
         self.kv_widths = (config.qk_nope_head_dim, config.v_head_dim)
         self.latents = (config.kv_lora_rank, config.qk_rope_head_dim)
-        self.heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
+        self.heads = heads // get_tensor_model_parallel_world_size()
         self.rank, self.rotary = rank, rotary
-        query = config.num_attention_heads * config.head_dim
-        kwargs = {"quant_config": quant_config}
+
+        def linear(kind: type[nn.Module], name: str, *sizes: Any, **options: Any) -> None:
+            options = {"bias": False, "quant_config": vllm_config.quant_config, **options}
+            setattr(self, name, kind(*sizes, prefix=f"{prefix}.{name}", **options))
+
+        query, bias = heads * config.head_dim, config.attention_bias
         if rank is None:
-            self.q_proj = ColumnParallelLinear(
-                H, query, bias=False, prefix=f"{prefix}.q_proj", **kwargs
-            )
-            self.kv_a_proj_with_mqa = ReplicatedLinear(
-                H, sum(self.latents), bias=bias, prefix=f"{prefix}.kv_a_proj_with_mqa", **kwargs
-            )
+            linear(ColumnParallelLinear, "q_proj", H, query)
+            linear(ReplicatedLinear, "kv_a_proj_with_mqa", H, sum(self.latents), bias=bias)
         else:
-            self.fused_qkv_a_proj = MergedColumnParallelLinear(
-                H,
-                [rank, sum(self.latents)],
-                bias=bias,
-                prefix=f"{prefix}.fused_qkv_a_proj",
-                disable_tp=True,
-                **kwargs,
+            parts = [rank, sum(self.latents)]
+            linear(
+                MergedColumnParallelLinear, "fused_qkv_a_proj", H, parts, bias=bias, disable_tp=True
             )
             self.q_a_layernorm = RMSNorm(rank, eps=config.latent_norm_eps)
-            self.q_b_proj = ColumnParallelLinear(
-                rank, query, bias=False, prefix=f"{prefix}.q_b_proj", **kwargs
-            )
+            linear(ColumnParallelLinear, "q_b_proj", rank, query)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
-        self.kv_b_proj = ColumnParallelLinear(
-            config.kv_lora_rank,
-            config.num_attention_heads * sum(self.kv_widths),
-            bias=False,
-            prefix=f"{prefix}.kv_b_proj",
-            **kwargs,
-        )
-        self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.v_head_dim,
-            H,
-            bias=bias,
-            prefix=f"{prefix}.o_proj",
-            **kwargs,
-        )
-        scale = config.head_dim**-0.5
-        rope = config.rope_parameters
+        up = heads * sum(self.kv_widths)
+        linear(ColumnParallelLinear, "kv_b_proj", config.kv_lora_rank, up)
+        linear(RowParallelLinear, "o_proj", heads * config.v_head_dim, H, bias=bias)
+        scale, rope = config.head_dim**-0.5, config.rope_parameters
         if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
             scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
         if vllm_config.model_config.use_mla:
