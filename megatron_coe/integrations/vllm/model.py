@@ -33,6 +33,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from megatron_coe.hf.configuration_coe import CoeConfig
@@ -66,13 +67,6 @@ def _limit_groups(config: CoeConfig, ranked_TN: Tensor) -> Tensor:
     best_TG = groups_TGn.amax(dim=-1).topk(config.topk_group, dim=-1, sorted=False).indices
     dropped_TG = torch.ones_like(groups_TGn[..., 0], dtype=torch.bool).scatter(1, best_TG, False)
     return groups_TGn.masked_fill(dropped_TG.unsqueeze(-1), -torch.inf).flatten(1)
-
-
-def choose(
-    hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Return weights and indices [T, K] of the chosen experts: vLLM's custom routing function."""
-    return gating_output.topk(topk, dim=-1, sorted=False)
 
 
 class Router(GateLinear):
@@ -135,7 +129,7 @@ class CoeMoE(nn.Module):
             hidden_size=config.hidden_size,
             intermediate_size=config.moe_intermediate_size,
             renormalize=False,
-            custom_routing_function=choose,
+            custom_routing_function=self._choose,
             router_logits_dtype=torch.float32,
             shared_experts=self.shared_experts,
             quant_config=quant_config,
@@ -146,6 +140,20 @@ class CoeMoE(nn.Module):
             self.coe_weights = nn.ParameterDict(
                 {t: nn.Parameter(scale, requires_grad=False) for t, scale in scales.items()}
             )
+
+    def _choose(
+        self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights and indices [T, K] of the chosen experts: vLLM's custom routing function.
+
+        With expert parallelism vLLM's experts on a CPU take local indices, and have no way to leave
+        an expert out: those of other ranks are given the weight 0.
+        """
+        weights_TK, indices_TK = gating_output.topk(topk, dim=-1, sorted=False)
+        if not current_platform.is_cpu() or (local_N := self.experts.expert_map) is None:
+            return weights_TK, indices_TK
+        local_TK = local_N[indices_TK]
+        return weights_TK.masked_fill(local_TK < 0, 0.0), local_TK.clamp(min=0)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Run all iterations: x(C) [T, H] from the normed residual stream x(0) [T, H]."""
