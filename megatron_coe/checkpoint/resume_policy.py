@@ -46,6 +46,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("train.seed", _REFUSED),
     ("train.global_batch_size", _REFUSED),
     ("train.precision", _REFUSED),
+    ("train.freeze", _REFUSED),  # what was frozen has no moments in the checkpoint
     ("train.*", _PRINTED),
     ("model.backend", _SILENT),
     ("model.recompute_*", _SILENT),

@@ -1,6 +1,6 @@
 """The state of a run as one sharded state dict, and back.
 
-    model, optimizer          sharded tensors
+    model, optimizer, average sharded tensors
     rng                       an object per rank
     schedule, progress, layout, tokenizer, data     values that all ranks share
 
@@ -34,6 +34,7 @@ from megatron_coe.checkpoint.safe_unpickle import check_pickles, read_index
 from megatron_coe.checkpoint.versions import unreadable_error
 from megatron_coe.distributed.seeds import rng_state, set_rng_state
 from megatron_coe.distributed.train_state import TrainState
+from megatron_coe.distributed.weight_average import PREFIX as AVERAGE
 from megatron_coe.megatron_compat.checkpoints import load_sharded_state
 
 
@@ -80,21 +81,29 @@ def run_state(
     assert train_state.optimizer is not None and train_state.schedule is not None
     with _gathered_parameters(train_state):
         state = _model_state(train_state)
+        averages = {}
+        if train_state.average is not None:
+            averages["average"] = train_state.average.sharded_state(state)
         state["optimizer"] = OptimizerState(train_state.optimizer, state).tensors
-    return state | {
-        "schedule": train_state.schedule.state_dict(),
-        "progress": asdict(progress),
-        "layout": _layout(),
-        "tokenizer": tokenizer,
-        "data": data,
-        "rng": _sharded_rng(rng_state()),
-    }
+    return (
+        state
+        | averages
+        | {
+            "schedule": train_state.schedule.state_dict(),
+            "progress": asdict(progress),
+            "layout": _layout(),
+            "tokenizer": tokenizer,
+            "data": data,
+            "rng": _sharded_rng(rng_state()),
+        }
+    )
 
 
 def state_size(train_state: TrainState) -> int:
     """Estimate the bytes of a checkpoint that this rank writes, before the first step.
 
-    A weight has two fp32 moments, and an fp32 master if it is narrower.
+    A weight that is trained has two fp32 moments, an fp32 master if it is narrower, and maybe an
+    average.
     """
     total = 0
     for value in nested_values(_model_state(train_state)):
@@ -102,7 +111,9 @@ def state_size(train_state: TrainState) -> int:
             continue
         if isinstance(value.data, torch.Tensor):
             width = value.data.itemsize
-            total += value.data.numel() * (width + 8 + (4 if width < 4 else 0))
+            if value.data.requires_grad:
+                width += 8 + (4 if width < 4 else 0) + (4 if train_state.average else 0)
+            total += value.data.numel() * width
     return total
 
 
@@ -138,10 +149,16 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
     state = _model_state(train_state)
     absent = _take_absent_extra_states(path, state)
     optimizer_state = None
+    average = train_state.average
+    holds_average = average is not None and not weights_only and _holds_average(path)
+    if average is not None and holds_average:
+        averages = average.sharded_state(state)
     # Before the first step the optimizer has no state.
     if train_state.optimizer is not None and progress.step > 0:
         optimizer_state = OptimizerState(train_state.optimizer, state, is_loading=True)
         state["optimizer"] = optimizer_state.tensors
+    if holds_average:
+        state["average"] = averages
     same_layout = common["layout"] == _layout() and not weights_only
     if same_layout:
         state["rng"] = _sharded_rng(None)
@@ -156,11 +173,20 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
         optimizer_state.restore(loaded["optimizer"], progress.updates)
     elif train_state.optimizer is not None:
         train_state.optimizer.reload_model_params()
+    if average is not None and holds_average:
+        average.load(loaded["average"])
+    elif average is not None:
+        average.reset()
     if train_state.schedule is not None:
         train_state.schedule.step(progress.step - train_state.schedule.num_steps)
     if same_layout:
         set_rng_state(loaded["rng"])
     return progress
+
+
+def _holds_average(path: Path) -> bool:
+    """Return whether a run with `train.ema_decay` has saved a checkpoint."""
+    return any(name.startswith(AVERAGE) for name in read_index(path).state_dict_metadata)
 
 
 def _take_absent_extra_states(path: Path, state: dict[str, Any]) -> dict[str, list[str]]:

@@ -75,6 +75,23 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say under which keys conversations stand; `fields_of` reads them."""
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--messages-key",
+        metavar="KEY",
+        help="a key that holds a list of messages (role, content), which the tokenizer's chat "
+        "template writes out; the assistant's are targets of the loss",
+    )
+    keys.add_argument(
+        "--prompt-keys",
+        nargs=2,
+        metavar=("PROMPT", "RESPONSE"),
+        help="two keys: a prompt, and the response that is the target of the loss",
+    )
+
+
 def add_tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option for the tokenizer of a checkpoint without one (`checkpoints.tokenizer`)."""
     parser.add_argument(
@@ -114,6 +131,20 @@ def settings_file(text: str) -> Path:
 
 def fields_of(options: argparse.Namespace) -> Fields:
     """Return the keys that the options name. Raises: ValueError for keys that cannot be."""
+    of_texts = options.json_keys or options.qa_keys
+    messages, prompts = (
+        getattr(options, "messages_key", None),
+        getattr(options, "prompt_keys", None),
+    )
+    if keys := [messages] if messages else prompts:
+        if of_texts:
+            raise ValueError(
+                "--json-keys and --qa-keys name texts, --messages-key and --prompt-keys "
+                "conversations: give one of them"
+            )
+        from megatron_coe.data.chat import ChatFields  # imports tokenizers, which others do without
+
+        return ChatFields(tuple(keys))
     if options.qa_keys:
         return Fields(tuple(options.qa_keys), question_answer=True)
     return Fields(tuple(options.json_keys or ["text"]))

@@ -46,6 +46,7 @@ def command(options: argparse.Namespace) -> None:
             options.max_shard_size,
             options.family,
             options.tokenizer,
+            options.ema,
         )
         print(f"{source} -> {options.output}")
     else:
@@ -62,6 +63,9 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         add_renamed(direction, "--input", "--load", type=Path, required=True, metavar="FOLDER")
         add_renamed(direction, "--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
     add_tokenizer_argument(to_hf)
+    to_hf.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights (train.ema_decay)"
+    )
     to_hf.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as in the checkpoint")
     to_hf.add_argument(
         "--max-shard-size",

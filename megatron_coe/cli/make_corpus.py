@@ -23,6 +23,7 @@ def command(options: argparse.Namespace) -> None:
         train_size=options.train_size,
         valid_size=options.valid_size,
         seed=options.seed,
+        messages=options.messages,
     ):
         print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
@@ -33,4 +34,7 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("--train-size", type=int, default=20_000, help="examples (default 20000)")
     parser.add_argument("--valid-size", type=int, default=500, help="examples (default 500)")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument(
+        "--messages", action="store_true", help="conversations, under the key messages, instead"
+    )
     return parser.parse_args(arguments)

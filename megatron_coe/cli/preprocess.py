@@ -2,6 +2,8 @@
 
     coe preprocess --input train.jsonl --qa-keys query response \\
         --tokenizer tokenizer.model --output-prefix data/train --workers 2
+    coe preprocess --input chats.jsonl --messages-key messages \\
+        --tokenizer my-model --output-prefix data/chats
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from megatron_coe.cli.command_line import (
+    add_chat_arguments,
     add_renamed,
     add_text_arguments,
     fields_of,
@@ -41,6 +44,8 @@ def command(options: argparse.Namespace) -> None:
     )
     for prefix, tokens in summary.tokens.items():
         print(f"{prefix}.bin/.idx: {summary.documents[prefix]:,} documents, {tokens:,} tokens")
+    if summary.answers is not None:
+        print(f"{summary.answers:,} tokens are answers, the targets of the loss")
     if summary.splitter:
         print(f"sentences split by {summary.splitter}")
     if summary.empty:
@@ -52,13 +57,14 @@ def command(options: argparse.Namespace) -> None:
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser = new_parser(__doc__, prog)
     add_text_arguments(parser)
+    add_chat_arguments(parser)
     add_renamed(  # Megatron's name first
         parser,
         "--output-prefix",
         "--output",
         type=Path,
         required=True,
-        help="--qa-keys writes PREFIX.bin/.idx, --json-keys PREFIX_KEY_document.bin/.idx",
+        help="--json-keys writes PREFIX_KEY_document.bin/.idx, all others PREFIX.bin/.idx",
     )
     parser.add_argument(
         "--tokenizer",

@@ -81,9 +81,13 @@ class DataSettings:
     its own size."""
     valid: list[str] = field(default_factory=list)
     """Prefixes of the held-out sets; empty: no validation."""
-    mode: str = _choice("packed", "padded")
+    mode: str = _choice("packed", "padded", "packed_documents")
     """packed: documents joined and cut every seq_length tokens; padded: one document per
-    sequence, cut on the right and padded, padding left out of the loss (the paper's way)."""
+    sequence, cut on the right and padded, padding left out of the loss (the paper's way);
+    packed_documents: whole documents side by side, none attending to another, the rest padded."""
+    pad_seq_to_mult: int = _ruled(1, POSITIVE)
+    """In mode packed_documents, the length of each document is padded to a multiple of this; with
+    context parallelism a multiple of 2 * context_parallel_size."""
     cache: str | None = None
     """Where index files are kept; None: beside the data."""
     num_workers: int = _ruled(0, NOT_NEGATIVE)
@@ -128,6 +132,12 @@ class TrainSettings:
     """Decay of AdamW's second moment."""
     adam_eps: float = _ruled(1e-8, POSITIVE)
     """What AdamW adds to the root of the second moment."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of the names of weights that are not trained, as `*.router.*`; one that begins with
+    `!` excepts what it matches from those before it."""
+    ema_decay: float | None = _ruled(None, FRACTION)
+    """Keep an exponential moving average of the weights with this decay, saved in checkpoints and
+    exported by `coe convert to-hf --ema`; None: no average."""
     clip_grad: float = _ruled(1.0, NOT_NEGATIVE)
     """Largest global L2 norm of the gradient; 0: no clipping."""
     eval_interval: int = _ruled(0, NOT_NEGATIVE)

@@ -86,7 +86,15 @@ def check_layout(settings: Settings, world_size: int) -> None:
         raise ValueError(
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true"
         )
+    if parallel.overlap_param_gather and settings.train.ema_decay is not None:
+        raise ValueError(
+            f"train.ema_decay={settings.train.ema_decay} with parallel.overlap_param_gather=true: "
+            "weights are gathered only in the next step, after the average has taken them in; "
+            "leave one of them out"
+        )
     _check_batch(settings.train, layout, world_size)
+    if settings.data.mode == "packed_documents":
+        _check_packed_documents(settings)
     pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     count = num_microbatches(parallel, settings.train, world_size)
     group = settings.model.get("microbatch_group_size_per_vp_stage")
@@ -121,6 +129,32 @@ def _check_batch(train: TrainSettings, layout: Layout, world_size: int) -> None:
         raise ValueError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size ({train.micro_batch_size}) x data-parallel size ({replicas})"
+        )
+
+
+def _check_packed_documents(settings: Settings) -> None:
+    """Raise ValueError for what packs with document masks cannot be combined with."""
+    data, chunks = settings.data, 2 * settings.parallel.context_parallel_size
+    if settings.train.micro_batch_size > 1:
+        raise ValueError(
+            f"train.micro_batch_size={settings.train.micro_batch_size}: data.mode=packed_documents "
+            "makes one sequence of a micro-batch; set it to 1, and model.seq_length longer instead"
+        )
+    if chunks > 2 and data.pad_seq_to_mult % chunks:
+        raise ValueError(
+            f"data.pad_seq_to_mult={data.pad_seq_to_mult}: with data.mode=packed_documents and "
+            f"context_parallel_size={chunks // 2} each document is cut into {chunks} chunks; set "
+            f"it to a multiple of {chunks}"
+        )
+    length = settings.model.get("seq_length")
+    if type(length) is int and length % data.pad_seq_to_mult:
+        raise ValueError(
+            f"data.pad_seq_to_mult={data.pad_seq_to_mult} does not divide model.seq_length={length}"
+        )
+    if settings.model.get("mtp_num_layers"):
+        raise ValueError(
+            f"model.mtp_num_layers={settings.model['mtp_num_layers']}: multi-token prediction "
+            "looks beyond the end of a document in data.mode=packed_documents; use data.mode=padded"
         )
 
 

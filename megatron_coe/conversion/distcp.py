@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_coe.checkpoint.errors import BadCheckpointError
 from megatron_coe.checkpoint.safe_unpickle import INDEX_FILE, read_index
+from megatron_coe.distributed.weight_average import PREFIX as AVERAGE
 from megatron_coe.hf.weight_names import LAYERS
 from megatron_coe.utils.fsynced import HashedFile
 
@@ -40,23 +41,41 @@ _EXTRA_STATE = "_extra_state"
 class CheckpointReader:
     """The model's tensors in a checkpoint folder, read one at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read a folder's index. Raises: ValueError: it is damaged or names more than tensors."""
+    def __init__(self, folder: Path, averaged: bool = False) -> None:
+        """Read a folder's index.
+
+        Args:
+            averaged: of weights that have a moving average, read that.
+
+        Raises: ValueError: it is damaged, names more than tensors or has no average.
+        """
         self.folder = folder
         try:
             self._index = read_index(folder)
         except BadCheckpointError as error:
             raise BadCheckpointError(f"{folder}: {error}") from error
-        self._chunks: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
+        self._stored_as: dict[str, str] = {}
+        averages: dict[str, str] = {}
         for key, stored in self._index.state_dict_metadata.items():
-            if not isinstance(stored, TensorStorageMetadata) or key.startswith(_NO_WEIGHTS):
+            if not isinstance(stored, TensorStorageMetadata) or _EXTRA_STATE in key:
                 continue
-            if _EXTRA_STATE in key:
-                continue
-            self._chunks[key] = [
-                (chunk, self._index.storage_data[MetadataIndex(key, chunk.offsets)])
-                for chunk in stored.chunks
+            if key.startswith(f"{AVERAGE}."):
+                averages[key.removeprefix(f"{AVERAGE}.")] = key
+            elif not key.startswith(_NO_WEIGHTS):
+                self._stored_as[key] = key
+        if averaged:
+            if not averages:
+                raise ValueError(
+                    f"{folder}: holds no moving average: it was trained without train.ema_decay"
+                )
+            self._stored_as |= averages
+        self._chunks: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {
+            key: [
+                (chunk, self._index.storage_data[MetadataIndex(name, chunk.offsets)])
+                for chunk in self._metadata_of(name).chunks
             ]
+            for key, name in self._stored_as.items()
+        }
 
     def find(self, keys: Iterable[str], layer: int | None) -> str | None:
         """Return the key a tensor is stored under; None if it is not stored.
@@ -80,7 +99,10 @@ class CheckpointReader:
         return self._described(key).properties.dtype
 
     def _described(self, key: str) -> TensorStorageMetadata:
-        metadata = self._index.state_dict_metadata[key]
+        return self._metadata_of(self._stored_as[key])
+
+    def _metadata_of(self, name: str) -> TensorStorageMetadata:
+        metadata = self._index.state_dict_metadata[name]
         assert isinstance(metadata, TensorStorageMetadata)
         return metadata
 

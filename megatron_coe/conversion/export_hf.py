@@ -48,6 +48,7 @@ def to_hf(
     max_shard_size: int = 5 * 10**9,
     family: str = hf_config.MODEL_TYPE,
     tokenizer: Path | None = None,
+    averaged: bool = False,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -58,6 +59,7 @@ def to_hf(
         family: `coe_deepseekv2`, or `deepseek_v2` for transformers' own class, which is a CoE model
             of one iteration with the residual mode `outer`.
         tokenizer: that of a checkpoint without a copy; see `find_tokenizer`.
+        averaged: take the moving average of the weights.
 
     Returns: the checkpoint that was converted.
 
@@ -74,9 +76,11 @@ def to_hf(
     native = family == hf_config.DEEPSEEK_V2
     describe = hf_config.to_deepseek_v2_config if native else hf_config.to_hf_config
     config = describe(provider)
-    reader = CheckpointReader(step)
+    reader = CheckpointReader(step, averaged)
     found = match_checkpoint(reader, weights(provider))
-    stored = dtype or reader.dtype(next(iter(found.values())))
+    # An average is kept in fp32, whatever the weights are trained in.
+    stored = dtype or CheckpointReader(step).dtype(next(iter(found.values())))
+    dtype = stored if averaged else dtype
     with atomic_folder(folder) as partial:
         config["torch_dtype"] = _DTYPE_NAMES[stored]
         config, usage = _write_description(config, step, stored_tokenizer, provider, partial)

@@ -40,7 +40,12 @@ class Example:
 
 
 def make_corpus(
-    output_dir: Path, *, train_size: int = 20_000, valid_size: int = 500, seed: int = 1234
+    output_dir: Path,
+    *,
+    train_size: int = 20_000,
+    valid_size: int = 500,
+    seed: int = 1234,
+    messages: bool = False,
 ) -> tuple[Path, Path]:
     """Write `train.jsonl` and `valid.jsonl` with the keys `query` and `response`.
 
@@ -50,6 +55,7 @@ def make_corpus(
     Args:
         train_size: examples in `train.jsonl`.
         valid_size: examples in `valid.jsonl`.
+        messages: write each as a conversation, under the key `messages`, instead.
 
     Returns: the two paths, training first.
 
@@ -63,7 +69,7 @@ def make_corpus(
     # Validation first, so that it does not depend on the training examples.
     for split, size in (("valid", valid_size), ("train", train_size)):
         path = output_dir / f"{split}.jsonl"
-        _write(path, _split(split, size, seed, seen))
+        _write(path, _split(split, size, seed, seen), messages)
         paths.append(path)
     return paths[1], paths[0]
 
@@ -112,8 +118,11 @@ def _generate(task: str, size: int, seed: int) -> Iterator[Example]:
         yield Example(entry["question"].strip(), response.strip())
 
 
-def _write(path: Path, examples: list[Example]) -> None:
+def _write(path: Path, examples: list[Example], messages: bool) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as out:
         for example in examples:
-            line = {"query": example.query, "response": example.response}
+            line: dict[str, object] = {"query": example.query, "response": example.response}
+            if messages:
+                turns = (("user", example.query), ("assistant", example.response))
+                line = {"messages": [{"role": role, "content": text} for role, text in turns]}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
 """Training and validation samples out of `.bin/.idx` files.
 
-Two modes over the same files. In both a sample has S = seq_length input positions, and is a dict of
-`tokens`, `labels`, `position_ids` (int64 [S]) and `loss_mask` (float32 [S]), as from Megatron's
+Three modes over the same files. In each a sample has S = seq_length input positions, and is a dict
+of `tokens`, `labels`, `position_ids` (int64 [S]) and `loss_mask` (float32 [S]), as from Megatron's
 `GPTDataset`. There is no attention mask: attention is causal in the kernel.
 
     packed    Megatron's `GPTDataset`: documents joined, cut every S tokens; a sample reads S + 1
@@ -10,6 +10,13 @@ Two modes over the same files. In both a sample has S = seq_length input positio
               document of n tokens has min(n, S) - 1 loss terms: the token after a cut is not a
               target, as where a model is given S tokens and shifts them itself (the authors' 512
               inputs have 511 loss terms). Megatron's S + 1 would add one.
+    packed_documents
+              whole documents side by side, each as in `padded` (a longer one is cut at S tokens),
+              with positions from 0 and padded to a multiple of `pad_seq_to_mult`. `cu_seqlens`
+              (int32, filled up with S) has their offsets, for attention that stays within one.
+
+Where a file says which tokens are answers (`indexed.answers_prefix`), they alone are targets in the
+last two modes.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,16 +43,26 @@ from megatron_coe.data.indexed import (
     CheckedDataset,
     IndexedFile,
     check_token_ids,
+    document_lengths,
     inspect,
     non_empty,
 )
+from megatron_coe.data.packing import pack_documents
 from megatron_coe.data.tokenizer import Tokenizer
 
-Mode = Literal["packed", "padded"]
+Mode = Literal["packed", "padded", "packed_documents"]
 
 # Validation samples must not depend on the seed of a run.
 VALIDATION_SEED = 0
 MAX_SEED = 2**32 - 1  # numpy's
+
+
+@dataclass
+class DocumentsConfig(GPTDatasetConfig):
+    """Megatron's configuration, and what packing documents adds to it."""
+
+    pad_seq_to_mult: int = 1
+    """Each document is padded to a multiple of this."""
 
 
 class PackedDataset(GPTDataset):
@@ -96,28 +113,39 @@ class PaddedDataset(MegatronDataset):
         return len(self._order)
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        sample = self._blank_sample()
+        self._fill(sample, int(self._order[idx]), 0)
+        return sample
+
+    def _blank_sample(self) -> dict[str, torch.Tensor]:
+        """Return a sample of padding without a loss term."""
         seq_length = self.config.sequence_length
-        ids = torch.from_numpy(self._read(int(self._order[idx]), seq_length))
         tokens = torch.full((seq_length,), self._padding, dtype=torch.int64)
-        labels = tokens.clone()
-        loss_mask = torch.zeros(seq_length, dtype=torch.float32)
-        tokens[: len(ids)] = ids
-        labels[: len(ids) - 1] = ids[1:]
-        loss_mask[: len(ids) - 1] = 1.0
-        position_ids = torch.arange(seq_length, dtype=torch.int64)
         return {
             "tokens": tokens,
-            "labels": labels,
-            "loss_mask": loss_mask,
-            "position_ids": position_ids,
+            "labels": tokens.clone(),
+            "loss_mask": torch.zeros(seq_length, dtype=torch.float32),
+            "position_ids": torch.arange(seq_length, dtype=torch.int64),
         }
 
-    def _read(self, document: int, length: int) -> np.ndarray:
+    def _fill(self, sample: dict[str, torch.Tensor], document: int, start: int) -> None:
+        """Write a document into a sample from position `start` on, cut at S tokens."""
+        seq_length = self.config.sequence_length
+        ids = torch.from_numpy(self._read(self.dataset, document, seq_length))
+        inputs, targets = slice(start, start + len(ids)), slice(start, start + len(ids) - 1)
+        sample["tokens"][inputs] = ids
+        sample["labels"][targets] = ids[1:]
+        sample["loss_mask"][targets] = 1.0
+        if self.dataset.answers is not None:
+            answers = self._read(self.dataset.answers, document, seq_length)
+            sample["loss_mask"][targets] = torch.from_numpy(answers[1:]).float()
+
+    def _read(self, dataset: IndexedDataset, document: int, length: int) -> np.ndarray:
         """Read the first `length` tokens of a document, which may be several sentences."""
-        first, end = self.dataset.document_indices[document : document + 2]
+        first, end = dataset.document_indices[document : document + 2]
         parts: list[np.ndarray] = []
         for sequence in range(first, end):
-            parts.append(self.dataset.get(sequence)[:length])
+            parts.append(dataset.get(sequence)[:length])
             length -= len(parts[-1])
             if length == 0:
                 break
@@ -134,6 +162,61 @@ class PaddedDataset(MegatronDataset):
                 np.random.RandomState([self.config.random_seed, epoch]).shuffle(documents)
             epochs.append(documents)
         return np.concatenate(epochs)[:samples]
+
+
+class PackedDocumentsDataset(PaddedDataset):
+    """Whole documents side by side in a sequence (mode `packed_documents`).
+
+    Training packs the documents again for each epoch, in an order that depends on the seed and the
+    epoch; validation packs them in their order. An epoch has the same number of samples each time.
+    """
+
+    def _document_order(self) -> np.ndarray:
+        """Prepare to pack; return the numbers of the samples."""
+        lengths, boundaries = self.dataset.sequence_lengths, self.dataset.document_indices
+        before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        tokens = before[boundaries[1:]] - before[boundaries[:-1]]
+        self._lengths = _positions(tokens, self.config.sequence_length, self.config.pad_seq_to_mult)
+        self._packed: dict[int, list[np.ndarray]] = {}
+        self.samples_per_epoch = len(self._packs(0))
+        return np.arange(self.num_samples or self.samples_per_epoch)
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        epoch, number = divmod(int(self._order[idx]), self.samples_per_epoch)
+        documents = self._packs(epoch)[number]
+        offsets = [0, *np.cumsum(self._lengths[documents]).tolist()]
+        sample, seq_length = self._blank_sample(), self.config.sequence_length
+        for document, start in zip(documents, offsets[:-1], strict=True):
+            self._fill(sample, int(document), start)
+        most = seq_length // self.config.pad_seq_to_mult + 1
+        cu_seqlens = torch.full((most,), seq_length, dtype=torch.int32)
+        cu_seqlens[: len(offsets)] = torch.tensor(offsets)
+        for start in offsets:  # what is left over has positions of its own, too
+            sample["position_ids"][start:] = torch.arange(seq_length - start)
+        return sample | {"cu_seqlens": cu_seqlens}
+
+    def _packs(self, epoch: int) -> list[np.ndarray]:
+        """Return the documents of each sample of an epoch; those of the latest two are kept."""
+        if epoch not in self._packed:
+            latest = {key: packs for key, packs in self._packed.items() if key == epoch - 1}
+            self._packed = {**latest, epoch: self._pack(epoch)}
+        return self._packed[epoch]
+
+    def _pack(self, epoch: int) -> list[np.ndarray]:
+        """Pack the documents of an epoch, into samples in their order."""
+        documents = self.indices.astype(np.int32)
+        random = np.random.RandomState([self.config.random_seed, epoch])
+        is_training = self.index_split is Split.train
+        if is_training:
+            random.shuffle(documents)
+        packs = pack_documents(self._lengths[documents], self.config.sequence_length)
+        order = random.permutation(len(packs)) if is_training else range(len(packs))
+        return [documents[packs[number]] for number in order]
+
+
+def _positions(tokens: np.ndarray, seq_length: int, multiple: int) -> np.ndarray:
+    """Return the positions that documents take in a pack, padding included."""
+    return -(-np.minimum(tokens, seq_length) // multiple) * multiple
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -165,6 +248,14 @@ class _Builder(BlendedMegatronDatasetBuilder):
         return [list(datasets) for datasets in zip(*of_each, strict=True)]
 
 
+KINDS: dict[str, type[MegatronDataset]] = {
+    "packed": PackedDataset,
+    "padded": PaddedDataset,
+    "packed_documents": PackedDocumentsDataset,
+}
+"""The dataset of each mode."""
+
+
 def build_datasets(
     *,
     train: Sequence[str | tuple[str, float]],
@@ -174,6 +265,7 @@ def build_datasets(
     mode: Mode,
     num_samples: tuple[int, int | None],
     seed: int,
+    pad_seq_to_mult: int = 1,
     cache_dir: str | Path | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Build the training and the validation dataset, the same on every rank in any layout.
@@ -189,6 +281,7 @@ def build_datasets(
         num_samples: training samples, for which the data is repeated as often as needed (the
             dataset may be slightly longer); validation samples, at most one epoch (None: all).
         seed: order of the training samples; validation does not depend on it.
+        pad_seq_to_mult: in mode `packed_documents`, documents are padded to a multiple of it.
         cache_dir: where packed mode and blends keep their indices; None: `index_cache` beside the
             first data file. Data that has been rewritten is indexed again.
 
@@ -204,12 +297,13 @@ def build_datasets(
         mode=mode,
         num_samples=num_samples,
         seed=seed,
+        pad_seq_to_mult=pad_seq_to_mult,
     )
     cache = Path(cache_dir) if cache_dir else Path(files[0].prefix).parent / "index_cache"
 
     def config(split: Split, chosen: Sequence[IndexedFile], **options: object) -> GPTDatasetConfig:
         blend = ([file.prefix for file in chosen], weights if split is Split.train else None)
-        return GPTDatasetConfig(
+        return DocumentsConfig(
             random_seed=seed if split is Split.train else VALIDATION_SEED,
             sequence_length=seq_length,
             blend_per_split=[blend if split is which else None for which in Split],
@@ -218,15 +312,18 @@ def build_datasets(
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
+            pad_seq_to_mult=pad_seq_to_mult,
             **options,
         )
 
     def build(
         split: Split, chosen: Sequence[IndexedFile], size: int | None, **options: object
     ) -> Any:
-        kind = PackedDataset if mode == "packed" else PaddedDataset
+        kind = KINDS[mode]
         described = config(split, chosen, **options)
-        use = (kind.__name__, split.name, size, seq_length, described.random_seed, weights)
+        # Packs without a multiple leave the name as it was before there were packs.
+        padded = (pad_seq_to_mult,) if pad_seq_to_mult > 1 else ()
+        use = (kind.__name__, split.name, size, seq_length, described.random_seed, weights, *padded)
         folder = cache / _fingerprint(chosen, (*use, tokenizer.unique_identifiers))
         blends = len(chosen) > 1 and torch.distributed.is_initialized()
         if mode == "packed" or blends:  # otherwise Megatron keeps no index
@@ -254,6 +351,7 @@ def check_datasets(
     mode: Mode,
     num_samples: tuple[int, int | None],
     seed: int,
+    pad_seq_to_mult: int = 1,
 ) -> tuple[list[IndexedFile], list[float], list[IndexedFile]]:
     """Check the arguments of `build_datasets` and its files, on each process by itself.
 
@@ -261,10 +359,12 @@ def check_datasets(
 
     Raises: as `build_datasets`.
     """
-    if mode not in ("packed", "padded", "examples"):
-        raise ValueError(f"mode={mode!r}: choose packed or padded")
+    if mode not in (*KINDS, "examples"):
+        raise ValueError(f"mode={mode!r}: choose {', '.join(KINDS)}")
     if seq_length < 2:
         raise ValueError(f"seq_length={seq_length}: a loss term needs at least 2 tokens")
+    if seq_length % pad_seq_to_mult:
+        raise ValueError(f"pad_seq_to_mult={pad_seq_to_mult} does not divide {seq_length=}")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed={seed}: give a number from 0 to {MAX_SEED}")
     if num_samples[0] < 1 or (num_samples[1] is not None and num_samples[1] < 1):
@@ -312,7 +412,7 @@ def _training_blend(
             raise ValueError(f"train={list(train)}: give at least one a weight above 0")
         return [inspect(prefix) for prefix, _ in drawn], [weight for _, weight in drawn]
     files = [inspect(prefix) for prefix in train if isinstance(prefix, str)]
-    return files, [float(f.tokens if mode == "packed" else f.documents) for f in files]
+    return files, [float(f.documents if mode == "padded" else f.tokens) for f in files]
 
 
 def _check_fits(file: IndexedFile, mode: Mode) -> None:
@@ -321,6 +421,49 @@ def _check_fits(file: IndexedFile, mode: Mode) -> None:
             f"{file.prefix} has its sentences split: packed mode would shuffle them one by one; "
             "preprocess without --split-sentences, or use mode padded"
         )
+    if mode == "packed" and file.answers:
+        raise ValueError(
+            f"{file.prefix} has its answers marked ({file.answers.prefix}), and mode packed joins "
+            "documents without regard to them: use data.mode=padded or packed_documents"
+        )
+
+
+def samples_per_epoch(
+    files: Sequence[IndexedFile], mode: str, seq_length: int, pad_seq_to_mult: int = 1
+) -> float:
+    """Return the number of sequences in one epoch of the training data."""
+    if mode == "packed":
+        return sum(file.tokens for file in files) / seq_length
+    if mode == "packed_documents":
+        lengths = (_positions(document_lengths(f), seq_length, pad_seq_to_mult) for f in files)
+        return sum(len(pack_documents(each[each > 0], seq_length)) for each in lengths)
+    return sum(file.documents for file in files)
+
+
+def truncation(files: Sequence[IndexedFile], seq_length: int) -> str | None:
+    """Say how many documents of marked answers are cut at S tokens; None: none is.
+
+    Answers that stand beyond the cut are no targets: counted are the tokens, and the documents that
+    lose all of theirs.
+    """
+    cut = lost = mute = documents = 0
+    for file in files:
+        if file.answers is None:
+            continue
+        lengths = document_lengths(file)
+        documents += len(lengths)
+        starts = np.cumsum(lengths) - lengths
+        answers = np.memmap(f"{file.answers.prefix}.bin", mode="r")
+        for number in np.flatnonzero(lengths > seq_length):
+            of_document = answers[starts[number] : starts[number] + lengths[number]]
+            cut, lost = cut + 1, lost + int(np.count_nonzero(of_document[seq_length:]))
+            mute += not of_document[1:seq_length].any()
+    if not cut:
+        return None
+    return (
+        f"{cut:,} of {documents:,} documents are longer than model.seq_length={seq_length} and are "
+        f"cut: {lost:,} tokens of answers are no targets, and {mute:,} documents have none left"
+    )
 
 
 def _surplus(weights: Sequence[float], size: int) -> float:

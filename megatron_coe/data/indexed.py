@@ -15,13 +15,14 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
+from megatron_coe.data.chat import answers_prefix
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.utils.errors import DataError
 
@@ -62,13 +63,52 @@ class IndexedFile:
     tokens: int
     dtype: np.dtype
     stamp: tuple[int, ...]
+    answers: IndexedFile | None = None
+    """The pair that says which tokens are answers (`answers_prefix`), if there is one."""
 
 
 def inspect(prefix: str) -> IndexedFile:
-    """Read the `.idx` and check the `.bin` against it.
+    """Read the `.idx` and check the `.bin` against it, and the companion pair if there is one.
 
     Raises: ValueError naming the file that is missing, damaged, empty, or not the other's partner.
     """
+    tokens, companion = _inspect(prefix), answers_prefix(prefix)
+    if not _exists(companion):
+        return tokens
+    answers = _inspect(companion)
+    same = np.array_equal(_shape_of(prefix), _shape_of(companion))
+    if not same or answers.dtype != np.uint8:
+        raise ValueError(
+            f"{companion}.idx does not belong to {prefix}.idx: its documents have other lengths or "
+            "are no bytes; preprocess the data again, or remove the pair"
+        )
+    return replace(tokens, answers=answers, stamp=(*tokens.stamp, *answers.stamp))
+
+
+def _exists(prefix: str) -> bool:
+    return Path(f"{prefix}.idx").is_file()
+
+
+def document_lengths(file: IndexedFile) -> np.ndarray:
+    """Return the tokens of each document, int64 [documents + empty]."""
+    lengths, documents = _lengths_and_documents(file.prefix)
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return np.diff(before[documents])
+
+
+def _shape_of(prefix: str) -> np.ndarray:
+    return np.concatenate(_lengths_and_documents(prefix))
+
+
+def _lengths_and_documents(prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    idx = Path(f"{prefix}.idx")
+    _, sequences, boundaries = _read_header(idx)
+    content = np.memmap(idx, mode="r")[_HEADER.size :]
+    lengths, _, documents = _arrays(content, sequences, boundaries)
+    return lengths, documents
+
+
+def _inspect(prefix: str) -> IndexedFile:
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, bin_):
         if not path.is_file():
@@ -133,10 +173,11 @@ def identify(file: IndexedFile) -> dict[str, Any]:
     milliseconds; the counts are of all.
     """
     digest = hashlib.sha256()
-    for suffix in ("idx", "bin"):
-        content = np.memmap(f"{file.prefix}.{suffix}", mode="r")
-        for part in _sampled(content.size, DIGESTED_BYTES):
-            digest.update(content[part].data)
+    for pair in [file, file.answers] if file.answers else [file]:
+        for suffix in ("idx", "bin"):
+            content = np.memmap(f"{pair.prefix}.{suffix}", mode="r")
+            for part in _sampled(content.size, DIGESTED_BYTES):
+                digest.update(content[part].data)
     return {
         "name": Path(file.prefix).name,
         "documents": file.documents,
@@ -182,6 +223,9 @@ class CheckedDataset(IndexedDataset):
     def __init__(self, prefix: str, tokenizer: Tokenizer, mmap: bool = True) -> None:
         super().__init__(prefix, mmap=mmap)
         self._tokenizer = tokenizer
+        companion = answers_prefix(prefix)
+        self.answers = IndexedDataset(companion, mmap=mmap) if _exists(companion) else None
+        """Which tokens are answers, by the same sequences; None: all are targets."""
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Read the ids of sequence `idx`, as in Megatron.
@@ -304,6 +348,12 @@ def _checksum(content: np.ndarray) -> int:
     return zlib.crc32(ends[1], zlib.crc32(ends[0]))
 
 
+def count_answers(file: IndexedFile) -> int:
+    """Count the tokens of answers in a file that has them marked."""
+    assert file.answers is not None
+    return int(np.count_nonzero(np.memmap(f"{file.answers.prefix}.bin", mode="r")))
+
+
 def data_summary(prefixes: Iterable[str]) -> str:
     """Return a line per dataset: documents and tokens.
 
@@ -313,9 +363,10 @@ def data_summary(prefixes: Iterable[str]) -> str:
     for file in map(inspect, prefixes):
         empty = f" and {file.empty:,} empty ones, left out" if file.empty else ""
         mean = file.tokens / file.documents
+        targets = f", {count_answers(file):,} of them answers" if file.answers else ""
         lines.append(
             f"{file.prefix}: {file.documents:,} documents{empty}, {file.tokens:,} tokens "
-            f"({mean:.1f} each)"
+            f"({mean:.1f} each){targets}"
         )
     return "\n".join(lines)
 

@@ -22,10 +22,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from megatron_coe.data.chat import ChatFields, answers_prefix, check_chat, encode_conversation
 from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.records import (
     Chunk,
     Fields,
+    RawRecord,
     RecordError,
     check_inputs,
     is_blank,
@@ -57,6 +59,8 @@ class Summary:
     empty: int = 0
     bad_lines: int = 0
     splitter: str | None = None
+    answers: int | None = None
+    """Tokens that are answers; None: they were not asked for."""
 
 
 @dataclass
@@ -88,30 +92,45 @@ class _Encoder:
         self._splitter = splitter
 
     @property
-    def dtype(self) -> type[np.integer]:
-        """As Megatron's `DType.optimal_dtype`, whose import is too slow for a worker."""
-        return np.uint16 if self._tokenizer.vocab_size < 65500 else np.int32
+    def dtypes(self) -> list[type[np.integer]]:
+        """Of each output: as Megatron's `DType.optimal_dtype`, too slow to import in a worker."""
+        of_ids = np.uint16 if self._tokenizer.vocab_size < 65500 else np.int32
+        if isinstance(self._fields, ChatFields):
+            return [of_ids, np.uint8]
+        return [of_ids] * self._fields.outputs
 
     def __call__(self, chunk: Chunk) -> _Encoded:
-        ids: list[list[int]] = [[] for _ in range(self._fields.outputs)]
+        ids: list[list[int]] = [[] for _ in self.dtypes]
         documents: list[list[list[int]]] = [[] for _ in ids]
         empty, bad_lines = 0, []
         for offset, record in enumerate(chunk.records):
             if is_blank(record):
                 continue
             try:
-                texts = self._fields.texts(record, plain=chunk.plain)
+                found = self._append_record(record, chunk.plain, ids)
             except RecordError as error:
                 bad_lines.append(f"{chunk.place(offset)}: {error}")
                 continue
-            for output, text in enumerate(texts):
-                lengths = self._append(text, ids[output])
+            for output, lengths in enumerate(found):
                 if lengths:
                     documents[output].append(lengths)
                 else:
                     empty += 1
-        arrays = [np.array(tokens, dtype=self.dtype) for tokens in ids]
+        arrays = [np.array(each, dtype=dtype) for each, dtype in zip(ids, self.dtypes, strict=True)]
         return _Encoded(arrays, documents, empty, bad_lines, chunk.position)
+
+    def _append_record(
+        self, record: RawRecord, plain: bool, ids: list[list[int]]
+    ) -> list[list[int]]:
+        """Append a record to each output's `ids`; return the lengths of its sentences in each."""
+        fields = self._fields
+        if isinstance(fields, ChatFields):
+            marked = encode_conversation(self._tokenizer, fields, record, self._prefix)
+            for output, values in zip(ids, marked, strict=True):
+                output += values
+            return [[len(values)] for values in marked]
+        texts = fields.texts(record, plain=plain)
+        return [self._append(text, output) for text, output in zip(texts, ids, strict=True)]
 
     def _append(self, text: str, ids: list[int]) -> list[int]:
         """Append a document's tokens to `ids`; return the lengths of its sentences, [] if empty."""
@@ -154,10 +173,16 @@ class _Writer:
         with naming_errors(self._paths[0]):
             self._builder.finalize(str(self._partial[1]))
 
-    def commit(self) -> None:
+    def retract(self) -> None:
+        """Remove the index that is there, and the pair that marks the answers among its tokens."""
         # Without the old index in between, a new .bin is never read with the old .idx.
+        answers = answers_prefix(str(self._paths[0].with_suffix("")))
         with naming_errors(self._paths[0]):
-            self._paths[1].unlink(missing_ok=True)
+            for path in (self._paths[1], Path(f"{answers}.idx"), Path(f"{answers}.bin")):
+                path.unlink(missing_ok=True)
+
+    def commit(self) -> None:
+        with naming_errors(self._paths[0]):
             for partial, path in zip(self._partial, self._paths, strict=True):
                 os.replace(partial, path)
 
@@ -172,8 +197,11 @@ def output_prefixes(prefix: Path, fields: Fields, split_sentences: bool = False)
     """Return the paths of the outputs without suffix.
 
     They are Megatron-LM's `{prefix}_{key}_document` for each key (`_sentence` when sentences are
-    split), or `{prefix}` itself for questions and answers.
+    split), or `{prefix}` itself for questions and answers; for conversations also the pair that
+    says which tokens are answers.
     """
+    if isinstance(fields, ChatFields):
+        return [str(prefix), answers_prefix(str(prefix))]
     if fields.question_answer:
         return [str(prefix)]
     level = "sentence" if split_sentences else "document"
@@ -219,6 +247,13 @@ def preprocess(
     check_inputs(inputs, fields)
     tokenizer = load_tokenizer(tokenizer_path)
     _check_special_tokens(tokenizer, append_eod, prepend_bos)
+    if isinstance(fields, ChatFields):
+        check_chat(tokenizer, fields, prepend_bos)
+        if append_eod or split_sentences:
+            raise ValueError(
+                "append_eod, split_sentences: a conversation ends as its chat template or its "
+                "response says, and is not split; leave both out"
+            )
     splitter, origin = None, None
     if split_sentences:
         splitter, origin = load_splitter(_valid_texts(inputs, fields))
@@ -228,7 +263,7 @@ def preprocess(
     chunks = _encode(read_chunks(inputs, fields), encoder, workers)
     with (
         _progress_bar(sum(map(os.path.getsize, inputs)), quiet) as bar,
-        _writers(names, encoder.dtype) as writers,
+        _writers(names, encoder.dtypes) as writers,
         closing(chunks),
     ):
         if warning := export_warning(tokenizer):
@@ -239,6 +274,8 @@ def preprocess(
             for line in encoded.bad_lines[: max(0, BAD_LINES_SHOWN - summary.bad_lines)]:
                 tqdm.write(f"skipped {line}", file=sys.stderr)
             _account(encoded, names, summary)
+            if isinstance(fields, ChatFields):
+                summary.answers = (summary.answers or 0) + int(encoded.ids[1].sum())
             for writer, ids, documents in zip(writers, encoded.ids, encoded.documents, strict=True):
                 writer.add(ids, documents)
             most = max(summary.documents.values())
@@ -286,17 +323,20 @@ def _account(encoded: _Encoded, names: list[str], summary: Summary) -> None:
 
 
 @contextmanager
-def _writers(prefixes: list[str], dtype: type[np.integer]) -> Iterator[list[_Writer]]:
+def _writers(prefixes: list[str], dtypes: list[type[np.integer]]) -> Iterator[list[_Writer]]:
     """Yield writers whose files are renamed together, once the body has succeeded."""
     writers: list[_Writer] = []
     with ExitStack() as cleanup:
-        for prefix in prefixes:
+        for prefix, dtype in zip(prefixes, dtypes, strict=True):
             writers.append(_Writer(prefix, dtype))
             cleanup.callback(writers[-1].discard)
         yield writers
         for writer in writers:
             writer.finish()
         for writer in writers:
+            writer.retract()
+        # The answers before their tokens, which would do without them.
+        for writer in reversed(writers):
             writer.commit()
 
 

@@ -84,7 +84,7 @@ class Fields:
     def values(self, raw: RawRecord, *, plain: bool = False) -> tuple[str, ...]:
         """Return the value of each key of one record; arguments and errors as in `texts`."""
         if isinstance(raw, bytes):
-            return (_decode(raw.rstrip(b"\r\n")),) if plain else self._from_json(_decode(raw))
+            return (decode(raw.rstrip(b"\r\n")),) if plain else self._from_json(decode(raw))
         return tuple(self._from_cell(*cell) for cell in zip(self.keys, raw, strict=True))
 
     def _from_json(self, line: str) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class Fields:
     def _from_cell(key: str, value: bytes | None) -> str:
         if value is None:
             raise RecordError(f"column {key!r} is null, not a string")
-        return _decode(value)
+        return decode(value)
 
 
 def _text_under(key: str, record: dict[str, Any]) -> str:
@@ -111,7 +111,7 @@ def _text_under(key: str, record: dict[str, Any]) -> str:
         text = text[part]
     if not isinstance(text, str):
         raise RecordError(f"key {key!r} is a {type(text).__name__}, not a string")
-    _check_unicode(key, text)
+    check_unicode(key, text)
     return text
 
 
@@ -319,14 +319,16 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
-def _decode(raw: bytes) -> str:
+def decode(raw: bytes) -> str:
+    """Return the text of bytes in UTF-8. Raises: RecordError."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecordError(f"not UTF-8 (byte {error.start}: {error.reason})") from error
 
 
-def _check_unicode(key: str, text: str) -> None:
+def check_unicode(key: str, text: str) -> None:
+    """Raise RecordError for a text that cannot be encoded."""
     # JSON may escape half of a surrogate pair, which no tokenizer can encode.
     try:
         text.encode("utf-8")

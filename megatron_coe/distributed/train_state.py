@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import Float16Module
 
 from megatron_coe.config.run_config import ParallelSettings, TrainSettings, warmup_steps
+from megatron_coe.distributed.weight_average import WeightAverage
 from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.megatron_compat.versions import clear_aux_losses
+from megatron_coe.model.freezing import freeze
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.weight_init import initialize_weights, undrawn_weights
 
@@ -34,6 +37,8 @@ class TrainState:
     optimizer: MegatronOptimizer | None
     """None, as the schedule, where the model is only evaluated."""
     schedule: OptimizerParamScheduler | None
+    average: WeightAverage | None = None
+    """The moving average of the weights, where `train.ema_decay` asks for one."""
 
 
 def build_train_state(
@@ -48,12 +53,13 @@ def build_train_state(
     Args:
         trains: False: the model alone, to be evaluated.
     """
-    chunks = build_model(provider, parallel, device, train.seed)
+    chunks = build_model(provider, parallel, device, train.seed, train.freeze)
+    average = None if train.ema_decay is None else WeightAverage(chunks, train.ema_decay)
     if not trains:
-        return TrainState(provider, chunks, None, None)
+        return TrainState(provider, chunks, None, None, average)
     optimizer = build_optimizer(provider, chunks, parallel, train)
     connect_schedule(provider, parallel, chunks, train.global_batch_size * provider.seq_length)
-    return TrainState(provider, chunks, optimizer, build_schedule(optimizer, train))
+    return TrainState(provider, chunks, optimizer, build_schedule(optimizer, train), average)
 
 
 def connect_schedule(
@@ -84,12 +90,17 @@ def _finalize_undivided(
 
 
 def build_model(
-    provider: CoEModelProvider, parallel: ParallelSettings, device: torch.device, seed: int
+    provider: CoEModelProvider,
+    parallel: ParallelSettings,
+    device: torch.device,
+    seed: int,
+    frozen: Sequence[str] = (),
 ) -> list[DistributedDataParallel]:
     """Build this rank's model chunks on the device, in the run's precision, wrapped for DDP.
 
     Args:
         seed: of the initial weights, which are the same in every layout.
+        frozen: patterns of the parameters that are not trained (`model.freezing`).
     """
     clear_aux_losses()  # of a model before this one
     prepare_recompute(provider)
@@ -100,6 +111,7 @@ def build_model(
     for module in modules:
         initialize_weights(module, seed)
         look_up_embeddings(module)
+        freeze(module, frozen)
     if provider.bf16:
         modules = [Float16Module(provider, module) for module in modules]
     ddp_config = DistributedDataParallelConfig(

@@ -26,6 +26,7 @@ class ModelShape(Protocol):
     """The fields of a `CoEConfig` that decide which weights a model has, and their shapes."""
 
     moe_layer_pattern: list[int]
+    moe_layer_freq: int | list[int]
     vocab_size: int
     padded_vocab_size: int
     share_embeddings_and_output_weights: bool

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_coe.model import flops
+from megatron_coe.model.freezing import frozen_weights
 from megatron_coe.planning.activations import loss_workspace, stage_activations
 from megatron_coe.planning.plan import Plan
 
 GIB = 1 << 30
+
+_REPLICATED = ("norm", ".router.", ".coe_weights.")
+"""Parts of the names of weights that each tensor-parallel rank holds whole."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,50 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
     return divided + work.replicated, experts
 
 
+def trainable_params(plan: Plan, stage: int) -> tuple[int, int]:
+    """Count those of `stage_params` that are trained: each has a gradient and optimizer state."""
+    dense, expert = stage_params(plan, stage)
+    model, last = plan.model, plan.model.pipeline_model_parallel_size - 1
+    for weight in frozen_weights(model, plan.freeze):
+        name = weight.keys[0]
+        if weight.layer is not None:
+            is_here = weight.layer in plan.layer_numbers[stage]
+        else:
+            is_here = stage == (0 if name.startswith("embedding.") else last)
+        if not is_here:
+            continue
+        size = sum(math.prod(shape) for shape in weight.parts.values())
+        if weight.padded:
+            size = model.padded_vocab_size * model.hidden_size
+        if weight.experts:
+            expert -= size // (plan.layout.expert_tp * model.expert_model_parallel_size)
+        elif any(part in name for part in _REPLICATED):
+            dense -= size
+        else:
+            dense -= size // model.tensor_model_parallel_size
+    return dense, expert
+
+
 def stage_memory(plan: Plan, stage: int) -> Memory:
     """Estimate the memory of a rank of a pipeline stage."""
     dense, expert = stage_params(plan, stage)
+    trained_dense, trained_expert = trainable_params(plan, stage)
     # Adam's two moments in fp32, and fp32 main weights beside 16-bit ones.
     state = 8 if plan.element_size == 4 else 12
     if plan.use_distributed_optimizer:
         optimizer = (
-            state * dense // plan.dense_data_parallel_size
-            + state * expert // plan.expert_data_parallel_size
+            state * trained_dense // plan.dense_data_parallel_size
+            + state * trained_expert // plan.expert_data_parallel_size
         )
     else:
-        optimizer = state * (dense + expert)
+        optimizer = state * (trained_dense + trained_expert)
+    if plan.averages:  # in fp32, whole on each rank
+        optimizer += 4 * (trained_dense + trained_expert)
     is_last = stage == plan.model.pipeline_model_parallel_size - 1
     return Memory(
         weights=(dense + expert) * plan.element_size,
-        gradients=(dense + expert) * 4,  # reduced and summed over micro-batches in fp32
+        # Reduced and summed over micro-batches in fp32.
+        gradients=(trained_dense + trained_expert) * 4,
         optimizer=optimizer,
         activations=stage_activations(plan, stage),
         workspace=loss_workspace(plan) * is_last,

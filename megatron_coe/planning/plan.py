@@ -31,6 +31,10 @@ class Plan:
     overlap_param_gather: bool = False
     on_gpu: bool = True
     """Which kernels run: a CPU's save some tensors more for the backward pass."""
+    averages: bool = False
+    """Whether a moving average of the weights is kept."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the weights that are not trained (`model.freezing`)."""
 
     @property
     def element_size(self) -> int:
@@ -93,6 +97,18 @@ class Plan:
         return chunks
 
     @cached_property
+    def layer_numbers(self) -> list[set[int]]:
+        """Return the numbers of the decoder layers of each pipeline stage."""
+        model, first = self.model, 0
+        numbers: list[set[int]] = [set() for _ in self.chunks]
+        for vp_stage in range(model.virtual_pipeline_model_parallel_size or 1):
+            for stage, chunks in enumerate(self.chunks):
+                count = len(chunks[vp_stage])
+                numbers[stage] |= set(range(first, first + count))
+                first += count
+        return numbers
+
+    @cached_property
     def distinct_stages(self) -> list[int]:
         """Return the first pipeline stage of each kind.
 
@@ -100,6 +116,8 @@ class Plan:
         no more memory.
         """
         last = len(self.chunks) - 1
+        if self.freeze:  # which may tell layers of one kind apart
+            return list(range(len(self.chunks)))
         kinds: dict[tuple, int] = {}
         for stage, chunks in enumerate(self.chunks):
             layers = tuple(tuple(chunk) for chunk in chunks)

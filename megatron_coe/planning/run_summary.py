@@ -41,6 +41,8 @@ def plan_of(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         on_gpu=on_gpu,
+        averages=train.ema_decay is not None,
+        freeze=tuple(train.freeze),
     )
 
 

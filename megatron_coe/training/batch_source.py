@@ -22,7 +22,8 @@ from megatron_coe.fault_tolerance.exceptions import DataWorkerError
 from megatron_coe.fault_tolerance.signals import STOP_SIGNALS
 from megatron_coe.training.loss import Batch
 
-FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
+"""What a step uses of a sequence; the last only where documents are packed with their masks."""
 
 
 @dataclass
@@ -106,7 +107,9 @@ class BatchSource:
 def _read(dataset: Dataset, numbers: Sequence[int]) -> Batch:
     """Read sequences into one batch, on the host."""
     items = [dataset[number] for number in numbers]
-    return default_collate([{name: item[name] for name in FIELDS} for item in items])
+    return default_collate(
+        [{name: item[name] for name in FIELDS if name in item} for item in items]
+    )
 
 
 class BatchWorkers:

@@ -24,7 +24,7 @@ from megatron_coe.checkpoint.tokenizer import identity_of
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings, TrainSettings
 from megatron_coe.config.validation import num_microbatches
-from megatron_coe.data.datasets import build_datasets, check_datasets
+from megatron_coe.data.datasets import build_datasets, check_datasets, samples_per_epoch, truncation
 from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.indexed import IndexedFile, documents_begin_with, identify
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +43,12 @@ from megatron_coe.training.banner import banner, describe_data, summarize_data
 from megatron_coe.training.batch_source import BatchSource, explained_worker_deaths
 from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger, check_wandb
 from megatron_coe.training.out_of_memory import explained, memory_remedies
-from megatron_coe.training.preflight import aux_loss_warning, check_folders, data_arguments
+from megatron_coe.training.preflight import (
+    aux_loss_warning,
+    check_folders,
+    check_frozen,
+    data_arguments,
+)
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.trainer import Trainer, last_step
 from megatron_coe.training.validation import Validator
@@ -83,11 +88,14 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
     tokenizer = load_tokenizer(data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
     refuse_unusable(provider)
+    check_frozen(provider, parallel, train)
     arguments = data_arguments(data, train, tokenizer, provider.seq_length)
     files, _, _ = check_datasets(**arguments)
     if is_rank_0():
         check_folders(settings.checkpoint.save if saves else None, settings.log.dir, dry)
         warnings += [export_warning(tokenizer), aux_loss_warning(provider, parallel, train)]
+        if cut := truncation(files, provider.seq_length):
+            warnings.append(f"data.train: {cut}")
     return Preflight(
         device, tokenizer, provider, arguments, files, [text for text in warnings if text]
     )
@@ -169,7 +177,12 @@ def trainer(
         if valid_set is not None:
             source, size = _make_source(valid_set, train, device), len(cast("Sized", valid_set))
             validator = Validator(train, train_state, source, size, heartbeat)
-        per_epoch = _samples_per_epoch(found.files, settings.data.mode, found.provider.seq_length)
+        per_epoch = samples_per_epoch(
+            found.files,
+            settings.data.mode,
+            found.provider.seq_length,
+            settings.data.pad_seq_to_mult,
+        )
         train_source = _make_source(train_set, train, device, per_epoch)
         train_source.num_workers = settings.data.num_workers
         metrics_logger = _open_logger(settings, progress)
@@ -261,13 +274,6 @@ def _num_samples(train: TrainSettings, start: Start | None) -> int:
     progress = read_common(start.path)["progress"]
     left = (train.steps - progress["step"]) * train.global_batch_size
     return max(planned, progress.get("samples", 0) + left)
-
-
-def _samples_per_epoch(files: Sequence[IndexedFile], mode: str, seq_length: int) -> float:
-    """Return the number of sequences in one epoch of the training data."""
-    if mode == "packed":
-        return sum(file.tokens for file in files) / seq_length
-    return sum(file.documents for file in files)
 
 
 def _make_source(

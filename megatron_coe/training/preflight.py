@@ -12,8 +12,33 @@ from typing import Any
 from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
 from megatron_coe.config.validation import num_microbatches, smallest_world_size, world_size
 from megatron_coe.data.tokenizer import Tokenizer
+from megatron_coe.model.freezing import check_patterns, is_frozen
 from megatron_coe.model.provider import CoEModelProvider
+from megatron_coe.planning.memory import trainable_params
+from megatron_coe.planning.run_summary import plan_of
 from megatron_coe.utils.run_files import METRICS_FILE
+
+
+def check_frozen(
+    provider: CoEModelProvider, parallel: ParallelSettings, train: TrainSettings
+) -> None:
+    """Raise ValueError for frozen weights that the model or its pipeline stages do not allow."""
+    patterns = train.freeze
+    check_patterns(provider, patterns)
+    plan = plan_of(provider, parallel, train, world_size(), on_gpu=False)
+    for stage in range(provider.pipeline_model_parallel_size) if patterns else ():
+        if not sum(trainable_params(plan, stage)):
+            raise ValueError(
+                f"train.freeze={patterns}: leaves pipeline stage {stage} nothing to train; take "
+                "fewer stages (parallel.pipeline_model_parallel_size)"
+            )
+    tied = provider.share_embeddings_and_output_weights
+    staged = provider.pipeline_model_parallel_size > 1
+    if tied and staged and is_frozen("embedding.word_embeddings.weight", patterns):
+        raise ValueError(
+            f"train.freeze={patterns}: an embedding that is the output layer too cannot be frozen "
+            "with parallel.pipeline_model_parallel_size > 1, where Megatron sums its gradients"
+        )
 
 
 def aux_loss_warning(
@@ -54,6 +79,7 @@ def data_arguments(
         "mode": data.mode,
         "num_samples": (train.steps * train.global_batch_size, train.eval_samples),
         "seed": train.seed,
+        "pad_seq_to_mult": data.pad_seq_to_mult,
     }
 
 

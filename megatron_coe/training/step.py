@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_coe.checkpoint.state import Progress
@@ -18,6 +19,7 @@ from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.fault_tolerance.nonfinite import diagnose
 from megatron_coe.megatron_compat.versions import clear_aux_losses, get_batch_on_this_cp_rank
+from megatron_coe.model.documents import packed_seq_params, positions_of_rank
 from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.loss import (
     Batch,
@@ -79,6 +81,8 @@ class TrainStep:
         update = self.update.run(totals)
         skipped = None
         if update.is_finite:
+            if self._train_state.average is not None:
+                self._train_state.average.update()
             progress.skipped_in_row = 0
         else:
             skipped = self._skip(progress, batches, update)
@@ -168,15 +172,36 @@ def forward_step(
     batches: Iterator[Batch], chunk: torch.nn.Module, scale: torch.Tensor
 ) -> tuple[torch.Tensor, LossFunction]:
     """Run one micro-batch through one model chunk, as Megatron's schedules call it."""
-    batch = get_batch_on_this_cp_rank(dict(next(batches)))
+    batch, packed = share_of_rank(dict(next(batches)))
     output = chunk(
         batch["tokens"],
         batch["position_ids"],
         None,  # causal attention needs no mask: padding stands on the right
         labels=batch["labels"],
         loss_mask=batch["loss_mask"] * scale,  # weights the MTP losses
+        packed_seq_params=packed,
     )
     return output, make_loss_function(batch["loss_mask"], scale)
+
+
+def share_of_rank(batch: Batch) -> tuple[Batch, PackedSeqParams | None]:
+    """Return this context-parallel rank's share of a micro-batch, and its documents if packed.
+
+    Args:
+        batch: tensors [B, S] by name; of a pack [1, S], with `cu_seqlens` [1, documents + 1], which
+            may be filled up with S.
+    """
+    if "cu_seqlens" not in batch:
+        return get_batch_on_this_cp_rank(batch), None
+    (filled,) = batch.pop("cu_seqlens").tolist()
+    offsets = sorted(set(filled))
+    packed = packed_seq_params(offsets, batch["tokens"].device)
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks > 1:
+        held = positions_of_rank(offsets, parallel_state.get_context_parallel_rank(), ranks)
+        held = held.to(batch["tokens"].device)
+        batch = {name: values[:, held] for name, values in batch.items()}
+    return batch, packed
 
 
 def _counted(batches: Iterator[Batch], heartbeat: Heartbeat) -> Iterator[Batch]:

@@ -112,6 +112,10 @@ class Trainer:
         if self.validator and (found := self.validator.run()):
             measured = f"{found['valid_loss']:.6f}"
         self.metrics_logger.log(f"step {self.progress.step} | valid loss {measured}")
+        if self.validator and self.train_state.average is not None:
+            with self.train_state.average.in_place_of_weights():
+                found = self.validator.run() or {}
+            self.metrics_logger.log(f"of the moving average | valid loss {found['valid_loss']:.6f}")
 
     def save(self) -> None:
         """Write a checkpoint, or start writing it, where `checkpoint.save` names a folder."""

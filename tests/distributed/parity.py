@@ -38,11 +38,11 @@ from megatron_coe.config.validation import check_layout, num_microbatches
 from megatron_coe.distributed.process_groups import parallel_groups
 from megatron_coe.distributed.seeds import seed_everything
 from megatron_coe.distributed.train_state import build_model, connect_schedule
-from megatron_coe.megatron_compat.versions import get_batch_on_this_cp_rank
 from megatron_coe.model.moe.router import CoERouter
 from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.loss import count_valid_tokens, loss_scale, make_loss_function
 from megatron_coe.training.step import forward_step as train_forward_step
+from megatron_coe.training.step import share_of_rank
 from megatron_coe.training.trainer import Trainer
 from tests.distributed.layouts import BATCH
 from tests.threads import release_groups
@@ -107,6 +107,13 @@ VARIANTS = {
         "make_vocab_size_divisible_by": 64,
         **LINEAR,
     },
+    "documents": {"coe_iterations": 2},
+    "documents plain": {
+        "coe_iterations": 2,
+        "multi_latent_attention": False,
+        "q_lora_rank": None,
+        "num_query_groups": 2,
+    },
     "recompute": {
         "coe_iterations": 2,
         "recompute_granularity": "full",
@@ -141,7 +148,11 @@ def layout_settings(layout: str, variant: str = "C=2", **train: object) -> Setti
             train["micro_batch_size"] = int(size)
         elif name != "DP":  # what is left over; named only to be read
             parallel[SIZES[name]] = int(size)
-    return make_settings(model={**MODEL, **VARIANTS[variant]}, train=train, parallel=parallel)
+    data = {}
+    if variant.startswith("documents"):
+        data = {"mode": "packed_documents", "pad_seq_to_mult": 4}
+    model = {**MODEL, **VARIANTS[variant]}
+    return make_settings(model=model, train=train, parallel=parallel, data=data)
 
 
 class Sequences:
@@ -159,6 +170,19 @@ class Sequences:
             "loss_mask": mask,
             "position_ids": positions,
         }
+
+
+class Packs(Sequences):
+    """The same sequences, each of several documents of other lengths."""
+
+    LENGTHS = ((4, 12), (16,), (8, 4, 4), (4, 4, 4, 4))
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        lengths = self.LENGTHS[number % len(self.LENGTHS)]
+        cu_seqlens = torch.full((SEQ // 4 + 1,), SEQ, dtype=torch.int32)
+        cu_seqlens[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return super().__getitem__(number) | {"position_ids": positions, "cu_seqlens": cu_seqlens}
 
 
 def build(settings: Settings, dtype: torch.dtype) -> list:
@@ -181,7 +205,8 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
     provider, replicas = chunks[0].config, parallel_state.get_data_parallel_world_size()
     count = num_microbatches(settings.parallel, settings.train, dist.get_world_size())
     micro, rank = settings.train.micro_batch_size, parallel_state.get_data_parallel_rank()
-    source = BatchSource(Sequences(), micro, rank, replicas, torch.device("cpu"))
+    sequences = Packs() if settings.data.mode == "packed_documents" else Sequences()
+    source = BatchSource(sequences, micro, rank, replicas, torch.device("cpu"))
     batches = source.training(0, count)
     tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
     for chunk in chunks:
@@ -207,8 +232,8 @@ def step(settings: Settings, chunks: list) -> tuple[float, dict[str, torch.Tenso
 
 def forward_step(batches: Iterator, chunk: torch.nn.Module, scale: torch.Tensor) -> tuple:
     """As in training, with the whole vocabulary's logits on every rank."""
-    batch = get_batch_on_this_cp_rank(dict(next(batches)))
-    output = chunk(batch["tokens"], batch["position_ids"], None)
+    batch, packed = share_of_rank(dict(next(batches)))
+    output = chunk(batch["tokens"], batch["position_ids"], None, packed_seq_params=packed)
     loss_function = make_loss_function(batch["loss_mask"], scale)
 
     def gathered_loss(logits_BSV: torch.Tensor) -> tuple:

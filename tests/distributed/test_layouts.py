@@ -55,6 +55,11 @@ CORE = {
         "PP2·VPP2·DO·MB4, linear",
         "TP2·ETP1·MB4, linear mtp",
         "CP2·DO·OVERLAP·MB4, linear mtp",
+        "TP2·ETP1, documents",
+        "TP2·EP2·ETP1·DO, documents plain",
+        "PP2·VPP2, documents",
+        "CP2·EP2, documents",
+        "CP2, documents plain",
     ],
     4: [
         "TP2·ETP1·DO, C=2",

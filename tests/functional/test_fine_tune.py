@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import pretrain_coe
@@ -25,6 +27,7 @@ from tests import zygote
 from tests.functional.test_convert import convert
 from tests.unit.conversion.models import write_random_model
 
+CHAT_TEMPLATE = Path(__file__).parents[2] / "examples" / "finetune" / "chat_template.jinja"
 SMALL = ("train.precision=fp32", "train.global_batch_size=4", "model.seq_length=8")
 TEXT = "one two three\nfour five six\nseven eight nine ten\n"
 
@@ -102,6 +105,57 @@ def test_the_whole_way_from_a_folder_of_others(home):
     assert written.items() >= kept.items()
     assert written["model_max_length"] == load_settings(step / "config.yaml").model["seq_length"]
     assert (home / "runs/tuned/metrics.jsonl").is_file()
+
+
+def test_conversations_are_packed_trained_and_exported(home):
+    """The page's commands, with weights that stay and a moving average."""
+    shutil.copyfile(CHAT_TEMPLATE, "my-model/chat_template.jinja")
+    words = [line.split() for line in TEXT.splitlines()]
+    turns = [
+        ({"role": "user", "content": ask}, {"role": "assistant", "content": " ".join(say)})
+        for ask, *say in words
+    ]
+    chats = [[*first, *second] for first in turns for second in turns]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats))
+    done = convert(home, "from-hf", "--input", "my-model", "--output", "runs/chat/checkpoints")
+    assert done.returncode == 0, done.stderr
+    done = zygote.run(
+        "tools/preprocess_data.py", "--input", "chats.jsonl", "--messages-key", "messages",
+        *("--tokenizer", "my-model", "--output-prefix", "chats"), cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tokens are answers, the targets of the loss" in done.stdout
+    step = Path("runs/chat/checkpoints/step_00000000")
+    data = IndexedDataset("chats")
+    seq_length = max(len(data[number]) for number in range(len(data))) - 1
+    arguments = (
+        "pretrain_coe.py", "--config", step / "config.yaml", "data.train=[chats]",
+        *("data.valid=[chats]", "data.mode=packed_documents", f"model.seq_length={seq_length}"),
+        *("train.steps=12", "train.precision=fp32", "train.global_batch_size=4", "train.lr=1e-2"),
+        *("log.interval=1", "train.freeze=['*.router.*']", "train.ema_decay=0.5"),
+    )  # fmt: skip
+    done = zygote.run(*arguments, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert f"are longer than model.seq_length={seq_length} and are cut" in done.stdout
+    assert losses("runs/chat")[-1] < 0.8 * losses("runs/chat")[0]
+    done = zygote.run(*arguments, "--eval-only", cwd=home)
+    assert "of the moving average | valid loss" in done.stdout, done.stderr
+    for output, more in (("my-chat-model", ()), ("my-average", ("--ema",))):
+        done = convert(home, "to-hf", "--input", "runs/chat/checkpoints", "--output", output, *more)
+        assert done.returncode == 0, done.stderr
+        assert Path(output, "chat_template.jinja").is_file()
+    last, average, before = (
+        load_file(Path(folder, "model.safetensors"))
+        for folder in ("my-chat-model", "my-average", "my-model")
+    )
+    for name, weight in last.items():
+        assert torch.equal(weight, before[name]) is (".gate." in name), name
+    head = "lm_head.weight"
+    assert 0 < (average[head] - last[head]).abs().max() < (before[head] - last[head]).abs().max()
+
+    refused = zygote.run(*arguments, "train.micro_batch_size=2", cwd=home)
+    assert refused.returncode == CONFIG_ERROR
+    assert "makes one sequence of a micro-batch" in refused.stderr
 
 
 def test_what_an_import_begins_with(home):

@@ -51,9 +51,9 @@ VERBS = frozenset(
     choose clean clear clip close collect combine compare compile complete compute continue
     convert copy correct count create cut decide delete describe diagnose dispatch do draw drop
     encode end enter estimate evaluate exit explain export extend fill find finish fit flush
-    forward free fsync gather generate get give group guess hand hash have hold ignore import
+    forward free freeze fsync gather generate get give group guess hand hash have hold ignore import
     initialize insert install iterate join judge keep leave let limit list load log look make
-    map mark match measure merge move multiply name normalize note notice open parse patch
+    map mark match measure merge move multiply name normalize note notice open pack parse patch
     permute pick place plan plot prepare preprocess print profile prune publish put raise rank
     read rebuild receive record reduce refuse register release remove rename render replace
     report rerun reset resolve restore resume return round route run sample save say scale scan

@@ -376,8 +376,8 @@ FAULTS = [
     Fault(
         "the token after the cut is predicted",
         DATASETS,
-        "loss_mask[: len(ids) - 1] = 1.0",
-        "loss_mask[: len(ids)] = 1.0",
+        'sample["loss_mask"][targets] = 1.0',
+        'sample["loss_mask"][inputs] = 1.0',
         OF_DATA,
     ),
     Fault(
@@ -477,6 +477,27 @@ FAULTS = [
         "self.linear_kv_down_proj.register_forward_hook(self._own_tokens)",
         "pass",
         OF_LAYOUTS,
+    ),
+    Fault(
+        "a pack's positions run on from document to document",
+        "megatron_coe/model/documents.py",
+        "max(end - start for start, end in _documents(offsets))",
+        "offsets[-1]",
+        ("tests/unit/model/test_documents.py",),
+    ),
+    Fault(
+        "the token before an answer is a target, and its last one is not",
+        DATASETS,
+        "torch.from_numpy(answers[1:]).float()",
+        "torch.from_numpy(answers[:-1]).float()",
+        ("tests/unit/data/test_chat.py",),
+    ),
+    Fault(
+        "recomputed layers above a frozen embedding learn nothing",
+        "megatron_coe/model/freezing.py",
+        "output.detach().requires_grad_() if torch.is_grad_enabled() else output",
+        "output",
+        ("tests/unit/model/test_freezing.py",),
     ),
     Fault(
         "later tokens weighed by the micro-batch's mask alone",

@@ -13,6 +13,7 @@ E value width, H hidden.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -43,6 +44,7 @@ from torch import Tensor
 from megatron_coe.megatron_compat.versions import ExpertModules, expert_modules
 from megatron_coe.model.backends.mla import LatentAttention
 from megatron_coe.model.config import CoEConfig
+from megatron_coe.model.documents import positions_of_rank
 from megatron_coe.model.moe import experts
 
 if TYPE_CHECKING:
@@ -206,6 +208,9 @@ class SDPACoreAttention(MegatronModule):
     (`megatron.core.utils.get_batch_on_this_cp_rank`): it gathers all ranks' keys and values, and
     each of its chunks of queries attends to those up to its own position.
 
+    Packed documents (`packed_seq_params` of the format "thd") attend each to itself alone, one
+    after another; under context parallelism each is cut into 2 CP chunks (`model.documents`).
+
     Args:
         attn_mask_type: which keys a query may see when `forward` is not told otherwise.
         softmax_scale: factor on Q K^T; None for 1 / sqrt(width of a key).
@@ -260,22 +265,22 @@ class SDPACoreAttention(MegatronModule):
             attention_mask: boolean, True where a query must NOT see a key (Megatron's sense), of
                 a shape that broadcasts to [B, N, S, Sk]; or None.
             attn_mask_type: overrides the module's. Under a causal type the mask comes on top.
+            packed_seq_params: the documents of a pack, whose inputs are [S, N, D], [S, G, D] and
+                [S, G, E].
 
         Returns:
-            [S, B, N * E]
+            [S, B, N * E]; of a pack [S, N * E]
 
         Raises:
-            ValueError: packed sequences or an attention bias, or no mask where the type needs one;
-                with context parallelism, anything but causal attention of a sequence to itself.
+            ValueError: an attention bias, or no mask where the type needs one; with context
+                parallelism or a pack, anything but causal attention of a sequence to itself.
         """
-        if packed_seq_params is not None:
-            raise ValueError(
-                "packed_seq_params is not None: backend='torch' attends within [S, B] only; "
-                "give one example per sequence or set backend='te'"
-            )
         if attention_bias is not None:
             raise ValueError("attention_bias is not None: backend='torch' takes no attention bias")
         mask_type = attn_mask_type or self.attn_mask_type
+        if packed_seq_params is not None:
+            offsets = _document_offsets(packed_seq_params, attention_mask, mask_type)
+            return self._attend_within_documents(query, key, value, offsets)
         lengths = (query.shape[0], key.shape[0])
         if self.cp_group is not None:
             self._refuse_beyond_causal(attention_mask, mask_type, lengths)
@@ -301,9 +306,47 @@ class SDPACoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, group: torch.distributed.ProcessGroup
     ) -> Tensor:
         """Attend from this rank's two chunks of queries to all keys: [B, N, S / CP, E]."""
-        rank, last = group.rank(), 2 * group.size() - 1
-        widths = (key.shape[-1], value.shape[-1])
         both = _gather_in_order(torch.cat([key, value], dim=-1), group)
+        return self._attend_in_chunks(query, both, (key.shape[-1], value.shape[-1]), group)
+
+    def _attend_within_documents(
+        self, query: Tensor, key: Tensor, value: Tensor, offsets: list[int]
+    ) -> Tensor:
+        """[S / CP, N * E]: each document's queries over its own keys.
+
+        Args:
+            query, key, value: of this rank's share of the pack, [S / CP, heads, width].
+            offsets: of the documents in the pack, from 0 to S.
+        """
+        group, widths = self.cp_group, (key.shape[-1], value.shape[-1])
+        ranks = 1 if group is None else group.size()
+        both = torch.cat([key, value], dim=-1)[:, None]
+        if group is not None:
+            both = _gather_documents(both, offsets, group)
+        contexts = []
+        for start, end in itertools.pairwise(offsets):
+            own = query[start // ranks : end // ranks, None]
+            document = both[start:end]
+            if group is None:
+                key, value = document.split(widths, dim=-1)
+                contexts.append(self._attend(own, key, value, None, is_causal=True))
+            else:
+                contexts.append(self._attend_in_chunks(own, document, widths, group))
+        return torch.cat(contexts, dim=2)[0].transpose(0, 1).flatten(1)
+
+    def _attend_in_chunks(
+        self,
+        query: Tensor,
+        both: Tensor,
+        widths: tuple[int, int],
+        group: torch.distributed.ProcessGroup,
+    ) -> Tensor:
+        """[B, N, S / CP, E]: this rank's two chunks of queries over all of `both`.
+
+        Args:
+            both: keys and values [S, B, G, D + E], of these `widths`.
+        """
+        rank, last = group.rank(), 2 * group.size() - 1
         contexts = []
         for chunk, part in zip((rank, last - rank), query.chunk(2), strict=True):
             seen = (chunk + 1) * part.shape[0]
@@ -380,6 +423,34 @@ def _gather_in_order(own: Tensor, group: torch.distributed.ProcessGroup) -> Tens
     """
     chunks = gather_from_sequence_parallel_region(own, group=group).chunk(2 * group.size())
     return torch.cat(chunks[::2] + chunks[::-2])
+
+
+def _gather_documents(
+    own: Tensor, offsets: list[int], group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """[S / CP, ...] of this rank -> [S, ...] as the pack runs; back as `_gather_in_order`."""
+    ranks = range(group.size())
+    held = torch.cat([positions_of_rank(offsets, rank, group.size()) for rank in ranks])
+    gathered = gather_from_sequence_parallel_region(own, group=group)
+    return gathered[held.argsort().to(own.device)]
+
+
+def _document_offsets(
+    packed: PackedSeqParams, mask: Tensor | None, mask_type: AttnMaskType
+) -> list[int]:
+    """Return `cu_seqlens`; ValueError unless it says of documents that each attends to itself."""
+    causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+    others = (packed.cu_seqlens_kv, packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded)
+    offsets = [] if packed.cu_seqlens_q is None else packed.cu_seqlens_q.tolist()
+    alike = all(o is None or o is packed.cu_seqlens_q or o.tolist() == offsets for o in others)
+    if packed.qkv_format != "thd" or not causal or mask is not None or not alike:
+        raise ValueError(
+            f"packed_seq_params with qkv_format={packed.qkv_format!r}, attn_mask_type="
+            f"{mask_type.name}, {'no' if mask is None else 'an'} attention_mask and "
+            f"{'the same' if alike else 'several'} cu_seqlens: backend='torch' takes packs of "
+            "'thd' whose documents attend causally to themselves, with the same cu_seqlens for all"
+        )
+    return offsets
 
 
 def _visible_keys(

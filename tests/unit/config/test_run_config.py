@@ -206,6 +206,38 @@ def test_layouts_that_cannot_be_are_named(world_size, layout, train, expected):
         check_layout(settings, world_size)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": {"micro_batch_size": 2}}, "train.micro_batch_size=2"),
+        ({"parallel": {"context_parallel_size": 2}}, "to a multiple of 4"),
+        ({"data": {"pad_seq_to_mult": 3}}, "data.pad_seq_to_mult=3 does not divide"),
+        ({"model": {"mtp_num_layers": 1}}, "model.mtp_num_layers=1: multi-token prediction"),
+        ({"parallel": {"context_parallel_size": 2}, "data": {"pad_seq_to_mult": 4}}, None),
+        ({"data": {"mode": "padded"}, "train": {"micro_batch_size": 1}}, None),
+    ],
+)
+def test_what_document_masks_cannot_be_combined_with_is_named(changes, expected):
+    settings = Settings(model={"num_moe_experts": 8, "seq_length": 64})
+    settings.data.mode, settings.train.global_batch_size = "packed_documents", 4
+    settings.model |= changes.get("model", {})
+    for section, values in changes.items():
+        for name, value in values.items() if section != "model" else ():
+            setattr(getattr(settings, section), name, value)
+    if expected is None:
+        return check_layout(settings, world_size=2)
+    with pytest.raises(ValueError, match=expected):
+        check_layout(settings, world_size=2)
+
+
+def test_an_average_wants_whole_weights():
+    settings = Settings()
+    settings.parallel.use_distributed_optimizer = settings.parallel.overlap_param_gather = True
+    settings.train.ema_decay = 0.9
+    with pytest.raises(ValueError, match=r"train.ema_decay=0.9 with parallel.overlap_param_gather"):
+        check_layout(settings, world_size=2)
+
+
 def test_micro_batches_of_a_replica():
     settings = Settings()
     settings.parallel.tensor_model_parallel_size = 2

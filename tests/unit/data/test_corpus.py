@@ -54,3 +54,15 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"cannot write .*file/valid.jsonl"):
         make_corpus(tmp_path / "file", train_size=1, valid_size=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_messages_are_the_same_problems_as_conversations(tmp_path: Path) -> None:
+    plain = make_corpus(tmp_path / "a", train_size=40, valid_size=10, seed=7)
+    chats = make_corpus(tmp_path / "b", train_size=40, valid_size=10, seed=7, messages=True)
+    for first, second in zip(plain, chats, strict=True):
+        expected = [
+            {"messages": [{"role": "user", "content": e["query"]},
+                          {"role": "assistant", "content": e["response"]}]}
+            for e in read(first)
+        ]  # fmt: skip
+        assert read(second) == expected

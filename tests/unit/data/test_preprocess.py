@@ -209,7 +209,7 @@ def test_ids_are_stored_as_megatron_would(
     assert DType.optimal_dtype(vocab_size) is dtype
     larger = SentencePieceTokenizer(tokenizer.path)
     larger.vocab_size = vocab_size
-    assert module._Encoder(larger, Fields(), False, None).dtype is dtype
+    assert module._Encoder(larger, Fields(), False, None).dtypes == [dtype]
 
 
 def test_wrong_arguments_leave_nothing(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
