@@ -1,10 +1,11 @@
 """Upcycling at the size of DeepSeek-V2-Lite: time, peak memory, and the plan of its training.
 
-    python -m benchmarks.upcycle --directory /tmp/at-size --layers 27
+    python -m benchmarks.upcycle --directory /tmp/at-size --layers 27 [--plan]
 
 A folder of that shape with random weights is written, upcycled to two iterations by the command
-itself, and its training is described on 8 GPUs in the layout of the planner; the folder, which
-takes 2.3 GB for each layer, input and output together, is removed at the end.
+itself, and its training is described on 8 GPUs in the layout of the planner. All of it is removed
+at the end; input and output together take 2.3 GB of the disk for each layer. `--plan` describes the
+training alone, of a model without weights.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from megatron_coe.config.run_config import Settings
 from megatron_coe.conversion.hf_config import to_model_fields
+from megatron_coe.conversion.import_hf import FINE_TUNING, MAX_SEQ_LENGTH
 from megatron_coe.conversion.safetensors_shards import ShardWriter
+from megatron_coe.conversion.tokenizer import write_tokenizer
 from megatron_coe.data.corpus import make_corpus
 from megatron_coe.data.preprocess import preprocess
 from megatron_coe.data.records import Fields
@@ -84,6 +88,9 @@ def main() -> int:
     options.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         home = Path(name)
+        if options.plan:
+            describe_training(home, write_settings(home, options.layers))
+            return 0
         table, each = write_model(home / "moe", options.layers)
         imports, _ = run(home, "-c", "import megatron_coe.conversion.upcycle")
         peak, seconds = run(
@@ -91,7 +98,7 @@ def main() -> int:
         )
         shutil.rmtree(home / "moe")
         report(options.layers, table, each, imports, peak, seconds, home / "coe")
-        describe_training(home)
+        describe_training(home, next((home / "coe").glob("step_*/config.yaml")))
     return 0
 
 
@@ -113,13 +120,7 @@ def write_model(folder: Path, layers: int) -> tuple[list[Weight], dict[str, int]
         )
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    corpus, _ = make_corpus(folder.parent / "data", train_size=500, valid_size=50)
-    fields = Fields(("query", "response"), question_answer=True)
-    train_tokenizer([corpus], folder / "tokenizer.model", fields=fields, vocab_size=1024)
-    from megatron_coe.conversion.tokenizer import write_tokenizer
-
-    write_tokenizer(folder / "tokenizer.model", folder)
-    preprocess([corpus], folder.parent / "train", folder, fields=fields, quiet=True)
+    write_data(folder)
     writer = ShardWriter(folder, SHARD_BYTES)
     generator = torch.Generator().manual_seed(1)
     for weight in table:
@@ -130,6 +131,31 @@ def write_model(folder: Path, layers: int) -> tuple[list[Weight], dict[str, int]
             )
     writer.close()
     return table, {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+
+
+def write_settings(home: Path, layers: int) -> Path:
+    """Write the settings that an upcycled model of that shape begins with, and its data."""
+    (home / "moe").mkdir()
+    write_data(home / "moe")
+    config = to_model_fields({**SHAPE, "num_hidden_layers": layers}, home)
+    upcycled = {"coe_iterations": 2, "coe_independent_gate": True, "coe_upcycled": True}
+    settings = Settings(
+        model={**config, "seq_length": MAX_SEQ_LENGTH, **upcycled}, train=replace(FINE_TUNING)
+    )
+    settings.data.tokenizer = str(home / "moe")
+    settings.log.dir = str(home / "coe")
+    path = home / "upcycled.yaml"
+    path.write_text(settings.to_yaml(), encoding="utf-8")
+    return path
+
+
+def write_data(folder: Path) -> None:
+    """Write a tokenizer into a folder, and token files `train` beside it, of a generated corpus."""
+    corpus, _ = make_corpus(folder.parent / "data", train_size=500, valid_size=50)
+    fields = Fields(("query", "response"), question_answer=True)
+    train_tokenizer([corpus], folder / "tokenizer.model", fields=fields, vocab_size=1024)
+    write_tokenizer(folder / "tokenizer.model", folder)
+    preprocess([corpus], folder.parent / "train", folder, fields=fields, quiet=True)
 
 
 def run(home: Path, *arguments: str) -> tuple[Peak, float]:
@@ -181,10 +207,10 @@ def report(
     print("within the bound" if peak.resident <= bound else "BEYOND THE BOUND")
 
 
-def describe_training(home: Path) -> None:
+def describe_training(home: Path, settings: Path) -> None:
     """Print the planner's layout for the upcycled model, and a dry run of training in it."""
     coe = [sys.executable, "-W", "ignore", "-m", "megatron_coe.cli.main"]
-    config = ["--config", str(next((home / "coe").glob("step_*/config.yaml")))]
+    config = ["--config", str(settings)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
     planned = subprocess.run(
         [*coe, "plan", *config, "--gpus", str(GPUS), "--json"],
@@ -210,6 +236,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True, help="where the disk has room")
     parser.add_argument("--layers", type=int, default=27)
+    parser.add_argument("--plan", action="store_true", help="describe the training, and stop")
     return parser.parse_args()
 
 
