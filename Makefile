@@ -1,5 +1,6 @@
 # make quickstart   from nothing to a trained Chain-of-Experts model, its loss curve, its Hugging Face
 #                   folder and some of its answers, in runs/quickstart
+# make finetune     that model fine-tuned on conversations, exported, and asked before and after
 # make test         the fast tests           make test-all      the slow ones too
 # make test-line    those of the fast tests that another Megatron-Core can change
 # make lint         style, spelling, imports, types, words      make test-mutants  does the suite catch
@@ -43,7 +44,7 @@ RUN := runs/quickstart
 DATA := $(RUN)/data
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart wheel test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
+.PHONY: quickstart finetune wheel test test-line test-all test-gpu test-slurm test-mutants test-transformers test-eval lint clean-quickstart
 .PHONY: parity resharding test-faults test-bridge test-serve
 
 # --- environment ---------------------------------------------------------------------------------
@@ -101,6 +102,41 @@ quickstart: $(RUN)/answers.txt
 	@echo "Held-out questions, what the model answers and the true answers ($<):"
 	@cat $<
 	@echo "In $(RUN): hf/, answers.txt, loss.png, metrics.jsonl, tensorboard/, checkpoints/, data/"
+
+# --- fine-tuning the quickstart's model -----------------------------------------------------------
+
+SFT := runs/finetune
+SETTINGS := data.mode=packed_documents model.seq_length=1024 train.global_batch_size=8 \
+    train.steps=200 train.lr=2e-3 train.min_lr=1e-4 train.eval_interval=100 train.eval_samples=32
+
+# Its folder with a chat template beside the tokenizer; the import keeps both.
+$(SFT)/base/config.json: $(RUN)/hf/config.json examples/finetune/chat_template.jinja
+	@rm -rf $(SFT)/base && mkdir -p $(SFT)
+	cp -r $(RUN)/hf $(SFT)/base
+	cp examples/finetune/chat_template.jinja $(SFT)/base
+
+$(SFT)/checkpoints/step_00000000/config.yaml: $(SFT)/base/config.json | $(INSTALLED)
+	@rm -rf $(SFT)/checkpoints
+	$(PY) tools/convert_checkpoint.py from-hf --input $(SFT)/base --output $(SFT)/checkpoints
+
+$(SFT)/data/train.jsonl: | $(INSTALLED)
+	$(PY) tools/make_corpus.py --output $(SFT)/data --train-size 60000 --messages
+
+$(SFT)/data/%.idx: $(SFT)/data/train.jsonl $(SFT)/base/config.json | $(INSTALLED)
+	$(PY) tools/preprocess_data.py --input $(SFT)/data/$*.jsonl --messages-key messages \
+	    --tokenizer $(SFT)/base --output-prefix $(SFT)/data/$* --workers 2
+
+$(SFT)/.trained: $(SFT)/checkpoints/step_00000000/config.yaml $(SFT)/data/train.idx $(SFT)/data/valid.idx
+	$(PY) pretrain_coe.py --config $< data.train='[$(SFT)/data/train]' \
+	    data.valid='[$(SFT)/data/valid]' $(SETTINGS) $(OVERRIDES)
+	@touch $@
+
+$(SFT)/hf/config.json: $(SFT)/.trained
+	@rm -rf $(SFT)/hf
+	$(PY) tools/convert_checkpoint.py to-hf --input $(SFT)/checkpoints --output $(SFT)/hf
+
+finetune: $(SFT)/hf/config.json
+	$(PY) examples/finetune/exact_match.py --input $(SFT)/data/valid.jsonl $(SFT)/base $(SFT)/hf
 
 clean-quickstart:
 	rm -rf $(RUN)
