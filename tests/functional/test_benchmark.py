@@ -44,6 +44,7 @@ def test_every_benchmark_of_one_process(tmp_path):
             "coe-2_4-64",
             "moe_8-64",
             "SequentialMLP",
+            "transformers' deepseek_v2",
             "dense matmul",
             "1024-cubed product",
         },
