@@ -1,6 +1,6 @@
 """Routed experts of other frameworks, where they are installed: of the same sizes, as variants.
 
-torchtitan's are not among them: version 0.3.0 on the package index needs a nightly PyTorch.
+torchtitan's are not among them: nobody has tried its version 0.3.0 beside this package.
 """
 
 from __future__ import annotations

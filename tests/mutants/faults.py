@@ -212,8 +212,8 @@ FAULTS = [
     Fault(
         "residual of the wrong mode",
         LAYER,
-        "x = x_0 + update",
-        "x = x + update",
+        "x = self._iterate(t, x, x_0, padding_mask)",
+        "x = self._iterate(t, x, x, padding_mask)",
         OF_LAYER,
     ),
     Fault(
@@ -254,8 +254,8 @@ FAULTS = [
     Fault(
         "router reads x(0) in every iteration",
         LAYER,
-        "update = self._iterate(t, x, padding_mask)",
-        "update = self._iterate(t, x_0, padding_mask)",
+        "x = self._iterate(t, x, x, padding_mask)",
+        "x = self._iterate(t, x_0, x, padding_mask)",
         OF_LAYER,
     ),
     Fault(
@@ -276,8 +276,8 @@ FAULTS = [
     Fault(
         "shared expert in the first iteration only",
         LAYER,
-        "return self.postprocess(output, shared_output)",
-        "return self.postprocess(output, shared_output if t == 0 else None)",
+        "None if is_async else self.shared_experts_compute(x)",
+        "None if is_async or t > 0 else self.shared_experts_compute(x)",
         OF_LAYER,
     ),
     Fault(
