@@ -24,13 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """A suite that a shell starts in the background ignores Ctrl-C, and so would all it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()  # until the tests are collected: of what is imported nothing is garbage
     path = config.getoption("--outcomes")
     if path and not hasattr(config, "workerinput"):  # xdist's controller sees every report
         config.pluginmanager.register(Outcomes(Path(path)))
 
 
 def pytest_collection_finish() -> None:
-    """Collections of garbage pass over what has been imported: half a million objects."""
+    """Leave what has been imported, half a million objects, out of collections of garbage."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -104,6 +104,8 @@ def _run_rank(work: Path, fn_path: str, timeout_s: float) -> None:
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
+        # A rank that is done at once would hang up on one that is still connecting.
+        torch.distributed.barrier()
         module, _, name = fn_path.partition(":")
         function = getattr(importlib.import_module(module), name)
         result = function(*json.loads((work / "args.json").read_text()))
