@@ -34,6 +34,9 @@ class Rotary(nn.Module):
     vLLM's own keep their tables in the model's dtype, and leave out two keys of `rope_scaling`.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, vllm_config: VllmConfig) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
@@ -86,6 +89,13 @@ class PaddedAttention(nn.Module):
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+
+    q_proj: nn.Module
+    kv_a_proj_with_mqa: nn.Module
+    fused_qkv_a_proj: nn.Module
+    q_b_proj: nn.Module
+    kv_b_proj: nn.Module
+    o_proj: nn.Module
 
     def __init__(self, vllm_config: VllmConfig, rotary: Rotary, prefix: str) -> None:
         super().__init__()

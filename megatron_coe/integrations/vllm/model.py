@@ -239,6 +239,7 @@ class CoeModel(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         if not get_pp_group().is_first_rank:
+            assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
         elif inputs_embeds is None:
             hidden_states = self.embed_tokens(input_ids)
@@ -262,14 +263,14 @@ class CoeForCausalLM(nn.Module, SupportsPP):
         self.model = CoeModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
+            head = ParallelLMHead(
                 config.vocab_size,
                 config.hidden_size,
                 quant_config=vllm_config.quant_config,
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
-            if config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+            tied = config.tie_word_embeddings
+            self.lm_head = head.tie_weights(self.model.embed_tokens) if tied else head
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], config.hidden_size
