@@ -127,7 +127,7 @@ def test_bf16_differs_at_near_ties_only(name, home, prompts, tmp_path):
 
 def test_the_prefix_cache_changes_nothing(home, prompts, tmp_path):
     folder, long = home / "quickstart" / "hf", max(prompts, key=len)
-    repeated = [long * 2 + prompt for prompt in prompts[:8]]
+    repeated = [long[:70] + prompt[:60] for prompt in prompts[:8]]
     results = {
         cached: engine.run(
             folder, repeated, (engine.ONE_BY_ONE, engine.TOGETHER), tmp_path, max_tokens=8,
