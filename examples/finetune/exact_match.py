@@ -42,8 +42,8 @@ def main() -> None:
 @torch.no_grad()
 def ask(folder: Path, questions: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
     """Return the likeliest reply to each conversation, by its chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     replies = []
     for start in range(0, len(questions), BATCH):

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_coe.cli.command_line import USER_ERROR, add_config_arguments, new_parser
-from megatron_coe.config.settings_table import describe_settings, json_schema
 from megatron_coe.training.pretrain import Request, pretrain
 from megatron_coe.utils.imports import quiet_imports, quiet_megatron
 
@@ -70,6 +69,18 @@ class _Show(argparse.Action):
         parser.exit()
 
 
+def _described(text: str) -> str:
+    from megatron_coe.config.settings_table import describe_settings
+
+    return describe_settings(text)
+
+
+def _schema() -> str:
+    from megatron_coe.config.settings_table import json_schema
+
+    return json.dumps(json_schema(), indent=1)
+
+
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser = new_parser(__doc__, prog, add_help=False)
     add_config_arguments(parser)
@@ -79,7 +90,7 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         nargs="?",
         const="",
         action=_Show,
-        show=lambda text: describe_settings(text) if text else parser.format_help().rstrip(),
+        show=lambda text: _described(text) if text else parser.format_help().rstrip(),
         metavar="SETTING",
         help="this page, or the settings whose name or description holds some text",
     )
@@ -87,7 +98,7 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         "--json-schema",
         nargs=0,
         action=_Show,
-        show=lambda _: json.dumps(json_schema(), indent=1),
+        show=lambda _: _schema(),
         help="print the JSON Schema of a file of settings",
     )
     mode = parser.add_mutually_exclusive_group()

@@ -249,9 +249,12 @@ def _accumulate(
 
 
 def chunk_rows(tokens: int, width: int, element_size: int, on_gpu: bool) -> int:
-    """Return the tokens of a chunk: chunks of one size as far as that goes."""
+    """Return the tokens of a chunk: chunks of one size as far as that goes.
+
+    A vocabulary that is not known yet (`width` 0) counts as one id.
+    """
     limit = _CHUNK_BYTES["cuda" if on_gpu else "cpu"]
-    most = max(limit // (width * element_size), _ROW_MULTIPLE)
+    most = max(limit // (max(width, 1) * element_size), _ROW_MULTIPLE)
     chunks = max(-(-tokens // most), 1)
     rows = -(-tokens // chunks)
     return max(-(-rows // _ROW_MULTIPLE), 1) * _ROW_MULTIPLE
