@@ -22,8 +22,11 @@ from megatron_coe.fault_tolerance.exceptions import DataWorkerError
 from megatron_coe.fault_tolerance.signals import STOP_SIGNALS
 from megatron_coe.training.loss import Batch
 
-FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
-"""What a step uses of a sequence; the last only where documents are packed with their masks."""
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+"""What a step uses of a sequence."""
+
+_PACKED_FIELDS = (*FIELDS, "cu_seqlens")
+"""The same where documents are packed with their masks."""
 
 
 @dataclass
@@ -108,7 +111,7 @@ def _read(dataset: Dataset, numbers: Sequence[int]) -> Batch:
     """Read sequences into one batch, on the host."""
     items = [dataset[number] for number in numbers]
     return default_collate(
-        [{name: item[name] for name in FIELDS if name in item} for item in items]
+        [{name: item[name] for name in _PACKED_FIELDS if name in item} for item in items]
     )
 
 
