@@ -317,15 +317,36 @@ def _become(job: dict) -> None:
     runpy.run_path(job["argv"][0], run_name="__main__")
 
 
+def _leave(shared: Sequence[str]) -> None:
+    """Let the interpreter take down what a run has made itself, and not the shared modules.
+
+    Clearing those would copy the memory that all forks share, page by page, and take as long as a
+    small run. C++ destructors of the libraries do the same, and are left out.
+    """
+    if not shared:
+        return
+    own = {"sys", "builtins"}
+    kept = [sys.modules[name] for name in shared if name in sys.modules and name not in own]
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # for good
+    sys.modules.update(dict.fromkeys(set(shared) - own))  # as the interpreter does
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)
+
+
 def _main() -> None:
     sys.path[0:1] = [sys.argv[1], str(REPO)]  # the script's folder as ever, and that of plants
+    shared: list[str] = []
+    atexit.register(_leave, shared)  # the first to be registered is the last to be called
+    gc.disable()  # of what is imported nothing is garbage
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    gc.enable()
     gc.freeze()  # so that collections of garbage in a fork leave the shared memory alone
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "an import has started a thread, which no fork would have"
     job = _serve()
     if job is not None:
+        shared += sys.modules
         _become(job)
 
 
