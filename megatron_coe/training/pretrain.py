@@ -24,7 +24,7 @@ from megatron_coe.fault_tolerance.exit_codes import CONFIG_ERROR, DONE, NOT_WRIT
 from megatron_coe.fault_tolerance.signals import StopRequest, unblock
 from megatron_coe.megatron_compat.transformer_engine import broken_by
 from megatron_coe.utils.errors import DataError
-from megatron_coe.utils.imports import missing_package, quiet_imports
+from megatron_coe.utils.imports import collected_later, missing_package, quiet_imports
 from megatron_coe.utils.ranks import is_local_rank_0, is_rank_0
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
     # Every module of Megatron warns of it; `model.backend` selects the replacement.
     quiet_imports()
     warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")
-    from megatron_coe.training import build
+    with collected_later():
+        from megatron_coe.training import build
 
     if request.dry_run:
         print(build.describe(settings, world_size))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _INSTALLED_AS = {"google": "protobuf", "megatron": "megatron-core", "yaml": "pyyaml"}
 """Modules whose package has another name."""
@@ -24,6 +27,25 @@ def missing_package(error: BaseException) -> ValueError | None:
         "in the repository `pip install -e '.[data,hf,plot]'` for all that commands need "
         "(docs/installation.md)"
     )
+
+
+@contextmanager
+def collected_later() -> Iterator[None]:
+    """Import Megatron in the body without garbage collections, and leave its objects out of later.
+
+    Its import makes half a million objects, all of which stay: looking through them again and again
+    is a third of the time that it takes. A process that has imported it does nothing here, as
+    freezing would keep what is garbage by now.
+    """
+    if "megatron.core" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def quiet_imports() -> None:
