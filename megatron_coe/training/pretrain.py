@@ -125,6 +125,8 @@ def _prepare(request: Request, stack: ExitStack, stop: StopRequest) -> Trainer |
     # Every module of Megatron warns of it; `model.backend` selects the replacement.
     quiet_imports()
     warnings.filterwarnings("ignore", message="The legacy GroupedMLP will be deprecated")
+    # 0.19's, in a process that no launcher started: it is rank 0, as it says.
+    warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")
     with collected_later():
         from megatron_coe.training import build
 
