@@ -528,6 +528,13 @@ FAULTS = [
         ("tests/unit/training/test_batch_source.py",),
     ),
     Fault(
+        "scores are rounded before experts are chosen",
+        ROUTER,
+        "return torch.sigmoid(logits_TN.to(dtype))\n",
+        "return torch.sigmoid(logits_TN.to(dtype)).type_as(logits_TN)\n",
+        OF_ROUTER,
+    ),
+    Fault(
         "top-k probabilities pass no gradient on in deterministic mode",
         "megatron_coe/model/moe/router.py",
         "dvalues_TN = torch.where(is_taken_TN, dtaken_TK[:, k, None], dvalues_TN)",

@@ -213,14 +213,15 @@ class CoERouter(TopKRouter):
             self.local_tokens_per_expert += routing_map.sum(dim=0)
 
     def scores(self, logits_TN: Tensor) -> Tensor:
-        """Return the scores of all experts [T, N], computed in at least fp32, in the logits' dtype.
+        """Return the scores of all experts [T, N] in fp32, in fp64 from fp64 logits.
 
-        Megatron's function computes them in fp32 even from fp64 logits.
+        Not in bf16: scores that round to the same number would tie, and other experts be chosen.
+        (Megatron-Core 0.16 rounds them, 0.19 does not; from fp64 logits both compute in fp32.)
         """
         dtype = torch.promote_types(logits_TN.dtype, torch.float32)
         if self.score_function == "softmax":
-            return torch.softmax(logits_TN, dim=-1, dtype=dtype).type_as(logits_TN)
-        return torch.sigmoid(logits_TN.to(dtype)).type_as(logits_TN)
+            return torch.softmax(logits_TN, dim=-1, dtype=dtype)
+        return torch.sigmoid(logits_TN.to(dtype))
 
     def select(self, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
         """Return the top-k experts of each token: (probs [T, N], routing_map [T, N] bool).
@@ -249,18 +250,18 @@ class CoERouter(TopKRouter):
 
         The scores [T, N] of all experts come with them if they were needed for it.
         """
-        renormalised = self.score_function == "softmax" and not self.config.moe_router_pre_softmax
-        scores = logits_TN if renormalised else self.scores(logits_TN)
+        renormalized = self.score_function == "softmax" and not self.config.moe_router_pre_softmax
+        scores = logits_TN if renormalized else self.scores(logits_TN)
         biased = scores if self.expert_bias is None else scores + self.expert_bias
         chosen_TK = self.best(biased)
         probs_TK = _TakeColumns.apply(scores, chosen_TK)
-        if renormalised:
+        if renormalized:
             probs_TK = self.scores(probs_TK)
         elif self.score_function == "sigmoid" and self.topk > 1:
             probs_TK = probs_TK / (probs_TK.sum(dim=-1, keepdim=True) + NORMALIZING_EPS)
         if self.config.moe_router_topk_scaling_factor:
             probs_TK = probs_TK * self.config.moe_router_topk_scaling_factor
-        return probs_TK, chosen_TK, None if renormalised else scores
+        return probs_TK.type_as(logits_TN), chosen_TK, None if renormalized else scores
 
     def best(self, scores_TN: Tensor) -> Tensor:
         """Return the indices of the top-k experts [T, K], or those that are replayed."""

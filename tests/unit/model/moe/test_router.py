@@ -211,10 +211,31 @@ def test_loss_weight_does_not_depend_on_the_micro_batch(
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        {"moe_router_pre_softmax": True},
+    ],
+    ids=["sigmoid", "sigmoid with bias", "softmax"],
+)
+def test_bf16_logits_choose_the_largest(groups, kind: dict) -> None:
+    """Scores keep the logits' order: in bf16 many large ones would be the same number."""
+    router = CoERouter(tiny_config(num_moe_experts=64, moe_router_topk=6, **kind), groups)
+    logits_TN = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    probs_TK, chosen_TK, _ = router.choose(logits_TN)
+    assert probs_TK.dtype == torch.bfloat16
+    chosen = logits_TN.gather(1, chosen_TK).sort(descending=True).values
+    assert torch.equal(chosen, logits_TN.topk(6).values)
+    probs_TN, routing_map = router.select(logits_TN)
+    assert probs_TN.dtype == torch.bfloat16 and (routing_map.sum(1) == 6).all()
+
+
 SCORES_OF_GROUPS = {
     "max": {"moe_router_group_score": "max"},
     "sum": {"moe_router_group_score": "sum"},
-    "renormalised": {"moe_router_group_score": "max", "moe_router_pre_softmax": False},
+    "renormalized": {"moe_router_group_score": "max", "moe_router_pre_softmax": False},
     "sigmoid": {"moe_router_group_score": "max", "moe_router_score_function": "sigmoid"},
     "sigmoid with bias": {
         "moe_router_group_score": "sum",
