@@ -64,6 +64,11 @@ class Claim(Protocol):
         """Whether it only helps to understand the paper's claims and has no part in the verdict."""
         ...
 
+    @property
+    def variants(self) -> set[str]:
+        """Names of the variants that it is about."""
+        ...
+
     def judge(self, results: Results) -> Finding:
         """Judge the claim by its criterion."""
         ...
@@ -84,6 +89,10 @@ class Contrast:
     weights: Mapping[str, float]
     reference: str | None = None
     control: bool = False
+
+    @property
+    def variants(self) -> set[str]:
+        return set(self.weights)
 
     def values(self, results: Results) -> list[float]:
         """Return the contrast of each seed."""
@@ -149,6 +158,10 @@ class Mixed:
     second: Contrast
     control: bool = False
 
+    @property
+    def variants(self) -> set[str]:
+        return self.first.variants | self.second.variants
+
     def judge(self, results: Results) -> Finding:
         """Judge by the 95% intervals of both contrasts."""
         intervals = [Interval.of(c.values(results)) for c in (self.first, self.second)]
@@ -181,6 +194,10 @@ class MemorySaving:
     than: str
     share: float
     control: bool = False
+
+    @property
+    def variants(self) -> set[str]:
+        return {self.variant, self.than}
 
     def judge(self, results: Results) -> Finding:
         """Judge by the saved share of the state, within `MEMORY_TOLERANCE`."""

@@ -1,11 +1,13 @@
-r"""Run one of the paper's experiments: train its variants, and judge its claim.
+r"""Run an experiment: train its variants, and judge its claim.
 
     python tools/run_experiment.py main --scale tiny --seeds 3
     python tools/run_experiment.py memory --scale small --seeds 5 --dry-run
     python tools/run_experiment.py compute --input gsm8k/train.parquet \
         --valid-input gsm8k/test.parquet --qa-keys question answer
+    python tools/run_experiment.py fair --seeds 5 --results docs/experiments/fair_tiny.jsonl
 
-Writes a table (Markdown and CSV), a plot and a verdict (Markdown and JSON) into
+`fair` compares with the standard MoE, each variant at its own learning rate; the others are the
+paper's. Writes a table (Markdown and CSV), a plot and a verdict (Markdown and JSON) into
 OUTPUT/DATA/SCALE/EXPERIMENT/. Runs are stored beside it and shared by all experiments: a variant
 that another one trained is not trained again. Ctrl-C, SIGTERM or a crash lose nothing that is
 saved: the same command resumes.
@@ -60,12 +62,35 @@ def parse() -> argparse.Namespace:
         "--qa-keys", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE")
     )
     parser.add_argument("--vocab-size", type=int, help="of the tokenizer (default: the scale's)")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="train these alone, and judge their claims"
+    )
     parser.add_argument("--jobs", type=int, help="runs at a time (default: one a core or GPU)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the variants, their sizes and a time, and stop",
+    )
+    tuned = parser.add_argument_group("experiments whose variants have learning rates of their own")
+    tuned.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines, one for each run as it ends; a run in it is not trained again (default: "
+        "runs.jsonl in the experiment's folder)",
+    )
+    tuned.add_argument(
+        "--tuning-seeds", type=int, default=2, help="seeds of the learning rates (default 2)"
+    )
+    tuned.add_argument(
+        "--rates-from",
+        type=Path,
+        metavar="FILE",
+        help="--results of another scale: take its learning rates, tune none",
+    )
+    tuned.add_argument(
+        "--report", action="store_true", help="train nothing; report the seeds that are complete"
     )
     options = parser.parse_intermixed_args()
     options.overrides += options.set
@@ -79,25 +104,46 @@ def command(options: argparse.Namespace) -> None:
         ValueError: an option or a setting is invalid, or a run failed.
         OSError: a file cannot be read or written.
     """
-    for name in ("seeds", "jobs", "threads", "vocab_size"):
+    for name in ("seeds", "tuning_seeds", "jobs", "threads", "vocab_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     experiment, scale = EXPERIMENTS[options.experiment], SCALES[options.scale]
+    if options.variants:
+        experiment = experiment.restricted(options.variants)
     source = Source(
         options.vocab_size or scale.vocab_size, options.input, options.valid_input, options.qa_keys
     )
     source.check()
     folder = options.output / source.name
-    runs_folder = folder / scale.name
+    train = train_tuned if experiment.tuned else train_untuned
+    outcome = train(experiment, scale, source, folder, options)
+    if outcome is not None:
+        report(outcome, folder / scale.name / experiment.name)
+
+
+def train_untuned(
+    experiment: Experiment,
+    scale: Scale,
+    source: Source,
+    folder: Path,
+    options: argparse.Namespace,
+) -> Outcome | None:
+    """Train the variants, all at the scale's learning rate; None for a dry run."""
+    if options.results or options.rates_from or options.report:
+        raise ValueError(
+            f"--results, --rates-from and --report do not go with {experiment.name}, whose "
+            "variants share a learning rate"
+        )
     # From here on imports take seconds.
     from experiments.measure import sizes_of
     from experiments.report import Outcome
+    from megatron_coe.analysis import runs as recorded
     from megatron_coe.analysis.run_jobs import last_validation_loss, train
 
     seeds = list(range(1, options.seeds + 1))
     data = Data.at(folder / "data")
-    runs = runs_of(experiment, scale, seeds, runs_folder, data, options.overrides)
+    runs = runs_of(experiment, scale, seeds, folder / scale.name, data, options.overrides)
     firsts = {name: own[0].settings for name, own in runs.items()}
     sizes, machine = sizes_of(firsts, source.vocab_size)
     # All variants of a seed before the next seed, so that unfinished experiments have pairs.
@@ -107,13 +153,58 @@ def command(options: argparse.Namespace) -> None:
     for one in in_order:
         one.check()
     if options.dry_run:
-        return
+        return None
     make_data(source, folder / "data")
     train(in_order, jobs, options.threads)
     folders = {name: [run.folder for run in own] for name, own in runs.items()}
     losses = {name: [*map(last_validation_loss, own)] for name, own in folders.items()}
-    outcome = Outcome(experiment, scale.name, seeds, sizes, folders, losses)
-    report(outcome, runs_folder / experiment.name)
+    read = {name: [*map(recorded.Run.read, own)] for name, own in folders.items()}
+    return Outcome(experiment, scale.name, seeds, sizes, read, losses)
+
+
+def train_tuned(
+    experiment: Experiment,
+    scale: Scale,
+    source: Source,
+    folder: Path,
+    options: argparse.Namespace,
+) -> Outcome | None:
+    """Train the variants, each at its own learning rate; None for a dry run."""
+    # From here on imports take seconds.
+    from experiments.learning_rates import first_grid
+    from experiments.measure import sizes_of
+    from experiments.run_results import ResultsFile
+    from experiments.tuned import Tuned, mean_losses, rates_of
+
+    runs_folder = folder / scale.name
+    results = ResultsFile(options.results or runs_folder / experiment.name / "runs.jsonl")
+    tuned = Tuned(
+        experiment, scale, source, Data.at(folder / "data"), runs_folder, options.overrides, results
+    )
+    tuning = {}
+    if options.rates_from:
+        if not options.rates_from.exists():
+            raise ValueError(f"--rates-from {options.rates_from}: there is no such file")
+        tuning = mean_losses(ResultsFile(options.rates_from).read().values())
+        rates_of(tuning, experiment, str(options.rates_from))
+    results.read()
+    settings = {run.variant.name: run.job.settings for run in tuned.first_runs()}
+    sizes, machine = sizes_of(settings, source.vocab_size)
+    if options.report:
+        tuning = tuning or mean_losses(results.read().values())
+        return tuned.outcome(tuning, tuned.complete_seeds(tuning), sizes)
+    jobs = options.jobs or machine.jobs
+    of_tuning = 0 if options.rates_from else len(first_grid(1)) * options.tuning_seeds
+    print_plan(experiment, sizes, machine, options.seeds + of_tuning, jobs)
+    if of_tuning:
+        print("more where the best learning rate lies at the end of its grid", flush=True)
+    if options.dry_run:
+        return None
+    make_data(source, folder / "data")
+    tuning = tuning or tuned.tune(options.tuning_seeds, jobs, options.threads)
+    seeds = list(range(1, options.seeds + 1))
+    tuned.train(tuned.report_runs(tuning, seeds), jobs, options.threads)
+    return tuned.outcome(tuning, seeds, sizes)
 
 
 def runs_of(

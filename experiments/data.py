@@ -13,6 +13,8 @@ from megatron_coe.data.tokenizer import train_tokenizer
 from megatron_coe.utils.files import atomic_path
 
 _SOURCE_FILE = "source.json"
+_GENERATED_HELD_OUT = 4000
+"""Generated problems that are held out: half of them fill the sequences of a validation."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Source:
             if path is not None:
                 Path(path).open("rb").close()
 
+    def described(self) -> dict[str, object]:
+        """Describe it for comparison with another, without paths."""
+        names = {key: path and Path(path).name for key, path in self._files.items()}
+        return {**asdict(self), **names, "generated_held_out": _GENERATED_HELD_OUT}
+
+    @property
+    def _files(self) -> dict[str, str | None]:
+        return {"train": self.train, "valid": self.valid}
+
     @property
     def name(self) -> str:
         """The name of its data's folder."""
@@ -52,16 +63,27 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """Paths of a tokenizer, and prefixes of tokenized text."""
+    """Paths of a tokenizer, and prefixes of tokenized text.
+
+    Attributes:
+        tokenizer: trained on the training text.
+        train: the training text.
+        valid: the held-out text.
+        tuning: every other document of it, to choose learning rates by.
+        report: the others.
+    """
 
     tokenizer: Path
     train: Path
     valid: Path
+    tuning: Path
+    report: Path
 
     @staticmethod
     def at(folder: Path) -> Data:
         """Return the paths in a folder."""
-        return Data(folder / "tokenizer.model", folder / "train", folder / "valid")
+        prefixes = ("train", "valid", "tuning", "report")
+        return Data(folder / "tokenizer.model", *(folder / prefix for prefix in prefixes))
 
 
 def make_data(source: Source, folder: Path) -> Data:
@@ -72,7 +94,8 @@ def make_data(source: Source, folder: Path) -> Data:
         OSError: a file cannot be read or written.
     """
     data, recorded = Data.at(folder), folder / _SOURCE_FILE
-    described = json.dumps(asdict(source), indent=2) + "\n"
+    held_out = {"generated_held_out": _GENERATED_HELD_OUT} if source.train is None else {}
+    described = json.dumps({**asdict(source), **held_out}, indent=2) + "\n"
     if recorded.exists():
         if recorded.read_text(encoding="utf-8") != described:
             raise ValueError(f"{recorded}: the folder's data came from elsewhere; name another one")
@@ -80,10 +103,25 @@ def make_data(source: Source, folder: Path) -> Data:
     fields = Fields(tuple(source.keys), question_answer=True)
     train, valid = (Path(path) if path else None for path in (source.train, source.valid))
     if train is None or valid is None:
-        train, valid = make_corpus(folder)
+        train, valid = make_corpus(folder, valid_size=_GENERATED_HELD_OUT)
     train_tokenizer([train], data.tokenizer, fields=fields, vocab_size=source.vocab_size)
     for text, prefix in ((train, data.train), (valid, data.valid)):
         preprocess([text], prefix, data.tokenizer, fields=fields, append_eod=True)
+    _halve(data.valid, data.tuning, data.report)
     with atomic_path(recorded) as temporary:  # written last: it marks the data as complete
         temporary.write_text(described, encoding="utf-8")
     return data
+
+
+def _halve(source: Path, *halves: Path) -> None:
+    """Write every other document of a `.bin/.idx` pair into each of two."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    documents = IndexedDataset(str(source))
+    for first, half in enumerate(halves):
+        builder = IndexedDatasetBuilder(f"{half}.bin", dtype=documents.index.dtype)
+        for number in range(first, len(documents), len(halves)):
+            ids = torch.from_numpy(documents[number])
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(f"{half}.idx")

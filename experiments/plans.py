@@ -1,4 +1,4 @@
-"""The paper's experiments: the models compared, and the claims about them.
+"""The paper's experiments, and `fair`: the models compared, and the claims about them.
 
 Models are the presets of examples/paper/, at the paper's size or made smaller by a `Scale`.
 CoE-C(K/N): C iterations, K routed experts per token in each, N experts, shared ones included.
@@ -7,7 +7,8 @@ Source: arXiv 2506.18945, section 4 and its appendix on longer training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from experiments.claims import Claim, Contrast, MemorySaving, Mixed, lower, no_worse
 
@@ -38,6 +39,7 @@ class Experiment:
         variants: the baseline first.
         claims: the parts of the claim, and controls.
         reported: the paper's measurements, by variant.
+        tuned: whether each variant gets its own learning rate (`experiments.tuned`).
     """
 
     name: str
@@ -45,6 +47,23 @@ class Experiment:
     variants: tuple[Variant, ...]
     claims: tuple[Claim, ...]
     reported: dict[str, str] = field(default_factory=dict)
+    tuned: bool = False
+
+    def restricted(self, names: Sequence[str]) -> Experiment:
+        """Return the experiment of these variants alone, with the claims about them.
+
+        Raises:
+            ValueError: a variant is unknown, or no claim is left.
+        """
+        known = [variant.name for variant in self.variants]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"--variants {name}: {self.name} has {', '.join(known)}")
+        claims = tuple(claim for claim in self.claims if claim.variants <= set(names))
+        if all(claim.control for claim in claims):
+            raise ValueError(f"--variants {' '.join(names)}: no claim is about these alone")
+        variants = tuple(variant for variant in self.variants if variant.name in names)
+        return replace(self, variants=variants, claims=claims)
 
 
 MOE_8 = Variant("moe_8-64", "MoE(8/64)")
@@ -288,6 +307,65 @@ SHARED = Experiment(
     ),
 )
 
+FAIR = Experiment(
+    "fair",
+    "Against the standard MoE, h + f(norm(h)), each at its own learning rate, the chain pays: at "
+    "equal parameters, at equal work, and at less memory.",
+    (
+        Variant("moe_8-64_outer", "MoE(8/64), standard"),
+        COE_4,
+        Variant("moe_7-64_outer", "MoE(7/64), standard"),
+        Variant("coe-2_3-64", "CoE-2(3/64)"),
+        Variant("coe-2_4-48", "CoE-2(4/48)"),
+        MOE_8,
+        Variant("moe_7-64", "MoE(7/64)"),
+    ),
+    (
+        lower(
+            "Equal parameters: CoE-2(4/64) is better than the standard MoE(8/64).",
+            "coe-2_4-64",
+            "moe_8-64_outer",
+        ),
+        lower(
+            "Equal work, 2 * (3 + 1) and 7 + 1 expert passes: CoE-2(3/64) is better than the "
+            "standard MoE(7/64).",
+            "coe-2_3-64",
+            "moe_7-64_outer",
+        ),
+        no_worse(
+            "Less memory: CoE-2(4/48) is no worse than the standard MoE(8/64).",
+            "coe-2_4-48",
+            "moe_8-64_outer",
+        ),
+        MemorySaving("It takes 17.6% less memory.", "coe-2_4-48", "moe_8-64_outer", 0.176),
+        lower(
+            "The paper's baseline, equal parameters: CoE-2(4/64) is better than MoE(8/64).",
+            "coe-2_4-64",
+            "moe_8-64",
+            control=True,
+        ),
+        lower(
+            "The paper's baseline, equal work: CoE-2(3/64) is better than MoE(7/64).",
+            "coe-2_3-64",
+            "moe_7-64",
+            control=True,
+        ),
+        no_worse(
+            "The paper's baseline, less memory: CoE-2(4/48) is no worse than MoE(8/64).",
+            "coe-2_4-48",
+            "moe_8-64",
+            control=True,
+        ),
+        lower(
+            "The standard MoE(8/64) is better than the paper's baseline.",
+            "moe_8-64_outer",
+            "moe_8-64",
+            control=True,
+        ),
+    ),
+    tuned=True,
+)
+
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in [
@@ -300,5 +378,6 @@ EXPERIMENTS = {
         DENSE,
         ITERATIONS,
         SHARED,
+        FAIR,
     ]
 }

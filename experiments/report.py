@@ -8,10 +8,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.claims import Finding, Results, overall
+from experiments.learning_rates import best_rate
 from experiments.measure import Sizes
 from experiments.plans import Experiment
 from megatron_coe.analysis.intervals import spread
@@ -23,6 +24,7 @@ from megatron_coe.utils.tables import markdown_table
 
 TABLE, TABLE_CSV, PLOT = "table.md", "table.csv", "plot.png"
 VERDICT, VERDICT_JSON = "verdict.md", "verdict.json"
+RATES = "learning_rates.md"
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Outcome:
     scale: str
     seeds: Sequence[int]
     sizes: Mapping[str, Sizes]
-    runs: Mapping[str, Sequence[Path]]
-    """Folders of a variant's runs, one for each seed."""
+    runs: Mapping[str, Sequence[Run]]
+    """A variant's runs, one for each seed."""
     losses: Mapping[str, Sequence[float]]
+    tuning: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+    """Where each variant has its own learning rate: loss by variant and learning rate tried."""
 
     def findings(self) -> list[Finding]:
         """Judge each claim."""
@@ -52,7 +56,8 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
         ValueError: matplotlib is missing.
         OSError: a file cannot be written.
     """
-    texts = {
+    texts = {RATES: rates_table(outcome)} if outcome.tuning else {}
+    texts |= {
         TABLE: table(outcome),
         TABLE_CSV: table_csv(outcome),
         VERDICT: verdict(outcome),
@@ -62,7 +67,7 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     groups = [
-        Group(variant.title, tuple(Run.read(path) for path in outcome.runs[variant.name]))
+        Group(variant.title, tuple(outcome.runs[variant.name]))
         for variant in outcome.experiment.variants
     ]
     title = f"{outcome.experiment.name}, {outcome.scale}: {len(outcome.seeds)} seed(s) each"
@@ -104,6 +109,19 @@ def table(outcome: Outcome) -> str:
             [variant.title, *costs, *(f"{loss:.4f}" for loss in losses), spread(losses), reported]
         )
     return markdown_table(head, rows) + "\n"
+
+
+def rates_table(outcome: Outcome) -> str:
+    """Render the loss of each learning rate tried, the chosen ones in bold, as Markdown."""
+    rates = sorted({rate for losses in outcome.tuning.values() for rate in losses})
+    rows = []
+    for variant in outcome.experiment.variants:
+        losses = outcome.tuning[variant.name]
+        best = best_rate(losses)
+        cells = [f"{losses[rate]:.4f}" if rate in losses else "" for rate in rates]
+        marked = zip(rates, cells, strict=True)
+        rows.append([variant.title, *(f"**{c}**" if r == best else c for r, c in marked)])
+    return markdown_table(["variant", *(f"{rate:g}" for rate in rates)], rows) + "\n"
 
 
 def table_csv(outcome: Outcome) -> str:
@@ -154,6 +172,7 @@ def verdict_json(outcome: Outcome) -> str:
         "verdict": overall(findings).value,
         "claims": [{**vars(finding), "verdict": finding.verdict.value} for finding in findings],
         "losses": {name: list(values) for name, values in outcome.losses.items()},
+        "learning_rates": {name: best_rate(tried) for name, tried in outcome.tuning.items()},
         "sizes": {name: vars(sizes) for name, sizes in outcome.sizes.items()},
     }
     return json.dumps(_without_infinities(described), indent=2) + "\n"

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -125,13 +125,19 @@ def server() -> ForkServerContext:
     return context
 
 
-def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
+def train(
+    runs: Sequence[Run],
+    jobs: int,
+    threads: int,
+    on_done: Callable[[Run], object] = lambda run: None,
+) -> None:
     """Train the runs that are not done, in their order; an interrupted one is resumed.
 
     Args:
         runs: to train.
         jobs: runs at a time.
         threads: CPU threads of each run.
+        on_done: called with each run that is done, as soon as it is.
 
     Raises:
         ValueError: a run failed; the message names it and its log. The others in progress save and
@@ -140,7 +146,12 @@ def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
     """
     for run in runs:
         run.prepare()
-    waiting = [run for run in runs if not run.is_done()]
+    waiting = []
+    for run in runs:
+        if run.is_done():
+            on_done(run)
+        else:
+            waiting.append(run)
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", flush=True)
     context, left = server(), len(waiting)
@@ -156,6 +167,7 @@ def train(runs: Sequence[Run], jobs: int, threads: int) -> None:
             for process in [process for process in running if not process.is_alive()]:
                 run, began_s = running.pop(process)
                 _check_end(run, process.exitcode)
+                on_done(run)
                 left -= 1
                 print(
                     f"{run.name}: validation loss {last_validation_loss(run.folder):.4f} after "

@@ -94,6 +94,57 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
         assert text in other.stderr
 
 
+def test_each_variant_has_its_own_learning_rate(tmp_path):
+    texts = write_texts(tmp_path / "train.jsonl", 400), write_texts(tmp_path / "held.jsonl", 40)
+    results = tmp_path / "kept" / "fair.jsonl"
+    arguments = (
+        *("fair", "--variants", "moe_8-64_outer", "coe-2_4-64", "--jobs", 1, "--tuning-seeds", 1),
+        *("--input", texts[0], "--valid-input", texts[1], "--qa-keys", "question", "answer"),
+        *("--results", results, "--vocab-size", 300, *MINUTE_SCALE, "model.vocab_size=300"),
+    )
+    done = run(*arguments, "--seeds", 1, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in results.read_text().splitlines()]
+    chosen = {}
+    for variant in ("moe_8-64_outer", "coe-2_4-64"):
+        of_variant = [result for result in kept if result["variant"] == variant]
+        tuning = {r["lr"]: r["losses"][-1][1] for r in of_variant if r["held_out"] == "tuning"}
+        chosen[variant] = min(tuning, key=tuning.get)
+        assert min(tuning) < chosen[variant] < max(tuning)
+        (last,) = [result for result in of_variant if result["held_out"] == "report"]
+        assert (last["lr"], last["seed"]) == (chosen[variant], 1)
+        assert {r["seed"] for r in of_variant if r["held_out"] == "tuning"} == {1001}
+    runs = tmp_path / "out" / "train-300" / "tiny"
+    told = json.loads((runs / "fair" / "verdict.json").read_text())
+    assert told["learning_rates"] == chosen
+    for result in kept:
+        folder = runs / f"{result['variant']}_seed-{result['seed']}_lr-{result['lr']:g}"
+        (last,) = [r["valid_loss"] for r in records(folder) if r["step"] == 6]
+        assert result["losses"][-1] == [6, pytest.approx(last, abs=1e-6)]
+        data = (folder / "config.yaml").read_text()
+        assert f"data/{result['held_out']}\n" in data
+
+    # Another clone, which has the file and no run, trains what is missing.
+    done = run(*arguments, "--seeds", 2, "--output", tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    assert results.read_text().splitlines()[: len(kept)] == [json.dumps(r) for r in kept]
+    new = [json.loads(line) for line in results.read_text().splitlines()[len(kept) :]]
+    assert [(r["held_out"], r["seed"]) for r in new] == [("report", 2)] * 2
+    trained = (tmp_path / "other" / "train-300" / "tiny").glob("*_seed-*")
+    assert len([*trained]) == 2
+
+    # The report alone, without a run; and not with another model's settings.
+    (tmp_path / "other" / "train-300" / "tiny" / "fair" / "verdict.json").unlink()
+    done = run(*arguments, "--report", "--output", tmp_path / "third")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "third/train-300/tiny/fair/verdict.json").read_text())
+    assert told["seeds"] == [1, 2]
+    assert not [*(tmp_path / "third" / "train-300" / "tiny").glob("*_seed-*")]
+    other = run(*arguments, "--report", "--output", tmp_path / "fourth", "model.num_layers=2")
+    assert other.returncode == 2
+    assert "fair.jsonl" in other.stderr and "other settings" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -104,8 +155,15 @@ def test_it_goes_on_where_it_was_broken_off(tmp_path):
         (["main", "--input", "none.jsonl", "--valid-input", "none.jsonl"], "none.jsonl"),
         (["main", "train.stepz=1"], "train.stepz"),
         (["main", "--dry-run", "model.moe_router_topk=99"], "moe_router_topk=99"),
+        (["fair", "train.lr=1e-3"], "train.lr=1e-3"),
+        (["fair", "--variants", "moe_8-64"], "--variants moe_8-64"),
+        (["fair", "--rates-from", "none.jsonl"], "none.jsonl"),
+        (["main", "--report"], "--report"),
     ],
-    ids=["experiment", "scale", "seeds", "half of the data", "no data", "a setting", "a model"],
+    ids=[
+        *("experiment", "scale", "seeds", "half of the data", "no data", "a setting", "a model"),
+        *("a learning rate", "no claim", "no rates", "report"),
+    ],
 )
 def test_mistakes_are_told_in_one_message(tmp_path, arguments, named):
     done = run(*arguments, "--output", tmp_path / "out")
