@@ -122,6 +122,6 @@ def _halve(source: Path, *halves: Path) -> None:
     for first, half in enumerate(halves):
         builder = IndexedDatasetBuilder(f"{half}.bin", dtype=documents.index.dtype)
         for number in range(first, len(documents), len(halves)):
-            ids = torch.from_numpy(documents[number])
+            ids = torch.tensor(documents[number].tolist())
             builder.add_document(ids, [len(ids)])
         builder.finalize(f"{half}.idx")

@@ -30,6 +30,7 @@ class RunResult:
         seconds: of training, validation left out.
         settings: digest of its settings (`settings_digest`).
         commit: that it was trained at.
+        passes: experts that a token passes through in a layer, where that was counted.
     """
 
     variant: str
@@ -40,6 +41,7 @@ class RunResult:
     seconds: float
     settings: str
     commit: str
+    passes: float | None = None
 
     @property
     def key(self) -> tuple[str, float, int, str]:
