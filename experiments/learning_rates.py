@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+Grids = dict[str, list[float]]
+"""Learning rates to try, by variant."""
+Losses = Mapping[str, Mapping[float, float]]
+"""Mean loss of the tuning seeds, by variant and learning rate."""
 
 FACTOR = 2
 """Of one learning rate of a grid to the next."""
+
+
+def search(scale_rates: Mapping[str, float], evaluate: Callable[[Grids], Losses]) -> Losses:
+    """Search each variant's learning rate: extend its grid until the best lies strictly inside.
+
+    Args:
+        scale_rates: of each variant, around which its grid begins.
+        evaluate: trains at the learning rates that it is given.
+
+    Returns: the losses of each variant's grid.
+    """
+    losses: dict[str, dict[float, float]] = {name: {} for name in scale_rates}
+    grids = {name: first_grid(rate) for name, rate in scale_rates.items()}
+    while grids:
+        for name, found in evaluate(grids).items():
+            losses[name].update(found)
+        further = {name: next_rate(losses[name]) for name in grids}
+        grids = {name: [rate] for name, rate in further.items() if rate is not None}
+    return losses
 
 
 def first_grid(rate: float) -> list[float]:

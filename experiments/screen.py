@@ -5,9 +5,10 @@ r"""Screen designs of a chain against the standard MoE, in plain torch and at a 
     python -m experiments.screen --report --results docs/experiments/screen_tiny.jsonl
 
 Each design (`experiments.designs`) is trained on the text and with the budget of the experiment
-`fair`, by one process and thread; a result is kept as its run ends, and not computed again. Prints
-the differences to the standard MoE, seed by seed. A design that gains more than its interval is
-worth a place in the product; the others are rows of docs/log.md.
+`fair`, at a learning rate of its own as there, by one process and thread; a result is kept as its
+run ends, and not computed again. Prints the differences to the standard MoE, seed by seed. A design
+that gains more than its interval is worth a place in the product; the others are rows of
+docs/log.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from experiments.designs import Design
-    from experiments.run_results import ResultsFile, RunResult
+    from experiments.run_results import RunResult
     from megatron_coe.config.run_config import Settings
 
 MODEL = Variant("moe_8-64_outer", "")
@@ -49,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--designs", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 1, 2, … (default 3)")
-    parser.add_argument("--lr", type=float, help="default: that of the scale")
+    parser.add_argument("--tuning-seeds", type=int, default=1, help="default 1")
     parser.add_argument("--output", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--results", type=Path, required=True, metavar="FILE")
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -65,45 +67,91 @@ def command(options: argparse.Namespace) -> None:
         OSError: a file cannot be read or written.
     """
     from experiments.designs import DESIGNS
-    from experiments.run_results import ResultsFile, settings_digest
+    from experiments.learning_rates import best_rate, search
+    from experiments.tuned import FIRST_TUNING_SEED, REPORT, TUNING, mean_losses
 
     names = options.designs or list(DESIGNS)
     for name in names:
         if name not in DESIGNS:
             raise ValueError(f"--designs {name}: there are {', '.join(DESIGNS)}")
-    scale, results = SCALES[options.scale], ResultsFile(options.results)
-    source = Source(scale.vocab_size)
-    data = Data.at(options.output / source.name / "data")
-    finished = results.read()
+    screen = Screen(SCALES[options.scale], options.output, options.overrides, options.results)
     if not options.report:
-        make_data(source, options.output / source.name / "data")
-    for seed in range(1, options.seeds + 1):
+        screen.make_data()
+        tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.tuning_seeds)
+        # Design by design, so that an interrupted screen has finished ones.
         for name in names:
-            settings = settings_of(scale, seed, data, options)
-            key = (name, settings.train.lr, seed, "report")
-            digest = settings_digest(settings, ["screen", source.described()])
-            if key in finished and finished[key].settings != digest:
-                raise ValueError(f"{options.results}: {name}, seed {seed}, is of other settings")
-            if key not in finished and not options.report:
-                result = train(DESIGNS[name], settings, digest)
-                results.append(result)
-                print(f"{name}, seed {seed}: {result.loss:.4f}, {result.seconds:.0f} s", flush=True)
-    print("\n" + table(results, names, options.seeds))
+            losses = search(
+                {name: screen.scale_rate},
+                lambda grids: mean_losses(
+                    screen.train(name, lr, seed, TUNING)
+                    for name, grid in grids.items()
+                    for seed in tuning_seeds
+                    for lr in grid
+                ),
+            )
+            for seed in range(1, options.seeds + 1):
+                screen.train(name, best_rate(losses[name]), seed, REPORT)
+    print("\n" + table(screen.results.read().values(), names, options.seeds))
 
 
-def settings_of(scale: Scale, seed: int, data: Data, options: argparse.Namespace) -> Settings:
-    """Return the settings of a run: those of `fair`."""
-    rate = [f"train.lr={options.lr:g}", f"train.min_lr={options.lr / 10:g}"] if options.lr else []
-    run_folder = options.output / "screen"
-    overrides = ["train.eval_samples=512", *rate, *options.overrides]
-    settings = scale.settings_of(MODEL, seed, run_folder, data, overrides)
-    settings.data.valid = [str(data.report)]
-    return settings
+class Screen:
+    """Runs at a scale, and the file that keeps their results."""
+
+    def __init__(self, scale: Scale, output: Path, overrides: list[str], results: Path) -> None:
+        from experiments.run_results import ResultsFile
+
+        self.scale, self.overrides = scale, overrides
+        self.source = Source(scale.vocab_size)
+        self.folder = output / self.source.name / "data"
+        self.results = ResultsFile(results)
+
+    def make_data(self) -> None:
+        """Make the text, unless it exists."""
+        make_data(self.source, self.folder)
+
+    @property
+    def scale_rate(self) -> float:
+        """The scale's learning rate, around which a grid begins."""
+        return self.settings(1, None, "report").train.lr
+
+    def settings(self, seed: int, lr: float | None, held_out: str) -> Settings:
+        """Return the settings of a run: those of `fair`."""
+        from experiments.tuned import TUNING, VALIDATION
+
+        data = Data.at(self.folder)
+        rows = data.tuning if held_out == TUNING else data.report
+        rates = [f"train.lr={lr:g}", f"train.min_lr={lr / 10:g}"] if lr else []
+        overrides = [*VALIDATION, *self.overrides, *rates]
+        run = self.folder.parent / "screen"
+        return self.scale.settings_of(MODEL, seed, run, replace(data, valid=rows), overrides)
+
+    def train(self, name: str, lr: float, seed: int, held_out: str) -> RunResult:
+        """Train a design unless its result is there; return the result.
+
+        Raises: ValueError: the result is of other settings.
+        """
+        from experiments.designs import DESIGNS
+        from experiments.run_results import settings_digest
+
+        settings = self.settings(seed, lr, held_out)
+        digest = settings_digest(settings, [held_out, self.source.described()])
+        before = self.results.read().get((name, lr, seed, held_out))
+        if before is not None and before.settings != digest:
+            raise ValueError(f"{self.results.path}: {name}, seed {seed}, is of other settings")
+        if before is not None:
+            return before
+        result = train(DESIGNS[name], settings, held_out, digest)
+        self.results.append(result)
+        print(
+            f"{name}, lr {lr:g}, seed {seed}: {result.loss:.4f}, {result.seconds:.0f} s", flush=True
+        )
+        return result
 
 
-def train(design: Design, settings: Settings, digest: str) -> RunResult:
+def train(design: Design, settings: Settings, held_out: str, digest: str) -> RunResult:
     """Train a design, and return its result."""
     import torch
+    from transformers.utils import logging
 
     from experiments.designs import build_model, layers_of
     from experiments.run_results import RunResult
@@ -112,6 +160,7 @@ def train(design: Design, settings: Settings, digest: str) -> RunResult:
     from megatron_coe.hf import CoeConfig
     from megatron_coe.utils.environment import commit
 
+    logging.set_verbosity_error()  # about positions beyond those of training
     torch.set_num_threads(1)
     torch.manual_seed(settings.train.seed)
     model = build_model(CoeConfig(**to_hf_config(provider_of(settings))), design)
@@ -121,9 +170,9 @@ def train(design: Design, settings: Settings, digest: str) -> RunResult:
         eps=settings.train.adam_eps,
         weight_decay=settings.train.weight_decay,
     )
-    training, held_out = datasets(settings)
+    training, validation = datasets(settings)
     coefficient = settings.model["moe_aux_loss_coeff"]
-    passes, began_s = 0.0, time.perf_counter()
+    began_s = time.perf_counter()
     batches = batches_of(training, settings.train.global_batch_size)
     for step in range(1, settings.train.steps + 1):
         optimizer.param_groups[0]["lr"] = learning_rate(settings, step)
@@ -134,17 +183,16 @@ def train(design: Design, settings: Settings, digest: str) -> RunResult:
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.train.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        if step > settings.train.steps - 20:
-            passes += sum(layer.passes for layer in layers_of(model)) / len(layers_of(model)) / 20
+        passes = sum(layer.passes for layer in layers_of(model)) / len(layers_of(model))
     seconds = time.perf_counter() - began_s
     model.eval()
     total = count = 0.0
     with torch.no_grad():
-        for tokens, labels, mask in batches_of(held_out, settings.train.global_batch_size):
+        for tokens, labels, mask in batches_of(validation, settings.train.global_batch_size):
             total += cross_entropy(model, tokens, labels, mask).sum().item()
             count += mask.sum().item()
     losses = ((settings.train.steps, round(total / count, 6)),)
-    key = (design.name, settings.train.lr, settings.train.seed, "report")
+    key = (design.name, settings.train.lr, settings.train.seed, held_out)
     return RunResult(*key, losses, round(seconds, 1), digest, commit(), round(passes, 3))
 
 
@@ -197,7 +245,7 @@ def learning_rate(settings: Settings, step: int) -> float:
     return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def table(results: ResultsFile, names: list[str], seeds: int) -> str:
+def table(results: Iterable[RunResult], names: list[str], seeds: int) -> str:
     """Render each design's losses and differences to the standard MoE as Markdown."""
     import statistics
 
@@ -206,8 +254,8 @@ def table(results: ResultsFile, names: list[str], seeds: int) -> str:
     from megatron_coe.utils.tables import markdown_table
 
     found: dict[str, dict[int, RunResult]] = {}
-    for result in results.read().values():
-        if result.seed <= seeds:
+    for result in results:
+        if result.held_out == "report" and result.seed <= seeds:
             found.setdefault(result.variant, {})[result.seed] = result
     baseline = found.get("moe", {})
     rows = []

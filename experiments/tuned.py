@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.data import Data, Source
-from experiments.learning_rates import best_rate, first_grid, next_rate
+from experiments.learning_rates import Grids, Losses, best_rate, next_rate, search
 from experiments.measure import Sizes
 from experiments.plans import Experiment, Variant
 from experiments.report import Outcome
@@ -30,9 +30,6 @@ TUNING, REPORT = "tuning", "report"
 
 VALIDATION = ("train.eval_samples=512", "train.eval_interval=100")
 """More sequences than in the other experiments, and less often: differences are small."""
-
-Losses = Mapping[str, Mapping[float, float]]
-"""Mean loss of the tuning seeds, by variant and learning rate."""
 
 
 @dataclass(frozen=True)
@@ -139,28 +136,25 @@ class Tuned:
         return [finished[run.key] for run in runs]
 
     def tune(self, seeds: int, jobs: int, threads: int) -> Losses:
-        """Find each variant's learning rate: extend its grid until the best lies inside.
+        """Find each variant's learning rate.
 
         Args:
             seeds: how many tuning seeds.
 
         Returns: the losses of each variant's grid.
         """
-        losses: dict[str, dict[float, float]] = {v.name: {} for v in self.experiment.variants}
-        grids = {v: first_grid(self.scale_rate(v)) for v in self.experiment.variants}
-        while grids:
-            of_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
+        variants = {variant.name: variant for variant in self.experiment.variants}
+
+        def evaluate(grids: Grids) -> Losses:
             runs = [
-                self.run(variant, lr, seed, TUNING)
-                for seed in of_seeds
-                for variant, grid in grids.items()
+                self.run(variants[name], lr, seed, TUNING)
+                for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
+                for name, grid in grids.items()
                 for lr in grid
             ]
-            for name, found in mean_losses(self.train(runs, jobs, threads)).items():
-                losses[name].update(found)
-            further = {variant: next_rate(losses[variant.name]) for variant in grids}
-            grids = {variant: [lr] for variant, lr in further.items() if lr is not None}
-        return losses
+            return mean_losses(self.train(runs, jobs, threads))
+
+        return search({v.name: self.scale_rate(v) for v in variants.values()}, evaluate)
 
     def report_runs(self, tuning: Losses, seeds: Sequence[int]) -> list[TunedRun]:
         """Return the report's runs, all variants of a seed before the next seed."""
