@@ -20,6 +20,7 @@ from megatron_coe.analysis.collect import (
     trained_mode,
 )
 from megatron_coe.analysis.heldout import Source, sequence_numbers, token_classes
+from megatron_coe.analysis.placement import place_experts
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.routing import Ints
 from megatron_coe.analysis.routing_tables import PermutationTest, Text
@@ -33,6 +34,7 @@ def analyze(
     *,
     device: torch.device,
     control: bool = False,
+    placed: bool = False,
     batch_size: int = 8,
     tokenizer: Path | None = None,
     log: Callable[[str], object] = print,
@@ -44,6 +46,7 @@ def analyze(
         source: held-out text.
         test: the permutation test of mutual information.
         control: analyze a model of the last one's shape with initial weights as well.
+        placed: place the experts of the last model on ranks as well.
         batch_size: sequences per forward pass.
         tokenizer: for checkpoints without a copy of their own.
         log: receives progress messages.
@@ -70,6 +73,9 @@ def analyze(
     assert text is not None
     analysis = Analysis({"run": run_name(models[-1]), **_about(routings, source, sequences, test)})
     analysis.training = list(routing_tables.training_rows(routings))
+    if placed:
+        log(f"{routings[-1].name}: placing its experts")
+        analysis.placements = place_experts(routings[-1], text.sequences, test.seed)
     if control:
         routings.append(_control(model, sequences, test.seed, batch_size))
     for routing in routings:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_coe.analysis import heatmaps
+from megatron_coe.analysis.placement import Placement
 from megatron_coe.analysis.plotting import save
 from megatron_coe.analysis.routing import Ints
 from megatron_coe.analysis.routing_tables import Row
+from megatron_coe.conversion.place import PLACEMENT_FILE, write_orders
 from megatron_coe.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Analysis:
         usage: of `routing_tables.usage_rows`.
         matrices: co-activation of the last model and of the control: by model and layer, one
             [N, N] for each pair of iterations.
+        placements: of the last model's experts, where they were asked for; `read` leaves them out.
     """
 
     about: dict[str, Any]
@@ -51,6 +54,7 @@ class Analysis:
     training: list[Row] = field(default_factory=list)
     usage: list[Row] = field(default_factory=list)
     matrices: dict[tuple[str, int], list[Ints]] = field(default_factory=dict)
+    placements: list[Placement] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write tables, summary and plots into a folder.
@@ -68,10 +72,20 @@ class Analysis:
                 name = f"coactivation_{model}_layer-{layer}_iterations-{t}-{t + 1}.csv"
                 with atomic_path(folder / name) as temporary:
                     np.savetxt(temporary, matrix, fmt="%d", delimiter=",")
+        if self.placements:
+            self._write_placements(folder)
         content = {"about": self.about, **{name: getattr(self, name) for name in _TABLES}}
         text = json.dumps(_without_nan(content), indent=1)
         with atomic_path(folder / SUMMARY) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
+
+    def _write_placements(self, folder: Path) -> None:
+        rows = [{k: v for k, v in vars(one).items() if k != "order"} for one in self.placements]
+        _write_csv(folder / "placement.csv", rows)
+        orders: dict[int, dict[int, Sequence[int]]] = {}
+        for one in self.placements:
+            orders.setdefault(one.ep, {})[one.layer] = one.order
+        write_orders(folder / PLACEMENT_FILE, orders)
 
     @staticmethod
     def read(folder: Path) -> Analysis:

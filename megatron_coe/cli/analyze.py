@@ -41,6 +41,7 @@ def command(options: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from megatron_coe import generation  # imports torch and transformers: seconds
+    from megatron_coe.analysis import placement
     from megatron_coe.analysis.analyze import analyze, as_table
     from megatron_coe.analysis.heldout import Source
     from megatron_coe.analysis.plotting import new_figure
@@ -52,6 +53,8 @@ def command(options: argparse.Namespace) -> None:
     # Is there a matplotlib, and a folder to write to? Not to be asked after an hour.
     new_figure(1, 1)
     check_writable(options.output / SUMMARY)
+    if options.placement:
+        placement.check_solver()
     source = Source(
         tuple(options.input), fields_of(options), options.tokens, options.seq_length, options.mode
     )
@@ -61,10 +64,13 @@ def command(options: argparse.Namespace) -> None:
         PermutationTest(options.permutations, options.seed),
         device=generation.choose_device(options.device),
         control=options.random_init,
+        placed=options.placement,
         batch_size=options.batch_size,
         tokenizer=options.tokenizer,
     )
     analysis.write(options.output)
+    if analysis.placements:
+        print(f"\n{placement.as_table(analysis.placements)}")
     print(f"\n{as_table(analysis)}\n\nTables, pictures and summary.json are in {options.output}")
 
 
@@ -88,6 +94,11 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         "--random-init",
         action="store_true",
         help="also measure a model of this shape with initial weights: the control",
+    )
+    parser.add_argument(
+        "--placement",
+        action="store_true",
+        help="also place the experts on expert-parallel ranks (needs scipy)",
     )
     parser.add_argument(
         "--tokens", type=int, default=16384, help="how much text is read (default: %(default)s)"

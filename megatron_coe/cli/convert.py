@@ -1,8 +1,10 @@
-"""Convert a training checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
+"""Convert a checkpoint to a Hugging Face folder, or a folder to a checkpoint; place its experts.
 
     coe convert to-hf --input runs/quickstart/checkpoints --output my-model
     coe convert to-hf --input my-moe/checkpoints --output moe --as deepseek_v2
     coe convert from-hf --input my-model --output runs/mine/checkpoints
+    coe convert place --input my-model --placement my-analysis/placement.json --ep 8 \\
+        --output runs/placed/checkpoints
 
 Exit status: 0 done, 2 an error of the user or a damaged input (one line on stderr, no output).
 """
@@ -35,6 +37,7 @@ def command(options: argparse.Namespace) -> None:
     from megatron_coe.conversion.export_hf import DTYPES, to_hf
     from megatron_coe.conversion.import_hf import from_hf
     from megatron_coe.conversion.malloc import release_freed_memory
+    from megatron_coe.conversion.place import place
 
     release_freed_memory()
     if options.direction == "to-hf":
@@ -50,7 +53,11 @@ def command(options: argparse.Namespace) -> None:
         )
         print(f"{source} -> {options.output}")
     else:
-        step = from_hf(options.input, options.output)
+        if options.direction == "place":
+            paths = (options.input, options.output, options.placement)
+            step = place(*paths, options.ep, options.tokenizer)
+        else:
+            step = from_hf(options.input, options.output)
         print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
 
 
@@ -59,9 +66,21 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     directions = parser.add_subparsers(dest="direction", required=True)
     to_hf = directions.add_parser("to-hf", help="training checkpoint -> Hugging Face folder")
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder -> training checkpoint")
-    for direction in (to_hf, from_hf):
+    placing = directions.add_parser(
+        "place", help="checkpoint or Hugging Face folder -> checkpoint, experts in another order"
+    )
+    for direction in (to_hf, from_hf, placing):
         add_renamed(direction, "--input", "--load", type=Path, required=True, metavar="FOLDER")
         add_renamed(direction, "--output", "--save", type=Path, required=True, metavar="NEW_FOLDER")
+    placing.add_argument(
+        "--placement",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="placement.json of `coe analyze --placement`",
+    )
+    placing.add_argument("--ep", type=int, required=True, help="expert-parallel size to place for")
+    add_tokenizer_argument(placing)
     add_tokenizer_argument(to_hf)
     to_hf.add_argument(
         "--ema", action="store_true", help="the moving average of the weights (train.ema_decay)"

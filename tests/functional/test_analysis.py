@@ -60,7 +60,7 @@ def analysis(home: Path) -> Path:
     """The analysis of the folder `hf-1`, with its control."""
     done = run(
         home, "analyze_routing.py", "--model", "hf-1", "--input", "text.jsonl", "--random-init",
-        "--tokens", TOKENS, "--permutations", 9, "--output", "out", forked=False,
+        "--placement", "--tokens", TOKENS, "--permutations", 9, "--output", "out", forked=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "| hf-1 | 1 | 1 → 2 |" in done.stdout
@@ -93,6 +93,31 @@ def test_tables_and_pictures_of_a_folder(home: Path, analysis: Path) -> None:
             assert plot.read_bytes().startswith(b"\x89PNG")
     for name in ("usage_hf-1", "consistency_hf-1", "information", "usage_random-init"):
         assert (analysis / f"{name}.png").stat().st_size > 5000
+
+
+def test_experts_are_placed_and_a_placed_model_routes_alike(home: Path, analysis: Path) -> None:
+    placed = table(analysis / "placement.csv")
+    assert [(row["layer"], row["ep"]) for row in placed] == [("1", str(N)), ("2", str(N))]
+    for row in placed:  # one expert to a rank: its order changes nothing
+        assert row["identity"] == row["placed"]
+    orders = {"7": {layer: [3, 0, 6, 1, 2, 5, 4] for layer in (1, 2)}}
+    (home / "placement.json").write_text(json.dumps(orders))
+    assert json.loads((analysis / "placement.json").read_text())["7"].keys() == {"1", "2"}
+    done = run(
+        home, "convert_checkpoint.py", "place", "--input", "run/checkpoints", "--ep", 7,
+        "--placement", "placement.json", "--output", "placed",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        home, "analyze_routing.py", "--model", "placed", "--input", "d_text_document",
+        "--tokens", TOKENS, "--permutations", 1, "--output", "of-placed",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    before = [row for row in table(analysis / "usage.csv") if row["model"] == "hf-1"]
+    tokens = {(row["layer"], row["iteration"], row["expert"]): row["tokens"] for row in before}
+    for row in table(home / "of-placed" / "usage.csv"):
+        was = str(orders["7"][1][int(row["expert"])])
+        assert row["tokens"] == tokens[row["layer"], row["iteration"], was]
 
 
 def test_a_checkpoint_routes_as_the_folder_that_it_came_from(home: Path, analysis: Path) -> None:
