@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.claims import Finding, Results, overall
+from experiments.claims import Contrast, Finding, Results, overall
 from experiments.learning_rates import best_rate
 from experiments.measure import Sizes
 from experiments.plans import Experiment
-from megatron_coe.analysis.intervals import spread
+from megatron_coe.analysis.intervals import Interval, spread
 from megatron_coe.analysis.loss_curves import Group, plot_losses
 from megatron_coe.analysis.plotting import save
 from megatron_coe.analysis.runs import Run
@@ -24,7 +24,7 @@ from megatron_coe.utils.tables import markdown_table
 
 TABLE, TABLE_CSV, PLOT = "table.md", "table.csv", "plot.png"
 VERDICT, VERDICT_JSON = "verdict.md", "verdict.json"
-RATES = "learning_rates.md"
+RATES, COSTS = "learning_rates.md", "costs.md"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
         ValueError: matplotlib is missing.
         OSError: a file cannot be written.
     """
-    texts = {RATES: rates_table(outcome)} if outcome.tuning else {}
+    texts = {}
+    if outcome.tuning:
+        texts = {RATES: rates_table(outcome), COSTS: costs_table(outcome)}
     texts |= {
         TABLE: table(outcome),
         TABLE_CSV: table_csv(outcome),
@@ -122,6 +124,45 @@ def rates_table(outcome: Outcome) -> str:
         marked = zip(rates, cells, strict=True)
         rows.append([variant.title, *(f"**{c}**" if r == best else c for r, c in marked)])
     return markdown_table(["variant", *(f"{rate:g}" for rate in rates)], rows) + "\n"
+
+
+def costs_table(outcome: Outcome) -> str:
+    """Render what each compared pair loses or gains, and pays, as Markdown.
+
+    Seconds are those of the machine that trained, other work on it included; their ratio is a mean
+    over seeds with its 95% interval.
+    """
+    titles = {variant.name: variant.title for variant in outcome.experiment.variants}
+    rows = []
+    for claim in outcome.experiment.claims:
+        if not isinstance(claim, Contrast) or sorted(claim.weights.values()) != [-1, 1]:
+            continue
+        one, other = sorted(claim.weights, key=lambda name: -claim.weights[name])
+        differences = [
+            mine - theirs
+            for mine, theirs in zip(outcome.losses[one], outcome.losses[other], strict=True)
+        ]
+        seconds = [
+            mine.records[-1]["seconds"] / theirs.records[-1]["seconds"]
+            for mine, theirs in zip(outcome.runs[one], outcome.runs[other], strict=True)
+        ]
+        sizes = outcome.sizes[one], outcome.sizes[other]
+        rows.append(
+            [
+                f"{titles[one]} : {titles[other]}",
+                _interval(differences, "+.4f"),
+                f"{sizes[0].flops_per_token / sizes[1].flops_per_token:.3f}",
+                f"{sizes[0].state / sizes[1].state:.3f}",
+                _interval(seconds, ".2f"),
+            ]
+        )
+    head = ["pair", "loss (95% interval)", "FLOPs a token", "bytes of state", "seconds"]
+    return markdown_table(head, rows) + "\n"
+
+
+def _interval(values: Sequence[float], form: str) -> str:
+    interval = Interval.of(values)
+    return f"{interval.mean:{form}} ({interval.low:{form}} … {interval.high:{form}})"
 
 
 def table_csv(outcome: Outcome) -> str:

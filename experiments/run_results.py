@@ -55,8 +55,10 @@ class RunResult:
 
     @property
     def records(self) -> list[Record]:
-        """The validation losses as the records of a run."""
-        return [{"step": step, "valid_loss": loss} for step, loss in self.losses]
+        """The validation losses, and the seconds of training, as the records of a run."""
+        records: list[Record] = [{"step": step, "valid_loss": loss} for step, loss in self.losses]
+        records[-1]["seconds"] = self.seconds
+        return records
 
 
 @dataclass(frozen=True)

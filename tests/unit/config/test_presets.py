@@ -50,6 +50,7 @@ MODELS = {
     "paper/coe-2_8-64_shared-gate_inner-outer": Paper(2, 8, residual="inner_outer", gates=1),
     "paper/coe-2_4-64_outer": Paper(2, 4, residual="outer"),
     "paper/moe_8-64_outer": Paper(1, 8, residual="outer"),
+    "paper/moe_7-64_outer": Paper(1, 7, residual="outer"),
     "paper/coe-2_4-64_addinit": Paper(2, 4, residual="addinit"),
     "paper/coe-2_4-64_no-shared": Paper(2, 4, routed=64, shared=0),
     "paper/moe_8-64_no-shared": Paper(1, 8, routed=64, shared=0),

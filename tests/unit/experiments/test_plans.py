@@ -95,6 +95,31 @@ def test_main_variants_are_as_large_and_the_controls_work_as_much(scale):
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+def test_fair_compares_with_the_standard_moe(scale):
+    fair = models(scale, "fair")
+    for one, other in (("moe_8-64_outer", "coe-2_4-64"), ("moe_7-64_outer", "coe-2_3-64")):
+        size = fair[one]
+        assert (size.coe_iterations, size.coe_residual) == (1, "outer")
+        router = size.num_layers * 63 * size.hidden_size
+        assert fair[other].num_params() - size.num_params() == router
+    assert passes(fair["moe_7-64_outer"]) == passes(fair["coe-2_3-64"]) == 8
+    (saving,) = (c for c in EXPERIMENTS["fair"].claims if isinstance(c, MemorySaving))
+    assert (saving.variant, saving.than) == ("coe-2_4-48", "moe_8-64_outer")
+    decides = [claim for claim in EXPERIMENTS["fair"].claims if not claim.control]
+    assert all("moe_8-64" not in c.variants and "moe_7-64" not in c.variants for c in decides)
+
+
+def test_a_part_of_an_experiment_keeps_the_claims_about_it():
+    part = EXPERIMENTS["fair"].restricted(["coe-2_4-64", "moe_8-64_outer"])
+    assert [variant.name for variant in part.variants] == ["moe_8-64_outer", "coe-2_4-64"]
+    (claim,) = part.claims
+    assert dict(claim.weights) == {"coe-2_4-64": 1, "moe_8-64_outer": -1}
+    for names, told in ((["coe"], "--variants coe: fair has"), (["moe_8-64"], "no claim")):
+        with pytest.raises(ValueError, match=told):
+            EXPERIMENTS["fair"].restricted(names)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
 def test_other_variants_match_as_named(scale):
     compute = {name: passes(model) for name, model in models(scale, "compute").items()}
     assert compute == {"moe_24-64": 25, "moe_16-64": 17, "coe-2_8-64": 18}
