@@ -24,6 +24,8 @@ GROUPS = {
     "moe_router_topk": 4,
     "moe_router_topk_scaling_factor": 1.5,
 }
+LIVELY = {"init_method_std": 0.1}
+"""Experts that no residual passes by: at 0.02 their output, an input again, is lost in the norm."""
 UPCYCLED = "upcycled"
 MODELS: dict[str, dict[str, object]] = {
     "quickstart": {},
@@ -39,15 +41,18 @@ MODELS: dict[str, dict[str, object]] = {
         "coe_residual": "outer",
         "moe_layer_freq": "[0,1,1]",
         **GROUPS,
+        **LIVELY,
     },
     "c2_inner_outer": {"coe_residual": "inner_outer", "q_lora_rank": 32, **SIGMOID},
     "c2_none": {
         "coe_residual": "none",
+        "moe_layer_freq": "[0,0,1]",
         "coe_independent_gate": "false",
         "moe_shared_expert_intermediate_size": "null",
         "add_qkv_bias": "true",
         "qk_layernorm": "true",
         **PLAIN,
+        **LIVELY,
     },
     "moe": {"coe_iterations": 1, "coe_residual": "outer"},
     UPCYCLED: {},
