@@ -138,7 +138,7 @@ def load(
         described.mkdir()
         describe(folder, described, tokenizer)
         encoder, ids = _encode(described, folder, prompts)
-        to_hf(folder, exported, tokenizer=tokenizer)
+        to_hf(folder, exported, tokenizer=tokenizer, mtp=False)
         model = _load_model(exported, folder, dtype)
         return TextGenerator(model.to(device), encoder), ids
 

@@ -50,6 +50,7 @@ def command(options: argparse.Namespace) -> None:
             options.family,
             options.tokenizer,
             options.ema,
+            options.mtp,
         )
         print(f"{source} -> {options.output}")
     else:
@@ -57,7 +58,7 @@ def command(options: argparse.Namespace) -> None:
             paths = (options.input, options.output, options.placement)
             step = place(*paths, options.ep, options.tokenizer)
         else:
-            step = from_hf(options.input, options.output)
+            step = from_hf(options.input, options.output, options.mtp)
         print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
 
 
@@ -81,6 +82,13 @@ def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     )
     placing.add_argument("--ep", type=int, required=True, help="expert-parallel size to place for")
     add_tokenizer_argument(placing)
+    for direction in (to_hf, from_hf):
+        direction.add_argument(
+            "--without-mtp",
+            dest="mtp",
+            action="store_false",
+            help="leave out the layers of multi-token prediction (mtp_num_layers)",
+        )
     add_tokenizer_argument(to_hf)
     to_hf.add_argument(
         "--ema", action="store_true", help="the moving average of the weights (train.ema_decay)"

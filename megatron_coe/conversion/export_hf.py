@@ -30,7 +30,7 @@ from megatron_coe.conversion.safetensors_shards import ShardWriter
 from megatron_coe.conversion.stored_model import provider_of, settings_of, verify_step
 from megatron_coe.conversion.tokenizer import Usage, check_tokenizer, write_tokenizer
 from megatron_coe.conversion.weight_transfer import export_weight, match_checkpoint
-from megatron_coe.hf.weight_names import weights
+from megatron_coe.hf.weight_names import MTP, weights
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.utils.files import atomic_folder
 from megatron_coe.utils.run_files import step_of
@@ -49,6 +49,7 @@ def to_hf(
     family: str = hf_config.MODEL_TYPE,
     tokenizer: Path | None = None,
     averaged: bool = False,
+    mtp: bool = True,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder.
 
@@ -60,6 +61,7 @@ def to_hf(
             of one iteration with the residual mode `outer`.
         tokenizer: that of a checkpoint without a copy; see `find_tokenizer`.
         averaged: take the moving average of the weights.
+        mtp: write the layers of multi-token prediction too, if the model has them.
 
     Returns: the checkpoint that was converted.
 
@@ -73,11 +75,13 @@ def to_hf(
     verify_step(step)
     settings = settings_of(step, tokenizer)
     provider, stored_tokenizer = provider_of(settings), settings.data.tokenizer
+    if not mtp:
+        provider = provider.with_fields(mtp_num_layers=None)
     native = family == hf_config.DEEPSEEK_V2
     describe = hf_config.to_deepseek_v2_config if native else hf_config.to_hf_config
     config = describe(provider)
     reader = CheckpointReader(step, averaged)
-    found = match_checkpoint(reader, weights(provider))
+    found = match_checkpoint(reader, weights(provider), ignored=() if mtp else (MTP,))
     # An average is kept in fp32, whatever the weights are trained in.
     stored = dtype or CheckpointReader(step).dtype(next(iter(found.values())))
     dtype = stored if averaged else dtype

@@ -17,7 +17,7 @@ from megatron_coe.conversion.safetensors_shards import ShardReader
 from megatron_coe.conversion.stored_model import StoredModel
 from megatron_coe.conversion.weight_transfer import assemble, match_shards
 from megatron_coe.data.tokenizer import tokenizer_files
-from megatron_coe.hf.weight_names import weights
+from megatron_coe.hf.weight_names import mtp_prefixes, weights
 
 MAX_SEQ_LENGTH = 4096
 """Tokens of a sequence where the model has more positions: longer ones need a layout that fits."""
@@ -31,12 +31,13 @@ FINE_TUNING = TrainSettings(
 """The first settings of a run that starts from an imported model; its `config.yaml` has them."""
 
 
-def from_hf(folder: Path, checkpoint: Path) -> Path:
+def from_hf(folder: Path, checkpoint: Path, mtp: bool = True) -> Path:
     """Write a Hugging Face folder as a checkpoint at step 0, from which training starts.
 
     Args:
         folder: `config.json`, weights and tokenizer.
         checkpoint: a new folder.
+        mtp: take the layers of multi-token prediction too, if the model has them.
 
     Returns: the folder `step_00000000`, whose `config.yaml` describes the run that starts there.
 
@@ -46,11 +47,11 @@ def from_hf(folder: Path, checkpoint: Path) -> Path:
         OSError: a file cannot be read or written.
     """
     check_absent(checkpoint)
-    return write_initial_checkpoint(open_folder(folder), checkpoint)
+    return write_initial_checkpoint(open_folder(folder, mtp), checkpoint)
 
 
-def open_folder(folder: Path) -> StoredModel:
-    """Open the model of a Hugging Face folder.
+def open_folder(folder: Path, mtp: bool = True) -> StoredModel:
+    """Open the model of a Hugging Face folder, with or without layers of multi-token prediction.
 
     Raises:
         ValueError: the model is not supported, or a weight is missing, left over or of another
@@ -67,8 +68,13 @@ def open_folder(folder: Path) -> StoredModel:
         raise ValueError(f"{path}: {error}") from error
     for notice in import_notices(config):
         print(f"{path}: {notice}", file=sys.stderr, flush=True)
+    ignored: tuple[str, ...] = ()
+    if not mtp:
+        ignored = mtp_prefixes(provider)
+        settings.model.pop("mtp_num_layers", None)
+        provider = provider.with_fields(mtp_num_layers=None)
     reader, table = ShardReader(folder), weights(provider)
-    match_shards(reader, table)
+    match_shards(reader, table, ignored)
     tokenizer = folder if tokenizer_files(folder) else None
     return StoredModel(
         path, settings, provider, table, lambda weight: assemble(reader, weight), path, tokenizer

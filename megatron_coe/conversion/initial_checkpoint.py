@@ -111,7 +111,8 @@ def _write_extra_states(
         place: of the layer in a `grid` of stacked layers; both are empty without stacking.
     """
     module, _, parameter = key.rpartition(".")
-    if parameter != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+    is_linear = module.rpartition(".")[2].startswith(("linear_", "eh_proj"))
+    if parameter != "weight" or not is_linear:
         return
     key = f"{module}._extra_state"
     if not experts:

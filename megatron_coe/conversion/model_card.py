@@ -107,6 +107,8 @@ def _model_rows(provider: CoEModelProvider, usage: Usage) -> Iterator[tuple[str,
     yield "routed experts, top-k per iteration", experts
     residual = f"{provider.coe_iterations}, `{provider.coe_residual}`"
     yield "iterations, residual mode", residual
+    if layers := provider.mtp_num_layers:
+        yield "layers of multi-token prediction", f"{layers}, which transformers does not run"
     yield "vocabulary", f"{provider.vocab_size:,}"
     yield "context length", f"{usage.max_length:,} tokens"
 

@@ -15,11 +15,16 @@ from torch import Tensor
 from megatron_coe.conversion.distcp import CheckpointReader
 from megatron_coe.conversion.folders import HF_CONFIG
 from megatron_coe.conversion.safetensors_shards import ShardReader, ShardWriter
-from megatron_coe.hf.weight_names import Weight
+from megatron_coe.hf.weight_names import MTP, Weight
 
 
-def match_checkpoint(reader: CheckpointReader, table: list[Weight]) -> dict[Weight, str]:
+def match_checkpoint(
+    reader: CheckpointReader, table: list[Weight], ignored: tuple[str, ...] = ()
+) -> dict[Weight, str]:
     """Find each weight's key in a checkpoint that holds these weights and nothing else.
+
+    Args:
+        ignored: what the keys of further weights begin with.
 
     Raises: ValueError naming the first weight that is missing, left over or of another shape.
     """
@@ -41,21 +46,31 @@ def match_checkpoint(reader: CheckpointReader, table: list[Weight]) -> dict[Weig
             )
         found[weight] = key
     for key in set(reader.keys()) - set(found.values()):
+        if key.startswith(ignored):
+            continue
         raise ValueError(f"{reader.folder}: holds {key}, which is no weight of this model")
     return found
 
 
-def match_shards(reader: ShardReader, table: Sequence[Weight]) -> None:
-    """Check that a folder's files hold these weights and nothing else.
+def match_shards(
+    reader: ShardReader, table: Sequence[Weight], ignored: tuple[str, ...] = ()
+) -> None:
+    """Check that a folder's files hold these weights and nothing else, but copies of them.
+
+    Args:
+        ignored: what the names of further weights begin with.
 
     Raises: ValueError naming the first weight that is missing, left over, of another shape, or of
         another dtype than what is stored in one Megatron tensor with it.
     """
     expected = {name: shape for weight in table for name, shape in weight.parts.items()}
-    present = reader.names()
-    for name in expected.keys() - set(present):
-        raise ValueError(f"{reader.folder}: lacks {name}, which its {HF_CONFIG} implies")
+    present = {name for name in reader.names() if not name.startswith(ignored)}
     for weight in table:
+        for name in weight.parts.keys() - present:
+            is_mtp = weight.keys[0].startswith(MTP)
+            fix = "; leave its MTP layers out: --without-mtp" if is_mtp else ""
+            raise ValueError(f"{reader.folder}: lacks {name}, which its {HF_CONFIG} implies{fix}")
+        expected |= {copy: expected[next(iter(weight.parts))] for copy in weight.copies}
         types = {reader.dtype(name): name for name in weight.parts}
         if len(types) > 1:
             first, second, *_ = types.values()
@@ -111,6 +126,9 @@ def export_weight(
         stored = part.dtype if dtype is None or weight.keeps_fp32 else dtype
         writer.make_room(part.numel() * stored.itemsize)
         writer.add(name, _as_own_storage(part, stored))
+        for copy in weight.copies:
+            writer.make_room(part.numel() * stored.itemsize)
+            writer.add(copy, _as_own_storage(part.clone(), stored))
 
 
 def assemble(reader: ShardReader, weight: Weight) -> Tensor:
@@ -119,7 +137,10 @@ def assemble(reader: ShardReader, weight: Weight) -> Tensor:
     Raises: ValueError for a number that is not finite, or an expert that is all zero.
     """
     if not weight.experts:
-        return weight.join([_read_finite(reader, name) for name in weight.parts])
+        parts = [_read_finite(reader, name) for name in weight.parts]
+        for copy in set(weight.copies) & set(reader.names()):
+            _refuse_other(copy, reader, weight, parts[0])
+        return weight.join(parts)
     # Experts one at a time: together they may be as large as a layer, and lie in several files.
     first = next(iter(weight.parts))
     tensor = torch.empty(_shape(weight), dtype=reader.dtype(first))
@@ -133,6 +154,16 @@ def _read_finite(reader: ShardReader, name: str) -> Tensor:
     tensor = reader.read(name)
     _refuse_nonfinite(name, tensor, reader.file_of(name))
     return tensor
+
+
+def _refuse_other(copy: str, reader: ShardReader, weight: Weight, tensor: Tensor) -> None:
+    """Check that a copy is one: Megatron has a single tensor for both."""
+    name = next(iter(weight.parts))
+    if reader.dtype(copy) != tensor.dtype or not torch.equal(reader.read(copy), tensor):
+        raise ValueError(
+            f"{reader.file_of(copy)}: {copy} differs from {name}, which its MTP layers share; "
+            "leave them out: --without-mtp"
+        )
 
 
 def _refuse_nonfinite(name: str, tensor: Tensor, source: Path) -> None:

@@ -48,6 +48,7 @@ OWN_KEYS = {
     "latent_norm_eps": 1e-6,
     "use_expert_bias": False,
     "coe_upcycled": False,
+    "num_nextn_predict_layers": 0,
 }
 """Keys that the authors' format lacks, and their defaults, which are never written."""
 
@@ -102,6 +103,9 @@ class CoeConfig(PretrainedConfig):
         coe_upcycled (`bool`): upcycled from a standard MoE model. Iteration t >= 1 (counted from 0)
             is scaled by the weight `mlp.coe_weights.{t}` [H]:
             x(1) = f_1(x(0)), x(t+1) = x(t) + a_t * f_{t+1}(x(t)); the layer's output is h + x(C).
+        num_nextn_predict_layers (`int`): layers of multi-token prediction, DeepSeek-V3's key. The
+            folder holds them after the others, as `model.layers.{num_hidden_layers}` and so on;
+            the model neither loads nor runs them.
 
     Raises:
         ValueError: a value is invalid or does not fit another; the message names the key.
@@ -180,6 +184,7 @@ class CoeConfig(PretrainedConfig):
         latent_norm_eps: float = 1e-6,
         use_expert_bias: bool = False,
         coe_upcycled: bool = False,
+        num_nextn_predict_layers: int = 0,
         use_cache: bool = True,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
@@ -227,6 +232,7 @@ class CoeConfig(PretrainedConfig):
         self.latent_norm_eps = latent_norm_eps
         self.use_expert_bias = use_expert_bias
         self.coe_upcycled = coe_upcycled
+        self.num_nextn_predict_layers = num_nextn_predict_layers
         self.use_cache = use_cache
         # Other software reads it as the width of a head: the larger of MLA's two.
         latent_head = qk_nope_head_dim + qk_rope_head_dim
@@ -302,6 +308,13 @@ class CoeConfig(PretrainedConfig):
         """Return whether a layer (counted from 0) is a CoE layer, not a dense one."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
+    @property
+    def mtp_weights(self) -> str | None:
+        """Pattern of the names of weights of multi-token prediction; None if there are none."""
+        first, count = self.num_hidden_layers, self.num_nextn_predict_layers
+        layers = "|".join(map(str, range(first, first + count)))
+        return rf"^(model\.)?layers\.({layers})\." if layers else None
+
     # -- writing -------------------------------------------------------------------------------
 
     def to_dict(self) -> dict:
@@ -327,6 +340,9 @@ class CoeConfig(PretrainedConfig):
         for key in ("inner_iter", "n_routed_experts", "num_experts_per_tok", "moe_layer_freq"):
             if type(getattr(self, key)) is not int or getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)!r}: give an integer >= 1.")
+        later = self.num_nextn_predict_layers
+        if type(later) is not int or later < 0:
+            raise ValueError(f"num_nextn_predict_layers={later!r}: give an integer >= 0.")
         N, K = self.n_routed_experts, self.num_experts_per_tok
         if K > N:
             raise ValueError(f"num_experts_per_tok={K} is larger than n_routed_experts={N}.")

@@ -532,6 +532,8 @@ class CoePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if config.use_expert_bias:
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+        if config.mtp_weights:
+            self._keys_to_ignore_on_load_unexpected = [config.mtp_weights]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

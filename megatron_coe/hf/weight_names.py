@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 LAYERS = "decoder.layers."
+MTP = "mtp.layers."
+"""Layers of multi-token prediction; in a Hugging Face folder they follow the decoder's, with
+DeepSeek-V3's names."""
+MTP_MODEL_LAYER = ".mtp_model_layer."
+"""Megatron's name since 0.19 of the decoder layer in an MTP layer, in modules but not in
+checkpoints: there it stays `transformer_layer`."""
 
 
 class ModelShape(Protocol):
@@ -52,6 +58,7 @@ class ModelShape(Protocol):
     coe_iterations: int
     coe_independent_gate: bool
     coe_upcycled: bool
+    mtp_num_layers: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +81,9 @@ class Weight:
     """Whether it has a row per token id, and in the checkpoint further rows of padding."""
     keeps_fp32: bool = False
     """Whether it is never stored in a narrower dtype."""
+    copies: tuple[str, ...] = ()
+    """Further Hugging Face names of its only part: DeepSeek-V3's MTP layers repeat the embedding
+    and the output layer, which all layers share."""
 
     def of_experts(self, first: int, count: int) -> Weight:
         """Return the part of a stacked weight for `count` experts from `first` on."""
@@ -83,14 +93,23 @@ class Weight:
 
 
 def weights(config: ModelShape) -> list[Weight]:
-    """List every weight of a model: embedding, layer by layer, output layer."""
+    """List every weight of a model: embedding, layer by layer, output layer, MTP layers."""
     model = _Names(config, None, "", "")
     result = [*_embedding(model)]
     for layer, has_experts in enumerate(config.moe_layer_pattern):
-        names = _Names(config, layer, LAYERS, f"model.layers.{layer}.")
-        result += _latent_attention(names) if config.multi_latent_attention else _attention(names)
-        result += _coe_layer(names) if has_experts else _dense(names)
-    return [*result, *_output_layer(model)]
+        result += _decoder_layer(
+            _Names(config, layer, LAYERS, f"model.layers.{layer}."), has_experts
+        )
+    result += _output_layer(model)
+    for depth, prefix in enumerate(mtp_prefixes(config)):
+        result += _mtp_layer(_Names(config, None, f"{MTP}{depth}.", prefix))
+    return result
+
+
+def mtp_prefixes(config: ModelShape) -> tuple[str, ...]:
+    """Return what the Hugging Face names of each MTP layer begin with."""
+    first = len(config.moe_layer_pattern)
+    return tuple(f"model.layers.{first + depth}." for depth in range(config.mtp_num_layers or 0))
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ class _Names:
     megatron: str
     hf: str
 
-    def same(self, keys: str, name: str, *shape: int, **traits: bool) -> Weight:
+    def same(self, keys: str, name: str, *shape: int, **traits: Any) -> Weight:
         """Return one weight with two names; `keys` may hold several spellings, separated by |."""
         return self._row(
             keys, {name: shape}, lambda tensor: [tensor], lambda parts: parts[0], traits
@@ -112,15 +131,19 @@ class _Names:
         """Return a weight of parts of one shape, concatenated along the first axis."""
         return self._row(keys, parts, lambda tensor: tensor.chunk(len(parts)), _join_rows)
 
-    def vocabulary(self, keys: str, name: str) -> Weight:
-        """Return a weight with a row per token id, padded with zeros in Megatron."""
+    def vocabulary(self, keys: str, name: str, copy: str) -> Weight:
+        """Return a weight with a row per token id, padded with zeros in Megatron.
+
+        Args:
+            copy: its name in MTP layers.
+        """
         size, padding = self.config.vocab_size, self.config.padded_vocab_size
         return self._row(
             keys,
             {name: (size, self.config.hidden_size)},
             lambda tensor: [tensor[:size]],
             lambda parts: torch.nn.functional.pad(parts[0], (0, 0, 0, padding - size)),
-            {"padded": True},
+            {"padded": True, "copies": tuple(mtp + copy for mtp in mtp_prefixes(self.config))},
         )
 
     def query_groups(self, keys: str, kind: str, *inputs: int) -> Weight:
@@ -169,7 +192,7 @@ class _Names:
         parts: Mapping[str, Shape],
         split: Callable[[Tensor], Sequence[Tensor]],
         join: Callable[[Sequence[Tensor]], Tensor],
-        traits: dict[str, bool] | None = None,
+        traits: dict[str, Any] | None = None,
         experts: int = 0,
     ) -> Weight:
         spellings = tuple(self.megatron + key for key in keys.split("|"))
@@ -181,14 +204,34 @@ class _Names:
 
 
 def _embedding(at: _Names) -> list[Weight]:
-    return [at.vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
+    keys, name = "embedding.word_embeddings.weight", "embed_tokens.weight"
+    return [at.vocabulary(keys, f"model.{name}", copy=name)]
 
 
 def _output_layer(at: _Names) -> list[Weight]:
     norm = at.same("decoder.final_layernorm.weight", "model.norm.weight", at.config.hidden_size)
     if at.config.share_embeddings_and_output_weights:
         return [norm]
-    return [norm, at.vocabulary("output_layer.weight", "lm_head.weight")]
+    head = at.vocabulary("output_layer.weight", "lm_head.weight", copy="shared_head.head.weight")
+    return [norm, head]
+
+
+def _decoder_layer(at: _Names, has_experts: int) -> list[Weight]:
+    rows = _latent_attention(at) if at.config.multi_latent_attention else _attention(at)
+    return rows + (_coe_layer(at) if has_experts else _dense(at))
+
+
+def _mtp_layer(at: _Names) -> list[Weight]:
+    """Return the rows of an MTP layer, whose decoder layer is of the kind of the model's last."""
+    H = at.config.hidden_size
+    inner = replace(at, megatron=f"{at.megatron}transformer_layer.")
+    return [
+        at.same("enorm.weight", "enorm.weight", H),
+        at.same("hnorm.weight", "hnorm.weight", H),
+        at.same("eh_proj.weight", "eh_proj.weight", H, 2 * H),
+        *_decoder_layer(inner, at.config.moe_layer_pattern[-1]),
+        at.same("final_layernorm.weight", "shared_head.norm.weight", H),
+    ]
 
 
 def _join_rows(parts: Sequence[Tensor]) -> Tensor:

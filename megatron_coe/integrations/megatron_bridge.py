@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 
 import megatron_coe.hf.auto  # noqa: F401 - lets AutoConfig read a folder without its remote code
 from megatron_coe.conversion import hf_config
-from megatron_coe.hf.weight_names import LAYERS, Weight, weights
+from megatron_coe.hf.weight_names import LAYERS, MTP_MODEL_LAYER, Weight, weights
 from megatron_coe.model.provider import CoEModelProvider
 
 # A checkpoint's run_config.yaml names its provider, which Bridge builds from allowed modules only.
@@ -217,6 +217,7 @@ def _parameters(weight: Weight) -> Iterator[tuple[str, int | None]]:
     """Return the parameters that hold a weight, for every backend: (name, expert)."""
     for key in weight.keys:
         name = key.replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
+        name = name.replace(".transformer_layer.", MTP_MODEL_LAYER)
         if not weight.experts:
             yield name, None
             continue
@@ -235,7 +236,8 @@ def _sharded_axis(weight: Weight, shard: Tensor) -> int | None:
 
 
 def _named(weight: Weight, full: Tensor) -> dict[str, Tensor]:
-    return dict(zip(weight.parts, weight.split(full), strict=True))
+    parts = dict(zip(weight.parts, weight.split(full), strict=True))
+    return parts | {copy: part.clone() for copy in weight.copies for part in parts.values()}
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -343,7 +345,8 @@ def _with_numbered_router(weight: Weight) -> Weight | None:
 
 def _account_for(table: Iterable[Weight], hf_pretrained: PreTrainedCausalLM) -> None:
     expected = {name for weight in table for name in weight.parts}
-    present = set(hf_pretrained.state.source.get_all_keys())
+    copies = {name for weight in table for name in weight.copies}
+    present = set(hf_pretrained.state.source.get_all_keys()) - copies
     where = hf_pretrained.model_name_or_path
     for name in sorted(expected - present):
         raise ValueError(f"{where}: lacks {name}, which its configuration implies")

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_coe.hf.weight_names import LAYERS, ModelShape, Weight, weights
+from megatron_coe.hf.weight_names import LAYERS, MTP_MODEL_LAYER, ModelShape, Weight, weights
 
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
@@ -83,6 +83,7 @@ def _name(weight: Weight) -> str:
 
 def _global_name(model: GPTModel, name: str) -> str:
     """Return a parameter's name with the number of its layer in the whole model."""
+    name = name.replace(MTP_MODEL_LAYER, ".transformer_layer.")
     found = re.match(rf"{re.escape(LAYERS)}(\d+)\.", name)
     if found is None:
         return name

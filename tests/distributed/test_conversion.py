@@ -32,6 +32,7 @@ MODELS = {
         "add_qkv_bias": True,
         "moe_layer_freq": [0, 1, 1, 1],
     },
+    "mtp": {"num_layers": 4, "num_moe_experts": 8, "vocab_size": 90, "mtp_num_layers": 2},
 }
 LAYOUTS = {
     "tensor": {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
@@ -52,6 +53,7 @@ CASES = [
     *(("mla", layout) for layout in LAYOUTS),
     ("plain", "tensor and expert"),
     ("plain", "pipeline"),
+    *(("mtp", layout) for layout in ("tensor", "tensor and expert", "pipeline", "expert")),
 ]
 
 

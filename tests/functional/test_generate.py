@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -72,14 +73,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def expected(home: Path, prompt: str, count: int) -> str:
+def expected(home: Path, prompt: str, count: int, folder: str = "hf") -> str:
     """The likeliest continuation, computed in this process."""
     from transformers import AutoTokenizer
 
     from megatron_coe.hf import CoeForCausalLM
 
-    model = CoeForCausalLM.from_pretrained(home / "hf").eval()
-    tokenizer = AutoTokenizer.from_pretrained(home / "hf")
+    model = CoeForCausalLM.from_pretrained(home / folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(home / folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     whole = model.generate(ids, max_new_tokens=count, do_sample=False, use_cache=False)
     text = tokenizer.decode(whole[0], skip_special_tokens=True)
@@ -96,6 +97,27 @@ def test_the_likeliest_text_of_either_form(home: Path, generate, form: str) -> N
     texts = [expected(home, prompt, 25) for prompt in ("one two", "six")]
     assert done.stdout == "\n\n".join(texts) + "\n"
     assert len(set(texts)) == 2
+
+
+def test_layers_that_predict_later_tokens_change_nothing(home: Path, generate) -> None:
+    """From a checkpoint with them, which is exported without, and from folders with and without."""
+    from megatron_coe.conversion.export_hf import to_hf
+    from megatron_coe.conversion.import_hf import from_hf
+
+    weights = write_random_model(home / "mtp", seed=3, vocab_size=300, mtp_num_layers=1)
+    for name in ("lm_head.weight", "model.layers.2.shared_head.head.weight"):
+        weights[name][:260] = 0  # as above
+    save_file(weights, home / "mtp" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(home / "hf" / name, home / "mtp")
+    from_hf(home / "mtp", home / "mtp-checkpoints")
+    to_hf(home / "mtp-checkpoints", home / "mtp-without", mtp=False)
+    texts = set()
+    for form in ("mtp", "mtp-without", "mtp-checkpoints"):
+        done = generate("--model", form, "--prompt", "one two", "--max-new-tokens", 12)
+        assert (done.returncode, done.stderr) == (0, "")
+        texts.add(done.stdout)
+    assert texts == {expected(home, "one two", 12, "mtp") + "\n"}
 
 
 def test_questions_beside_the_true_answers(home: Path, generate) -> None:

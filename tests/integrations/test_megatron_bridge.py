@@ -44,6 +44,7 @@ RANDOM = {
         "coe_residual": "outer",
         "coe_upcycled": True,
     },
+    "multi-token prediction": {"mtp_num_layers": 2},
 }
 """What the table of names holds besides the golden models: changed fields of the tiny model."""
 CASES = [*golden.CASES, DEEPSEEK_V2, *RANDOM]

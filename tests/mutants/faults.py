@@ -32,6 +32,7 @@ COLLECT = "megatron_coe/analysis/collect.py"
 
 OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
 OF_LAYER = ("tests/unit/model/moe/test_layer.py",)
+OF_MTP = ("tests/unit/conversion/test_mtp.py",)
 OF_METRICS = ("tests/distributed/test_metrics.py",)
 OF_ROUTING_STATS = ("tests/unit/model/moe/test_routing_stats.py",)
 OF_ROUTER = ("tests/unit/model/moe/test_router.py",)
@@ -1101,5 +1102,19 @@ FAULTS = [
         'LOOPBACK = "127.0.0.1"',
         'LOOPBACK = "0.0.0.0"',
         ("tests/unit/cli/test_serve.py",),
+    ),
+    Fault(
+        "a model with MTP layers does not know their names as it loads",
+        HF_MODEL,
+        "self._keys_to_ignore_on_load_unexpected = [config.mtp_weights]",
+        "pass",
+        OF_MTP,
+    ),
+    Fault(
+        "an output layer of MTP's own is dropped unseen",
+        "megatron_coe/conversion/weight_transfer.py",
+        "_refuse_other(copy, reader, weight, parts[0])",
+        "pass",
+        OF_MTP,
     ),
 ]

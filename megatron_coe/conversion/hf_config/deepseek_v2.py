@@ -25,8 +25,9 @@ def to_deepseek_v2_config(config: CoEConfig) -> Config:
     keys = to_hf_config(config)
     for key, value in _VALUES.items():
         if keys.get(key, OWN.get(key)) != value:
+            fix = "; leave them out: --without-mtp" if key == "num_nextn_predict_layers" else ""
             raise ValueError(
-                f"{key}={keys.get(key)!r} cannot be expressed as {DEEPSEEK_V2}, only {value!r}"
+                f"{key}={keys.get(key)!r} cannot be expressed as {DEEPSEEK_V2}, only {value!r}{fix}"
             )
     if not keys["n_shared_experts"]:
         raise ValueError(

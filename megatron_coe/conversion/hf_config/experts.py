@@ -36,6 +36,7 @@ def _layer_keys(config: CoEConfig) -> Config:
         "n_shared_experts": size // config.moe_ffn_hidden_size or None,
         "first_k_dense_replace": first,
         "moe_layer_freq": every,
+        "num_nextn_predict_layers": config.mtp_num_layers or 0,
     }
 
 
@@ -43,11 +44,13 @@ def _layer_fields(hf: Config) -> dict[str, JSON]:
     first, every = hf["first_k_dense_replace"], hf["moe_layer_freq"]
     layers = range(hf["num_hidden_layers"])
     pattern = [int(layer >= first and layer % every == 0) for layer in layers]
+    later = hf["num_nextn_predict_layers"]
     return {
         "moe_shared_expert_intermediate_size": (hf["n_shared_experts"] or 0)
         * hf["moe_intermediate_size"]
         or None,
         "moe_layer_freq": pattern if first else every,
+        **({"mtp_num_layers": later} if later else {}),
     }
 
 

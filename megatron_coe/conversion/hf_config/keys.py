@@ -92,6 +92,7 @@ OWN: Config = {
     "latent_norm_eps": 1e-6,
     "use_expert_bias": False,
     "coe_upcycled": False,
+    "num_nextn_predict_layers": 0,
 }
 """Keys of our own and their defaults, which are never written.
 
@@ -139,7 +140,6 @@ _IMPLIED: Config = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "use_sliding_window": False,
-    "num_nextn_predict_layers": 0,
     "pruned_heads": {},
     "is_encoder_decoder": False,
     "add_cross_attention": False,
@@ -255,7 +255,6 @@ INEXPRESSIBLE = {
     "experimental_attention_variant": None,
     "linear_attention_freq": None,
     "apply_query_key_layer_scaling": False,
-    "mtp_num_layers": None,
     "moe_shared_expert_gate": False,
     "moe_apply_probs_on_input": False,
     "moe_expert_capacity_factor": None,

@@ -6,6 +6,7 @@ C iterations.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
@@ -297,9 +298,11 @@ class CoeForCausalLM(nn.Module, SupportsPP):
         Raises: ValueError naming a weight that the model has no place for.
         """
         table, parameters = targets(self.config), dict(self.named_parameters())
-        loaded = set()
+        loaded, mtp = set(), self.config.mtp_weights
         for name, tensor in weights:
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            if mtp and re.match(mtp, name):
                 continue
             module, _, kind = name.rpartition(".")
             target = table.get(module)

@@ -94,5 +94,6 @@ def model_shape(config: CoeConfig) -> ModelShape:
         coe_iterations=config.inner_iter,
         coe_independent_gate=config.use_igate,
         coe_upcycled=config.coe_upcycled,
+        mtp_num_layers=None,  # which vLLM's model leaves out, as transformers' does
     )
     return cast(ModelShape, shape)

@@ -27,6 +27,7 @@ def write_random_model(folder: Path, seed: int, **changes) -> dict[str, Tensor]:
     for weight in weights(provider):
         for name, shape in weight.parts.items():
             tensors[name] = _center(name) + _spread(name) * torch.randn(shape, generator=generator)
+        tensors |= {copy: tensors[name].clone() for copy in weight.copies}
     write_folder(folder, {**to_hf_config(provider), "max_position_embeddings": 20}, tensors)
     return tensors
 
@@ -64,5 +65,13 @@ def _run_megatron(step: Path, ids_BS: Tensor, device: torch.device, **inputs: Te
     assert load_checkpoint(step, trainer.train_state).step == int(step.name.removeprefix("step_"))
     (model,) = trainer.train_state.chunks
     positions = torch.arange(ids_BS.shape[1], device=device).expand_as(ids_BS)
+    logits: list[Tensor] = []
+    if not inputs and model.module.config.mtp_num_layers:
+        # 0.16 computes no logits without labels there; the last ones are the model's own. The
+        # loss overwrites them.
+        inputs = {"labels": ids_BS}
+        head = model.module.output_layer
+        head.register_forward_hook(lambda _layer, _args, out: logits.append(out[0].clone()))
     with torch.no_grad():
-        return model.eval()(ids_BS, positions, None, **inputs)
+        output = model.eval()(ids_BS, positions, None, **inputs)
+    return logits[-1].transpose(0, 1) if logits else output

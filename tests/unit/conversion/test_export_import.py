@@ -75,6 +75,13 @@ MODELS = {
         "share_embeddings_and_output_weights": True,
         "moe_layer_freq": [0, 1],
     },
+    "multi-token prediction": {"mtp_num_layers": 2, "vocab_size": 90},
+    "multi-token prediction, tied, a dense layer last": {
+        **PLAIN,
+        "mtp_num_layers": 1,
+        "share_embeddings_and_output_weights": True,
+        "moe_layer_freq": [1, 0],
+    },
 }
 
 
@@ -121,7 +128,7 @@ def said_of(folder: Path) -> dict:
 def test_both_models_give_the_same_logits(single_rank, tmp_path, name):
     write_random_model(tmp_path / "hf", seed=len(name), **MODELS[name])
     step = from_hf(tmp_path / "hf", tmp_path / "checkpoints")
-    ids = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(1))
     logits = megatron_logits(step, ids, single_rank)
 
     model, report = CoeForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -223,7 +230,10 @@ def test_a_run_that_takes_its_vocabulary_from_its_tokenizer(tmp_path):
     assert not (tmp_path / "second").exists()
 
 
-@pytest.mark.parametrize("name", ["two", "dense layer first, sigmoid scores with biases"])
+@pytest.mark.parametrize(
+    "name",
+    ["two", "dense layer first, sigmoid scores with biases", "multi-token prediction"],
+)
 def test_an_import_has_the_keys_of_a_run(single_rank, tmp_path, name):
     """So whatever loads a run's checkpoint, Transformer Engine's modules too, loads an import."""
     write_random_model(tmp_path / "hf", seed=8, **MODELS[name])

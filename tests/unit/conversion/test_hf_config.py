@@ -70,6 +70,7 @@ FIELDS = [
     {"layernorm_epsilon": 1e-5, "init_method_std": 0.01, "rotary_base": 50000},
     {"moe_router_pre_softmax": False},
     {"coe_upcycled": True, "coe_residual": "outer"},
+    {"mtp_num_layers": 2},
 ]
 
 
@@ -88,6 +89,7 @@ def test_fields_survive_the_way_there_and_back(changes):
 
 def test_a_plain_coe_model_needs_no_key_of_ours():
     own = {"attention_type", "use_qk_norm", "qkv_bias", "latent_norm_eps", "use_expert_bias"}
+    own |= {"coe_upcycled", "num_nextn_predict_layers"}
     assert not own & to_hf_config(tiny_config()).keys()
 
 
@@ -98,7 +100,6 @@ def test_a_plain_coe_model_needs_no_key_of_ours():
         ({"moe_shared_expert_intermediate_size": 17}, "moe_shared_expert_intermediate_size=17"),
         ({"num_layers": 4, "moe_layer_freq": [1, 1, 0, 1]}, "moe_layer_freq"),
         ({"rope_type": "rope"}, "rotary_scaling_factor=40"),
-        ({"mtp_num_layers": 1}, "mtp_num_layers=1"),
         (
             {"moe_router_pre_softmax": False, "moe_router_topk_scaling_factor": 2.0},
             "moe_router_topk_scaling_factor=2.0",

@@ -43,6 +43,7 @@ MODELS = {
         "tie_word_embeddings": True,
     },
     "upcycled": {"residual": "outer", "coe_upcycled": True, "inner_iter": 3},
+    "multi-token prediction, which is left out": {"num_nextn_predict_layers": 1},
 }
 
 
