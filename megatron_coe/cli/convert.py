@@ -53,13 +53,13 @@ def command(options: argparse.Namespace) -> None:
             options.mtp,
         )
         print(f"{source} -> {options.output}")
+        return
+    if options.direction == "place":
+        paths = (options.input, options.output, options.placement)
+        step = place(*paths, options.ep, options.tokenizer)
     else:
-        if options.direction == "place":
-            paths = (options.input, options.output, options.placement)
-            step = place(*paths, options.ep, options.tokenizer)
-        else:
-            step = from_hf(options.input, options.output, options.mtp)
-        print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
+        step = from_hf(options.input, options.output, options.mtp)
+    print(f"{options.input} -> {step}; train it with --config {step / 'config.yaml'}")
 
 
 def parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
