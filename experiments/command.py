@@ -171,7 +171,7 @@ def train_tuned(
 ) -> Outcome | None:
     """Train the variants, each at its own learning rate; None for a dry run."""
     # From here on imports take seconds.
-    from experiments.learning_rates import first_grid
+    from experiments.learning_rates import Losses, first_grid
     from experiments.measure import sizes_of
     from experiments.run_results import ResultsFile
     from experiments.tuned import Tuned, mean_losses, rates_of
@@ -181,7 +181,7 @@ def train_tuned(
     tuned = Tuned(
         experiment, scale, source, Data.at(folder / "data"), runs_folder, options.overrides, results
     )
-    tuning = {}
+    tuning: Losses = {}
     if options.rates_from:
         if not options.rates_from.exists():
             raise ValueError(f"--rates-from {options.rates_from}: there is no such file")

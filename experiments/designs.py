@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,9 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """The router of an iteration, in fp32 at least."""
+    """The router of an iteration."""
+
+    zero_bias: Tensor
 
     def __init__(self, config: CoeConfig, design: Design, experts: int, first: bool) -> None:
         super().__init__()
@@ -254,7 +257,7 @@ def build_model(config: CoeConfig, design: Design) -> CoeForCausalLM:
     config = copy.deepcopy(config)
     config.aux_loss_alpha = 0.0  # the layers keep their own
     model = CoeForCausalLM(config)
-    layers = model.model.layers
+    layers: Any = model.model.layers
     count = config.n_routed_experts * (len(layers) if design.pooled else 1)
     pool = None
     for layer in layers:
@@ -268,4 +271,5 @@ def build_model(config: CoeConfig, design: Design) -> CoeForCausalLM:
 
 def layers_of(model: CoeForCausalLM) -> list[ScreenedLayer]:
     """Return the layers of experts."""
-    return [layer.mlp for layer in model.model.layers]
+    layers: Any = model.model.layers
+    return [layer.mlp for layer in layers]

@@ -41,7 +41,7 @@ MODEL = Variant("moe_8-64_outer", "")
 
 
 def main() -> int:
-    """Screen the designs that the command line names; return an exit status."""
+    """Train the designs that the command line names and compare them; return an exit status."""
     return run(lambda: command(parse()), "interrupted; the runs that ended are kept")
 
 

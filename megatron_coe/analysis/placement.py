@@ -87,9 +87,8 @@ def place_experts(routing: Routing, sequence_T: Ints, seed: int = 0) -> list[Pla
         raise ValueError(f"{routing.name}: one sequence was read; read more text (--tokens)")
     found = []
     for layer, indices_CTK in zip(routing.layers, routing.indices, strict=True):
-        chosen_by, measured = (
-            affinity(indices_CTK[:, part], N) for part in (chooses_T, ~chooses_T)
-        )
+        chosen_by = affinity(indices_CTK[:, chooses_T], N)
+        measured = affinity(indices_CTK[:, ~chooses_T], N)
         counts_N = expert_counts(indices_CTK[:, ~chooses_T], N)
         own_order = np.arange(N)
         for ep in sizes:
@@ -138,7 +137,7 @@ def best_order(matrix_NN: Ints, ep: int, seed: int = 0) -> Ints:
     N, one_rank = len(matrix_NN), _one_rank(len(matrix_NN), ep)
     generator = np.random.default_rng(seed)
     common = {"maximize": True, "rng": generator}
-    best = np.arange(N)
+    best: Ints = np.arange(N)
     for start in range(STARTS):
         options = {**common, "P0": "randomized" if start else "barycenter"}
         place_N = quadratic_assignment(matrix_NN, one_rank, "faq", options).col_ind

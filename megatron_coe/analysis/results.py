@@ -97,7 +97,7 @@ class Analysis:
         """
         try:
             content = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-            rows = {
+            rows: dict[str, Any] = {
                 name: [{key: _number(value) for key, value in row.items()} for row in content[name]]
                 for name in _TABLES
             }
