@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from megatron_coe.config.run_config import LogSettings, is_multiple
+from megatron_coe.training.straggler import work_ratio
 from megatron_coe.utils.metrics_file import Record, drop_records_after, read_records
 from megatron_coe.utils.run_files import METRICS_FILE
 
-# name in the record -> (label on the console, format)
-_CONSOLE = {
-    "train_loss": ("loss", ".4f"),
-    "valid_loss": ("valid loss", ".4f"),
-    "unigram_entropy": ("unigram entropy", ".4f"),
-    "lr": ("lr", ".3e"),
-    "grad_norm": ("grad norm", ".3f"),
-    "tokens_per_second": ("tokens/s", ",.0f"),
-    "mfu": ("MFU", ".1%"),
-    "loss_spike": ("SPIKE", ".0f"),
-    "skipped_steps": ("SKIPPED", ".0f"),
+# name in the record -> what the console shows of it
+_CONSOLE: dict[str, Callable[[float], str]] = {
+    "train_loss": "loss {:.4f}".format,
+    "valid_loss": "valid loss {:.4f}".format,
+    "unigram_entropy": "unigram entropy {:.4f}".format,
+    "lr": "lr {:.3e}".format,
+    "grad_norm": "grad norm {:.3f}".format,
+    "tokens_per_second": "tokens/s {:,.0f}".format,
+    "flops_per_second": lambda rate: f"{_with_prefix(rate)}FLOP/s",
+    "mfu": "MFU {:.1%}".format,
+    "loss_spike": "SPIKE {:.0f}".format,
+    "skipped_steps": "SKIPPED {:.0f}".format,
 }
 _BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
 
@@ -84,6 +90,7 @@ class MetricsLogger(NullLogger):
         config: dict[str, object],
         stream: TextIO | None = None,
         last_step: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds; readers go without
 
@@ -95,6 +102,7 @@ class MetricsLogger(NullLogger):
         self._stream = stream = stream or sys.stdout
         self._width = len(str(total_steps))
         self._total_steps = total_steps
+        self._pace = _Pace(self._last_step, clock)
         self._tensorboard = SummaryWriter(
             str(self.directory / "tensorboard"),
             purge_step=completed_steps + 1 if completed_steps else None,
@@ -133,7 +141,7 @@ class MetricsLogger(NullLogger):
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(_for_wandb(values), step=step)
-        self.log(f"step {step:{self._width}d}/{self._total_steps} | {console_line(values)}")
+
 
     def has(self, step: int, name: str) -> bool:
         return any(record["step"] == step and name in record for record in self._records())
@@ -153,17 +161,47 @@ class MetricsLogger(NullLogger):
             self._wandb.finish()
 
 
+class _Pace:
+    """The time since a process has begun to train, and how much more it takes."""
+
+    def __init__(self, last_step: int, clock: Callable[[], float]) -> None:
+        self._last_step, self._clock = last_step, clock
+        self._started_s = clock()
+        self._first: tuple[int, float] | None = None
+
+    def times(self, step: int) -> list[str]:
+        """Return the times at a step; those left follow from the steps since the first one shown.
+
+        What happens between steps, as validations and checkpoints, is in it.
+        """
+        now_s = self._clock()
+        shown = [f"elapsed {_clock_time(now_s - self._started_s)}"]
+        first, first_s = self._first = self._first or (step, now_s)
+        if step > first:
+            left_s = (now_s - first_s) / (step - first) * (self._last_step - step)
+            shown.append(f"left {_clock_time(left_s)}")
+        return shown
+
+
+def _clock_time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
 def console_line(values: Record) -> str:
     """Return the console line of a record: known metrics in fixed order, then auxiliary losses."""
-    parts = [
-        f"{label} {values[name]:{form}}"
-        for name, (label, form) in _CONSOLE.items()
-        if name in values
-    ]
+    parts = [show(values[name]) for name, show in _CONSOLE.items() if name in values]
+    if (ratio := work_ratio(values)) > 1:
+        parts.append(f"slowest rank {values['slowest_rank']} x{ratio:.2f}")
     balance = [f"{value:.3f}" for name, value in values.items() if _BALANCE.fullmatch(name)]
     if balance:
         parts.append(f"balance {' '.join(balance)}")
     return " | ".join(parts)
+
+
+def _with_prefix(value: float) -> str:
+    """Return a positive number and its decimal prefix, to be followed by a unit."""
+    power = min(int(math.log10(max(value, 1.0))) // 3, 6)
+    return f"{value / 1000**power:.1f} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"
 
 
 def _bars(heights: list[float]) -> dict[str, float | list[float]]:

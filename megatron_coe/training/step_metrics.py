@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import resource
+import socket
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, median
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from megatron_coe.model.moe.aux_loss import collect_aux_losses
 from megatron_coe.model.moe.load_stats import load_stats
 from megatron_coe.model.moe.routing_stats import RoutingStats
 from megatron_coe.planning.hardware import peak_flops
+from megatron_coe.training.straggler import CollectiveTimer
 from megatron_coe.utils.metrics_file import Record
 
 
@@ -40,6 +42,8 @@ class StepMetrics:
 class MetricsCollector:
     """Collects the metrics of a training step, the same on every rank.
 
+    Construction is a collective.
+
     Args:
         microbatches: of a step, per rank.
     """
@@ -54,7 +58,16 @@ class MetricsCollector:
         )
         self._tokens = train.global_batch_size * train_state.provider.seq_length
         self._routing_stats = RoutingStats(train_state.provider, train_state.chunks, device)
-        self._is_counted = False
+        self._is_counted = self._is_timed = False
+        self._collectives = CollectiveTimer(device)
+        self.hosts = [""] * dist.get_world_size()
+        """The machine of each rank."""
+        dist.all_gather_object(self.hosts, socket.gethostname())
+
+    def timing(self, enabled: bool) -> AbstractContextManager[None]:
+        """Measure the collectives of a step, from begin to end, if it is logged."""
+        self._is_timed = enabled
+        return self._collectives.timing() if enabled else nullcontext()
 
     def watching(self, enabled: bool) -> AbstractContextManager[None]:
         """Count routing within the forward and backward passes of a step, if it is logged."""
@@ -66,7 +79,7 @@ class MetricsCollector:
         record = {"train_loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
         record |= {f"grad_norm/{group}": norm for group, norm in step.grad_norms.items()}
         record |= self._speed(step.seconds)
-        record["memory_peak_bytes"] = memory_peak(self._device)
+        record |= self._of_ranks(step.seconds)
         balance = collect_aux_losses(self._provider, self._microbatches, self._device)
         layers = coe_layers(self._provider)
         for loss, value_CL in balance.items():
@@ -87,6 +100,20 @@ class MetricsCollector:
             peak = peak_flops(torch.cuda.get_device_name(self._device))
             if peak is not None:
                 record["mfu"] = flops / seconds / (peak * dist.get_world_size())
+        return record
+
+    def _of_ranks(self, seconds: float) -> dict[str, float]:
+        """Return the metrics of the rank that has most of something. A collective."""
+        work_s = seconds - self._collectives.seconds() if self._is_timed else 0.0
+        rows = torch.zeros(len(self.hosts), 2, dtype=torch.float64, device=self._device)
+        rows[dist.get_rank()] = torch.tensor([memory_peak(self._device), work_s])
+        dist.all_reduce(rows)
+        peaks, works_s = rows.T.tolist()
+        record: dict[str, float] = {"memory_peak_bytes": int(max(peaks))}
+        if self._is_timed:
+            slowest_s = max(works_s)
+            record |= {"work_seconds": slowest_s, "work_seconds_median": median(works_s)}
+            record["slowest_rank"] = works_s.index(slowest_s)
         return record
 
 
@@ -130,7 +157,7 @@ def _by_layer(name: str, values_LC: list[list[float]], layers: list[int]) -> dic
 
 
 def memory_peak(device: torch.device) -> int:
-    """Return the peak memory of the rank with the most, in bytes. A collective.
+    """Return the peak memory of this rank, in bytes.
 
     On a GPU it is what torch had allocated at most since the last call, on a CPU the most that the
     process ever held resident.
@@ -138,9 +165,6 @@ def memory_peak(device: torch.device) -> int:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    most = torch.tensor(peak, dtype=torch.int64, device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

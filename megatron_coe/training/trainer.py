@@ -18,6 +18,7 @@ from megatron_coe.training.metrics_logger import NullLogger
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.step import TrainStep
 from megatron_coe.training.step_metrics import StepMetrics
+from megatron_coe.training.straggler import StragglerReport
 from megatron_coe.training.validation import Validator
 from megatron_coe.utils.metrics_file import Record
 
@@ -56,6 +57,7 @@ class Trainer:
             self.train_step = TrainStep(
                 self.settings, self.train_state, self.source, self.num_microbatches, self.heartbeat
             )
+            self._straggler = StragglerReport(self.train_step.collector.hosts)
         self._spike_detector = LossSpikeDetector()
         self._saved_step = 0
         self._seconds = 0.0
@@ -98,7 +100,8 @@ class Trainer:
     def step(self) -> StepMetrics:
         """Make one update of the weights. Raises: NotFiniteError, as `TrainStep.run`."""
         is_logged = self.metrics_logger.is_due(self.progress.step + 1)
-        outcome = self.train_step.run(self.progress, is_logged)
+        with self.train_step.collector.timing(is_logged):
+            outcome = self.train_step.run(self.progress, is_logged)
         self._seconds += outcome.seconds
         return outcome
 
@@ -145,6 +148,8 @@ class Trainer:
             return {"skipped_steps": self.progress.skipped}
         if self.metrics_logger.is_due(step):
             record = self.metrics(outcome)
+            if straggler := self._straggler.notice(step, record):
+                self.metrics_logger.log(straggler)
         if (score := self._spike_detector.score(outcome.loss)) is not None:
             record |= {"train_loss": outcome.loss, "loss_spike": score}
             self.metrics_logger.log(

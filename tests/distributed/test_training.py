@@ -15,6 +15,7 @@ from tests.unit.training.runs import make_settings, make_trainer
 
 STEPS = 2
 OF_THE_MACHINE = ("step_seconds", "tokens_per_second", "flops_per_second", "memory_peak_bytes")
+OF_THE_MACHINE += ("work_seconds", "work_seconds_median", "slowest_rank")
 HELD_OUT = 5
 # 4 layers make 2 x 2 interleaved chunks; 8 experts and 4 heads divide by 2.
 MODEL = {"num_layers": 4, "num_moe_experts": 8}

@@ -47,6 +47,32 @@ def test_a_terminal_gets_a_progress_bar_and_the_same_lines(tmp_path):
     assert " 5/20 " in stream.getvalue() and " 20/20 " in stream.getvalue()
 
 
+def test_the_console_shows_how_long_it_has_taken_and_how_long_it_will(tmp_path):
+    """The estimate has what happens between the steps, and none of what was before the first."""
+    now, stream = [1000.0], io.StringIO()
+    log = LogSettings(dir=str(tmp_path))
+    metrics_logger = MetricsLogger(log, 90, 20, {}, stream, last_step=80, clock=lambda: now[0])
+    for step, second in ((30, 1100.0), (40, 1160.0), (50, 4760.0)):
+        now[0] = second
+        metrics_logger.record(step, {"flops_per_second": 1.26e13, "seconds": 7.0})
+        metrics_logger.record(25, {"valid_loss": 0.5})
+    metrics_logger.close()
+    of_steps = stream.getvalue().splitlines()[::2]
+    assert of_steps == [
+        "step 30/90 | 12.6 TFLOP/s | elapsed 0:01:40",
+        "step 40/90 | 12.6 TFLOP/s | elapsed 0:02:40 | left 0:04:00",
+        "step 50/90 | 12.6 TFLOP/s | elapsed 1:02:40 | left 1:31:30",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(12, "12.0 FLOP/s"), (4.5e9, "4.5 GFLOP/s"), (1e15, "1.0 PFLOP/s"), (2e21, "2000.0 EFLOP/s")],
+)
+def test_the_console_shows_flops_with_a_prefix(rate, shown):
+    assert console_line({"flops_per_second": rate}) == shown
+
+
 def test_the_console_shows_balance_by_iteration_but_not_by_layer():
     line = console_line(
         {
