@@ -13,6 +13,7 @@ FORMER_KEYS = {
     "train.nonfinite": "train.on_nonfinite",
     "checkpoint.keep": "checkpoint.keep_latest",
     "checkpoint.accept_changes": "checkpoint.allow_config_changes",
+    "log.wandb_name": "log.wandb_exp_name",
 }
 
 FORMER_VALUES = {"data.mode": {"examples": "padded"}}

@@ -203,8 +203,14 @@ class LogSettings:
     """Steps between records of the training loss."""
     wandb_project: str | None = None
     """Weights & Biases project; None: it is not used."""
-    wandb_name: str | None = None
+    wandb_exp_name: str | None = None
     """Name of the run there; None: Weights & Biases chooses one."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment; None: it is not used."""
+    mlflow_run_name: str | None = None
+    """Name of the run there; None: MLflow chooses one."""
+    mlflow_tracking_uri: str | None = None
+    """Server, folder or data base of MLflow; None: what MLFLOW_TRACKING_URI names."""
     profile_steps: list[int] | None = None
     """[first, last] steps, counted from 1, that torch's profiler traces into `dir`/profile."""
 

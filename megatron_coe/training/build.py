@@ -41,7 +41,7 @@ from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.run_summary import describe_sizes, plan_of
 from megatron_coe.training.banner import banner, describe_data, summarize_data
 from megatron_coe.training.batch_source import BatchSource, explained_worker_deaths
-from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger, check_wandb
+from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger
 from megatron_coe.training.out_of_memory import explained, memory_remedies
 from megatron_coe.training.preflight import (
     aux_loss_warning,
@@ -50,6 +50,7 @@ from megatron_coe.training.preflight import (
     data_arguments,
 )
 from megatron_coe.training.profiling import StepProfiler
+from megatron_coe.training.sinks import check_sinks
 from megatron_coe.training.trainer import Trainer, last_step
 from megatron_coe.training.validation import Validator
 from megatron_coe.utils.environment import refuse_unused_gpus, write_machine
@@ -83,7 +84,7 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
     """
     data, parallel, train = settings.data, settings.parallel, settings.train
     warnings = [refuse_unused_gpus()]
-    check_wandb(settings.log)
+    check_sinks(settings.log)
     device = backends.prepare()
     tokenizer = load_tokenizer(data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
@@ -189,6 +190,7 @@ def trainer(
         if metrics_logger.is_enabled:
             for text in _describe_begin(settings, found, per_epoch, validator, start, changes):
                 metrics_logger.log(text)
+        failed = True
         try:
             yield Trainer(
                 settings=train,
@@ -202,9 +204,10 @@ def trainer(
                 profiler=StepProfiler(settings.log, enabled=is_rank_0()),
                 heartbeat=heartbeat,
             )
+            failed = False
         finally:
             train_source.close()
-            metrics_logger.close()
+            metrics_logger.close(failed)
 
 
 def _make_checkpointer(

@@ -1,8 +1,7 @@
-"""Metrics of a run: console, metrics.jsonl, TensorBoard and, when asked for, W&B."""
+"""Metrics of a run: console, metrics.jsonl, TensorBoard and, when asked for, W&B and MLflow."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -11,11 +10,12 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
 from megatron_coe.config.run_config import LogSettings, is_multiple
+from megatron_coe.training.sinks import make_sinks
 from megatron_coe.training.straggler import work_ratio
 from megatron_coe.utils.metrics_file import Record, drop_records_after, read_records
 from megatron_coe.utils.run_files import METRICS_FILE
@@ -69,15 +69,20 @@ class NullLogger:
         """Return the newest value of a metric; None if there is none."""
         return None
 
-    def close(self) -> None:
-        """Flush and close whatever is open."""
+    def close(self, failed: bool = False) -> None:
+        """Flush and close whatever is open.
+
+        Args:
+            failed: the run ends with an error.
+        """
 
 
 class MetricsLogger(NullLogger):
     """Writes the metrics of a run; made on rank 0 only.
 
     `metrics.jsonl` holds one record per line, in order of steps, and survives a resume: records
-    past the step resumed from are dropped, for they are about to be made again.
+    past the step resumed from are dropped, for they are about to be made again. W&B and MLflow
+    cannot drop what they have, so that the same metrics of these steps are not sent twice.
     """
 
     is_enabled = True
@@ -98,7 +103,10 @@ class MetricsLogger(NullLogger):
         self.directory = Path(log.dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.path = self.directory / METRICS_FILE
-        drop_records_after(self.path, completed_steps)
+        dropped = drop_records_after(self.path, completed_steps)
+        resumes = completed_steps > 0
+        self._sent = {(record["step"], name) for record in dropped if resumes for name in record}
+        self._sinks = make_sinks(log, config, resumes, self.log)
         self._stream = stream = stream or sys.stdout
         self._width = len(str(total_steps))
         self._total_steps = total_steps
@@ -107,7 +115,6 @@ class MetricsLogger(NullLogger):
             str(self.directory / "tensorboard"),
             purge_step=completed_steps + 1 if completed_steps else None,
         )
-        self._wandb = _start_wandb(log, config) if log.wandb_project else None
         self._bar = (
             tqdm(
                 total=total_steps,
@@ -139,9 +146,13 @@ class MetricsLogger(NullLogger):
             else:
                 self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(_for_wandb(values), step=step)
-
+        if unsent := {name: v for name, v in values.items() if (step, name) not in self._sent}:
+            for sink in self._sinks:
+                sink.record(step, unsent)
+        parts = [f"step {step:{self._width}d}/{self._total_steps}", console_line(values)]
+        if "seconds" in values:
+            parts += self._pace.times(step)
+        self.log(" | ".join(parts))
 
     def has(self, step: int, name: str) -> bool:
         return any(record["step"] == step and name in record for record in self._records())
@@ -153,12 +164,14 @@ class MetricsLogger(NullLogger):
     def _records(self) -> list[Record]:
         return read_records(self.path) if self.path.exists() else []
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self._bar is not None:
             self._bar.close()
         self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for sink in self._sinks:
+            sink.close(failed)
+        for sink in self._sinks:
+            sink.wait()
 
 
 class _Pace:
@@ -216,29 +229,3 @@ def _bars(heights: list[float]) -> dict[str, float | list[float]]:
         "bucket_limits": [i + 0.5 for i in centers],
         "bucket_counts": heights,
     }
-
-
-def _for_wandb(values: Record) -> dict[str, object]:
-    """Return the record with lists as histograms, with one bar for each of their numbers."""
-    import wandb
-
-    return {
-        name: wandb.Histogram(np_histogram=(value, list(range(len(value) + 1))))
-        if isinstance(value, list)
-        else value
-        for name, value in values.items()
-    }
-
-
-def check_wandb(log: LogSettings) -> None:
-    """Raise ValueError if Weights & Biases is asked for and not installed."""
-    if log.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"log.wandb_project={log.wandb_project!r} needs the package wandb: `pip install wandb`"
-        )
-
-
-def _start_wandb(log: LogSettings, config: dict[str, object]) -> Any:
-    import wandb
-
-    return wandb.init(project=log.wandb_project, name=log.wandb_name, dir=log.dir, config=config)

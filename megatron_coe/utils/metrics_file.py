@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl`: one record a line, in order of steps."""
+"""A run's `metrics.jsonl`: one record a line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ LISTS = re.compile(r"load/.*")
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read all records of a `metrics.jsonl`.
+    """Read all records of a `metrics.jsonl`, in order of steps, one for each.
+
+    What became known later than its step is in a line of its own, which joins the step's.
 
     Raises: ValueError naming file and line of a malformed record; OSError.
     """
-    records = []
+    records: dict[int, Record] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -33,8 +35,8 @@ def read_records(path: Path) -> list[Record]:
             if not is_record:
                 shown = line.strip()[:80].decode(errors="replace")
                 raise ValueError(f"{path}:{number}: not a record of a run: {shown!r}")
-            records.append(record)
-    return records
+            records[record["step"]] = records.get(record["step"], {}) | record
+    return [records[step] for step in sorted(records)]
 
 
 def _is_metric(name: str, value: object) -> bool:
@@ -47,20 +49,26 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def drop_records_after(path: Path, step: int) -> None:
+def drop_records_after(path: Path, step: int) -> list[Record]:
     """Drop the records of steps after `step`, and a last line that a crash cut short.
+
+    Returns: the records dropped.
 
     Raises: OSError.
     """
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, dropped = [], []
     for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["step"] > step:
-                break
+            record = json.loads(line)
+            is_later = record["step"] > step
         except (ValueError, TypeError, KeyError, RecursionError):
             break
-        kept.append(line + b"\n")
+        if is_later:
+            dropped.append(record)
+        else:
+            kept.append(line + b"\n")
     with atomic_path(path) as temporary:
         temporary.write_bytes(b"".join(kept))
+    return dropped

@@ -288,7 +288,7 @@ def _settings() -> Iterator[Case]:
         yield text(f"resolver {resolver}", f'log: {{dir: "${{{resolver}}}"}}', "section.key")
     yield text(
         "resolver by a reference",
-        "log: {dir: '${${log.wandb_name}:PATH}', wandb_name: oc.env}",
+        "log: {dir: '${${log.wandb_exp_name}:PATH}', wandb_exp_name: oc.env}",
         "section.key",
     )
 

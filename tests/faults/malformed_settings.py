@@ -81,7 +81,7 @@ def _yaml() -> Iterator[Case]:
     yield text("reference to a section", "log: {dir: '${train}'}", "${train}")
     yield text(
         "references in a circle",
-        "log: {dir: '${log.wandb_name}', wandb_name: '${log.dir}'}",
+        "log: {dir: '${log.wandb_exp_name}', wandb_exp_name: '${log.dir}'}",
         "Recursive",
     )
     yield text("reference to itself", "log: {dir: '${log.dir}'}", "Recursive")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from importlib.util import find_spec
 
 import pytest
 
 from megatron_coe.config.run_config import LogSettings
-from megatron_coe.training.metrics_logger import MetricsLogger, check_wandb, console_line
+from megatron_coe.training.metrics_logger import MetricsLogger, console_line
 from megatron_coe.utils.metrics_file import drop_records_after, read_records
 
 
@@ -55,7 +54,7 @@ def test_the_console_shows_how_long_it_has_taken_and_how_long_it_will(tmp_path):
     for step, second in ((30, 1100.0), (40, 1160.0), (50, 4760.0)):
         now[0] = second
         metrics_logger.record(step, {"flops_per_second": 1.26e13, "seconds": 7.0})
-        metrics_logger.record(25, {"valid_loss": 0.5})
+        metrics_logger.record(25, {"exact_match": 0.5})
     metrics_logger.close()
     of_steps = stream.getvalue().splitlines()[::2]
     assert of_steps == [
@@ -90,8 +89,20 @@ def test_a_resume_drops_what_it_will_write_again(tmp_path):
     path.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 5, 10, 15)) + '{"step": 2')
     MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 10, {}, io.StringIO()).close()
     assert [record["step"] for record in read_records(path)] == [1, 5, 10]
-    drop_records_after(path, 0)
+    dropped = drop_records_after(path, 0)
+    assert [record["step"] for record in dropped] == [1, 5, 10]
     assert read_records(path) == []
+
+
+def test_what_is_known_later_belongs_to_its_step(tmp_path):
+    """A score of step 10 comes after step 20; a resume from step 15 keeps it."""
+    path = tmp_path / "metrics.jsonl"
+    lines = ({"step": 10, "lr": 1}, {"step": 20}, {"step": 10, "exact_match": 0.5}, {"step": 30})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_records(path)[0] == {"step": 10, "lr": 1, "exact_match": 0.5}
+    assert [record["step"] for record in read_records(path)] == [10, 20, 30]
+    assert [record["step"] for record in drop_records_after(path, 15)] == [20, 30]
+    assert read_records(path) == [{"step": 10, "lr": 1, "exact_match": 0.5}]
 
 
 def test_loads_are_lists_and_bars(tmp_path):
@@ -120,10 +131,3 @@ def test_the_newest_value_of_a_figure(tmp_path):
     metrics_logger = MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 2, {}, io.StringIO())
     assert (metrics_logger.latest("seconds"), metrics_logger.latest("lr")) == (5, None)
     metrics_logger.close()
-
-
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_wandb_asked_for_but_missing_is_explained():
-    log = LogSettings(wandb_project="p")
-    with pytest.raises(ValueError, match=r"log\.wandb_project='p' needs the package wandb"):
-        check_wandb(log)
