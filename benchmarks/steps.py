@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
@@ -17,7 +16,6 @@ from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
-from megatron_coe.config.validation import num_microbatches
 from megatron_coe.distributed.seeds import seed_everything
 from megatron_coe.distributed.train_state import build_train_state
 from megatron_coe.fault_tolerance.heartbeat import Heartbeat
@@ -112,7 +110,6 @@ def build_step(name: str, settings: Settings, device: torch.device) -> StepVaria
         settings=settings.train,
         train_state=train_state,
         source=source,
-        num_microbatches=num_microbatches(settings.parallel, settings.train, dist.get_world_size()),
         validator=None,
         progress=Progress(),
         metrics_logger=NullLogger(settings.log, last_step(settings.train)),

@@ -14,6 +14,7 @@ from megatron_coe.analysis.plotting import inline_svg
 from megatron_coe.analysis.results import RANDOM, Analysis
 from megatron_coe.analysis.runs import Run
 from megatron_coe.analysis.training_curves import training_plots
+from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.utils.environment import read_machine
 from megatron_coe.utils.files import atomic_path
 
@@ -82,8 +83,7 @@ def _summary(run: Run) -> Iterator[tuple[str, str]]:
     settings = run.settings
     done = int(run.records[-1]["step"]) if run.records else 0
     yield "steps", f"{done:,} of {settings.train.steps:,}"
-    per_step = settings.train.global_batch_size
-    yield "sequences per step", f"{per_step:,}"
+    yield "sequences per step", str(batch_schedule(settings.train))
     yield "seed", f"{settings.train.seed}"
     model = settings.model
     for name, label in (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_coe.config.loader import load_settings
 from megatron_coe.config.run_config import Settings
+from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.utils.metrics_file import Record, read_records
 from megatron_coe.utils.run_files import CONFIG_FILE, METRICS_FILE
 
@@ -76,11 +77,13 @@ class Run:
         return [record["step"] for record in self.records]
 
     def _tokens(self) -> Sequence[float]:
-        """Return the recorded tokens, or steps times tokens of a step."""
+        """Return the recorded tokens, or those of the steps' batches."""
         if all("tokens" in record for record in self.records):
             return [record["tokens"] for record in self.records]
-        per_step = self.settings.train.global_batch_size * self._seq_length
-        return [record["step"] * per_step for record in self.records]
+        batches = batch_schedule(self.settings.train)
+        return [
+            batches.samples_after(int(record["step"])) * self._seq_length for record in self.records
+        ]
 
     @property
     def _seq_length(self) -> int:

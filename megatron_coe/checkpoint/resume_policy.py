@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_coe.checkpoint.tokenizer import describe_identity, tokenizer_difference
-from megatron_coe.config.run_config import Settings, TrainSettings, warmup_steps
+from megatron_coe.config.run_config import Settings, TrainSettings
+from megatron_coe.config.schedules import batch_schedule, lr_spans
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.provider import CoEModelProvider
 
@@ -45,6 +46,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("train.steps", _REFUSED),
     ("train.seed", _REFUSED),
     ("train.global_batch_size", _REFUSED),
+    ("train.rampup_batch_size", _REFUSED),
     ("train.precision", _REFUSED),
     ("train.freeze", _REFUSED),  # what was frozen has no moments in the checkpoint
     ("train.*", _PRINTED),
@@ -113,10 +115,22 @@ def changes(
 
 
 def _keeps_schedule(before: TrainSettings, now: TrainSettings, step: int) -> bool:
-    """Return whether `train.steps` does not affect the learning rate: constant, and warmed up."""
+    """Return whether `train.steps` has not affected the learning rate of a checkpoint.
+
+    It has not between warm-up and decay, and never where it falls with the square root of the step.
+    """
+    if before.lr_decay_style != now.lr_decay_style:
+        return False
+    spans = [lr_spans(train) for train in (before, now)]
+    if now.lr_decay_style == "inverse-square-root":
+        return spans[0].warmup == spans[1].warmup
+    if now.lr_decay_style not in ("constant", "WSD"):
+        return False
+    position = spans[1].position(step, batch_schedule(now).samples_after(step))
+    is_constant = now.lr_decay_style == "constant"
     return all(
-        train.lr_decay_style == "constant" and step >= warmup_steps(train)
-        for train in (before, now)
+        each.warmup <= position and (is_constant or position <= each.total - (each.wsd_decay or 0))
+        for each in spans
     )
 
 

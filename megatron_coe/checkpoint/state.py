@@ -178,7 +178,7 @@ def load_checkpoint(path: Path, train_state: TrainState, weights_only: bool = Fa
     elif average is not None:
         average.reset()
     if train_state.schedule is not None:
-        train_state.schedule.step(progress.step - train_state.schedule.num_steps)
+        train_state.schedule.move_to(progress.step, progress.samples)
     if same_layout:
         set_rng_state(loaded["rng"])
     return progress

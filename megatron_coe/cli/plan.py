@@ -22,6 +22,7 @@ from megatron_coe.cli.command_line import (
 with required():
     from megatron_coe.config.loader import load_settings
     from megatron_coe.config.run_config import Settings
+    from megatron_coe.config.schedules import batch_schedule
     from megatron_coe.config.validation import check_layout, check_values
     from megatron_coe.planning.hardware import GPUS, Cluster
 
@@ -59,7 +60,7 @@ def command(options: argparse.Namespace) -> None:
         ranking = layout_search.Ranking([layout_search.estimate(plan, cluster)], legal=1)
     else:
         ranking = layout_search.rank_layouts(
-            model, options.gpus, settings.train.global_batch_size, cluster
+            model, options.gpus, batch_schedule(settings.train), cluster
         )
         if not ranking.fitting:
             raise ValueError(report.nothing_fits(ranking, cluster))

@@ -108,6 +108,10 @@ class TrainSettings:
     """Sequences of one forward pass of a rank."""
     global_batch_size: int = _ruled(1, POSITIVE)
     """Sequences of a step, of all ranks and micro-batches."""
+    rampup_batch_size: list[int] | None = None
+    """[start, increment, samples]: the first steps have `start` sequences, and the batch grows by
+    `increment` at equal distances until `global_batch_size`, within the first `samples` sequences.
+    None: it is the same in every step."""
     seed: int = _ruled(42, integer(0, 2**32 - 1))  # as numpy takes
     """Decides initial weights, dropout and the order of the data."""
     precision: str = _choice("auto", "bf16", "fp32")
@@ -116,12 +120,21 @@ class TrainSettings:
     """The highest learning rate."""
     min_lr: float = _ruled(0.0, NOT_NEGATIVE)
     """The learning rate at the end of a schedule that decays."""
-    lr_decay_style: str = _choice("constant", "linear", "cosine")
-    """How the learning rate falls after the warm-up, until the last step."""
+    lr_decay_style: str = _choice("constant", "linear", "cosine", "inverse-square-root", "WSD")
+    """How the learning rate falls after the warm-up, until the last step. inverse-square-root: with
+    1 / sqrt(step); WSD: it stays, and falls during `lr_wsd_decay_steps` at the end."""
     lr_warmup_fraction: float = _ruled(0.1, FRACTION)
     """Share of `steps` over which the learning rate rises linearly from 0."""
     lr_warmup_steps: int | None = _ruled(None, NOT_NEGATIVE)
     """The same in steps; None: `lr_warmup_fraction` of them."""
+    lr_warmup_samples: int | None = _ruled(None, NOT_NEGATIVE)
+    """The same in sequences; the schedule then counts them, and not steps."""
+    lr_wsd_decay_style: str = _choice("exponential", "linear", "cosine", "minus_sqrt")
+    """How the learning rate falls to `min_lr` at the end of a schedule WSD."""
+    lr_wsd_decay_steps: int | None = _ruled(None, POSITIVE)
+    """Steps of that fall, which are the last ones."""
+    lr_wsd_decay_samples: int | None = _ruled(None, POSITIVE)
+    """The same in sequences; the schedule then counts them, and not steps."""
     weight_decay: float = _ruled(0.01, NOT_NEGATIVE)
     """AdamW's decoupled weight decay."""
     decay_all_parameters: bool = False
@@ -154,13 +167,6 @@ class TrainSettings:
     hang_timeout_s: float = _ruled(600.0, NOT_NEGATIVE)
     """Seconds without progress, in a step or a validation, after which the run ends and names the
     hanging rank; start-up, data and checkpoints have six times as long. 0: no limit."""
-
-
-def warmup_steps(train: TrainSettings) -> int:
-    """Return the number of steps over which the learning rate rises."""
-    if train.lr_warmup_steps is not None:
-        return train.lr_warmup_steps
-    return int(train.lr_warmup_fraction * train.steps)
 
 
 def is_multiple(step: int, interval: int) -> bool:

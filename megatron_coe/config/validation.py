@@ -14,6 +14,7 @@ from megatron_coe.config.run_config import (
     Settings,
     TrainSettings,
 )
+from megatron_coe.config.schedules import lr_spans
 from megatron_coe.model import parallelism as layouts
 from megatron_coe.model.parallelism import Layout, layout_of
 from megatron_coe.utils.value_rules import ValueRule
@@ -36,14 +37,8 @@ def check_values(settings: Settings) -> None:
         _check_number(key, number)
     for key, value, rule in _ruled_values(settings):
         rule.check(key, value)
-    train = settings.train
-    if train.lr_warmup_steps is not None and train.lr_warmup_steps >= train.steps:
-        raise ValueError(
-            f"train.lr_warmup_steps={train.lr_warmup_steps} must be less than train.steps="
-            f"{train.steps}"
-        )
-    if train.min_lr > train.lr:
-        raise ValueError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}")
+    _check_rampup(settings.train)
+    _check_lr_schedule(settings.train)
     _check_data(settings.data)
     _check_profile(settings.log)
 
@@ -110,6 +105,8 @@ def check_layout(settings: Settings, world_size: int) -> None:
             f"pipeline_model_parallel_size ({pp}); change train.global_batch_size or "
             "train.micro_batch_size"
         )
+    if vpp is not None:
+        _check_rampup_divides(settings.train, layout.data_parallel_size(world_size), stages=pp)
 
 
 def smallest_world_size(parallel: ParallelSettings) -> int:
@@ -129,6 +126,26 @@ def _check_batch(train: TrainSettings, layout: Layout, world_size: int) -> None:
         raise ValueError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size ({train.micro_batch_size}) x data-parallel size ({replicas})"
+        )
+    _check_rampup_divides(train, replicas)
+
+
+def _check_rampup_divides(train: TrainSettings, replicas: int, stages: int = 1) -> None:
+    """Raise ValueError for a batch on the way up that does not divide evenly.
+
+    Args:
+        stages: pipeline stages, of which the interleaved schedule wants multiples of micro-batches.
+    """
+    if train.rampup_batch_size is None:
+        return
+    start, increment, _ = train.rampup_batch_size
+    divisor = train.micro_batch_size * replicas * stages
+    if start % divisor or increment % divisor:
+        of_stages = f" x pipeline_model_parallel_size ({stages})" if stages > 1 else ""
+        raise ValueError(
+            f"train.rampup_batch_size={train.rampup_batch_size}: start and increment must be "
+            f"multiples of train.micro_batch_size ({train.micro_batch_size}) x data-parallel size "
+            f"({replicas}){of_stages}, here of {divisor}"
         )
 
 
@@ -181,6 +198,62 @@ def _check_number(key: str, number: int | float) -> None:
         raise ValueError(f"{key}={number}: must be a finite number")
     if isinstance(number, int) and abs(number) > _LARGEST:
         raise ValueError(f"{key}={number}: must be at most {_LARGEST:,}")
+
+
+def _check_rampup(train: TrainSettings) -> None:
+    ramp, most = train.rampup_batch_size, train.global_batch_size
+    if ramp is None:
+        return
+    if len(ramp) != 3 or min(ramp) < 1:
+        raise ValueError(
+            f"train.rampup_batch_size={ramp}: give [start, increment, samples], each 1 or more"
+        )
+    start, increment, _ = ramp
+    if start >= most or (most - start) % increment:
+        raise ValueError(
+            f"train.rampup_batch_size={ramp}: must lead from {start} to train.global_batch_size="
+            f"{most} in whole increments of {increment}"
+        )
+
+
+def _check_lr_schedule(train: TrainSettings) -> None:
+    if train.min_lr > train.lr:
+        raise ValueError(f"train.min_lr={train.min_lr} must not exceed train.lr={train.lr}")
+    warmup = _given_once(train, "lr_warmup_steps", "lr_warmup_samples")
+    decay = _given_once(train, "lr_wsd_decay_steps", "lr_wsd_decay_samples")
+    if (decay is None) == (train.lr_decay_style == "WSD"):
+        raise ValueError(
+            f"train.lr_decay_style={train.lr_decay_style}, {decay or 'without a length'}: set "
+            "train.lr_wsd_decay_steps or train.lr_wsd_decay_samples with lr_decay_style=WSD, and "
+            "with no other style"
+        )
+    spans = lr_spans(train)
+    if spans.warmup >= spans.total:
+        raise ValueError(
+            f"{warmup} must be less than train.steps={train.steps}"
+            + (f", which are {spans.total:,} sequences" if spans.in_samples else "")
+        )
+    if spans.warmup + (spans.wsd_decay or 0) > spans.total:
+        warmup = warmup or f"train.lr_warmup_fraction={train.lr_warmup_fraction}"
+        raise ValueError(
+            f"{decay} and {warmup} are together more than train.steps={train.steps}"
+            + (f", which are {spans.total:,} sequences" if spans.in_samples else "")
+        )
+
+
+def _given_once(train: TrainSettings, in_steps: str, in_samples: str) -> str | None:
+    """Return the one of two settings that is given, as `train.name=value`; None if none is.
+
+    Raises: ValueError: both are.
+    """
+    given = [
+        f"train.{name}={value}"
+        for name in (in_steps, in_samples)
+        if (value := getattr(train, name)) is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} say the same: give one of them")
+    return given[0] if given else None
 
 
 def _check_data(data: DataSettings) -> None:

@@ -13,11 +13,11 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import Float16Module
 
-from megatron_coe.config.run_config import ParallelSettings, TrainSettings, warmup_steps
+from megatron_coe.config.run_config import ParallelSettings, TrainSettings
+from megatron_coe.distributed.lr_schedule import LRSchedule
 from megatron_coe.distributed.weight_average import WeightAverage
 from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
@@ -36,7 +36,7 @@ class TrainState:
     """This pipeline stage's part of the model: one chunk, or several under interleaving."""
     optimizer: MegatronOptimizer | None
     """None, as the schedule, where the model is only evaluated."""
-    schedule: OptimizerParamScheduler | None
+    schedule: LRSchedule | None
     average: WeightAverage | None = None
     """The moving average of the weights, where `train.ema_decay` asks for one."""
 
@@ -59,7 +59,7 @@ def build_train_state(
         return TrainState(provider, chunks, None, None, average)
     optimizer = build_optimizer(provider, chunks, parallel, train)
     connect_schedule(provider, parallel, chunks, train.global_batch_size * provider.seq_length)
-    return TrainState(provider, chunks, optimizer, build_schedule(optimizer, train), average)
+    return TrainState(provider, chunks, optimizer, LRSchedule(optimizer, train), average)
 
 
 def connect_schedule(
@@ -71,15 +71,25 @@ def connect_schedule(
     """Set in the config how Megatron's forward-backward functions scale and reduce gradients.
 
     Args:
-        positions: P of a global batch (`megatron_coe.training.loss`), which gradients are divided
-            by. The backward pass starts from 1 / P: Megatron divides the finished gradients
-            instead, a pass over all of them, for which the host waits to see that P is not 0.
+        positions: P of a global batch, as in `set_gradient_divisor`.
     """
-    provider.grad_scale_func = lambda loss: loss / positions
+    set_gradient_divisor(provider, positions)
     provider.finalize_model_grads_func = _finalize_undivided
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         provider.no_sync_func = no_sync[0] if len(chunks) == 1 else no_sync
+
+
+def set_gradient_divisor(provider: CoEModelProvider, positions: int) -> None:
+    """Set P (`megatron_coe.training.loss`), by which the next steps' gradients are divided.
+
+    The backward pass starts from 1 / P: Megatron divides the finished gradients instead, a pass
+    over all of them, for which the host waits to see that P is not 0.
+
+    Args:
+        positions: P of a global batch.
+    """
+    provider.grad_scale_func = lambda loss: loss / positions
 
 
 def _finalize_undivided(
@@ -195,20 +205,3 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
     """
     for part in optimizer.chained_optimizers:
         complete_adam_state(part.optimizer)
-
-
-def build_schedule(optimizer: MegatronOptimizer, train: TrainSettings) -> OptimizerParamScheduler:
-    """Build the learning rate schedule: linear warm-up, then constant, linear or cosine decay."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=train.lr,
-        min_lr=train.min_lr,
-        lr_warmup_steps=warmup_steps(train),
-        lr_decay_steps=train.steps,
-        lr_decay_style=train.lr_decay_style,
-        start_wd=train.weight_decay,
-        end_wd=train.weight_decay,
-        wd_incr_steps=train.steps,
-        wd_incr_style="constant",
-    )

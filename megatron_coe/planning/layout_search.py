@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
+from megatron_coe.config.schedules import BatchSchedule
 from megatron_coe.model.parallelism import UNEVEN_STAGES, Layout, divisors, extents_of, violation
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.hardware import USABLE_MEMORY, Cluster
@@ -71,11 +72,12 @@ def usable_memory(cluster: Cluster) -> float:
 
 
 def rank_layouts(
-    model: CoEModelProvider, world_size: int, global_batch_size: int, cluster: Cluster
+    model: CoEModelProvider, world_size: int, batches: BatchSchedule, cluster: Cluster
 ) -> Ranking:
     """Rank the legal layouts of `model` on `world_size` GPUs, each with its best micro-batch size.
 
     The layout in `model` itself does not matter; its recomputation, where it asks for one, is kept.
+    Costs are those of the final batch size; every one on the way up to it divides evenly.
 
     Raises:
         ValueError: the model sets uneven pipeline stages, or no layout is
@@ -91,7 +93,7 @@ def rank_layouts(
     others: list[Candidate] = []
     legal = 0
     for layout in legal_layouts(model, world_size, cluster.gpus_per_node):
-        found = list(_candidates(model, layout, world_size, global_batch_size, cluster))
+        found = list(_candidates(model, layout, world_size, batches, cluster))
         legal += bool(found)
         timed = [
             Estimate(**vars(c), time=step_time(c.plan, cluster)) for c in found if _fits(c, cluster)
@@ -101,8 +103,9 @@ def rank_layouts(
     if not legal:
         raise ValueError(
             f"no layout is legal for {world_size} GPUs with train.global_batch_size="
-            f"{global_batch_size}: each data-parallel rank needs the same number of sequences; "
-            "make the batch a multiple of the number of GPUs, or change the latter"
+            f"{batches.final}, all batches multiples of {batches.unit}: each data-parallel rank "
+            "needs the same number of sequences; make the batch a multiple of the number of GPUs, "
+            "or change the latter"
         )
     smallest = min(others, key=lambda c: c.memory.total, default=None)
     return Ranking(sorted(fitting, key=lambda e: e.time.total), legal, smallest)
@@ -134,7 +137,7 @@ def _candidates(
     model: CoEModelProvider,
     layout: Layout,
     world_size: int,
-    global_batch_size: int,
+    batches: BatchSchedule,
     cluster: Cluster,
 ) -> Iterator[Candidate]:
     """Yield the cheapest recomputation that fits for each micro-batch size.
@@ -146,9 +149,9 @@ def _candidates(
     chosen = RECOMPUTE if model.recompute_granularity is None else {CONFIGURED: {}}
     parallelized: dict[str, CoEModelProvider] = {}
     for micro in MICRO_BATCHES:
-        if global_batch_size % (data_parallel * micro):
+        if batches.unit % (data_parallel * micro):
             return
-        if vpp and global_batch_size // (data_parallel * micro) % pp:
+        if vpp and batches.unit // (data_parallel * micro) % pp:
             return
         for name, changes in chosen.items():
             if name not in parallelized:
@@ -157,7 +160,7 @@ def _candidates(
                 model=parallelized[name],
                 world_size=world_size,
                 micro_batch_size=micro,
-                global_batch_size=global_batch_size,
+                global_batch_size=batches.final,
                 use_distributed_optimizer=world_size > pp,
                 overlap_grad_reduce=True,
                 overlap_param_gather=world_size > pp,

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_coe import __version__
 from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
+from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.data.indexed import IndexedFile, data_summary
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.backends.select import TE_PARTS, te_parts_of
@@ -22,6 +23,7 @@ _PACKAGES = ("megatron-core", "torch", "transformer-engine", "python")
 
 def banner(
     parallel: ParallelSettings,
+    train: TrainSettings,
     plan: Plan,
     machine: Mapping[str, object],
     data: str,
@@ -40,7 +42,7 @@ def banner(
         "device": _device(plan, machine),
         "layout": _layout(parallel, plan),
         "model": _model(plan),
-        "batch": _batch(plan),
+        "batch": _batch(plan, train),
         "data": data,
         "run": start,
     }
@@ -99,12 +101,13 @@ def _model(plan: Plan) -> str:
     )
 
 
-def _batch(plan: Plan) -> str:
+def _batch(plan: Plan, train: TrainSettings) -> str:
     length = plan.model.seq_length
+    ramp = f"; ramped up from {batch_schedule(train)}" if train.rampup_batch_size else ""
     return (
         f"{plan.global_batch_size} sequences of {length:,} tokens: {plan.data_parallel} "
         f"replica(s) x {plan.num_microbatches} micro-batch(es) of {plan.micro_batch_size}; "
-        f"{plan.global_batch_size * length:,} tokens per step"
+        f"{plan.global_batch_size * length:,} tokens per step{ramp}"
     )
 
 
@@ -123,7 +126,7 @@ def summarize_data(
         held_out: validation sequences; None without validation.
     """
     documents, tokens = sum(f.documents for f in files), sum(f.tokens for f in files)
-    epochs = train.steps * train.global_batch_size / per_epoch
+    epochs = batch_schedule(train).samples_after(train.steps) / per_epoch
     return (
         f"{len(files)} set(s), {documents:,} documents, {tokens:,} tokens, {data.mode}; "
         f"{epochs:.2f} epochs in {train.steps:,} steps; "
@@ -137,5 +140,8 @@ def describe_data(data: DataSettings, train: TrainSettings, tokenizer: Tokenizer
     yield f"training data\n{data_summary(training_sets(data))}"
     if data.valid:
         yield f"validation data\n{data_summary(data.valid)}"
-    sequences = train.steps * train.global_batch_size
-    yield f"{sequences:,} sequences in {train.steps:,} steps, mode {data.mode}"
+    batches = batch_schedule(train)
+    yield (
+        f"{batches.samples_after(train.steps):,} sequences in {train.steps:,} steps of {batches}, "
+        f"mode {data.mode}"
+    )

@@ -50,6 +50,14 @@ class BatchSource:
     """Processes that prepare training batches ahead; 0: they are read when they are needed."""
     _workers: BatchWorkers | None = field(default=None, init=False, repr=False)
 
+    def num_microbatches(self, batch_size: int) -> int:
+        """Return the micro-batches of each rank in a global batch of so many sequences."""
+        return batch_size // (self.micro_batch_size * self.replicas)
+
+    def sequences_of(self, num_microbatches: int) -> int:
+        """Return the sequences of a global batch of so many micro-batches of each rank."""
+        return num_microbatches * self.micro_batch_size * self.replicas
+
     def training(self, first: int, num_microbatches: int) -> list[Batch]:
         """Return this rank's share of the global batch whose first sequence is number `first`."""
         wanted = self.numbers(first, num_microbatches)

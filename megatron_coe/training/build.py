@@ -23,7 +23,7 @@ from megatron_coe.checkpoint.state import Progress, load_checkpoint
 from megatron_coe.checkpoint.tokenizer import identity_of
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings, TrainSettings
-from megatron_coe.config.validation import num_microbatches
+from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.data.datasets import build_datasets, check_datasets, samples_per_epoch, truncation
 from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.indexed import IndexedFile, documents_begin_with, identify
@@ -196,7 +196,6 @@ def trainer(
                 settings=train,
                 train_state=train_state,
                 source=train_source,
-                num_microbatches=num_microbatches(parallel, train, dist.get_world_size()),
                 validator=validator,
                 progress=progress,
                 metrics_logger=metrics_logger,
@@ -262,7 +261,7 @@ def _describe_begin(
     held_out = validator.samples if validator else None
     reads = summarize_data(settings.data, train, found.files, per_epoch, held_out)
     begins = f"{settings.log.dir}, {start or 'from step 0'}, to step {last_step(train):,}"
-    yield banner(settings.parallel, plan, machine, reads, begins)
+    yield banner(settings.parallel, train, plan, machine, reads, begins)
     yield from (f"warning: {warning}" for warning in found.warnings)
     if start and start.skipped:
         yield f"checkpoint.load={start.skipped} is not read again"
@@ -271,12 +270,13 @@ def _describe_begin(
 
 def _num_samples(train: TrainSettings, start: Start | None) -> int:
     """Return the training sequences that the run reads in all, those of earlier batch sizes too."""
-    planned = train.steps * train.global_batch_size
+    batches = batch_schedule(train)
+    planned = batches.samples_after(train.steps)
     if start is None or start.weights_only:
         return planned
     progress = read_common(start.path)["progress"]
-    left = (train.steps - progress["step"]) * train.global_batch_size
-    return max(planned, progress.get("samples", 0) + left)
+    left = train.steps - progress["step"]
+    return max(planned, batches.samples_after(left, progress.get("samples", 0)))
 
 
 def _make_source(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
+from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.config.validation import num_microbatches, smallest_world_size, world_size
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.freezing import check_patterns, is_frozen
@@ -77,7 +78,7 @@ def data_arguments(
         "tokenizer": tokenizer,
         "seq_length": seq_length,
         "mode": data.mode,
-        "num_samples": (train.steps * train.global_batch_size, train.eval_samples),
+        "num_samples": (batch_schedule(train).samples_after(train.steps), train.eval_samples),
         "seed": train.seed,
         "pad_seq_to_mult": data.pad_seq_to_mult,
     }

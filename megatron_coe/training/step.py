@@ -14,7 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.run_config import TrainSettings
-from megatron_coe.distributed.train_state import TrainState
+from megatron_coe.config.schedules import batch_schedule
+from megatron_coe.distributed.train_state import TrainState, set_gradient_divisor
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.fault_tolerance.nonfinite import diagnose
@@ -37,7 +38,6 @@ class TrainStep:
 
     Args:
         source: the training sequences.
-        num_microbatches: of a step, per data-parallel rank.
         heartbeat: notes what this rank is doing.
     """
 
@@ -46,16 +46,15 @@ class TrainStep:
         train: TrainSettings,
         train_state: TrainState,
         source: BatchSource,
-        num_microbatches: int,
         heartbeat: Heartbeat,
     ) -> None:
         self._train = train
+        self._batch_schedule = batch_schedule(train)
         self._train_state = train_state
         self._source = source
-        self._num_microbatches = num_microbatches
         self._heartbeat = heartbeat
         self._start = StepStart(train_state.chunks)
-        self.collector = MetricsCollector(train_state, train, num_microbatches, source.device)
+        self.collector = MetricsCollector(train_state, source)
         assert train_state.optimizer is not None
         self.update = OptimizerStep(train_state.optimizer, train_state.chunks)
 
@@ -74,7 +73,9 @@ class TrainStep:
         self._start.note()
         optimizer, schedule = self._train_state.optimizer, self._train_state.schedule
         assert optimizer is not None and schedule is not None
-        batches = self._source.training(progress.samples, self._num_microbatches)
+        batch_size = self._batch_schedule.size(progress.samples)
+        count = self._source.num_microbatches(batch_size)
+        batches = self._source.training(progress.samples, count)
         with self.collector.watching(is_logged):
             totals = self.compute_gradients(batches)
         lr = get_canonical_lr_for_logging(optimizer.param_groups)
@@ -86,20 +87,24 @@ class TrainStep:
             progress.skipped_in_row = 0
         else:
             skipped = self._skip(progress, batches, update)
-        schedule.step(1)
         progress.step += 1
-        progress.samples += self._train.global_batch_size
+        progress.samples += batch_size
+        schedule.move_to(progress.step, progress.samples)
         if is_logged and self._source.device.type == "cuda":
             torch.cuda.synchronize()  # the update is only launched: it belongs to this step's time
         seconds = time.perf_counter() - started_s
-        return StepMetrics(update.loss, lr, update.grad_norm, update.grad_norms, seconds, skipped)
+        return StepMetrics(
+            update.loss, lr, update.grad_norm, update.grad_norms, seconds, batch_size, skipped
+        )
 
     def compute_gradients(self, batches: list[Batch]) -> torch.Tensor:
         """Compute the gradients of the loss, summed over all ranks; return this rank's totals."""
         optimizer = self._train_state.optimizer
         assert optimizer is not None
         valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
-        positions = self._train.global_batch_size * self._train_state.provider.seq_length
+        provider = self._train_state.provider
+        positions = self._source.sequences_of(len(batches)) * provider.seq_length
+        set_gradient_divisor(provider, positions)
         for chunk in self._train_state.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -108,7 +113,7 @@ class TrainStep:
         return forward_backward(
             self._train_state,
             lambda: iter(batches),
-            self._num_microbatches,
+            len(batches),
             self._source.micro_batch_size,
             self._heartbeat,
             loss_scale(valid_tokens, positions),
@@ -120,7 +125,7 @@ class TrainStep:
         found = diagnose(
             self._train_state.chunks,
             lambda: self.compute_gradients(batches),
-            self._source.numbers(progress.samples, self._num_microbatches),
+            self._source.numbers(progress.samples, len(batches)),
             update.loss,
             update.grad_norm,
         )

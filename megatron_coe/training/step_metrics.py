@@ -13,13 +13,13 @@ from statistics import mean, median
 import torch
 import torch.distributed as dist
 
-from megatron_coe.config.run_config import TrainSettings
 from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.model.config import CoEConfig
 from megatron_coe.model.moe.aux_loss import collect_aux_losses
 from megatron_coe.model.moe.load_stats import load_stats
 from megatron_coe.model.moe.routing_stats import RoutingStats
 from megatron_coe.planning.hardware import peak_flops
+from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.straggler import CollectiveTimer
 from megatron_coe.utils.metrics_file import Record
 
@@ -35,6 +35,8 @@ class StepMetrics:
     grad_norms: Mapping[str, float]
     """Of each group of parameters."""
     seconds: float
+    batch_size: int
+    """Sequences of the global batch."""
     skipped: str | None = None
     """Why nothing was updated."""
 
@@ -45,21 +47,14 @@ class MetricsCollector:
     Construction is a collective.
 
     Args:
-        microbatches: of a step, per rank.
+        source: the training sequences.
     """
 
-    def __init__(
-        self, train_state: TrainState, train: TrainSettings, microbatches: int, device: torch.device
-    ) -> None:
-        self._provider, self._microbatches, self._device = (
-            train_state.provider,
-            microbatches,
-            device,
-        )
-        self._tokens = train.global_batch_size * train_state.provider.seq_length
-        self._routing_stats = RoutingStats(train_state.provider, train_state.chunks, device)
+    def __init__(self, train_state: TrainState, source: BatchSource) -> None:
+        self._provider, self._source, self._device = train_state.provider, source, source.device
+        self._routing_stats = RoutingStats(self._provider, train_state.chunks, self._device)
         self._is_counted = self._is_timed = False
-        self._collectives = CollectiveTimer(device)
+        self._collectives = CollectiveTimer(self._device)
         self.hosts = [""] * dist.get_world_size()
         """The machine of each rank."""
         dist.all_gather_object(self.hosts, socket.gethostname())
@@ -78,9 +73,12 @@ class MetricsCollector:
         """Return the record of the latest step, which has updated the weights. A collective."""
         record = {"train_loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm}
         record |= {f"grad_norm/{group}": norm for group, norm in step.grad_norms.items()}
-        record |= self._speed(step.seconds)
+        record["global_batch_size"] = step.batch_size
+        record |= self._speed(step.batch_size * self._provider.seq_length, step.seconds)
         record |= self._of_ranks(step.seconds)
-        balance = collect_aux_losses(self._provider, self._microbatches, self._device)
+        balance = collect_aux_losses(
+            self._provider, self._source.num_microbatches(step.batch_size), self._device
+        )
         layers = coe_layers(self._provider)
         for loss, value_CL in balance.items():
             record |= _by_layer(f"balance/{loss}", value_CL.T[layers].tolist(), layers)
@@ -88,12 +86,12 @@ class MetricsCollector:
             record |= routing_metrics(self._routing_stats.collect(), self._provider)
         return record
 
-    def _speed(self, seconds: float) -> dict[str, float]:
+    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
         """Return the speed of all ranks together; MFU is per device, of its peak."""
-        flops = self._tokens * self._provider.flops_per_token(self._provider.seq_length)
+        flops = tokens * self._provider.flops_per_token(self._provider.seq_length)
         record = {
             "step_seconds": seconds,
-            "tokens_per_second": self._tokens / seconds,
+            "tokens_per_second": tokens / seconds,
             "flops_per_second": flops / seconds,
         }
         if self._device.type == "cuda":

@@ -31,7 +31,6 @@ class Trainer:
         settings: section `train`.
         train_state: updated in place.
         source: the training sequences.
-        num_microbatches: of a step, per data-parallel rank.
         validator: None when there is no held-out set.
         progress: steps and samples so far, updated in place.
         metrics_logger: writes records on rank 0, and nothing on the others.
@@ -43,7 +42,6 @@ class Trainer:
     settings: TrainSettings
     train_state: TrainState
     source: BatchSource
-    num_microbatches: int
     validator: Validator | None
     progress: Progress
     metrics_logger: NullLogger
@@ -55,7 +53,7 @@ class Trainer:
         self.heartbeat.track(self.train_state.chunks)
         if self.train_state.optimizer is not None:
             self.train_step = TrainStep(
-                self.settings, self.train_state, self.source, self.num_microbatches, self.heartbeat
+                self.settings, self.train_state, self.source, self.heartbeat
             )
             self._straggler = StragglerReport(self.train_step.collector.hosts)
         self._spike_detector = LossSpikeDetector()

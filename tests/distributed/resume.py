@@ -16,6 +16,7 @@ from megatron_coe.config.run_config import Settings
 from megatron_coe.distributed.seeds import rng_state
 from megatron_coe.training.trainer import Trainer
 from tests.distributed import parity
+from tests.distributed.layouts import BATCH
 from tests.unit.checkpoint.test_checkpointer import largest_file
 from tests.unit.checkpoint.test_state import DROPOUT, optimizer_state
 from tests.unit.training.runs import make_trainer, weights
@@ -24,8 +25,19 @@ STOPS, STEPS = (1, 2, 3), 4
 
 
 def settings_of(layout: str, folder: str, asynchronous: bool) -> Settings:
-    """Dropout draws from every generator; a rising and falling learning rate shows its place."""
-    settings = parity.layout_settings(layout, steps=STEPS, lr=1e-2, lr_decay_style="cosine")
+    """Dropout draws from every generator; a rising and falling learning rate shows its place.
+
+    Batches of 8, 8, 16 and 16 sequences; the rate falls during the last two.
+    """
+    assert BATCH == 16
+    settings = parity.layout_settings(
+        layout,
+        steps=STEPS,
+        lr=1e-2,
+        rampup_batch_size=[8, 8, 16],
+        lr_decay_style="WSD",
+        lr_wsd_decay_steps=2,
+    )
     settings.model |= DROPOUT
     settings.checkpoint.save, settings.checkpoint.async_save = folder, asynchronous
     return settings

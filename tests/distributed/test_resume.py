@@ -1,4 +1,7 @@
-"""Three resumes in a row end bitwise where the uninterrupted run does, on all ranks alike."""
+"""Three resumes in a row end bitwise where the uninterrupted run does, on all ranks alike.
+
+They are made while the batch size is ramped up, and while the learning rate falls.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import pytest
 from tests.distributed.launch import launch
 from tests.distributed.layouts import WORLDS
 
-QUICK = ["TP2·EP2·ETP1·DO·MB4"]  # a quarter of the passes
+QUICK = ["TP2·EP2·ETP1·DO·MB4", "PP2·MB4"]  # a quarter of the passes
 ALL = WORLDS[4]
 
 

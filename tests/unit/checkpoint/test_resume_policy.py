@@ -69,6 +69,8 @@ def changed(key: str, value: object) -> Settings:
         ("train.seed", 43, Policy.REFUSED),
         ("train.steps", 21, Policy.REFUSED),
         ("train.global_batch_size", 8, Policy.REFUSED),
+        ("train.rampup_batch_size", [2, 2, 8], Policy.REFUSED),
+        ("train.lr_wsd_decay_steps", 2, Policy.PRINTED),
         ("train.precision", "bf16", Policy.REFUSED),
         ("data.train", ["other"], Policy.REFUSED),
         ("data.train_weights", [1.0], Policy.REFUSED),
@@ -110,6 +112,28 @@ def test_more_steps_need_no_permission_where_the_rate_stays(style, warmup, step,
     before, now = make_settings(train=train), make_settings(train={**train, "steps": steps})
     (change,) = changes(before, now, step=step)
     assert (str(change), change.is_refused) == (f"train.steps was 20 and is {steps}", is_refused)
+
+
+WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_steps": 5, "lr_warmup_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("train", "step", "is_refused"),
+    [
+        (WSD, 1, True),  # of 20 steps it falls after 15, of 40 after 35
+        (WSD, 2, False),
+        (WSD, 15, False),
+        (WSD, 16, True),
+        ({**WSD, "rampup_batch_size": [2, 2, 8]}, 15, False),
+        ({**WSD, "rampup_batch_size": [2, 2, 8]}, 16, True),
+        ({"lr_decay_style": "inverse-square-root", "lr_warmup_steps": 2}, 9, False),
+        ({"lr_decay_style": "inverse-square-root", "lr_warmup_fraction": 0.1}, 9, True),
+    ],
+)
+def test_more_steps_need_no_permission_before_the_rate_falls(train, step, is_refused):
+    before, now = make_settings(train=train), make_settings(train={**train, "steps": 40})
+    (change,) = changes(before, now, step=step)
+    assert (change.key, change.is_refused) == ("train.steps", is_refused)
 
 
 def test_a_default_that_is_spelled_out_is_no_change():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_coe.config.loader import load_settings
-from megatron_coe.config.run_config import Settings
+from megatron_coe.config.run_config import Settings, TrainSettings
 from megatron_coe.config.validation import check_layout, check_values, num_microbatches
 
 
@@ -147,6 +147,14 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         ("train", "lr_warmup_fraction", 1.0, "train.lr_warmup_fraction=1.0"),
         ("train", "lr_warmup_steps", -1, "train.lr_warmup_steps=-1: must be 0 or more"),
         ("train", "lr_warmup_steps", 1000, "train.lr_warmup_steps=1000 must be less than train.st"),
+        ("train", "lr_decay_style", "WSD", "=WSD, without a length: set train.lr_wsd_decay"),
+        ("train", "lr_wsd_decay_steps", 3, "=constant, train.lr_wsd_decay_steps=3: set"),
+        ("train", "lr_wsd_decay_steps", 0, "train.lr_wsd_decay_steps=0: must be greater than 0"),
+        ("train", "lr_wsd_decay_style", "sqrt", "'exponential', 'linear', 'cosine', 'minus_sqrt'"),
+        ("train", "lr_warmup_samples", 1000, "=1000, which are 1,000 sequences"),
+        ("train", "rampup_batch_size", [1, 2], r"=\[1, 2\]: give \[start, increment, samples\]"),
+        ("train", "rampup_batch_size", [1, 0, 9], r"=\[1, 0, 9\]: .*each 1 or more"),
+        ("train", "rampup_batch_size", [1, 1, 9], "from 1 to train.global_batch_size=1 in whole"),
         ("checkpoint", "keep_latest", 0, "checkpoint.keep_latest=0"),
         ("checkpoint", "save_interval", -1, "checkpoint.save_interval=-1: must be 0 or more"),
         ("data", "mode", "pact", "data.mode='pact': must be one of 'packed', 'padded'"),
@@ -158,6 +166,27 @@ def test_a_missing_file_is_an_os_error(tmp_path):
 def test_values_out_of_range_are_named(section, name, value, expected):
     settings = Settings()
     setattr(getattr(settings, section), name, value)
+    with pytest.raises(ValueError, match=expected):
+        check_values(settings)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"lr_warmup_steps": 2, "lr_warmup_samples": 4}, "=2 and train.lr_warmup_samples=4 say"),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_steps": 9, "lr_warmup_steps": 2},
+            "train.lr_wsd_decay_steps=9 and train.lr_warmup_steps=2 are together more than .*=10$",
+        ),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 40},
+            "=40 and train.lr_warmup_fraction=0.1 are together .*=10, which are 40 sequences",
+        ),
+        ({"rampup_batch_size": [1, 2, 9]}, "from 1 to train.global_batch_size=4 in whole increm"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_named(train, expected):
+    settings = Settings(train=TrainSettings(steps=10, global_batch_size=4, **train))
     with pytest.raises(ValueError, match=expected):
         check_values(settings)
 
@@ -186,6 +215,18 @@ def test_weights_leave_something_to_read():
         ),
         (1, {"overlap_param_gather": True}, {}, "use_distributed_optimizer=true"),
         (2, {}, {"global_batch_size": 6, "micro_batch_size": 2}, "global_batch_size=6"),
+        (
+            2,
+            {},
+            {"global_batch_size": 8, "rampup_batch_size": [3, 5, 10]},
+            r"rampup_batch_size=\[3, 5, 10\]: start .* data-parallel size \(2\), here of 2",
+        ),
+        (
+            2,
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            {"global_batch_size": 8, "rampup_batch_size": [3, 5, 10]},
+            r"x pipeline_model_parallel_size \(2\), here of 2",
+        ),
         (1, {"virtual_pipeline_model_parallel_size": 2}, {}, "pipeline_model_parallel_size > 1"),
         (1, {"tensor_model_parallel_size": 0}, {}, "tensor_model_parallel_size=0: must be gr"),
         (8, {"expert_model_parallel_size": 8}, {}, r"num_moe_experts=63.*legal sizes are 1, 3, 7,"),

@@ -95,6 +95,8 @@ def test_settings_are_found_by_name_then_by_description():
         "    Share of `steps` over which the learning rate rises linearly from 0.",
         "train.lr_warmup_steps = null    0 or more, or null",
         "    The same in steps; None: `lr_warmup_fraction` of them.",
+        "train.lr_warmup_samples = null    0 or more, or null",
+        "    The same in sequences; the schedule then counts them, and not steps.",
     ]
     assert "train.clip_grad = 1.0    0 or more\n" in describe_settings("global L2 norm")
     assert describe_settings("model.num_layers").startswith("model.num_layers (required)    an int")

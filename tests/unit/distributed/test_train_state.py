@@ -3,52 +3,104 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_coe.config.run_config import TrainSettings
+from megatron_coe.config.schedules import batch_schedule
+from megatron_coe.distributed.lr_schedule import LRSchedule
 from tests.unit.training.runs import make_settings, make_trainer, weights
 
+TOP, LOW = 0.5, 0.1
 
-def learning_rates(device, **train) -> list[float]:
-    trainer = make_trainer(make_settings(model={"num_layers": 1}, train=train), device)
-    rates = []
-    for _ in range(train["steps"]):
-        rates.append(trainer.train_state.optimizer.param_groups[0]["lr"])
-        trainer.train_state.schedule.step(1)
+
+def learning_rates(**train) -> list[float]:
+    """The rate of each step, from the schedule of a run that consumes its batches."""
+    settings = TrainSettings(**{"lr": TOP, "min_lr": LOW, **train})
+    group: dict[str, float] = {}
+    schedule = LRSchedule(SimpleNamespace(param_groups=[group]), settings)
+    rates, samples = [], 0
+    for step in range(settings.steps):
+        schedule.move_to(step, samples)
+        rates.append(group["lr"])
+        samples += batch_schedule(settings).size(samples)
     return rates
 
 
+def fall(style: str, done: float, begin: float) -> float:
+    """The rate after a share of the fall, which begins after a number of 40 steps."""
+    if style == "inverse-square-root":
+        return max(LOW, TOP * (begin / (begin + done * (40 - begin))) ** 0.5)
+    return {
+        "constant": TOP,
+        "linear": TOP - (TOP - LOW) * done,
+        "cosine": LOW + (TOP - LOW) * (1 + math.cos(math.pi * done)) / 2,
+        "exponential": LOW + (TOP - LOW) * (2 ** (1 - done) - 1),
+        "minus_sqrt": LOW + (TOP - LOW) * (1 - done**0.5),
+    }[style]
+
+
 @pytest.mark.parametrize(
-    "length", [{"lr_warmup_fraction": 0.25}, {"lr_warmup_steps": 10}], ids=["fraction", "steps"]
+    "length",
+    [
+        {"lr_warmup_fraction": 0.25},
+        {"lr_warmup_steps": 10},
+        {"lr_warmup_samples": 30, "global_batch_size": 3},
+    ],
+    ids=["fraction", "steps", "samples"],
 )
-@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
-def test_learning_rate_of_every_step(single_rank, style, length):
-    steps, warmup, top, low = 40, 10, 0.5, 0.1
-    rates = learning_rates(
-        single_rank,
-        steps=steps,
-        lr=top,
-        min_lr=low,
-        lr_decay_style=style,
-        **length,
-    )
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root"])
+def test_learning_rate_of_every_step(style, length):
+    steps, warmup = 40, 10
+    rates = learning_rates(steps=steps, lr_decay_style=style, **length)
     for step, rate in enumerate(rates):
         done = (step - warmup) / (steps - warmup)
-        if step <= warmup:
-            expected = top * step / warmup
-        elif style == "constant":
-            expected = top
-        elif style == "linear":
-            expected = top - (top - low) * done
-        else:
-            expected = low + (top - low) * (1 + math.cos(math.pi * done)) / 2
+        expected = TOP * step / warmup if step <= warmup else fall(style, done, warmup)
         assert rate == pytest.approx(expected), step
 
 
-def test_a_run_too_short_to_warm_up_starts_at_full_rate(single_rank):
-    assert learning_rates(single_rank, steps=2, lr=0.5, lr_warmup_fraction=0.1) == [0.5, 0.5]
-    assert learning_rates(single_rank, steps=2, lr=0.5, lr_warmup_steps=0) == [0.5, 0.5]
+@pytest.mark.parametrize("unit", ["steps", "samples"])
+@pytest.mark.parametrize("style", ["exponential", "linear", "cosine", "minus_sqrt"])
+def test_the_rate_stays_and_falls_at_the_end(style, unit):
+    steps, warmup, decay, batch = 40, 10, 12, 3
+    length = {f"lr_wsd_decay_{unit}": decay * (batch if unit == "samples" else 1)}
+    rates = learning_rates(
+        steps=steps,
+        lr_decay_style="WSD",
+        lr_wsd_decay_style=style,
+        lr_warmup_steps=warmup,
+        global_batch_size=batch,
+        **length,
+    )
+    rise = [TOP * step / warmup for step in range(warmup)]
+    assert rates[: steps - decay] == pytest.approx([*rise, *[TOP] * (steps - decay - warmup)])
+    for step in range(steps - decay, steps):
+        expected = fall(style, (step - steps + decay) / decay, steps - decay)
+        assert rates[step] == pytest.approx(expected), step
+
+
+def test_the_rate_follows_the_samples_of_a_ramp():
+    """Batches of 2, 2, 2, 2, 4, 4, 4, 4: the warm-up ends with the fifth, the fall begins with the
+    seventh."""
+    rates = learning_rates(
+        steps=8,
+        global_batch_size=4,
+        rampup_batch_size=[2, 2, 8],
+        lr_decay_style="WSD",
+        lr_wsd_decay_style="linear",
+        lr_warmup_steps=5,
+        lr_wsd_decay_samples=10,
+    )
+    rise = [TOP * samples / 12 for samples in (0, 2, 4, 6, 8, 12)]
+    falls = [TOP - (TOP - LOW) * samples / 10 for samples in (2, 6)]
+    assert rates == pytest.approx([*rise, *falls])
+
+
+def test_a_run_too_short_to_warm_up_starts_at_full_rate():
+    assert learning_rates(steps=2, lr_warmup_fraction=0.1) == [TOP, TOP]
+    assert learning_rates(steps=2, lr_warmup_steps=0) == [TOP, TOP]
 
 
 @pytest.mark.parametrize("everything", [True, False])

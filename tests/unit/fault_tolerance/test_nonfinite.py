@@ -174,7 +174,8 @@ def test_a_step_without_a_fault_is_megatrons_own(single_rank, clip_grad):
     options = {"clip_grad": clip_grad, "lr_warmup_fraction": 0.0}
     ours, theirs = small(**options), small(**options)
     outcome = ours.step()
-    theirs.train_step.compute_gradients(theirs.source.training(0, theirs.num_microbatches))
+    count = theirs.source.num_microbatches(theirs.settings.global_batch_size)
+    theirs.train_step.compute_gradients(theirs.source.training(0, count))
     norm = theirs.train_state.optimizer.get_grad_norm()
     theirs.train_state.optimizer.step()
     assert outcome.grad_norm == pytest.approx(norm or outcome.grad_norm, rel=1e-6)

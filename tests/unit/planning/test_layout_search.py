@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from megatron_coe.config.schedules import BatchSchedule
 from megatron_coe.model.parallelism import Layout
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.hardware import GPUS, Cluster
@@ -58,13 +59,13 @@ def test_every_legal_layout_is_found_once() -> None:
 
 def test_what_is_ranked_fits_and_the_fastest_comes_first() -> None:
     nowhere = Cluster(replace(GPUS["h100"], memory=1))
-    none = rank_layouts(model(), 8, 32, nowhere)
+    none = rank_layouts(model(), 8, BatchSchedule.constant(32), nowhere)
     assert not none.fitting and none.smallest is not None
     for word in (f"none of the {none.legal} legal layouts on 8 GPUs fits", "Take more GPUs"):
         assert word in nothing_fits(none, nowhere)
     limit = 1.5 * none.smallest.memory.total
     tight = Cluster(replace(GPUS["h100"], memory=limit / 0.9))
-    ranking = rank_layouts(model(), 8, 32, tight)
+    ranking = rank_layouts(model(), 8, BatchSchedule.constant(32), tight)
     assert 0 < len(ranking.fitting) < ranking.legal
     times = [found.time.total for found in ranking.fitting]
     assert times == sorted(times)
@@ -79,16 +80,27 @@ def test_what_is_ranked_fits_and_the_fastest_comes_first() -> None:
 
 def test_recomputation_that_is_asked_for_is_kept() -> None:
     asked = model(recompute_granularity="selective", recompute_modules=["moe_act"])
-    ranking = rank_layouts(asked, 2, 8, H100)
+    ranking = rank_layouts(asked, 2, BatchSchedule.constant(8), H100)
     assert {tuple(e.plan.model.recompute_modules) for e in ranking.fitting} == {("moe_act",)}
 
 
+def test_every_batch_of_a_ramp_divides_evenly() -> None:
+    ranking = rank_layouts(model(), 8, BatchSchedule(4, 4, 100, 32), H100)
+    assert {e.plan.global_batch_size for e in ranking.fitting} == {32}
+    for plan in (found.plan for found in ranking.fitting):
+        stages = plan.model.pipeline_model_parallel_size
+        interleaved = plan.model.virtual_pipeline_model_parallel_size is not None
+        divisor = plan.data_parallel * plan.micro_batch_size * (stages if interleaved else 1)
+        assert 4 % divisor == 0
+    assert any(found.plan.data_parallel == 4 for found in ranking.fitting)
+
+
 def test_impossible_requests_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"global_batch_size=1.*multiple of the number of GPUs"):
-        rank_layouts(model(), 7, 1, H100)
+    with pytest.raises(ValueError, match=r"global_batch_size=1, .*multiple of the number of GPUs"):
+        rank_layouts(model(), 7, BatchSchedule.constant(1), H100)
     uneven = model(num_layers_in_first_pipeline_stage=3, pipeline_model_parallel_size=2)
     with pytest.raises(ValueError, match="num_layers_in_first_pipeline_stage=3"):
-        rank_layouts(uneven, 8, 8, H100)
+        rank_layouts(uneven, 8, BatchSchedule.constant(8), H100)
 
 
 def paper(**changes) -> Plan:

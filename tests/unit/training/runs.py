@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Subset
 
@@ -14,7 +13,6 @@ from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings
-from megatron_coe.config.validation import num_microbatches
 from megatron_coe.distributed.seeds import seed_everything
 from megatron_coe.distributed.train_state import build_train_state
 from megatron_coe.fault_tolerance.heartbeat import Heartbeat
@@ -93,7 +91,6 @@ def make_trainer(
         settings=settings.train,
         train_state=train_state,
         source=source,
-        num_microbatches=num_microbatches(settings.parallel, settings.train, dist.get_world_size()),
         validator=validator,
         progress=Progress(),
         metrics_logger=metrics_logger or NullLogger(settings.log, last_step(settings.train)),

@@ -24,11 +24,13 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def run_one_step(device, micro_batch_size: int, sequences: Sequences, **model):
+RAMP = {"global_batch_size": 12, "rampup_batch_size": [GLOBAL_BATCH, 4, 100]}
+
+
+def run_one_step(device, micro_batch_size: int, sequences: Sequences, train=None, **model):
     """Return a trainer after one step at learning rate 0: weights stay, gradients show."""
-    settings = make_settings(
-        train={"micro_batch_size": micro_batch_size, "clip_grad": 0.0}, model=model
-    )
+    train = {"micro_batch_size": micro_batch_size, "clip_grad": 0.0, **(train or {})}
+    settings = make_settings(train=train, model=model)
     trainer = make_trainer(settings, device, sequences)
     metrics = trainer.metrics(trainer.step())
     return trainer, gradients(trainer), metrics
@@ -62,16 +64,21 @@ def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     return loss.item(), {name: parameters[name].main_grad.clone() for name in parameters}
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "train"),
+    [(1, {}), (2, {}), (4, {}), (2, RAMP)],
+    ids=["1", "2", "4", "first of a ramp"],
+)
 @pytest.mark.parametrize("balance", ["seq_aux_loss", "none"])
 def test_the_gradient_is_the_objectives_whatever_the_micro_batch(
-    single_rank, micro_batch_size, balance
+    single_rank, micro_batch_size, train, balance
 ):
     sequences = Sequences(seed=3)
     assert len({float(sequences[n]["loss_mask"].sum()) for n in range(GLOBAL_BATCH)}) > 2
     trainer, measured, metrics = run_one_step(
-        single_rank, micro_batch_size, sequences, moe_router_load_balancing_type=balance
+        single_rank, micro_batch_size, sequences, train, moe_router_load_balancing_type=balance
     )
+    assert metrics["global_batch_size"] == trainer.progress.samples == GLOBAL_BATCH
     loss, expected = objective_by_autograd(trainer, sequences)
     assert metrics["train_loss"] == pytest.approx(loss, rel=1e-6)
     for name, gradient in expected.items():
