@@ -19,6 +19,7 @@ from megatron_coe.utils.value_rules import (
     POSITIVE,
     ValueRule,
     integer,
+    mapping,
     one_of,
 )
 
@@ -148,6 +149,9 @@ class TrainSettings:
     freeze: list[str] = field(default_factory=list)
     """Patterns of the names of weights that are not trained, as `*.router.*`; one that begins with
     `!` excepts what it matches from those before it."""
+    lr_mult: dict[str, float] = field(default_factory=dict, metadata={"rule": mapping(POSITIVE)})
+    """Factors on the learning rate by patterns of the names of weights, as `*.router.*`: 0.1; the
+    last pattern that matches counts."""
     ema_decay: float | None = _ruled(None, FRACTION)
     """Keep an exponential moving average of the weights with this decay, saved in checkpoints and
     exported by `coe convert to-hf --ema`; None: no average."""

@@ -188,6 +188,8 @@ def _type_schema(hint: Any, bounds: dict[str, Any]) -> dict[str, Any]:
         return {"enum": list(args)}
     if origin is list or hint is list:
         return {"type": "array", "items": _type_schema(args[0], bounds) if args else {}}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _type_schema(args[1], bounds)}
     plain = {int: "integer", float: "number"}
     if hint in plain:
         return {**bounds, "type": plain[hint]}
@@ -196,8 +198,8 @@ def _type_schema(hint: Any, bounds: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
+    if isinstance(value, list | dict):
+        return all(map(_is_plain, value if isinstance(value, list) else value.values()))
     return value is None or isinstance(value, bool | int | float | str)
 
 

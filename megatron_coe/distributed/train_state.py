@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,18 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
+from torch.nn import Parameter
 
 from megatron_coe.config.run_config import ParallelSettings, TrainSettings
 from megatron_coe.distributed.lr_schedule import LRSchedule
@@ -23,6 +33,7 @@ from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
 from megatron_coe.megatron_compat.versions import clear_aux_losses
 from megatron_coe.model.freezing import freeze
+from megatron_coe.model.learning_rates import lr_factors
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.model.weight_init import initialize_weights, undrawn_weights
 
@@ -178,12 +189,37 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    # None leaves one-dimensional parameters and biases without decay; {} overrides nothing.
-    overrides: dict[str, Any] | None = {} if train.decay_all_parameters else None
+    # The standard leaves one-dimensional parameters and biases without decay.
+    standard: dict[ParamKey, Any] = get_standard_config_overrides(config)
+    overrides = ({} if train.decay_all_parameters else standard) | lr_overrides(chunks, train)
     optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     fuse_update(optimizer)
     complete_state(optimizer)
     return optimizer
+
+
+def lr_overrides(
+    chunks: list[DistributedDataParallel], train: TrainSettings
+) -> dict[ParamKey, Any]:
+    """Return Megatron's overrides for the weights that `train.lr_mult` multiplies the rate of.
+
+    Their whole schedule is scaled, and with it the decoupled weight decay.
+    """
+    factors = {
+        parameter: factor
+        for model in unwrap_model(chunks)
+        for parameter, factor in lr_factors(model, train.lr_mult).items()
+    }
+    return {
+        ParamKey(
+            predicate=ParamPredicate(f"lr_mult {factor}", partial(_has_factor, factors, factor))
+        ): {"lr_mult": factor, "max_lr": train.lr * factor, "min_lr": train.min_lr * factor}
+        for factor in sorted({*train.lr_mult.values()} - {1.0})
+    }
+
+
+def _has_factor(factors: dict[Parameter, float], factor: float, parameter: Parameter) -> bool:
+    return factors[parameter] == factor
 
 
 def fuse_update(optimizer: MegatronOptimizer) -> None:

@@ -16,6 +16,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_coe.hf.weight_names import LAYERS, MTP_MODEL_LAYER, ModelShape, Weight, weights
 
+_ONE_EXPERT = re.compile(r"\.experts\.(?:local_experts\.\d+\.)?(linear_fc[12]\.weight)\d*$")
+"""A weight of the experts, of which other modules than ours have one for each expert."""
+
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
     """Return whether the last pattern that matches a name is no exception."""
@@ -59,8 +62,8 @@ def check_patterns(config: ModelShape, patterns: Sequence[str]) -> None:
 
 def freeze(model: GPTModel, patterns: Sequence[str]) -> None:
     """Freeze the matching parameters of a pipeline stage's part of a model, before DDP wraps it."""
-    for name, parameter in model.named_parameters():
-        if is_frozen(_global_name(model, name), patterns):
+    for parameter, name in global_names(model).items():
+        if is_frozen(name, patterns):
             parameter.requires_grad_(False)
     embedding = getattr(model, "embedding", None)
     if embedding is not None and not any(p.requires_grad for p in embedding.parameters()):
@@ -72,18 +75,31 @@ def freeze(model: GPTModel, patterns: Sequence[str]) -> None:
         )
 
 
+def global_names(model: GPTModel) -> dict[torch.nn.Parameter, str]:
+    """Return each parameter of a pipeline stage's part of a model, and its name in the whole."""
+    return {p: _global_name(model, name) for name, p in model.named_parameters()}
+
+
+def trained_names(config: ModelShape, frozen: Sequence[str] = ()) -> list[str]:
+    """List the names of a model's weights that are trained."""
+    names = [_name(weight) for weight in _parameters(config)]
+    return [name for name in names if not is_frozen(name, frozen)]
+
+
 def _parameters(config: ModelShape) -> list[Weight]:
     return [weight for weight in weights(config) if not weight.keys[0].endswith(".expert_bias")]
 
 
 def _name(weight: Weight) -> str:
-    """Return the name of a weight of the table, with its layer."""
-    return weight.keys[0].replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
+    """Return the name of a weight of the table in Megatron's modules, with its layer."""
+    name = weight.keys[0].replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
+    return name.replace(".experts.experts.", ".experts.")
 
 
 def _global_name(model: GPTModel, name: str) -> str:
     """Return a parameter's name with the number of its layer in the whole model."""
     name = name.replace(MTP_MODEL_LAYER, ".transformer_layer.")
+    name = _ONE_EXPERT.sub(r".experts.\1", name)
     found = re.match(rf"{re.escape(LAYERS)}(\d+)\.", name)
     if found is None:
         return name

@@ -14,6 +14,7 @@ from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.config.validation import num_microbatches, smallest_world_size, world_size
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.freezing import check_patterns, is_frozen
+from megatron_coe.model.learning_rates import check_factors
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.memory import trainable_params
 from megatron_coe.planning.run_summary import plan_of
@@ -23,9 +24,13 @@ from megatron_coe.utils.run_files import METRICS_FILE
 def check_frozen(
     provider: CoEModelProvider, parallel: ParallelSettings, train: TrainSettings
 ) -> None:
-    """Raise ValueError for frozen weights that the model or its pipeline stages do not allow."""
+    """Raise ValueError for frozen weights that the model or its pipeline stages do not allow.
+
+    And for factors on the learning rates of others that have no effect.
+    """
     patterns = train.freeze
     check_patterns(provider, patterns)
+    check_factors(provider, train.lr_mult, patterns)
     plan = plan_of(provider, parallel, train, world_size(), on_gpu=False)
     for stage in range(provider.pipeline_model_parallel_size) if patterns else ():
         if not sum(trainable_params(plan, stage)):
@@ -34,11 +39,13 @@ def check_frozen(
                 "fewer stages (parallel.pipeline_model_parallel_size)"
             )
     tied = provider.share_embeddings_and_output_weights
+    is_shared = tied or provider.mtp_num_layers
     staged = provider.pipeline_model_parallel_size > 1
-    if tied and staged and is_frozen("embedding.word_embeddings.weight", patterns):
+    if is_shared and staged and is_frozen("embedding.word_embeddings.weight", patterns):
+        kind = "is the output layer too" if tied else "MTP layers share"
         raise ValueError(
-            f"train.freeze={patterns}: an embedding that is the output layer too cannot be frozen "
-            "with parallel.pipeline_model_parallel_size > 1, where Megatron sums its gradients"
+            f"train.freeze={patterns}: an embedding that {kind} cannot be frozen with "
+            "parallel.pipeline_model_parallel_size > 1, where Megatron sums its gradients"
         )
 
 

@@ -48,6 +48,15 @@ def one_of(*choices: object) -> ValueRule:
     return ValueRule(lambda value: value in choices, words, {"enum": list(choices)})
 
 
+def mapping(rule: ValueRule) -> ValueRule:
+    """Return the rule for a mapping with such values."""
+    return ValueRule(
+        lambda values: all(map(rule.allows, values.values())),
+        f"a mapping to values {rule.words}",
+        rule.schema,
+    )
+
+
 def each(rule: ValueRule) -> ValueRule:
     """Return the rule for a value, or a list of such."""
     return ValueRule(

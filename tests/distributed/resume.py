@@ -38,6 +38,7 @@ def settings_of(layout: str, folder: str, asynchronous: bool) -> Settings:
         lr_decay_style="WSD",
         lr_wsd_decay_steps=2,
     )
+    settings.train.lr_mult = {"*.router.*": 0.5}
     settings.model |= DROPOUT
     settings.checkpoint.save, settings.checkpoint.async_save = folder, asynchronous
     return settings

@@ -30,6 +30,7 @@ TRAIN = {
     "global_batch_size": 8,
     "rampup_batch_size": [4, 4, 12],
     "micro_batch_size": 2,
+    "lr_mult": {"*.router.*": 0.5, "embedding.*": 3.0, "*.layers.3.*norm.weight": 2.0},
 }
 
 LAYOUTS = {

@@ -1159,4 +1159,18 @@ FAULTS = [
         "pass",
         OF_MTP,
     ),
+    Fault(
+        "the first pattern of train.lr_mult that matches counts",
+        "megatron_coe/model/learning_rates.py",
+        "return matching[-1] if",
+        "return matching[0] if",
+        ("tests/unit/model/test_learning_rates.py",),
+    ),
+    Fault(
+        "the end of a multiplied learning rate is not multiplied",
+        SETUP,
+        '"min_lr": train.min_lr * factor',
+        '"min_lr": train.min_lr',
+        ("tests/unit/model/test_learning_rates.py",),
+    ),
 ]

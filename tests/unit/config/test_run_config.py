@@ -46,7 +46,9 @@ def test_folders_follow_the_name_of_the_file_unless_given(tmp_path):
 
 def test_saved_settings_read_back_the_same(tmp_path):
     path = write(tmp_path, "a.yaml", "model: {moe_layer_freq: [0, 1], q_lora_rank: null, x: 1e-6}")
-    settings = load_settings(path, ["log.profile_steps=[2, 3]", "data.train_weights=[1, 2.5]"])
+    overrides = ["log.profile_steps=[2, 3]", "data.train_weights=[1, 2.5]"]
+    settings = load_settings(path, [*overrides, 'train.lr_mult={"*.router.*": 0.1, "b": 2}'])
+    assert list(settings.train.lr_mult.items()) == [("*.router.*", 0.1), ("b", 2.0)]
     again = load_settings(write(tmp_path, "b.yaml", settings.to_yaml()))
     assert again == settings
 
@@ -144,6 +146,7 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         ("train", "weight_decay", float("inf"), "train.weight_decay=inf: must be a finite number"),
         ("train", "min_lr", 1.0, "train.min_lr=1.0 must not exceed train.lr"),
         ("train", "adam_beta2", 1.0, r"train.adam_beta2=1.0: must be in \[0, 1\)"),
+        ("train", "lr_mult", {"a": 0.0}, "must be a mapping to values greater than 0"),
         ("train", "lr_warmup_fraction", 1.0, "train.lr_warmup_fraction=1.0"),
         ("train", "lr_warmup_steps", -1, "train.lr_warmup_steps=-1: must be 0 or more"),
         ("train", "lr_warmup_steps", 1000, "train.lr_warmup_steps=1000 must be less than train.st"),
