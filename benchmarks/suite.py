@@ -37,6 +37,7 @@ from megatron_coe.model.backends.select import TE_PARTS
 from megatron_coe.model.moe.grouped_linear import BACKENDS
 from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.hardware import peak_flops
+from megatron_coe.training.optimizer_step import OneSyncOptimizerStep
 
 COE, MOE = "coe-2_4-64", "moe_8-64"
 MATCHED_COE, MATCHED_MOE = "coe-2_3-64", "moe_7-64"
@@ -309,6 +310,8 @@ def host_syncs(harness: Harness) -> Outcome:
     outcome.header = ["model", "in all", "by place"]
     for name, (preset, changes) in harness.models((COE, MOE)).items():
         variant = steps.build_step(name, harness.settings(preset, *changes), harness.device)
+        step = variant.trainer.train_step  # on a CPU, too, with the update that a GPU has
+        step.update = OneSyncOptimizerStep(variant.trainer.train_state)
         variant.trainer.step()
         counts = count_host_syncs(variant.trainer.step, harness.device)
         places = ", ".join(f"{place} {count}" for place, count in counts.most_common())

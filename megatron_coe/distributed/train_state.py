@@ -69,45 +69,18 @@ def build_train_state(
     if not trains:
         return TrainState(provider, chunks, None, None, average)
     optimizer = build_optimizer(provider, chunks, parallel, train)
-    connect_schedule(provider, parallel, chunks, train.global_batch_size * provider.seq_length)
+    connect_schedule(provider, parallel, chunks)
     return TrainState(provider, chunks, optimizer, LRSchedule(optimizer, train), average)
 
 
 def connect_schedule(
-    provider: CoEModelProvider,
-    parallel: ParallelSettings,
-    chunks: list[DistributedDataParallel],
-    positions: int,
+    provider: CoEModelProvider, parallel: ParallelSettings, chunks: list[DistributedDataParallel]
 ) -> None:
-    """Set in the config how Megatron's forward-backward functions scale and reduce gradients.
-
-    Args:
-        positions: P of a global batch, as in `set_gradient_divisor`.
-    """
-    set_gradient_divisor(provider, positions)
-    provider.finalize_model_grads_func = _finalize_undivided
+    """Set in the config how Megatron's forward-backward functions reduce gradients."""
+    provider.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         provider.no_sync_func = no_sync[0] if len(chunks) == 1 else no_sync
-
-
-def set_gradient_divisor(provider: CoEModelProvider, positions: int) -> None:
-    """Set P (`megatron_coe.training.loss`), by which the next steps' gradients are divided.
-
-    The backward pass starts from 1 / P: Megatron divides the finished gradients instead, a pass
-    over all of them, for which the host waits to see that P is not 0.
-
-    Args:
-        positions: P of a global batch.
-    """
-    provider.grad_scale_func = lambda loss: loss / positions
-
-
-def _finalize_undivided(
-    model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **options: Any
-) -> None:
-    """Reduce gradients as Megatron does, but leave them undivided."""
-    finalize_model_grads(model, None, **options)
 
 
 def build_model(

@@ -9,8 +9,8 @@ With multi-token prediction, the cross-entropy of each later token joins the fir
 Megatron's own default is a mean of means: it divides by the micro-batches and by the data-parallel
 ranks, and a token of a short micro-batch counts for more. With `calculate_per_token_loss` it sums
 gradients. They are divided by all P positions of the global batch, valid or not, which is also what
-the auxiliary losses are scaled by (`megatron_coe.model.moe.router`), as the backward pass starts
-(`megatron_coe.distributed.train_state.connect_schedule`); N is counted before the step, and the
+the auxiliary losses are scaled by (`megatron_coe.model.moe.router`), as the backward pass starts or
+when it is done (`megatron_coe.training.optimizer_step`); N is counted before the step, and the
 cross-entropy is scaled by P / N.
 
 Axis letters: B sequences of the micro-batch, S positions of this context-parallel rank.

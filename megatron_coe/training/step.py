@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_coe.checkpoint.state import Progress
 from megatron_coe.config.run_config import TrainSettings
 from megatron_coe.config.schedules import batch_schedule
-from megatron_coe.distributed.train_state import TrainState, set_gradient_divisor
+from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.heartbeat import STEP, Heartbeat
 from megatron_coe.fault_tolerance.nonfinite import diagnose
@@ -29,7 +29,7 @@ from megatron_coe.training.loss import (
     loss_scale,
     make_loss_function,
 )
-from megatron_coe.training.optimizer_step import OptimizerStep, StepStart, UpdateOutcome
+from megatron_coe.training.optimizer_step import StepStart, UpdateOutcome, make_optimizer_step
 from megatron_coe.training.step_metrics import MetricsCollector, StepMetrics
 
 
@@ -55,8 +55,7 @@ class TrainStep:
         self._heartbeat = heartbeat
         self._start = StepStart(train_state.chunks)
         self.collector = MetricsCollector(train_state, source)
-        assert train_state.optimizer is not None
-        self.update = OptimizerStep(train_state.optimizer, train_state.chunks)
+        self.update = make_optimizer_step(train_state)
 
     def run(self, progress: Progress, is_logged: bool = False) -> StepMetrics:
         """Make a step; without an update where loss or gradients are not finite.
@@ -102,9 +101,8 @@ class TrainStep:
         optimizer = self._train_state.optimizer
         assert optimizer is not None
         valid_tokens = count_valid_tokens(batches, parallel_state.get_data_parallel_group())
-        provider = self._train_state.provider
-        positions = self._source.sequences_of(len(batches)) * provider.seq_length
-        set_gradient_divisor(provider, positions)
+        positions = self._source.sequences_of(len(batches)) * self._train_state.provider.seq_length
+        self.update.begin(positions)
         for chunk in self._train_state.chunks:
             chunk.train()
             chunk.zero_grad_buffer()

@@ -194,7 +194,7 @@ def build(settings: Settings, dtype: torch.dtype) -> list:
     if dtype is torch.float64:
         provider.moe_router_dtype = "fp64"
     chunks = build_model(provider, settings.parallel, cpu, settings.train.seed)
-    connect_schedule(provider, settings.parallel, chunks, BATCH * SEQ)
+    connect_schedule(provider, settings.parallel, chunks)
     for module in unwrap_model(chunks):
         vary_constants(module)
     return chunks

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_coe.distributed.process_groups import parallel_groups
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from tests.distributed.launch import launch
 from tests.unit.training.planted import NanBackward, coe_layers, everything, nan_at, planted, same
-from tests.unit.training.runs import make_settings, make_trainer
+from tests.unit.training.runs import make_settings, make_trainer, with_one_sync
 
 LAYOUTS = {
     "data": {},
@@ -25,14 +26,17 @@ MODEL = {"num_moe_experts": 8}
 BAD = 1
 
 
-def plant_and_ask(_: str) -> dict[str, dict]:
+UPDATES = {"Megatron's": lambda trainer: trainer, "one sync": with_one_sync}
+
+
+def plant_and_ask(update: str) -> dict[str, dict]:
     """Runs on each rank; the fault is in rank 1's experts, second iteration of its last layer."""
     results = {}
     for name, parallel in LAYOUTS.items():
         for way, change in (("forward", nan_at), ("backward", NanBackward.apply)):
             settings = make_settings(train={"global_batch_size": 4}, parallel=parallel, model=MODEL)
             with parallel_groups(settings.parallel):
-                trainer = make_trainer(settings, torch.device("cpu"))
+                trainer = UPDATES[update](make_trainer(settings, torch.device("cpu")))
                 trainer.step()
                 before = everything(trainer)
                 is_bad = torch.distributed.get_rank() == BAD
@@ -49,8 +53,9 @@ def plant_and_ask(_: str) -> dict[str, dict]:
     return results
 
 
-def test_the_rank_that_made_it_is_named_by_all_and_nothing_changes():
-    first, second = launch("tests.distributed.test_nonfinite:plant_and_ask", 2, "")
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_rank_that_made_it_is_named_by_all_and_nothing_changes(update: str):
+    first, second = launch("tests.distributed.test_nonfinite:plant_and_ask", 2, update)
     assert len(first) == 2 * len(LAYOUTS)
     for case, (report, unchanged, skipped) in first.items():
         assert second[case] == [report, unchanged, skipped], case

@@ -384,8 +384,8 @@ FAULTS = [
     Fault(
         "norms without weight decay",
         SETUP,
-        "= {} if train.decay_all_parameters else None",
-        "= None",
+        "({} if train.decay_all_parameters else standard) |",
+        "standard |",
         OF_SETUP,
     ),
     Fault(
@@ -512,7 +512,7 @@ FAULTS = [
         "megatron_coe/training/optimizer_step.py",
         "adam.found_inf = is_finite.logical_not().float()",
         "adam.found_inf = is_finite.logical_not().float() * 0",
-        ("tests/unit/fault_tolerance/test_nonfinite.py",),
+        ("tests/unit/training/test_optimizer_step.py",),
     ),
     Fault(
         "worker processes skip the micro-batches of other ranks twice",
@@ -545,16 +545,30 @@ FAULTS = [
     Fault(
         "the host asks for the gradients' norm by itself",
         "megatron_coe/training/optimizer_step.py",
-        "norm = sums[2:].sum().sqrt()",
-        "norm = torch.tensor(sums[2:].sum().item()).sqrt()",
+        "self._launch(sums[2:].sum().sqrt(),",
+        "self._launch(torch.tensor(sums[2:].sum().item()).sqrt(),",
         ("tests/unit/training/test_optimizer_step.py",),
     ),
     Fault(
         "gradients are sums over the positions of the batch, not means",
-        "megatron_coe/distributed/train_state.py",
-        "provider.grad_scale_func = lambda loss: loss / positions",
-        "provider.grad_scale_func = lambda loss: loss / 1",
-        ("tests/unit/training/test_step.py",),
+        "megatron_coe/training/optimizer_step.py",
+        "self._config.grad_scale_func = lambda loss: loss / positions",
+        "self._config.grad_scale_func = lambda loss: loss / 1",
+        ("tests/distributed/test_optimizer_step.py",),
+    ),
+    Fault(
+        "gradients are divided before the backward pass and after it",
+        "megatron_coe/training/optimizer_step.py",
+        "finalize_model_grads(model, None, **options)",
+        "finalize_model_grads(model, num_tokens, **options)",
+        ("tests/distributed/test_optimizer_step.py",),
+    ),
+    Fault(
+        "a run on a CPU is resumed with the rounding of a GPU's update",
+        "megatron_coe/training/optimizer_step.py",
+        "grad_norm = float(self._optimizer.get_grad_norm())\n        loss_sum,",
+        "grad_norm = self._sums(totals)[2:].sum().sqrt().item()\n        loss_sum,",
+        ("tests/unit/fault_tolerance/test_nonfinite.py",),
     ),
     Fault(
         "the vocabulary's padding counts from each tensor-parallel rank's first row",
@@ -1099,8 +1113,8 @@ FAULTS = [
     Fault(
         "the gradients of a small batch are divided by the positions of a full one",
         "megatron_coe/training/step.py",
-        "set_gradient_divisor(provider, positions)",
-        "pass",
+        "self.update.begin(positions)",
+        "self.update.begin(self._train.global_batch_size * self._train_state.provider.seq_length)",
         ("tests/unit/training/test_step.py",),
     ),
     Fault(

@@ -18,6 +18,7 @@ from megatron_coe.distributed.train_state import build_train_state
 from megatron_coe.fault_tolerance.heartbeat import Heartbeat
 from megatron_coe.training.batch_source import BatchSource
 from megatron_coe.training.metrics_logger import NullLogger
+from megatron_coe.training.optimizer_step import OneSyncOptimizerStep
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.trainer import Trainer, last_step
 from megatron_coe.training.validation import Validator
@@ -98,6 +99,13 @@ def make_trainer(
         profiler=StepProfiler(settings.log, enabled=False),
         heartbeat=heartbeat,
     )
+
+
+def with_one_sync(trainer: Trainer) -> Trainer:
+    """Give a trainer on a CPU the update that a GPU has; returns it."""
+    step = trainer.train_step
+    step.update = OneSyncOptimizerStep(trainer.train_state)
+    return trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
 from megatron_coe.megatron_compat.versions import clear_aux_losses
-from tests.unit.training.runs import SEQ_LENGTH, Sequences, make_settings, make_trainer
+from tests.unit.training.runs import (
+    SEQ_LENGTH,
+    Sequences,
+    make_settings,
+    make_trainer,
+    with_one_sync,
+)
 
 GLOBAL_BATCH = 4
 
@@ -27,11 +33,15 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
 RAMP = {"global_batch_size": 12, "rampup_batch_size": [GLOBAL_BATCH, 4, 100]}
 
 
-def run_one_step(device, micro_batch_size: int, sequences: Sequences, train=None, **model):
+def run_one_step(
+    device, micro_batch_size: int, sequences: Sequences, train=None, one_sync=False, **model
+):
     """Return a trainer after one step at learning rate 0: weights stay, gradients show."""
     train = {"micro_batch_size": micro_batch_size, "clip_grad": 0.0, **(train or {})}
     settings = make_settings(train=train, model=model)
     trainer = make_trainer(settings, device, sequences)
+    if one_sync:
+        with_one_sync(trainer)
     metrics = trainer.metrics(trainer.step())
     return trainer, gradients(trainer), metrics
 
@@ -70,13 +80,15 @@ def objective_by_autograd(trainer, sequences: Sequences) -> tuple[float, dict]:
     ids=["1", "2", "4", "first of a ramp"],
 )
 @pytest.mark.parametrize("balance", ["seq_aux_loss", "none"])
+@pytest.mark.parametrize("one_sync", [False, True])
 def test_the_gradient_is_the_objectives_whatever_the_micro_batch(
-    single_rank, micro_batch_size, train, balance
+    single_rank, micro_batch_size, train, balance, one_sync
 ):
     sequences = Sequences(seed=3)
     assert len({float(sequences[n]["loss_mask"].sum()) for n in range(GLOBAL_BATCH)}) > 2
+    kind = {"moe_router_load_balancing_type": balance}
     trainer, measured, metrics = run_one_step(
-        single_rank, micro_batch_size, sequences, train, moe_router_load_balancing_type=balance
+        single_rank, micro_batch_size, sequences, train, one_sync, **kind
     )
     assert metrics["global_batch_size"] == trainer.progress.samples == GLOBAL_BATCH
     loss, expected = objective_by_autograd(trainer, sequences)
