@@ -234,9 +234,9 @@ def cross_entropy(model, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor
 
 def learning_rate(settings: Settings, step: int) -> float:
     """Return the learning rate of a step, as Megatron's scheduler has it."""
-    from megatron_coe.config.run_config import warmup_steps
+    from megatron_coe.config.schedules import lr_spans
 
-    train, warmup = settings.train, warmup_steps(settings.train)
+    train, warmup = settings.train, lr_spans(settings.train).warmup
     if step <= warmup:
         return train.lr * step / warmup
     if train.lr_decay_style == "constant":
