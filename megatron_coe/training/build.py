@@ -301,7 +301,13 @@ def _open_logger(settings: Settings, progress: Progress) -> NullLogger:
     if not is_rank_0():
         return NullLogger(settings.log, last)
     config: Any = OmegaConf.to_container(OmegaConf.structured(settings))
-    steps = settings.train.steps
-    metrics_logger = MetricsLogger(settings.log, steps, progress.step, config, last_step=last)
+    metrics_logger = MetricsLogger(
+        settings.log,
+        settings.train.steps,
+        progress.step,
+        config,
+        last_step=last,
+        samples_after=batch_schedule(settings.train).samples_after,
+    )
     (metrics_logger.directory / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
     return metrics_logger

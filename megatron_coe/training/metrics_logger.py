@@ -96,6 +96,7 @@ class MetricsLogger(NullLogger):
         stream: TextIO | None = None,
         last_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        samples_after: Callable[[int], int] = int,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds; readers go without
 
@@ -110,7 +111,7 @@ class MetricsLogger(NullLogger):
         self._stream = stream = stream or sys.stdout
         self._width = len(str(total_steps))
         self._total_steps = total_steps
-        self._pace = _Pace(self._last_step, clock)
+        self._pace = _Pace(self._last_step, samples_after, clock)
         self._tensorboard = SummaryWriter(
             str(self.directory / "tensorboard"),
             purge_step=completed_steps + 1 if completed_steps else None,
@@ -175,15 +176,21 @@ class MetricsLogger(NullLogger):
 
 
 class _Pace:
-    """The time since a process has begun to train, and how much more it takes."""
+    """The time since a process has begun to train, and how much more it takes.
 
-    def __init__(self, last_step: int, clock: Callable[[], float]) -> None:
-        self._last_step, self._clock = last_step, clock
+    Args:
+        samples_after: the sequences that so many steps consume, in any unit: what takes the time.
+    """
+
+    def __init__(
+        self, last_step: int, samples_after: Callable[[int], int], clock: Callable[[], float]
+    ) -> None:
+        self._last_step, self._samples_after, self._clock = last_step, samples_after, clock
         self._started_s = clock()
         self._first: tuple[int, float] | None = None
 
     def times(self, step: int) -> list[str]:
-        """Return the times at a step; those left follow from the steps since the first one shown.
+        """Return the times at a step; that left follows from the steps since the first one shown.
 
         What happens between steps, as validations and checkpoints, is in it.
         """
@@ -191,7 +198,8 @@ class _Pace:
         shown = [f"elapsed {_clock_time(now_s - self._started_s)}"]
         first, first_s = self._first = self._first or (step, now_s)
         if step > first:
-            left_s = (now_s - first_s) / (step - first) * (self._last_step - step)
+            before, now, end = map(self._samples_after, (first, step, self._last_step))
+            left_s = (now_s - first_s) / (now - before) * (end - now)
             shown.append(f"left {_clock_time(left_s)}")
         return shown
 

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from megatron_coe.config.run_config import LogSettings
+from megatron_coe.config.schedules import BatchSchedule
 from megatron_coe.training.metrics_logger import MetricsLogger, console_line
 from megatron_coe.utils.metrics_file import drop_records_after, read_records
 
@@ -62,6 +63,25 @@ def test_the_console_shows_how_long_it_has_taken_and_how_long_it_will(tmp_path):
         "step 40/90 | 12.6 TFLOP/s | elapsed 0:02:40 | left 0:04:00",
         "step 50/90 | 12.6 TFLOP/s | elapsed 1:02:40 | left 1:31:30",
     ]
+
+
+def test_what_is_left_of_a_ramp_is_counted_in_sequences(tmp_path):
+    """Two steps of 2 sequences took 10 s each, and six of 4 are left."""
+    now, stream = [0.0], io.StringIO()
+    metrics_logger = MetricsLogger(
+        LogSettings(dir=str(tmp_path)),
+        10,
+        0,
+        {},
+        stream,
+        samples_after=BatchSchedule(2, 2, 8, 4).samples_after,
+        clock=lambda: now[0],
+    )
+    for step in (2, 4):
+        now[0] += 20.0
+        metrics_logger.record(step, {"seconds": now[0]})
+    metrics_logger.close()
+    assert stream.getvalue().splitlines()[-1].endswith("| elapsed 0:00:40 | left 0:02:00")
 
 
 @pytest.mark.parametrize(
