@@ -10,6 +10,7 @@ settings, `config.yaml`, are the one file that is not made here.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -20,6 +21,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = Path(__file__).parent / "777423a"
 STATISTICS = ("train_loss", "valid_loss", "grad_norm")
@@ -27,6 +32,7 @@ PROMPTS = ("one two three", "seven")
 NEW_TOKENS = 12
 STOPPED = 56
 """The step of the checkpoint, `train.stop_step` of config.yaml."""
+LAST = 60
 MACHINE = ("commit", "python", "torch", "megatron-core", "transformers", "processor")
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -66,7 +72,8 @@ def main() -> None:
         run("pretrain_coe.py", "--config", "config.yaml", ranks=2)
         to_hf = ("to-hf", "--load", "run/checkpoints", "--save", "export")
         run("tools/convert_checkpoint.py", *to_hf)
-        expected = {"resumed": resumed(work, run), "generated": generated(run)}
+        reported, written = resumed(work, run)
+        expected = {"resumed": reported, "tensors": written, "generated": generated(run)}
         machine = json.loads((work / "run/machine.json").read_text())
         expected["made_with"] = {name: machine[name] for name in MACHINE}
         expected["made_with"]["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
@@ -112,17 +119,42 @@ RESUMED = {
 """Overrides with which the run is resumed; the number of ranks is the key's first character."""
 
 
-def resumed(work: Path, run: Callable[..., str]) -> dict[str, dict[str, dict[int, float]]]:
-    """What the run reports after its checkpoint: {case: {statistic: {step: value}}}."""
-    found = {}
+def resumed(work: Path, run: Callable[..., str]) -> tuple[dict[str, dict], dict[str, str]]:
+    """What the run reports after its checkpoint, {case: {statistic: {step: value}}}, and writes."""
+    reported, written = {}, {}
     for case, overrides in RESUMED.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "copy")
             shutil.copytree(work, folder)
             arguments = ("--config", "config.yaml", "train.stop_step=null", *overrides)
             run("pretrain_coe.py", *arguments, folder=folder, ranks=int(case[0]))
-            found[case] = statistics(folder / "run/metrics.jsonl", after=STOPPED)
-    return found
+            reported[case] = statistics(folder / "run/metrics.jsonl", after=STOPPED)
+            written[case] = digest(tensors_of(folder / f"run/checkpoints/step_{LAST:08d}"))
+    return reported, written
+
+
+def tensors_of(step: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, weights and moments, read by torch alone."""
+    import torch
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    index = checkpoint.FileSystemReader(step).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in index.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    checkpoint.load(tensors, checkpoint_id=step, no_dist=True)
+    return tensors
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all values, by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def statistics(metrics: Path, after: int) -> dict[str, dict[str, float]]:

@@ -17,8 +17,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import pretrain_coe
 from megatron_coe.checkpoint.directory import find_checkpoints
@@ -34,7 +32,16 @@ from megatron_coe.distributed.process_groups import process_groups
 from megatron_coe.hf import CoeForCausalLM
 from megatron_coe.utils.environment import machine, versions
 from tests import zygote
-from tests.data.make_777423a import NEW_TOKENS, PROMPTS, RESUMED, STOPPED, statistics
+from tests.data.make_777423a import (
+    LAST,
+    NEW_TOKENS,
+    PROMPTS,
+    RESUMED,
+    STOPPED,
+    digest,
+    statistics,
+    tensors_of,
+)
 from tests.faults.runs import Launch, base_environment, open_store, rank_environment
 from tests.unit.training.runs import make_trainer
 
@@ -71,18 +78,9 @@ def assert_reported(case: str) -> None:
     assert reported.keys() == expected.keys()
     for name, steps in expected.items():
         assert reported[name] == (steps if same_machine() else pytest.approx(steps, rel=1e-5)), name
-
-
-def tensors_of(step: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, read by torch alone."""
-    index = torch_checkpoint.FileSystemReader(step).read_metadata().state_dict_metadata
-    tensors = {
-        key: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for key, stored in index.items()
-        if isinstance(stored, TensorStorageMetadata)
-    }
-    torch_checkpoint.load(tensors, checkpoint_id=step, no_dist=True)
-    return tensors
+    if same_machine():
+        last = Path("run", "checkpoints", f"step_{LAST:08d}")
+        assert digest(tensors_of(last)) == EXPECTED["tensors"][case]
 
 
 def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
