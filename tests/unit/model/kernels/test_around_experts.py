@@ -7,10 +7,6 @@ a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -19,26 +15,16 @@ from megatron_coe.model.linear_cross_entropy import has_triton
 from megatron_coe.model.moe import dispatcher, router
 from megatron_coe.model.moe.dispatcher import order_by_expert
 from tests.builders import build_layer, randomize, tiny_config, weigh_balance_losses
+from tests.interpreter import compiled, interpreted, run_interpreted
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="no triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID = 0, 1, 2
 
 
 @compiled
 def test_interpreted() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "skipped" in done.stdout and " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -6,10 +6,6 @@ a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,27 +18,17 @@ from megatron_coe.model.linear_cross_entropy import (
     torch_cross_entropy,
     triton_cross_entropy,
 )
+from tests.interpreter import compiled, interpreted, run_interpreted
 from tests.sm90 import MOST_REGISTERS, compiled_launches
 
 pytestmark = pytest.mark.skipif(not module.has_triton(), reason="no triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 T, V = 7, 200
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # of the largest entry
 
 
 @compiled
 def test_interpreted() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "18 passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @compiled

@@ -8,10 +8,7 @@ interpreter multiplies no bf16; `tests/gpu` has it.)
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -29,25 +26,15 @@ from megatron_coe.model.moe.expert_activation import ByAutograd, ExpertActivatio
 from megatron_coe.model.moe.grouped_linear import BACKENDS, Grouping, Triton
 from megatron_coe.model.moe.grouped_mlp import SharedWeights, expert_mlp
 from tests.builders import build_layer, randomize, tiny_config, weigh_balance_losses
+from tests.interpreter import compiled, interpreted, run_interpreted
 from tests.sm90 import MOST_REGISTERS, MOST_SHARED, Launch, compiled_launches
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
 
 
 @compiled
 def test_interpreted() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 # --- in the interpreter ---------------------------------------------------------------------------
