@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
@@ -26,7 +27,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-Distribution = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
+from megatron_coe.utils.ranks import cores_of_rank
+
+Distribution = Callable[[np.random.Generator, np.ndarray], None]
+"""Fills an array, fp32, row by row."""
 
 BLOCK_ROWS = 64
 """Rows that one counter stands for; other blocks are other weights."""
@@ -65,6 +69,8 @@ def _draw_nothing(weight: Tensor) -> Tensor:
 def initialize_weights(model: GPTModel, seed: int) -> None:
     """Give this rank's part of a model the initial weights that belong to `seed`.
 
+    Blocks are drawn by as many threads as the rank has cores (NumPy releases the GIL).
+
     Distributions are Megatron's (`init_method`, `output_layer_init_method`,
     `embedding_init_method`) and `CoERouter`'s. Vectors (norms, biases, iteration scales) stay as
     their modules made them: constant. Values are drawn in fp32, whatever the model's precision.
@@ -77,15 +83,16 @@ def initialize_weights(model: GPTModel, seed: int) -> None:
         if not isinstance(piece, ShardedTensor):
             return piece
         if piece.data.ndim > 1:
-            part = _draw_part(piece, seed, _distribution(piece, model.config))
+            part = _draw_part(piece, seed, _distribution(piece, model.config), threads)
             piece.data.copy_(torch.from_numpy(part))
         return piece.data
 
-    for value in nested_values(model.sharded_state_dict(metadata=dict(_METADATA))):
-        if isinstance(value, ShardedTensorFactory):  # a tensor of several: gate and up, experts
-            value.data.copy_(value.merge_fn(dict_list_map_inplace(initialize, value.build())))
-        else:
-            initialize(value)
+    with ThreadPoolExecutor(cores_of_rank()) as threads:
+        for value in nested_values(model.sharded_state_dict(metadata=dict(_METADATA))):
+            if isinstance(value, ShardedTensorFactory):  # a tensor of several: gate and up, experts
+                value.data.copy_(value.merge_fn(dict_list_map_inplace(initialize, value.build())))
+            else:
+                initialize(value)
 
 
 def _distribution(piece: ShardedTensor, config: TransformerConfig) -> Distribution:
@@ -95,32 +102,43 @@ def _distribution(piece: ShardedTensor, config: TransformerConfig) -> Distributi
     return partial(_draw_normal, std=_std(piece.key, config))
 
 
-def _draw_part(piece: ShardedTensor, seed: int, draw: Distribution) -> np.ndarray:
+def _draw_part(
+    piece: ShardedTensor, seed: int, draw: Distribution, threads: ThreadPoolExecutor
+) -> np.ndarray:
     """Draw a part [rows, columns] of the matrix that `seed` and the piece's name stand for."""
     (first_row, first_column), (rows, columns) = piece.global_offset, piece.local_shape
     width, last_row = piece.global_shape[1], first_row + rows
     key = int.from_bytes(blake2b(f"{seed} {piece.key}".encode(), digest_size=16).digest(), "little")
     part = np.empty((rows, columns), dtype=np.float32)
-    for block in range(first_row // BLOCK_ROWS, -(-last_row // BLOCK_ROWS)):
+
+    def draw_block(block: int) -> None:
         start = block * BLOCK_ROWS
         begin, end = max(first_row, start), min(last_row, start + BLOCK_ROWS)
         # The lowest word of the counter is the generator's own.
         generator = np.random.Generator(np.random.Philox(key=key, counter=block << 64))
-        drawn = draw(generator, (end - start, width))  # row by row, so from the block's first
-        part[begin - first_row : end - first_row] = drawn[
-            begin - start :, first_column : first_column + columns
-        ]
+        wanted = part[begin - first_row : end - first_row]
+        if wanted.shape == (end - start, width):
+            draw(generator, wanted)
+        else:  # from the block's first row and column
+            drawn = np.empty((end - start, width), dtype=np.float32)
+            draw(generator, drawn)
+            wanted[:] = drawn[begin - start :, first_column : first_column + columns]
+
+    blocks = range(first_row // BLOCK_ROWS, -(-last_row // BLOCK_ROWS))
+    list(threads.map(draw_block, blocks))
     return part
 
 
-def _draw_normal(generator: np.random.Generator, shape: tuple[int, int], std: float) -> np.ndarray:
-    return generator.standard_normal(shape, dtype=np.float32) * np.float32(std)
+def _draw_normal(generator: np.random.Generator, out: np.ndarray, std: float) -> None:
+    generator.standard_normal(dtype=np.float32, out=out)
+    out *= np.float32(std)
 
 
-def _draw_uniform(
-    generator: np.random.Generator, shape: tuple[int, int], bound: float
-) -> np.ndarray:
-    return (2 * generator.random(shape, dtype=np.float32) - 1) * np.float32(bound)
+def _draw_uniform(generator: np.random.Generator, out: np.ndarray, bound: float) -> None:
+    generator.random(dtype=np.float32, out=out)
+    out *= 2
+    out -= 1
+    out *= np.float32(bound)
 
 
 def _std(key: str, config: TransformerConfig) -> float:

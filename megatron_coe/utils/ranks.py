@@ -15,6 +15,11 @@ def is_local_rank_0() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def cores_of_rank() -> int:
+    """Return how many of the machine's cores a rank has, if all there have as many."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def is_rank_0() -> bool:
     """Return whether this process acts for all: rank 0, or a process without others."""
     import torch.distributed as dist
