@@ -21,7 +21,7 @@ from megatron_coe.cli.command_line import (
     new_parser,
     run,
 )
-from megatron_coe.utils.imports import quiet_megatron
+from megatron_coe.utils.imports import collected_later, quiet_megatron
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -33,11 +33,11 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 def command(options: argparse.Namespace) -> None:
     quiet_megatron()
-    # Imports Megatron, which takes seconds.
-    from megatron_coe.conversion.export_hf import DTYPES, to_hf
-    from megatron_coe.conversion.import_hf import from_hf
-    from megatron_coe.conversion.malloc import release_freed_memory
-    from megatron_coe.conversion.place import place
+    with collected_later():  # imports Megatron, which takes seconds
+        from megatron_coe.conversion.export_hf import DTYPES, to_hf
+        from megatron_coe.conversion.import_hf import from_hf
+        from megatron_coe.conversion.malloc import release_freed_memory
+        from megatron_coe.conversion.place import place
 
     release_freed_memory()
     if options.direction == "to-hf":

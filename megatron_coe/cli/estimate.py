@@ -15,6 +15,7 @@ from megatron_coe.cli.command_line import (
     required,
     run,
 )
+from megatron_coe.utils.imports import collected_later
 
 with required():
     from megatron_coe.config.loader import load_settings
@@ -35,11 +36,11 @@ def command(options: argparse.Namespace) -> None:
     if world_size < 1:
         raise ValueError(f"--world-size={world_size}: give 1 or more")
     check_layout(settings, world_size)
-    # Only now, because they take seconds.
-    import torch
+    with collected_later():  # only now, because they take seconds
+        import torch
 
-    from megatron_coe.config.model_section import build_provider
-    from megatron_coe.planning.run_summary import describe_sizes, plan_of, tokenizer_vocab_size
+        from megatron_coe.config.model_section import build_provider
+        from megatron_coe.planning.run_summary import describe_sizes, plan_of, tokenizer_vocab_size
 
     device = torch.device(options.device)
     provider = build_provider(settings, device, tokenizer_vocab_size(settings.data.tokenizer))

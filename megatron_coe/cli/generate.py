@@ -26,7 +26,7 @@ from megatron_coe.cli.command_line import (
     run,
 )
 from megatron_coe.data.records import check_inputs, question_prompt, read_values
-from megatron_coe.utils.imports import quiet_megatron
+from megatron_coe.utils.imports import collected_later, quiet_megatron
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -39,10 +39,11 @@ def command(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed={options.seed}: give a number from 0 to {2**32 - 1}")
     examples = read_examples(options)
     quiet_megatron()
-    from transformers import set_seed
-    from transformers.utils import logging
+    with collected_later():  # these import torch, transformers and Megatron: seconds
+        from transformers import set_seed
+        from transformers.utils import logging
 
-    from megatron_coe import generation  # imports torch and transformers: seconds
+        from megatron_coe import generation
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

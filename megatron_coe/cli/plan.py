@@ -18,6 +18,7 @@ from megatron_coe.cli.command_line import (
     required,
     run,
 )
+from megatron_coe.utils.imports import collected_later
 
 with required():
     from megatron_coe.config.loader import load_settings
@@ -43,13 +44,13 @@ def command(options: argparse.Namespace) -> None:
     settings = load_settings(options.config, options.overrides)
     check_values(settings)
     check_options(options, settings)
-    # Only now, because they take seconds.
-    import torch
+    with collected_later():  # only now, because they take seconds
+        import torch
 
-    from megatron_coe.config.model_section import build_provider
-    from megatron_coe.model.backends import prepare
-    from megatron_coe.planning import layout_search, report
-    from megatron_coe.planning.run_summary import plan_of, tokenizer_vocab_size
+        from megatron_coe.config.model_section import build_provider
+        from megatron_coe.model.backends import prepare
+        from megatron_coe.planning import layout_search, report
+        from megatron_coe.planning.run_summary import plan_of, tokenizer_vocab_size
 
     prepare()
     model = build_provider(

@@ -17,7 +17,7 @@ from megatron_coe.cli.command_line import (
     new_parser,
     run,
 )
-from megatron_coe.utils.imports import quiet_megatron
+from megatron_coe.utils.imports import collected_later, quiet_megatron
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -27,8 +27,9 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 def command(options: argparse.Namespace) -> None:
     quiet_megatron()
-    from megatron_coe.conversion.malloc import release_freed_memory
-    from megatron_coe.conversion.upcycle import upcycle  # imports Megatron, which takes seconds
+    with collected_later():  # imports Megatron, which takes seconds
+        from megatron_coe.conversion.malloc import release_freed_memory
+        from megatron_coe.conversion.upcycle import upcycle
 
     release_freed_memory()
     step = upcycle(options.input, options.output, options.iterations, options.tokenizer)

@@ -1,4 +1,4 @@
-"""Verify checkpoints without loading them: each file's SHA-256, and that nothing is executed.
+"""Verify checkpoints without loading them: each file's digest, and that nothing is executed.
 
     coe verify --input runs/quickstart/checkpoints
     coe verify --input runs/old/checkpoints/step_00001000 --write-manifest
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from megatron_coe.cli.command_line import add_renamed, new_parser, run
-from megatron_coe.utils.imports import quiet_megatron
+from megatron_coe.utils.imports import collected_later, quiet_megatron
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
@@ -26,12 +26,12 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
 
 def command(options: argparse.Namespace) -> None:
     quiet_megatron()
-    # These import Megatron, which takes seconds.
-    from megatron_coe.checkpoint.directory import find_checkpoints
-    from megatron_coe.checkpoint.errors import BadCheckpointError
-    from megatron_coe.checkpoint.manifest import add_manifest
-    from megatron_coe.checkpoint.verify import unlisted_files, verify_checkpoint
-    from megatron_coe.utils.run_files import FORMAT_FILE
+    with collected_later():  # these import Megatron, which takes seconds
+        from megatron_coe.checkpoint.directory import find_checkpoints
+        from megatron_coe.checkpoint.errors import BadCheckpointError
+        from megatron_coe.checkpoint.manifest import add_manifest
+        from megatron_coe.checkpoint.verify import unlisted_files, verify_checkpoint
+        from megatron_coe.utils.run_files import FORMAT_FILE
 
     folder: Path = options.input
     found = [folder] if (folder / FORMAT_FILE).is_file() else find_checkpoints(folder)
