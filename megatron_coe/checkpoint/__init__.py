@@ -1,7 +1,7 @@
 """Training checkpoints: written whole or not at all, verified before anything is unpickled.
 
     directory.py        names, `latest`, and which checkpoints are kept
-    manifest.py         size and SHA-256 of every file
+    manifest.py         size and digest of every file
     verify.py           a checkpoint against its manifest
     safe_unpickle.py    the pickles in it, read without executing them
     shard_writer.py     a rank's tensors, written, fsynced and hashed in threads

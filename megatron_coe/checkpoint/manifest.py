@@ -1,20 +1,21 @@
-"""`manifest.json`: the size and SHA-256 of every other file of a checkpoint, and its step.
+"""`manifest.json`: the size and digest of every other file of a checkpoint, and its step.
 
-    {"files": {"__0_0.distcp": {"sha256": "…", "size": 1048576}, …}, "step": 100}
+    {"files": {"__0_0.distcp": {"size": 1048576, "xxh3_128": "…"}, …}, "step": 100}
 
-It is the last file to be written, and has one valid spelling: any byte that differs, in it or in
-the files that it lists, is detected.
+The digest's key is its algorithm: checkpoints of version 0.1.0 have `sha256`. The manifest is the
+last file to be written, and has one valid spelling: any byte that differs, in it or in the files
+that it lists, is detected.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from megatron_coe.checkpoint.errors import BadCheckpointError
-from megatron_coe.utils.fsynced import FileDigest, digest_of, fsync, write_fsynced
+from megatron_coe.utils.fsynced import ALGORITHMS, FileDigest, digest_of, fsync, write_fsynced
 from megatron_coe.utils.run_files import HF_FOLDER, TOKENIZER_FOLDER, TOKENIZER_MODEL
 
 MANIFEST_FILE = "manifest.json"
@@ -31,7 +32,8 @@ class Manifest:
 
     def text(self) -> str:
         """Return the content of the manifest's file."""
-        content = {"step": self.step, "files": {n: asdict(f) for n, f in self.files.items()}}
+        files = {n: {"size": f.size, f.algorithm: f.value} for n, f in self.files.items()}
+        content = {"step": self.step, "files": files}
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
@@ -75,8 +77,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        files = {name: FileDigest(**digests) for name, digests in content["files"].items()}
+        files = {name: _read_digest(**entry) for name, entry in content["files"].items()}
         manifest = Manifest(content["step"], files)
+    except BadCheckpointError:
+        raise
     except FileNotFoundError as error:
         raise BadCheckpointError(
             f"{MANIFEST_FILE} is missing, so that nothing in it can be verified; if it was written "
@@ -86,12 +90,22 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged") from error
     plain = all(
-        type(digests.size) is int and type(digests.sha256) is str and _is_plain(name)
+        type(digests.size) is int and type(digests.value) is str and _is_plain(name)
         for name, digests in files.items()
     )
     if not plain or type(manifest.step) is not int or manifest.text() != text:
         raise BadCheckpointError(f"{MANIFEST_FILE} is damaged")
     return manifest
+
+
+def _read_digest(size: int, **digest: str) -> FileDigest:
+    """Read a file's entry. Raises: BadCheckpointError for an algorithm that is not known."""
+    ((algorithm, value),) = digest.items()
+    if algorithm not in ALGORITHMS:
+        raise BadCheckpointError(
+            f"{MANIFEST_FILE} names the digest {algorithm!r}, which this version does not know"
+        )
+    return FileDigest(size, value, algorithm)
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
@@ -151,9 +165,11 @@ def verify_files(
     check_sizes(folder, manifest)
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     for name in {*by_size[part::parts], *in_every_part} & manifest.files.keys():
-        if digest_of(folder / name) != manifest.files[name]:
+        expected = manifest.files[name]
+        if digest_of(folder / name, expected.algorithm) != expected:
             raise BadCheckpointError(
-                f"the SHA-256 of {name} is not the one in {MANIFEST_FILE}: the content has changed"
+                f"the {ALGORITHMS[expected.algorithm]} of {name} is not the one in "
+                f"{MANIFEST_FILE}: the content has changed"
             )
 
 

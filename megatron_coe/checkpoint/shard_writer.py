@@ -76,9 +76,7 @@ class ShardFile:
                     # 3.12.1 crashes in the garbage collection of the BytesIO.
                     file.write(data.getvalue())
                 else:
-                    tensor = _compact(data)
-                    file.expect(tensor.reshape(-1).view(torch.uint8).numpy())
-                    torch.save(tensor, cast("IO[bytes]", file))
+                    torch.save(_compact(data), cast("IO[bytes]", file))
                 place = _StorageInfo(self.name, start, file.tell() - start)
                 results.append(WriteResult(item.index, place.length, place))
             return Written({self.name: file.close()}, results)
@@ -130,7 +128,7 @@ class ShardPlan:
         """Write this rank's files in parallel, fsynced.
 
         Args:
-            hashed: False leaves out their SHA-256.
+            hashed: False leaves out their digests.
 
         Raises: OSError.
         """

@@ -194,7 +194,7 @@ class CheckpointSettings:
     keep_every: int = _ruled(0, NOT_NEGATIVE)
     """Checkpoints at multiples of this step are kept too; 0: none."""
     verify: bool = True
-    """Write a manifest with the size and SHA-256 of every file, and compare it before loading; a
+    """Write a manifest with the size and digest of every file, and compare it before loading; a
     checkpoint that differs, or has none, is not used. False: neither."""
     async_save: bool = False
     """Write a copy of the state in the background while training continues. It takes as much host

@@ -112,8 +112,8 @@ def _write_digests(folder: Path) -> None:
 
 def _digest(path: Path) -> list[int | str]:
     """Return size and SHA-256 of a file."""
-    digest = digest_of(path)
-    return [digest.size, digest.sha256]
+    digest = digest_of(path, "sha256")
+    return [digest.size, digest.value]
 
 
 def _remove_abandoned(folder: Path) -> None:

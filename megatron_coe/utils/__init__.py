@@ -1,7 +1,7 @@
 """What every package may use.
 
     files.py         atomic files and folders
-    fsynced.py       fsynced files, and their SHA-256
+    fsynced.py       fsynced files, and their digests
     run_files.py     names of the files of a run
     metrics_file.py  reading metrics.jsonl
     ranks.py         which process acts and prints for all

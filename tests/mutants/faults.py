@@ -557,6 +557,13 @@ FAULTS = [
         ("tests/distributed/test_optimizer_step.py",),
     ),
     Fault(
+        "a run imports what it does not use",
+        "megatron_coe/training/validation.py",
+        "from __future__ import annotations\n",
+        "from __future__ import annotations\n\nimport transformers\n",
+        ("tests/functional/test_start_up.py",),
+    ),
+    Fault(
         "gradients are divided before the backward pass and after it",
         "megatron_coe/training/optimizer_step.py",
         "finalize_model_grads(model, None, **options)",
@@ -692,8 +699,8 @@ FAULTS = [
     Fault(
         "a manifest's hashes are not compared",
         "megatron_coe/checkpoint/manifest.py",
-        "if digest_of(folder / name) != manifest.files[name]:",
-        "if digest_of(folder / name).size != manifest.files[name].size:",
+        "if digest_of(folder / name, expected.algorithm) != expected:",
+        "if digest_of(folder / name, expected.algorithm).size != expected.size:",
         OF_RESUMING,
     ),
     Fault(
@@ -795,10 +802,10 @@ FAULTS = [
         OF_RESUMING,
     ),
     Fault(
-        "any memory of the same size is taken for the announced",
+        "the digest of a file leaves out most of what is written",
         "megatron_coe/utils/fsynced.py",
-        "is_same = np.frombuffer(view, np.uint8).ctypes.data == stable.ctypes.data",
-        "is_same = True",
+        "self._digest.update(view)",
+        "self._digest.update(view[:4096])",
         ("tests/unit/utils/test_fsynced.py",),
     ),
     Fault(

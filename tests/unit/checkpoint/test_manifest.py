@@ -15,11 +15,19 @@ from megatron_coe.checkpoint.manifest import (
     verify_files,
     write_manifest,
 )
+from megatron_coe.utils.fsynced import ALGORITHMS, DIGEST, digest_of
+
+LARGE = bytes(range(256)) * 8192
+DIGESTS = {
+    "sha256": "91d3beb88a9b2f778a6c44a1c53b63d3c79931845a9aef84b3fb414610bd1938",
+    "xxh3_128": "9642747033cb89f24bfa3fa74832e9d0",
+}
+"""Of LARGE: what was written once is always verified."""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "large").write_bytes(bytes(range(256)) * 8192)
+    (tmp_path / "large").write_bytes(LARGE)
     (tmp_path / "small").write_bytes(b"content")
     (tmp_path / "empty").write_bytes(b"")
     write_manifest(tmp_path, 7, digest_folder(tmp_path))
@@ -39,7 +47,7 @@ def test_a_flipped_bit_is_noticed(folder, name, place):
     content = bytearray((folder / name).read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(BadCheckpointError, match=f"SHA-256 of {name} is not"):
+    with pytest.raises(BadCheckpointError, match=f"{ALGORITHMS[DIGEST]} of {name} is not"):
         verify_files(folder, read_manifest(folder))
 
 
@@ -120,6 +128,28 @@ def test_nonsense_is_no_manifest(folder, text):
         return
     (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     with pytest.raises(BadCheckpointError, match=r"manifest\.json is damaged"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_manifest_names_its_digest(folder, algorithm):
+    """Those of version 0.1.0 have SHA-256."""
+    if algorithm != "sha256":
+        pytest.importorskip("xxhash")
+    files = {"large": digest_of(folder / "large", algorithm)}
+    for name in ("small", "empty"):
+        (folder / name).unlink()
+    write_manifest(folder, 7, files)
+    text = (folder / MANIFEST_FILE).read_text()
+    assert json.loads(text)["files"]["large"] == {"size": len(LARGE), algorithm: DIGESTS[algorithm]}
+    manifest = read_manifest(folder)
+    assert manifest.files == files
+    verify_files(folder, manifest)
+    (folder / "large").write_bytes(bytes(len(LARGE)))
+    with pytest.raises(BadCheckpointError, match=f"the {ALGORITHMS[algorithm]} of large is not"):
+        verify_files(folder, manifest)
+    (folder / MANIFEST_FILE).write_text(text.replace(algorithm, "sha3_256"))
+    with pytest.raises(BadCheckpointError, match=r"names the digest 'sha3_256', which"):
         read_manifest(folder)
 
 

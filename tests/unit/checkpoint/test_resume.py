@@ -27,6 +27,7 @@ from megatron_coe.checkpoint.safe_unpickle import read_index
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.checkpoint.versions import VERSIONS_FILE
 from megatron_coe.config.run_config import CheckpointSettings
+from megatron_coe.utils.fsynced import ALGORITHMS, DIGEST
 from megatron_coe.utils.run_files import LATEST_FILE
 from tests.unit.training.runs import make_settings, make_trainer
 
@@ -174,8 +175,8 @@ def test_weights_that_are_not_there_or_bad_are_no_fresh_start(folder, tmp_path):
     flip(newest / "__0_0.distcp")
     told = {
         tmp_path / "nowhere": "neither a checkpoint nor a folder of checkpoints",
-        newest: "is bad: the SHA-256 of __0_0.distcp is not",
-        folder: "is bad: the SHA-256 of __0_0.distcp is not",
+        newest: f"is bad: the {ALGORITHMS[DIGEST]} of __0_0.distcp is not",
+        folder: f"is bad: the {ALGORITHMS[DIGEST]} of __0_0.distcp is not",
     }
     for load, reason in told.items():
         with pytest.raises(ValueError, match=f"checkpoint.load={load}.*{reason}"):
