@@ -54,14 +54,7 @@ def parse() -> argparse.Namespace:
         "overrides", nargs="*", metavar="section.key=value", help="settings of all runs"
     )
     parser.add_argument("--set", nargs="+", default=[], help=argparse.SUPPRESS)
-    add_renamed(parser, "--input", "--data", help="text to train on; default: generated problems")
-    add_renamed(
-        parser, "--valid-input", "--valid-data", help="held-out text, where --input is given"
-    )
-    parser.add_argument(
-        "--qa-keys", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE")
-    )
-    parser.add_argument("--vocab-size", type=int, help="of the tokenizer (default: the scale's)")
+    add_source_arguments(parser)
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="train these alone, and judge their claims"
     )
@@ -97,6 +90,31 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the text; `source_of` reads them."""
+    add_renamed(parser, "--input", "--data", help="text to train on; default: generated problems")
+    add_renamed(
+        parser, "--valid-input", "--valid-data", help="held-out text, where --input is given"
+    )
+    parser.add_argument(
+        "--qa-keys", nargs=2, default=["query", "response"], metavar=("QUERY", "RESPONSE")
+    )
+    parser.add_argument("--vocab-size", type=int, help="of the tokenizer (default: the scale's)")
+
+
+def source_of(options: argparse.Namespace, scale: Scale) -> Source:
+    """Return the text that the options name.
+
+    Raises:
+        ValueError: only one of both files is named.
+        OSError: one is missing.
+    """
+    vocab_size = options.vocab_size or scale.vocab_size
+    source = Source(vocab_size, options.input, options.valid_input, options.qa_keys)
+    source.check()
+    return source
+
+
 def command(options: argparse.Namespace) -> None:
     """Train the variants of an experiment and write its report.
 
@@ -111,10 +129,7 @@ def command(options: argparse.Namespace) -> None:
     experiment, scale = EXPERIMENTS[options.experiment], SCALES[options.scale]
     if options.variants:
         experiment = experiment.restricted(options.variants)
-    source = Source(
-        options.vocab_size or scale.vocab_size, options.input, options.valid_input, options.qa_keys
-    )
-    source.check()
+    source = source_of(options, scale)
     folder = options.output / source.name
     train = train_tuned if experiment.tuned else train_untuned
     outcome = train(experiment, scale, source, folder, options)

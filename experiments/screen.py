@@ -1,8 +1,8 @@
 r"""Screen designs of a chain against the standard MoE, in plain torch and at a small size.
 
-    python -m experiments.screen --seeds 3 --results docs/experiments/screen_tiny.jsonl
-    python -m experiments.screen --designs moe stream --seeds 8 --results screen.jsonl
-    python -m experiments.screen --report --results docs/experiments/screen_tiny.jsonl
+    python tools/screen_designs.py --seeds 3 --results docs/experiments/screen_tiny.jsonl
+    python tools/screen_designs.py --designs moe stream --seeds 8 --results screen.jsonl
+    python tools/screen_designs.py --report --results docs/experiments/screen_tiny.jsonl
 
 Each design (`experiments.designs`) is trained on the text and with the budget of the experiment
 `fair`, at a learning rate of its own as there, by one process and thread; a result is kept as its
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from megatron_coe.cli.command_line import new_parser, required, run
 
 with required():
+    from experiments.command import add_source_arguments, source_of
     from experiments.data import Data, Source, make_data
     from experiments.plans import Variant
     from experiments.scales import SCALES, Scale
@@ -52,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="how many: 1, 2, … (default 3)")
     parser.add_argument("--tuning-seeds", type=int, default=1, help="default 1")
+    add_source_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--results", type=Path, required=True, metavar="FILE")
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -74,7 +76,9 @@ def command(options: argparse.Namespace) -> None:
     for name in names:
         if name not in DESIGNS:
             raise ValueError(f"--designs {name}: there are {', '.join(DESIGNS)}")
-    screen = Screen(SCALES[options.scale], options.output, options.overrides, options.results)
+    scale = SCALES[options.scale]
+    source = source_of(options, scale)
+    screen = Screen(scale, source, options.output, options.overrides, options.results)
     if not options.report:
         screen.make_data()
         tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.tuning_seeds)
@@ -97,12 +101,13 @@ def command(options: argparse.Namespace) -> None:
 class Screen:
     """Runs at a scale, and the file that keeps their results."""
 
-    def __init__(self, scale: Scale, output: Path, overrides: list[str], results: Path) -> None:
+    def __init__(
+        self, scale: Scale, source: Source, output: Path, overrides: list[str], results: Path
+    ) -> None:
         from experiments.run_results import ResultsFile
 
-        self.scale, self.overrides = scale, overrides
-        self.source = Source(scale.vocab_size)
-        self.folder = output / self.source.name / "data"
+        self.scale, self.source, self.overrides = scale, source, overrides
+        self.folder = output / source.name / "data"
         self.results = ResultsFile(results)
 
     def make_data(self) -> None:
@@ -272,7 +277,3 @@ def table(results: Iterable[RunResult], names: list[str], seeds: int) -> str:
         rows.append([DESIGNS[name].title, f"{passes:.2f}", f"{len(own)}", f"{loss:.4f}", *cells])
     head = ["design", "passes a token", "seeds", "loss", "to the standard MoE", "95% interval"]
     return markdown_table(head, rows)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

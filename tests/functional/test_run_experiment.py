@@ -145,6 +145,33 @@ def test_each_variant_has_its_own_learning_rate(tmp_path):
     assert "fair.jsonl" in other.stderr and "other settings" in other.stderr
 
 
+def test_designs_are_screened_each_at_its_best_learning_rate(tmp_path):
+    texts = write_texts(tmp_path / "train.jsonl", 400), write_texts(tmp_path / "held.jsonl", 40)
+    results = tmp_path / "screen.jsonl"
+    arguments = (
+        *("--designs", "moe", "stream", "--input", texts[0], "--valid-input", texts[1]),
+        *("--qa-keys", "question", "answer", "--vocab-size", 300, "--output", tmp_path / "out"),
+        *("--results", results, *MINUTE_SCALE, "model.vocab_size=300"),
+    )
+    done = zygote.run("tools/screen_designs.py", *arguments, "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in results.read_text().splitlines()]
+    for design, passes in (("moe", 9), ("stream", 10)):
+        own = [r for r in kept if r["variant"] == design]
+        tuning = {r["lr"]: r["losses"][-1][1] for r in own if r["held_out"] == "tuning"}
+        (last,) = [r for r in own if r["held_out"] == "report"]
+        assert last["lr"] == min(tuning, key=tuning.get)
+        assert min(tuning) < last["lr"] < max(tuning)
+        assert (last["seed"], last["passes"]) == (1, passes)
+        assert f"{last['losses'][-1][1]:.4f}" in done.stdout
+    done = zygote.run("tools/screen_designs.py", *arguments, "--seeds", 2, "--report")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in results.read_text().splitlines()] == kept
+    assert done.stdout.count("| 1 |") == 2
+    done = zygote.run("tools/screen_designs.py", *arguments, "--designs", "best")
+    assert (done.returncode, "--designs best" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
