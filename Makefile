@@ -1,6 +1,7 @@
 # make quickstart   from nothing to a trained Chain-of-Experts model, its loss curve, its Hugging Face
 #                   folder and some of its answers, in runs/quickstart
-# make finetune     that model fine-tuned on conversations, exported, and asked before and after
+# make finetune     that model fine-tuned on conversations, exported, and asked before and after; vLLM
+#                   serves it too where test-serve has made .venv-serve
 # make test         the fast tests           make test-all      the slow ones too
 # make test-line    those of the fast tests that another Megatron-Core can change
 # make lint         style, spelling, imports, types, words      make test-mutants  does the suite catch
@@ -106,8 +107,8 @@ quickstart: $(RUN)/answers.txt
 # --- fine-tuning the quickstart's model -----------------------------------------------------------
 
 SFT := runs/finetune
-SETTINGS := data.mode=packed_documents model.seq_length=1024 train.global_batch_size=8 \
-    train.steps=200 train.lr=2e-3 train.min_lr=1e-4 train.eval_interval=100 train.eval_samples=32
+SETTINGS := data.mode=packed_documents model.seq_length=1024 train.global_batch_size=4 \
+    train.steps=350 train.lr=2e-3 train.min_lr=1e-4 train.eval_interval=175 train.eval_samples=32
 
 # Its folder with a chat template beside the tokenizer; the import keeps both.
 $(SFT)/base/config.json: $(RUN)/hf/config.json examples/finetune/chat_template.jinja
@@ -120,7 +121,7 @@ $(SFT)/checkpoints/step_00000000/config.yaml: $(SFT)/base/config.json | $(INSTAL
 	$(PY) tools/convert_checkpoint.py from-hf --input $(SFT)/base --output $(SFT)/checkpoints
 
 $(SFT)/data/train.jsonl: | $(INSTALLED)
-	$(PY) tools/make_corpus.py --output $(SFT)/data --train-size 60000 --messages
+	$(PY) tools/make_corpus.py --output $(SFT)/data --train-size 16000 --messages
 
 $(SFT)/data/%.idx: $(SFT)/data/train.jsonl $(SFT)/base/config.json | $(INSTALLED)
 	$(PY) tools/preprocess_data.py --input $(SFT)/data/$*.jsonl --messages-key messages \
@@ -137,6 +138,8 @@ $(SFT)/hf/config.json: $(SFT)/.trained
 
 finetune: $(SFT)/hf/config.json
 	$(PY) examples/finetune/exact_match.py --input $(SFT)/data/valid.jsonl $(SFT)/base $(SFT)/hf
+	$(if $(wildcard .venv-serve/.installed),.venv-serve/bin/python examples/finetune/served.py \
+	    --input $(SFT)/data/valid.jsonl $(SFT)/hf)
 
 clean-quickstart:
 	rm -rf $(RUN)
