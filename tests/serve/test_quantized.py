@@ -17,7 +17,7 @@ pytestmark = pytest.mark.serve
 
 KEPT = (".mlp.experts.", ".mlp.gate.", "embed_tokens", "lm_head")
 """vLLM quantizes experts on CPUs with AMX only; routers stay in fp32."""
-BOUND = 0.5
+BOUND = 1.0
 """Of log-probabilities: inputs are rounded to 8 bits, which the oracle's are not."""
 
 
@@ -66,5 +66,5 @@ def test_int8_weights_are_loaded_into_fused_layers(name, home, prompts, tmp_path
     (served,) = engine.run(quantized, prompts[:20], (engine.TOGETHER,), tmp_path, dtype="bfloat16")
     found = compare(oracle, prompts[:20], served, torch.float32)
     print(f"\n{name}: int8, {found}")
-    assert found.worst < BOUND
+    assert found.worst < BOUND and found.equal >= 10
     reference.cache_clear()
