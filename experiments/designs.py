@@ -71,6 +71,7 @@ DESIGNS = {
     design.name: design
     for design in [
         Design("moe", "standard MoE(8/64)", iterations=1, topk=8, stream=True),
+        Design("moe_inner", "the paper's baseline: a chain of one, 8/64", iterations=1, topk=8),
         Design("chain", "CoE-2(4/64), the paper's"),
         Design("stream", "residual stream carried through the chain", stream=True),
         Design(
@@ -106,7 +107,7 @@ DESIGNS = {
         ),
     ]
 }
-"""The baseline first, then the paper's chain."""
+"""The standard MoE first, then the paper's baseline and chain."""
 
 
 class Experts(nn.Module):

@@ -63,7 +63,8 @@ class Experiment:
         if all(claim.control for claim in claims):
             raise ValueError(f"--variants {' '.join(names)}: no claim is about these alone")
         variants = tuple(variant for variant in self.variants if variant.name in names)
-        return replace(self, variants=variants, claims=claims)
+        claim = f"Of {self.name}, what is claimed of {', '.join(v.title for v in variants)} alone."
+        return replace(self, claim=claim, variants=variants, claims=claims)
 
 
 MOE_8 = Variant("moe_8-64", "MoE(8/64)")

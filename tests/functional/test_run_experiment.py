@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -205,3 +207,18 @@ def test_a_dry_run_prints_sizes_and_trains_nothing(tmp_path):
     assert "MoE(8/64), 3 x layers | moe_8-64_12-layers" in done.stdout
     assert "9 runs" in done.stdout and " min " in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_the_verdict_page_shows_what_the_results_say(tmp_path):
+    """Every row that a command of the page prints from the committed results stands on the page."""
+    page = (REPO / "docs" / "verdict.md").read_text()
+    commands = re.findall(r"^    python (tools/\S+) ((?:.*\\\n)*.*--report.*)$", page, re.M)
+    assert commands
+    for tool, arguments in commands:
+        words = shlex.split(arguments.replace("\\\n", " "))
+        done = zygote.run(tool, *words, "--output", tmp_path, cwd=REPO)
+        assert done.returncode == 0, done.stderr
+        rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+        assert len(rows) > 3
+        missing = [row for row in rows if row not in page]
+        assert not missing, "\n".join(missing)

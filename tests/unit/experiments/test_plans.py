@@ -112,6 +112,7 @@ def test_fair_compares_with_the_standard_moe(scale):
 def test_a_part_of_an_experiment_keeps_the_claims_about_it():
     part = EXPERIMENTS["fair"].restricted(["coe-2_4-64", "moe_8-64_outer"])
     assert [variant.name for variant in part.variants] == ["moe_8-64_outer", "coe-2_4-64"]
+    assert "less memory" not in part.claim
     (claim,) = part.claims
     assert dict(claim.weights) == {"coe-2_4-64": 1, "moe_8-64_outer": -1}
     for names, told in ((["coe"], "--variants coe: fair has"), (["moe_8-64"], "no claim")):
