@@ -64,9 +64,11 @@ def match_shards(
         another dtype than what is stored in one Megatron tensor with it.
     """
     expected = {name: shape for weight in table for name, shape in weight.parts.items()}
-    present = {name for name in reader.names() if not name.startswith(ignored)}
+    present = dict.fromkeys(name for name in reader.names() if not name.startswith(ignored))
     for weight in table:
-        for name in weight.parts.keys() - present:
+        for name in weight.parts:
+            if name in present:
+                continue
             is_mtp = weight.keys[0].startswith(MTP)
             fix = "; leave its MTP layers out: --without-mtp" if is_mtp else ""
             raise ValueError(f"{reader.folder}: lacks {name}, which its {HF_CONFIG} implies{fix}")

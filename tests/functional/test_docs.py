@@ -132,7 +132,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         program = folder / "bin" / name
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore {started} "$@"\n')
         program.chmod(0o755)
-    (example,) = re.findall(r"```yaml\n(.*?)```", TRAINING, flags=re.DOTALL)
+    example, *_ = re.findall(r"```yaml\n(.*?)```", TRAINING, flags=re.DOTALL)
     (folder / "my-run.yaml").write_text(example, encoding="utf-8")
     for parameters in run_literally(of_data=True):
         shell(folder, parameters.values[0])
