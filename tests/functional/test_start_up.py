@@ -29,7 +29,7 @@ USED = {
     *("megatron", "megatron_coe", "torch", "numpy", "psutil"),
     *("omegaconf", "attr", "yaml", "tqdm"),  # omegaconf imports attr where it is
     *("sentencepiece", "tokenizers"),  # reads the tokenizer, checks that it can be exported
-    *("tensorboard", "google", "absl"),
+    *("tensorboard", "google", "absl", "xxhash"),
 }
 
 
