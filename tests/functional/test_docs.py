@@ -89,6 +89,23 @@ def test_links_lead_to_files_and_headings():
     assert not faults, "\n".join(faults)
 
 
+def test_tests_that_pages_name_exist():
+    named = [
+        (page, *found)
+        for page in pages_of(REPO)
+        for found in re.findall(
+            r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (REPO / page).read_text(encoding="utf-8")
+        )
+    ]
+    assert len(named) > 40
+    missing = [
+        f"{page}: {path}::{name}"
+        for page, path, name in named
+        if not (REPO / path).exists() or name and f"def {name}(" not in (REPO / path).read_text()
+    ]
+    assert not missing, "\n".join(missing)
+
+
 def test_settings_are_told_with_their_defaults():
     """All of them, and no others; section `model` has too many."""
     sections = {name: keys for name, keys in asdict(Settings()).items() if name != "model"}
