@@ -53,7 +53,8 @@ def main() -> None:
         folder = Path(temporary)
         shutil.copytree(MADE, folder, dirs_exist_ok=True)
         write_documents(folder / "many", 10_000_000)
-        imports, found = [], {(run, name): [] for run in RUNS for name in checkouts}
+        imports: list[float] = []
+        found: dict[tuple[str, str], list[float]] = {(run, n): [] for run in RUNS for n in checkouts}
         for number in range(-1, options.rounds):  # the first compiles and fills caches of the disk
             order = list(checkouts.items())[:: 1 if number % 2 else -1]
             seconds = processor_time(folder, REPO, ["-c", IMPORTS], folder / "ready")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -15,7 +16,8 @@ from megatron_coe.checkpoint.manifest import (
     verify_files,
     write_manifest,
 )
-from megatron_coe.utils.fsynced import ALGORITHMS, DIGEST, digest_of
+from megatron_coe.utils.fsynced import ALGORITHMS, DIGEST, FileDigest, digest_of
+from megatron_coe.utils.imports import missing_package
 
 LARGE = bytes(range(256)) * 8192
 DIGESTS = {
@@ -151,6 +153,16 @@ def test_a_manifest_names_its_digest(folder, algorithm):
     (folder / MANIFEST_FILE).write_text(text.replace(algorithm, "sha3_256"))
     with pytest.raises(BadCheckpointError, match=r"names the digest 'sha3_256', which"):
         read_manifest(folder)
+
+
+def test_a_missing_package_makes_no_checkpoint_bad(folder, monkeypatch):
+    """An older one would be resumed from, as if this were damaged."""
+    large = FileDigest(len(LARGE), DIGESTS["xxh3_128"], "xxh3_128")
+    write_manifest(folder, 7, digest_folder(folder) | {"large": large})
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with pytest.raises(ModuleNotFoundError) as stopped:
+        verify_files(folder, read_manifest(folder))
+    assert "`pip install xxhash`" in str(missing_package(stopped.value))
 
 
 def test_without_a_manifest_the_fix_is_named(tmp_path):
