@@ -54,7 +54,7 @@ def main() -> None:
         shutil.copytree(MADE, folder, dirs_exist_ok=True)
         write_documents(folder / "many", 10_000_000)
         imports: list[float] = []
-        found: dict[tuple[str, str], list[float]] = {(run, n): [] for run in RUNS for n in checkouts}
+        found: dict[str, dict[str, list[float]]] = {run: {n: [] for n in checkouts} for run in RUNS}
         for number in range(-1, options.rounds):  # the first compiles and fills caches of the disk
             order = list(checkouts.items())[:: 1 if number % 2 else -1]
             seconds = processor_time(folder, REPO, ["-c", IMPORTS], folder / "ready")
@@ -66,11 +66,11 @@ def main() -> None:
                     arguments += ["log.dir=new", "checkpoint.save=new/checkpoints"]
                     ready = folder / "new" / "config.yaml"  # written last before the first step
                     seconds = processor_time(folder, checkout, arguments, ready)
-                    found[run, name] += [seconds] * (number >= 0)
+                    found[run][name] += [seconds] * (number >= 0)
     alone = statistics.median(imports)
     print(f"imports alone {alone:.2f} s of processor time; beyond them, until the first step:")
     for run in RUNS:
-        ours, theirs = (statistics.median(found[run, name]) - alone for name in checkouts)
+        ours, theirs = (statistics.median(found[run][name]) - alone for name in checkouts)
         print(f"{run}: {ours:.2f} s, the other {theirs:.2f} s, {ours / theirs:.2f} of it")
 
 
