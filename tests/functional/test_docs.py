@@ -101,7 +101,7 @@ def test_tests_that_pages_name_exist():
     missing = [
         f"{page}: {path}::{name}"
         for page, path, name in named
-        if not (REPO / path).exists() or name and f"def {name}(" not in (REPO / path).read_text()
+        if not (REPO / path).exists() or (name and f"def {name}(" not in (REPO / path).read_text())
     ]
     assert not missing, "\n".join(missing)
 
