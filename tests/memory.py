@@ -86,6 +86,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"freeze": ["*.experts.*"]},
         "parallel": SHARDED,
     },
+    "Muon": {"train": {"optimizer": "muon"}},
     "bf16": {"train": {"precision": "bf16"}, "parallel": SHARDED},
     "linear loss fusion": {"model": LINEAR},
     "linear loss fusion, multi-token prediction": {"model": {**LINEAR, "mtp_num_layers": 1}},

@@ -2,6 +2,7 @@
 
     optimizer.state.exp_avg.<weight>        Adam's moments, shaped and sharded as the weight
     optimizer.state.exp_avg_sq.<weight>
+    optimizer.state.momentum_buffer.<weight>  Muon's momentum, instead of these
     optimizer.state.fp32_param.<weight>     the fp32 masters of 16-bit weights
 
 Nothing else is saved: hyperparameters come from the settings, the step count from the run. What
@@ -25,6 +26,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_coe.distributed.muon import Muon
 from megatron_coe.distributed.train_state import complete_state
 
 _METADATA = {
@@ -83,7 +85,8 @@ class OptimizerState:
         )
         for part, state in self._parts():
             adam = state.get("optimizer", state)
-            if "state" in adam and isinstance(part.optimizer, torch.optim.Optimizer):
+            counts = isinstance(part.optimizer, torch.optim.Optimizer)
+            if "state" in adam and counts and not isinstance(part.optimizer, Muon):
                 adam["state"]["common_step"] = torch.tensor(float(step))
             if "param_state" in state and not self._has_masters:
                 weights = [weight for buffer in part.buffers for weight in buffer.param_index_map]

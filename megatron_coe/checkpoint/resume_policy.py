@@ -49,6 +49,7 @@ RULES: tuple[tuple[str, Policy], ...] = (
     ("train.rampup_batch_size", _REFUSED),
     ("train.precision", _REFUSED),
     ("train.freeze", _REFUSED),  # what was frozen has no moments in the checkpoint
+    ("train.optimizer", _REFUSED),  # each has a state of its own
     ("train.*", _PRINTED),
     ("model.backend", _SILENT),
     ("model.recompute_*", _SILENT),

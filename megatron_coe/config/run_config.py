@@ -117,6 +117,9 @@ class TrainSettings:
     """Decides initial weights, dropout and the order of the data."""
     precision: str = _choice("auto", "bf16", "fp32")
     """auto: bf16 on a GPU, fp32 on a CPU (where bf16 products are hundreds of times slower)."""
+    optimizer: str = _choice("adam", "muon")
+    """adam: AdamW; muon: Muon for matrices, those of experts too, and AdamW for embedding, output
+    layer, routers, norms and biases."""
     lr: float = _ruled(3e-4, POSITIVE)
     """The highest learning rate."""
     min_lr: float = _ruled(0.0, NOT_NEGATIVE)
@@ -146,6 +149,13 @@ class TrainSettings:
     """Decay of AdamW's second moment."""
     adam_eps: float = _ruled(1e-8, POSITIVE)
     """What AdamW adds to the root of the second moment."""
+    muon_momentum: float = _ruled(0.95, FRACTION)
+    """Decay of Muon's momentum."""
+    muon_num_ns_steps: int = _ruled(5, integer(1, 99))
+    """Steps of the Newton-Schulz iteration that orthogonalizes Muon's updates."""
+    muon_extra_scale_factor: float = _ruled(0.2, POSITIVE)
+    """Factor on Muon's updates, beside the root of a matrix's longer side; 0.2 gives them the size
+    of AdamW's."""
     freeze: list[str] = field(default_factory=list)
     """Patterns of the names of weights that are not trained, as `*.router.*`; one that begins with
     `!` excepts what it matches from those before it."""

@@ -81,6 +81,11 @@ def check_layout(settings: Settings, world_size: int) -> None:
         raise ValueError(
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true"
         )
+    if settings.train.optimizer == "muon" and parallel.use_distributed_optimizer:
+        raise ValueError(
+            "train.optimizer=muon with parallel.use_distributed_optimizer=true: Muon needs whole "
+            "matrices, and the distributed optimizer cuts them into ranges; leave one of them out"
+        )
     if parallel.overlap_param_gather and settings.train.ema_decay is not None:
         raise ValueError(
             f"train.ema_decay={settings.train.ema_decay} with parallel.overlap_param_gather=true: "

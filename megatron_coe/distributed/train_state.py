@@ -28,6 +28,7 @@ from torch.nn import Parameter
 
 from megatron_coe.config.run_config import ParallelSettings, TrainSettings
 from megatron_coe.distributed.lr_schedule import LRSchedule
+from megatron_coe.distributed.muon import Muon, get_muon_optimizer
 from megatron_coe.distributed.weight_average import WeightAverage
 from megatron_coe.megatron_compat.patches import complete_adam_state
 from megatron_coe.megatron_compat.recompute import prepare_recompute
@@ -147,7 +148,7 @@ def build_optimizer(
     parallel: ParallelSettings,
     train: TrainSettings,
 ) -> MegatronOptimizer:
-    """Build AdamW over fp32 main weights."""
+    """Build AdamW over fp32 main weights, with `train.optimizer=muon` Muon beside it."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -165,7 +166,10 @@ def build_optimizer(
     # The standard leaves one-dimensional parameters and biases without decay.
     standard: dict[ParamKey, Any] = get_standard_config_overrides(config)
     overrides = ({} if train.decay_all_parameters else standard) | lr_overrides(chunks, train)
-    optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
+    if train.optimizer == "muon":
+        optimizer = get_muon_optimizer(config, chunks, overrides, train)
+    else:
+        optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     fuse_update(optimizer)
     complete_state(optimizer)
     return optimizer
@@ -207,10 +211,12 @@ def fuse_update(optimizer: MegatronOptimizer) -> None:
 
 
 def complete_state(optimizer: MegatronOptimizer) -> None:
-    """Complete the state of torch's AdamW, with a step count for each parameter.
+    """Complete the state of Muon, and of torch's AdamW with a step count for each parameter.
 
     Torch makes the state at the first step, before which Megatron's optimizers can be neither saved
     nor loaded (`megatron_compat.patches` has more). Transformer Engine's needs nothing.
     """
     for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, Muon):
+            part.optimizer.complete_state()
         complete_adam_state(part.optimizer)

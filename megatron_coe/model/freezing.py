@@ -28,7 +28,7 @@ def is_frozen(name: str, patterns: Sequence[str]) -> bool:
 
 def frozen_weights(config: ModelShape, patterns: Sequence[str]) -> list[Weight]:
     """List the weights of a model that are frozen, as the table of its names has them."""
-    return [w for w in _parameters(config) if is_frozen(_name(w), patterns)] if patterns else []
+    return [w for w in _parameters(config) if is_frozen(weight_name(w), patterns)]
 
 
 def check_patterns(config: ModelShape, patterns: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def check_patterns(config: ModelShape, patterns: Sequence[str]) -> None:
 
     Nothing may be left to train, or layers are told apart that checkpoints store in one tensor.
     """
-    names = [_name(weight) for weight in _parameters(config)]
+    names = [weight_name(weight) for weight in _parameters(config)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
             raise ValueError(
@@ -50,7 +50,7 @@ def check_patterns(config: ModelShape, patterns: Sequence[str]) -> None:
         )
     of_layers: dict[str, set[bool]] = {}
     for weight in _parameters(config) if config.moe_layer_freq == 1 else ():
-        of_layers.setdefault(weight.keys[0], set()).add(is_frozen(_name(weight), patterns))
+        of_layers.setdefault(weight.keys[0], set()).add(is_frozen(weight_name(weight), patterns))
     for key, choices in of_layers.items():
         if len(choices) > 1:
             raise ValueError(
@@ -80,17 +80,17 @@ def global_names(model: GPTModel) -> dict[torch.nn.Parameter, str]:
     return {p: _global_name(model, name) for name, p in model.named_parameters()}
 
 
-def trained_names(config: ModelShape, frozen: Sequence[str] = ()) -> list[str]:
-    """List the names of a model's weights that are trained."""
-    names = [_name(weight) for weight in _parameters(config)]
-    return [name for name in names if not is_frozen(name, frozen)]
+def trained_weights(config: ModelShape, frozen: Sequence[str] = ()) -> dict[str, Weight]:
+    """Return the weights of a model that are trained, by name."""
+    named = {weight_name(weight): weight for weight in _parameters(config)}
+    return {name: weight for name, weight in named.items() if not is_frozen(name, frozen)}
 
 
 def _parameters(config: ModelShape) -> list[Weight]:
     return [weight for weight in weights(config) if not weight.keys[0].endswith(".expert_bias")]
 
 
-def _name(weight: Weight) -> str:
+def weight_name(weight: Weight) -> str:
     """Return the name of a weight of the table in Megatron's modules, with its layer."""
     name = weight.keys[0].replace(LAYERS, f"{LAYERS}{weight.layer}.", 1)
     return name.replace(".experts.experts.", ".experts.")

@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.nn import Parameter
 
 from megatron_coe.hf.weight_names import ModelShape
-from megatron_coe.model.freezing import global_names, trained_names
+from megatron_coe.model.freezing import global_names, trained_weights
 
 
 def lr_factor(name: str, factors: Mapping[str, float]) -> float:
@@ -30,7 +30,7 @@ def check_factors(
     config: ModelShape, factors: Mapping[str, float], frozen: Sequence[str] = ()
 ) -> None:
     """Raise ValueError for a pattern that matches no trained weight, or if all learn alike."""
-    names = trained_names(config, frozen)
+    names = list(trained_weights(config, frozen))
     for pattern in factors:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_coe.hf.weight_names import Weight
 from megatron_coe.model import flops
 from megatron_coe.model.freezing import frozen_weights
+from megatron_coe.model.matrices import matrix_weights
 from megatron_coe.planning.activations import loss_workspace, stage_activations
 from megatron_coe.planning.plan import Plan
 
@@ -63,8 +66,15 @@ def stage_params(plan: Plan, stage: int) -> tuple[int, int]:
 def trainable_params(plan: Plan, stage: int) -> tuple[int, int]:
     """Count those of `stage_params` that are trained: each has a gradient and optimizer state."""
     dense, expert = stage_params(plan, stage)
+    frozen = _held(plan, stage, frozen_weights(plan.model, plan.freeze) if plan.freeze else [])
+    return dense - frozen[0], expert - frozen[1]
+
+
+def _held(plan: Plan, stage: int, chosen: Iterable[Weight]) -> tuple[int, int]:
+    """Count the parameters, as `stage_params` does, that a rank holds of some weights."""
+    dense = expert = 0
     model, last = plan.model, plan.model.pipeline_model_parallel_size - 1
-    for weight in frozen_weights(model, plan.freeze):
+    for weight in chosen:
         name = weight.keys[0]
         if weight.layer is not None:
             is_here = weight.layer in plan.layer_numbers[stage]
@@ -76,11 +86,11 @@ def trainable_params(plan: Plan, stage: int) -> tuple[int, int]:
         if weight.padded:
             size = model.padded_vocab_size * model.hidden_size
         if weight.experts:
-            expert -= size // (plan.layout.expert_tp * model.expert_model_parallel_size)
+            expert += size // (plan.layout.expert_tp * model.expert_model_parallel_size)
         elif any(part in name for part in _REPLICATED):
-            dense -= size
+            dense += size
         else:
-            dense -= size // model.tensor_model_parallel_size
+            dense += size // model.tensor_model_parallel_size
     return dense, expert
 
 
@@ -97,6 +107,8 @@ def stage_memory(plan: Plan, stage: int) -> Memory:
         )
     else:
         optimizer = state * (trained_dense + trained_expert)
+    if plan.optimizer == "muon":  # one moment of matrices
+        optimizer -= 4 * sum(_held(plan, stage, matrix_weights(plan.model, plan.freeze).values()))
     if plan.averages:  # in fp32, whole on each rank
         optimizer += 4 * (trained_dense + trained_expert)
     is_last = stage == plan.model.pipeline_model_parallel_size - 1

@@ -35,6 +35,7 @@ class Plan:
     """Whether a moving average of the weights is kept."""
     freeze: tuple[str, ...] = ()
     """Patterns of the weights that are not trained (`model.freezing`)."""
+    optimizer: str = "adam"
 
     @property
     def element_size(self) -> int:

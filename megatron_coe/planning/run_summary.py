@@ -43,6 +43,7 @@ def plan_of(
         on_gpu=on_gpu,
         averages=train.ema_decay is not None,
         freeze=tuple(train.freeze),
+        optimizer=train.optimizer,
     )
 
 

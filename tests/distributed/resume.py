@@ -30,6 +30,7 @@ def settings_of(layout: str, folder: str, asynchronous: bool) -> Settings:
     Batches of 8, 8, 16 and 16 sequences; the rate falls during the last two.
     """
     assert BATCH == 16
+    layout, _, optimizer = layout.partition(" ")
     settings = parity.layout_settings(
         layout,
         steps=STEPS,
@@ -37,6 +38,8 @@ def settings_of(layout: str, folder: str, asynchronous: bool) -> Settings:
         rampup_batch_size=[8, 8, 16],
         lr_decay_style="WSD",
         lr_wsd_decay_steps=2,
+        lr_mult={"*.router.*": 0.5},
+        optimizer=optimizer or "adam",
     )
     settings.train.lr_mult = {"*.router.*": 0.5}
     settings.model |= DROPOUT

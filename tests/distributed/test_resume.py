@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.launch import launch
 from tests.distributed.layouts import WORLDS
 
-QUICK = ["TP2·EP2·ETP1·DO·MB4", "PP2·MB4"]  # a quarter of the passes
+QUICK = ["TP2·EP2·ETP1·DO·MB4", "PP2·MB4 muon"]  # a quarter of the passes
 ALL = WORLDS[4]
 
 

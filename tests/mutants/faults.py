@@ -33,6 +33,7 @@ COLLECT = "megatron_coe/analysis/collect.py"
 OF_EXPERIMENTS = ("tests/unit/experiments/test_claims.py",)
 OF_LAYER = ("tests/unit/model/moe/test_layer.py",)
 OF_MTP = ("tests/unit/conversion/test_mtp.py",)
+OF_MUON = ("tests/unit/distributed/test_muon.py",)
 OF_METRICS = ("tests/distributed/test_metrics.py",)
 OF_ROUTING_STATS = ("tests/unit/model/moe/test_routing_stats.py",)
 OF_ROUTER = ("tests/unit/model/moe/test_router.py",)
@@ -1193,5 +1194,26 @@ FAULTS = [
         '"min_lr": train.min_lr * factor',
         '"min_lr": train.min_lr',
         ("tests/unit/model/test_learning_rates.py",),
+    ),
+    Fault(
+        "Muon takes gate over up of an expert for one matrix",
+        "megatron_coe/distributed/muon.py",
+        "parts = list(self.weight.split(update[None] if is_one_expert else update))",
+        "parts = list(update[None] if is_one_expert or update.dim() == 2 else update)",
+        OF_MUON,
+    ),
+    Fault(
+        "Muon orthogonalizes a rank's shard of a matrix",
+        "megatron_coe/distributed/muon.py",
+        "whole = self._gathered(stacked, shape)",
+        "whole = stacked",
+        ("tests/distributed/test_muon.py",),
+    ),
+    Fault(
+        "Muon updates routers",
+        "megatron_coe/model/matrices.py",
+        'and ".router." not in name',
+        "and True",
+        OF_MUON,
     ),
 ]
