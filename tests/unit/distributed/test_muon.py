@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_coe.checkpoint.resume_policy import Policy, policy_of
 from megatron_coe.checkpoint.state import load_checkpoint
 from megatron_coe.config.run_config import Settings
 from megatron_coe.config.validation import check_layout
@@ -195,6 +196,10 @@ def test_factors_on_the_learning_rate_scale_the_update(single_rank) -> None:
         factor = 0.25 if ".linear_proj." in name else 1.0
         expected = factor * (weights(plain)[name] - before[name])
         torch.testing.assert_close(tensor - before[name], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_another_optimizer_is_refused_on_resume() -> None:
+    assert policy_of("train.optimizer") is Policy.REFUSED
 
 
 def test_the_distributed_optimizer_is_refused() -> None:
