@@ -85,6 +85,8 @@ class Checkpointer:
         self.data = data
         self.content = dict(content or {})
         self.needed = needed
+        self.on_complete: Callable[[Path, int], Collection[Path]] = lambda checkpoint, step: ()
+        """Told of every complete checkpoint, on rank 0; returns those that must not be deleted."""
         self._pending: _Pending | None = None
         self._resumed_from: int | None = None
         self._loadable: dict[Path, bool] = {}
@@ -208,7 +210,7 @@ class Checkpointer:
             self.options.keep_latest,
             self.options.keep_every,
             self._is_loadable,
-            self.needed,
+            [*self.needed, *self.on_complete(checkpoint, step)],
         )
         for error in errors:
             print(

@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "convert a checkpoint to a Hugging Face folder, or back",
     "upcycle": "start a CoE model from a pretrained MoE",
     "generate": "continue prompts with a model",
+    "score": "ask a model held-out questions",
     "serve": "serve a model with vLLM",
     "plan": "rank the layouts of a model on a number of GPUs",
     "estimate": "print parameters, FLOPs and memory of a model",

@@ -211,6 +211,20 @@ class CheckpointSettings:
     memory as the rank's share of the checkpoint."""
     allow_config_changes: list[str] = field(default_factory=list)
     """Settings that may differ from the checkpoint's although the change would be refused."""
+    hf_interval: int = _ruled(0, NOT_NEGATIVE)
+    """Steps between exports of checkpoints to Hugging Face folders, `log.dir`/hf/step_…, by another
+    process while training continues; a multiple of `save_interval`. The last step is exported too.
+    0: none."""
+    hf_keep_latest: int | None = _ruled(None, POSITIVE)
+    """How many of the newest exported folders are kept; None: all."""
+    score_file: str | None = None
+    """JSON lines of held-out questions (`messages`, or `query` and `response`) that each exported
+    model answers, greedily on the host's processor; the share of right answers is the metric
+    `exact_match`. None: none."""
+    score_samples: int | None = _ruled(128, POSITIVE)
+    """How many questions, the first ones of the file; None: all."""
+    score_max_new_tokens: int = _ruled(128, POSITIVE)
+    """The longest answer, in tokens."""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 
 from megatron_coe.config.run_config import (
+    CheckpointSettings,
     DataSettings,
     LogSettings,
     ParallelSettings,
@@ -40,6 +41,7 @@ def check_values(settings: Settings) -> None:
     _check_rampup(settings.train)
     _check_lr_schedule(settings.train)
     _check_data(settings.data)
+    _check_exports(settings.checkpoint)
     _check_profile(settings.log)
 
 
@@ -273,6 +275,25 @@ def _check_data(data: DataSettings) -> None:
     if any(not weight >= 0 for weight in weights) or not any(weights):
         raise ValueError(
             f"data.train_weights={weights}: each must be 0 or more, and one of them greater than 0"
+        )
+
+
+def _check_exports(options: CheckpointSettings) -> None:
+    exports, saves = options.hf_interval, options.save_interval
+    if exports and options.save is None:
+        raise ValueError(
+            f"checkpoint.hf_interval={exports} exports checkpoints, and checkpoint.save=null "
+            "writes none: name a folder"
+        )
+    if exports and (not saves or exports % saves):
+        raise ValueError(
+            f"checkpoint.hf_interval={exports}: must be a multiple of checkpoint.save_interval="
+            f"{saves}, whose checkpoints are exported"
+        )
+    if options.score_file is not None and not exports:
+        raise ValueError(
+            f"checkpoint.score_file={options.score_file} scores exported models: set "
+            "checkpoint.hf_interval"
         )
 
 

@@ -19,7 +19,8 @@ RANK_FAILURE = 70
 """`EX_SOFTWARE`: a rank hung, died or failed; the message names it."""
 
 NOT_WRITTEN = 74
-"""`EX_IOERR`: a checkpoint could not be written; earlier ones are intact."""
+"""`EX_IOERR`: a checkpoint could not be written; earlier ones are intact. Also: all steps are done
+and saved, and an export to a Hugging Face folder has failed."""
 
 PREEMPTED = 75
 """`EX_TEMPFAIL`: a signal ended the run with everything saved. The same command resumes it, and

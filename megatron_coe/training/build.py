@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,12 +41,14 @@ from megatron_coe.model.provider import CoEModelProvider
 from megatron_coe.planning.run_summary import describe_sizes, plan_of
 from megatron_coe.training.banner import banner, describe_data, summarize_data
 from megatron_coe.training.batch_source import BatchSource, explained_worker_deaths
+from megatron_coe.training.hf_export import HfExporter
 from megatron_coe.training.metrics_logger import MetricsLogger, NullLogger
 from megatron_coe.training.out_of_memory import explained, memory_remedies
 from megatron_coe.training.preflight import (
     aux_loss_warning,
     check_folders,
     check_frozen,
+    check_questions,
     data_arguments,
 )
 from megatron_coe.training.profiling import StepProfiler
@@ -85,6 +87,7 @@ def check_run(settings: Settings, saves: bool = True, dry: bool = False) -> Pref
     data, parallel, train = settings.data, settings.parallel, settings.train
     warnings = [refuse_unused_gpus()]
     check_sinks(settings.log)
+    check_questions(settings.checkpoint)
     device = backends.prepare()
     tokenizer = load_tokenizer(data.tokenizer)
     provider = build_provider(settings, device, tokenizer.vocab_size)
@@ -150,6 +153,7 @@ def trainer(
         heartbeat.enter(phase)
 
     with (
+        ExitStack() as outlasting,  # what comes after the processes have parted
         watched(store, timeout_s, heartbeat, raised_together=(RunEndedError, CheckpointWriteError)),
         explained(heartbeat, memory_remedies(settings.model, parallel, train)),
         explained_worker_deaths(settings.data.num_workers),
@@ -190,23 +194,44 @@ def trainer(
         if metrics_logger.is_enabled:
             for text in _describe_begin(settings, found, per_epoch, validator, start, changes):
                 metrics_logger.log(text)
-        failed = True
+        built = Trainer(
+            settings=train,
+            train_state=train_state,
+            source=train_source,
+            validator=validator,
+            progress=progress,
+            metrics_logger=metrics_logger,
+            checkpointer=checkpointer,
+            profiler=StepProfiler(settings.log, enabled=is_rank_0()),
+            heartbeat=heartbeat,
+            exporter=None if must_resume else _make_exporter(settings, metrics_logger, progress),
+        )
+        if built.exporter:
+            checkpointer.on_complete = built.exporter.offer
         try:
-            yield Trainer(
-                settings=train,
-                train_state=train_state,
-                source=train_source,
-                validator=validator,
-                progress=progress,
-                metrics_logger=metrics_logger,
-                checkpointer=checkpointer,
-                profiler=StepProfiler(settings.log, enabled=is_rank_0()),
-                heartbeat=heartbeat,
-            )
-            failed = False
+            yield built
+        except BaseException:
+            if built.exporter:
+                built.exporter.cancel()
+            metrics_logger.close(failed=True)
+            raise
         finally:
             train_source.close()
-            metrics_logger.close(failed)
+        outlasting.callback(metrics_logger.close)
+        outlasting.callback(built.record_exports, lambda: stop.received is not None)
+
+
+def _make_exporter(
+    settings: Settings, metrics_logger: NullLogger, progress: Progress
+) -> HfExporter | None:
+    """Return what exports checkpoints, on rank 0, with what an earlier start owes under way."""
+    options = settings.checkpoint
+    if not (options.hf_interval and is_rank_0()):
+        return None
+    run, last = Path(settings.log.dir), settings.train.steps
+    exporter = HfExporter(options, run, last, metrics_logger.log)
+    exporter.resume(progress.step, metrics_logger.has)
+    return exporter
 
 
 def _make_checkpointer(

@@ -24,6 +24,7 @@ from megatron_coe.utils.run_files import METRICS_FILE
 _CONSOLE: dict[str, Callable[[float], str]] = {
     "train_loss": "loss {:.4f}".format,
     "valid_loss": "valid loss {:.4f}".format,
+    "exact_match": "exact match {:.3f}".format,
     "unigram_entropy": "unigram entropy {:.4f}".format,
     "lr": "lr {:.3e}".format,
     "grad_norm": "grad norm {:.3f}".format,

@@ -9,7 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
+from megatron_coe.config.run_config import (
+    CheckpointSettings,
+    DataSettings,
+    ParallelSettings,
+    TrainSettings,
+)
 from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.config.validation import num_microbatches, smallest_world_size, world_size
 from megatron_coe.data.tokenizer import Tokenizer
@@ -64,6 +69,18 @@ def aux_loss_warning(
             "global batch; a larger train.micro_batch_size comes nearer to that"
         )
     return None
+
+
+def check_questions(options: CheckpointSettings) -> None:
+    """Raise ValueError if `checkpoint.score_file` cannot be read or does not hold questions."""
+    if options.score_file is None:
+        return
+    from megatron_coe.data.questions import read_questions  # others do without its imports
+
+    try:
+        read_questions(Path(options.score_file), options.score_samples)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"checkpoint.score_file: {error}") from error
 
 
 def training_sets(data: DataSettings) -> list[str]:

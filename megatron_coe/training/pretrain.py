@@ -81,9 +81,9 @@ def pretrain(request: Request) -> int:
                 trainer.validate()
                 return DONE
             reason = trainer.run(stop)
-            if reason is None:
-                return DONE
+        if reason is not None:
             return status_of(reason, saves=trainer.checkpointer.options.save is not None)
+        return NOT_WRITTEN if trainer.has_failed_exports else DONE
     except KeyboardInterrupt:
         print(f"\n{request.name}: stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_coe.checkpoint.checkpointer import Checkpointer
 from megatron_coe.checkpoint.state import Progress
-from megatron_coe.config.run_config import TrainSettings
+from megatron_coe.config.run_config import TrainSettings, is_multiple
 from megatron_coe.distributed.train_state import TrainState
 from megatron_coe.fault_tolerance.exceptions import NotFiniteError
 from megatron_coe.fault_tolerance.heartbeat import SAVING, Heartbeat
 from megatron_coe.fault_tolerance.loss_spikes import LossSpikeDetector
 from megatron_coe.fault_tolerance.signals import StopRequest
 from megatron_coe.training.batch_source import BatchSource
+from megatron_coe.training.hf_export import HfExporter
 from megatron_coe.training.metrics_logger import NullLogger
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.step import TrainStep
@@ -37,6 +39,7 @@ class Trainer:
         checkpointer: writes checkpoints when they are due.
         profiler: traces the steps that `log.profile_steps` names.
         heartbeat: notes what this rank is doing.
+        exporter: exports complete checkpoints, on rank 0; None: there is nothing to export.
     """
 
     settings: TrainSettings
@@ -48,6 +51,7 @@ class Trainer:
     checkpointer: Checkpointer
     profiler: StepProfiler
     heartbeat: Heartbeat
+    exporter: HfExporter | None = None
 
     def __post_init__(self) -> None:
         self.heartbeat.track(self.train_state.chunks)
@@ -78,6 +82,7 @@ class Trainer:
         # A validation that a signal cut short is owed: the next round makes it, and no step.
         while owed or self.progress.step < self.last_step:
             self._complete_save(wait=False)
+            self.record_exports()
             if reason := stop.received_on_any_rank(self.source.device):
                 return self._end(reason)
             record = {} if owed else self._train()
@@ -97,7 +102,7 @@ class Trainer:
 
     def step(self) -> StepMetrics:
         """Make one update of the weights. Raises: NotFiniteError, as `TrainStep.run`."""
-        is_logged = self.metrics_logger.is_due(self.progress.step + 1)
+        is_logged = self._is_logged(self.progress.step + 1)
         with self.train_step.collector.timing(is_logged):
             outcome = self.train_step.run(self.progress, is_logged)
         self._seconds += outcome.seconds
@@ -124,6 +129,23 @@ class Trainer:
         self.checkpointer.save(self.train_state, self.progress)
         self._saved_step = self.progress.step
 
+    def record_exports(self, is_stopped: Callable[[], bool] | None = None) -> None:
+        """Record the scores of exports that are done.
+
+        Args:
+            is_stopped: wait for all exports, until this is true.
+        """
+        if self.exporter:
+            exporter = self.exporter
+            found = exporter.finish(is_stopped) if is_stopped else exporter.results()
+            for step, values in found:
+                self.metrics_logger.record(step, values)
+
+    @property
+    def has_failed_exports(self) -> bool:
+        """Return whether an export has failed, as rank 0 knows."""
+        return self.exporter is not None and self.exporter.failures > 0
+
     @property
     def last_step(self) -> int:
         """The step at which this process ends."""
@@ -144,7 +166,7 @@ class Trainer:
         if outcome.skipped:
             self.metrics_logger.log(f"warning: {outcome.skipped}: skipped")
             return {"skipped_steps": self.progress.skipped}
-        if self.metrics_logger.is_due(step):
+        if self._is_logged(step):
             record = self.metrics(outcome)
             if straggler := self._straggler.notice(step, record):
                 self.metrics_logger.log(straggler)
@@ -156,7 +178,14 @@ class Trainer:
             )
         return record
 
+    def _is_logged(self, step: int) -> bool:
+        """Return whether a step has a record, as one that is exported must."""
+        exports = self.checkpointer.options.hf_interval
+        return self.metrics_logger.is_due(step) or is_multiple(step, exports)
+
     def _end(self, reason: signal.Signals) -> signal.Signals:
+        if self.exporter:
+            self.exporter.cancel()
         self._save_if_new()
         self._complete_save(wait=True)
         self.metrics_logger.log(f"stopped by {reason.name} after step {self.progress.step}")

@@ -3,6 +3,7 @@
     <run>/config.yaml               the settings of the latest start
     <run>/machine.json              what that ran on
     <run>/metrics.jsonl             the metrics, one record a line
+    <run>/hf/step_<step>/           an exported checkpoint (`checkpoint.hf_interval`)
     <run>/checkpoints/latest        name of the newest checkpoint, for people and scripts
     <run>/checkpoints/step_<step>/  a checkpoint (see `megatron_coe.checkpoint`)
 
@@ -18,6 +19,7 @@ CONFIG_FILE = "config.yaml"
 MACHINE_FILE = "machine.json"
 METRICS_FILE = "metrics.jsonl"
 LATEST_FILE = "latest"
+EXPORTS_FOLDER = "hf"
 
 # In a checkpoint.
 COMMON_FILE = "common.pt"

@@ -1154,6 +1154,20 @@ FAULTS = [
         ("tests/unit/training/test_metrics_logger.py",),
     ),
     Fault(
+        "a checkpoint that is to be exported may be deleted",
+        "megatron_coe/training/hf_export.py",
+        "return [job.checkpoint for job in (self._job, self._waiting) if job]",
+        "return [job.checkpoint for job in (self._job,) if job]",
+        ("tests/unit/training/test_hf_export.py",),
+    ),
+    Fault(
+        "prompts of a batch are padded on the right",
+        "megatron_coe/analysis/exact_match.py",
+        "rows = [[padding or 0] * (longest - len(ids)) + ids for ids in prompts]",
+        "rows = [ids + [padding or 0] * (longest - len(ids)) for ids in prompts]",
+        ("tests/unit/analysis/test_exact_match.py",),
+    ),
+    Fault(
         "vLLM's model has an expert's gate and up projections exchanged",
         "megatron_coe/integrations/vllm/weights.py",
         '"gate_proj": "w1", "up_proj": "w3"',
