@@ -17,8 +17,8 @@ class BatchSchedule:
     """The global batch size of each step: constant, or ramped up as Megatron does.
 
     From `start` it grows by `increment` at equal distances, in sequences consumed, and is `final`
-    once `ramp_samples` are (`megatron.core.num_microbatches_calculator`, whose floating-point
-    division sometimes grows it a step later).
+    once `ramp_samples` are. So it is in `megatron.core.num_microbatches_calculator` of 0.16, whose
+    floating-point division sometimes grows it a step later; 0.19's ignores the setting.
     """
 
     start: int

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator as megatrons
 
 from megatron_coe.config.run_config import TrainSettings
 from megatron_coe.config.schedules import BatchSchedule, LRSpans, batch_schedule, lr_spans
 
 
+def calculator_of(batches: BatchSchedule) -> megatrons.NumMicroBatchesCalculator:
+    """0.16's ramp, or 0.19's steps, which it has instead, at the places where it grows."""
+    start, increment, samples = batches.start, batches.increment, batches.ramp_samples
+    if hasattr(megatrons, "RampupBatchsizeNumMicroBatchesCalculator"):
+        return megatrons.RampupBatchsizeNumMicroBatchesCalculator(
+            batches.final, 1, 1, False, 0, start, increment, samples
+        )
+    levels = (batches.final - start) // increment
+    # A later increment at the same place takes that of an earlier one.
+    places = {math.ceil(samples * k / levels): start + k * increment for k in range(levels + 1)}
+    schedule = " ".join(f"{place}:{size}" for place, size in places.items())
+    return megatrons.StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, schedule)
+
+
 def by_megatron(batches: BatchSchedule, steps: int) -> list[int]:
     """The size of each step, as its training loop would ask for it."""
-    calculator = RampupBatchsizeNumMicroBatchesCalculator(
-        batches.final, 1, 1, False, 0, batches.start, batches.increment, batches.ramp_samples
-    )
+    calculator = calculator_of(batches)
     sizes: list[int] = []
     for _ in range(steps):
         calculator.update(sum(sizes), consistency_check=True)
