@@ -53,6 +53,10 @@ def training_plots(run: Run) -> Iterator[tuple[str, Figure, str]]:
     if speed:
         titles = ", ".join(panel.title for panel in speed)
         yield "speed", draw(run, speed), f"Over steps: {titles}."
+    sets = {name.split("/")[1]: name for name in recorded if name.startswith("valid_loss/")}
+    if sets:
+        title = "validation loss by set"
+        yield "held_out", draw(run, [Panel(title, sets)]), "Validation loss of each held-out set."
     groups = {name.split("/")[1]: name for name in recorded if name.startswith("grad_norm/")}
     if groups:
         title = "gradient norm by group"

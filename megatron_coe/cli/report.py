@@ -22,6 +22,7 @@ from megatron_coe.utils.imports import missing_package, quiet_megatron
 
 with required():
     from megatron_coe.analysis.runs import Run
+    from megatron_coe.config.run_config import held_out_sets
 
 if TYPE_CHECKING:
     from megatron_coe.analysis.results import Analysis
@@ -57,9 +58,15 @@ def can_be_analyzed(the_run: Run) -> bool:
     """Return whether there are checkpoints beside the metrics, and held-out data where it was."""
     from megatron_coe.checkpoint.directory import find_checkpoints
 
-    data = the_run.settings.data.valid
+    data = held_out(the_run)
     there = bool(data) and all(Path(f"{prefix}.idx").is_file() for prefix in data)
     return there and bool(find_checkpoints(the_run.metrics.parent / "checkpoints"))
+
+
+def held_out(the_run: Run) -> list[Path]:
+    """Return the prefixes of the run's held-out sets, one after the other."""
+    sets = held_out_sets(the_run.settings.data)
+    return [Path(prefix) for prefixes in sets.values() for prefix in prefixes]
 
 
 def analyze(the_run: Run, output: Path) -> Analysis:
@@ -79,7 +86,7 @@ def analyze(the_run: Run, output: Path) -> Analysis:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = Source(tuple(map(Path, the_run.settings.data.valid)), Fields())
+    source = Source(tuple(held_out(the_run)), Fields())
     device = generation.choose_device("auto")
     found = analyze(the_run.metrics.parent, source, PermutationTest(), device=device, control=True)
     found.write(output)

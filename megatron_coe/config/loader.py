@@ -182,7 +182,7 @@ def _parse_override(override: str) -> DictConfig:
 def _merge(base: DictConfig, content: DictConfig, source: str) -> DictConfig:
     """Merge `content` over `base`; an error names the source, the key and a better name."""
     try:
-        merged = OmegaConf.merge(base, content)
+        merged = OmegaConf.merge(_without_other_form(base, content), content)
     except ConfigKeyError as error:
         key = str(error.full_key)
         section, _, name = key.rpartition(".")
@@ -197,6 +197,23 @@ def _merge(base: DictConfig, content: DictConfig, source: str) -> DictConfig:
         ) from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _without_other_form(base: DictConfig, content: DictConfig) -> DictConfig:
+    """Return `base` without a `data.valid` of another form than `content` has.
+
+    It is a list or a mapping, and OmegaConf merges neither into the other.
+    """
+    forms = []
+    for settings in (base, content):
+        written: Any = OmegaConf.to_container(settings, resolve=False)
+        data = written.get("data")
+        forms.append(type(data.get("valid")) if isinstance(data, dict) else None)
+    if set(forms) != {list, dict}:
+        return base
+    replaced = base.copy()
+    replaced.data.valid = None
+    return replaced
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ checks them all, and what they must be to one another.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -38,6 +39,44 @@ def _choice(*values: str) -> str:
     requires, wants one before that.
     """
     return _ruled(values[0], one_of(*values))
+
+
+def _are_prefixes(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(prefix, str) for prefix in value)
+
+
+def _are_held_out_sets(value: object) -> bool:
+    if not isinstance(value, dict):
+        return _are_prefixes(value)
+    named = all(isinstance(name, str) and re.fullmatch(_SET_NAME, name) for name in value)
+    return named and all(isinstance(of, str) or _are_prefixes(of) for of in value.values())
+
+
+_SET_NAME = r"[\w.-]+"
+_PREFIXES = {"type": "array", "items": {"type": "string"}}
+_HELD_OUT_SETS = ValueRule(
+    _are_held_out_sets,
+    "a list of prefixes, or a mapping of names (letters, digits, _ . -) to prefixes",
+    {
+        "anyOf": [
+            _PREFIXES,
+            {
+                "type": "object",
+                "propertyNames": {"pattern": f"^{_SET_NAME}$"},
+                "additionalProperties": {"anyOf": [{"type": "string"}, _PREFIXES]},
+            },
+        ]
+    },
+)
+_SHARE = r"\s*(\d+\.?\d*|\.\d+)\s*"
+_SPLIT = ValueRule(
+    lambda value: (
+        re.fullmatch(f"{_SHARE},{_SHARE}(,{_SHARE})?", value) is not None
+        and float(value.split(",")[0]) > 0
+    ),
+    "two or three numbers with commas between them, as '969, 30, 1', and the first not 0",
+    {"anyOf": [{"type": "string", "pattern": f"^{_SHARE},{_SHARE}(,{_SHARE})?$"}]},
+)
 
 
 @dataclass
@@ -80,8 +119,12 @@ class DataSettings:
     train_weights: list[float] | None = None
     """How much is drawn from each training set, in any unit (0: it is not read); None: from each
     its own size."""
-    valid: list[str] = field(default_factory=list)
-    """Prefixes of the held-out sets; empty: no validation."""
+    valid: Any = field(default_factory=list, metadata={"rule": _HELD_OUT_SETS})
+    """Prefixes of the held-out data; or several sets of it, whose losses are reported apart, as a
+    mapping of a name to its prefix or prefixes. Empty: no validation."""
+    split: str | None = _ruled(None, _SPLIT)
+    """In place of `valid`, what parts of each training set's documents, from the first on, are
+    trained on, held out, and left alone, as Megatron's `969, 30, 1`."""
     mode: str = _choice("packed", "padded", "packed_documents")
     """packed: documents joined and cut every seq_length tokens; padded: one document per
     sequence, cut on the right and padded, padding left out of the loss (the paper's way);
@@ -94,6 +137,12 @@ class DataSettings:
     num_workers: int = _ruled(0, NOT_NEGATIVE)
     """Processes of each rank that prepare training batches ahead, into pinned memory on a GPU, the
     same batches for any number; 0: the rank reads them itself, between two steps."""
+
+
+def held_out_sets(data: DataSettings) -> dict[str, list[str]]:
+    """Return the prefixes of each held-out set of `data.valid` by name; a list is one set, ""."""
+    named = data.valid if isinstance(data.valid, dict) else {"": data.valid} if data.valid else {}
+    return {name: [of] if isinstance(of, str) else list(of) for name, of in named.items()}
 
 
 @dataclass
@@ -170,7 +219,8 @@ class TrainSettings:
     eval_interval: int = _ruled(0, NOT_NEGATIVE)
     """Steps between validations; 0: only at the end."""
     eval_samples: int | None = _ruled(None, POSITIVE)
-    """How many held-out sequences are used, the same first ones each time; None: all."""
+    """How many held-out sequences of each set are used, the same first ones each time; None:
+    all."""
     deterministic: bool = True
     """On a GPU, use kernels whose sums have a fixed order: the same command, the same bits."""
     on_nonfinite: str = _choice("stop", "skip")

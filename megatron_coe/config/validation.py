@@ -14,6 +14,7 @@ from megatron_coe.config.run_config import (
     ParallelSettings,
     Settings,
     TrainSettings,
+    held_out_sets,
 )
 from megatron_coe.config.schedules import lr_spans
 from megatron_coe.model import parallelism as layouts
@@ -58,10 +59,11 @@ def check_files_named(settings: Settings, held_out: bool = False) -> None:
         )
     if not data.train:
         raise ValueError("data.train is empty: name at least one data set")
-    for key in ("train", "valid"):
-        if not all(getattr(data, key)):
+    sets = held_out_sets(data)
+    for key, prefixes in (("train", [data.train]), ("valid", list(sets.values()))):
+        if not all(of and all(of) for of in prefixes):
             raise ValueError(f"data.{key}={getattr(data, key)}: holds an empty name")
-    if held_out and not data.valid:
+    if held_out and not sets and data.split is None:
         raise ValueError("data.valid is empty: name the held-out data to validate on")
 
 
@@ -264,6 +266,10 @@ def _given_once(train: TrainSettings, in_steps: str, in_samples: str) -> str | N
 
 
 def _check_data(data: DataSettings) -> None:
+    if data.split is not None and data.valid:
+        raise ValueError(
+            f"data.split={data.split!r} and data.valid={data.valid}: both hold data out; give one"
+        )
     weights = data.train_weights
     if weights is None:
         return

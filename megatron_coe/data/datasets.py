@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,10 @@ import numpy as np
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
@@ -46,11 +51,15 @@ from megatron_coe.data.indexed import (
     document_lengths,
     inspect,
     non_empty,
+    sequence_lengths,
 )
 from megatron_coe.data.packing import pack_documents
 from megatron_coe.data.tokenizer import Tokenizer
 
 Mode = Literal["packed", "padded", "packed_documents"]
+Part = tuple[float, float]
+"""Documents of a file, from one share of them up to another."""
+WHOLE: Part = (0.0, 1.0)
 
 # Validation samples must not depend on the seed of a run.
 VALIDATION_SEED = 0
@@ -63,6 +72,8 @@ class DocumentsConfig(GPTDatasetConfig):
 
     pad_seq_to_mult: int = 1
     """Each document is padded to a multiple of this."""
+    part: Part = WHOLE
+    """The documents of each file that are read."""
 
 
 class PackedDataset(GPTDataset):
@@ -238,6 +249,17 @@ class _Builder(BlendedMegatronDatasetBuilder):
             args = (*arguments, replace(config, path_to_cache=None))
         return cls(*args)
 
+    def _build_megatron_dataset_splits(
+        self,
+        dataset_path: str | None,
+        split: list[Any],
+        sizes: list[int],
+        synchronize_ranks: bool = True,
+    ) -> list[MegatronDataset | None]:
+        """Build a file's datasets of the part of its documents that the configuration names."""
+        parts = [None if whole is None else self.config.part for whole in split]
+        return super()._build_megatron_dataset_splits(dataset_path, parts, sizes, synchronize_ranks)
+
     def _build_megatron_datasets_parallel(
         self, prefixes: list[str], split: list[float], sizes_per_dataset: list[list[int]]
     ) -> list[list[MegatronDataset | None]]:
@@ -256,19 +278,45 @@ KINDS: dict[str, type[MegatronDataset]] = {
 """The dataset of each mode."""
 
 
-def build_datasets(
+def split_parts(split: str | None) -> tuple[Part, Part | None]:
+    """Return the part of each training set that is trained on, and the one that is held out.
+
+    Args:
+        split: as `data.split`; None: all is trained on.
+    """
+    if split is None:
+        return WHOLE, None
+    train, valid, _ = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return train, valid
+
+
+def build_datasets(*, valid: Sequence[str], **options: Any) -> tuple[Dataset, Dataset | None]:
+    """Build the training and the validation dataset, where there is one held-out set or none.
+
+    Args:
+        valid: prefixes of the held-out data; none: no validation dataset.
+        options: as for `build_dataset_sets`.
+
+    Raises: as `build_dataset_sets`.
+    """
+    train_set, sets = build_dataset_sets(valid={"": valid} if valid else {}, **options)
+    return train_set, sets.get("")
+
+
+def build_dataset_sets(
     *,
     train: Sequence[str | tuple[str, float]],
-    valid: Sequence[str],
+    valid: Mapping[str, Sequence[str]],
     tokenizer: Tokenizer,
     seq_length: int,
     mode: Mode,
     num_samples: tuple[int, int | None],
     seed: int,
     pad_seq_to_mult: int = 1,
+    split: str | None = None,
     cache_dir: str | Path | None = None,
-) -> tuple[Dataset, Dataset | None]:
-    """Build the training and the validation dataset, the same on every rank in any layout.
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Build the training and the validation datasets, the same on every rank in any layout.
 
     With torch.distributed initialized it is a collective of all ranks.
 
@@ -276,16 +324,18 @@ def build_datasets(
         train: prefixes of `.bin/.idx` pairs, all with a weight in the blend or none: then each is
             drawn in proportion to its size (documents in mode `padded`, otherwise tokens). A pair
             of weight 0 is not read.
-        valid: prefixes of the held-out data; none: no validation dataset.
+        valid: prefixes of each held-out set, by its name.
         seq_length: S, input positions of a sample.
         num_samples: training samples, for which the data is repeated as often as needed (the
-            dataset may be slightly longer); validation samples, at most one epoch (None: all).
+            dataset may be slightly longer); validation samples of each set, at most one epoch
+            (None: all).
         seed: order of the training samples; validation does not depend on it.
         pad_seq_to_mult: in mode `packed_documents`, documents are padded to a multiple of it.
+        split: in place of `valid`, holds out a part of each training set, as one set "".
         cache_dir: where packed mode and blends keep their indices; None: `index_cache` beside the
             first data file. Data that has been rewritten is indexed again.
 
-    Returns: the training dataset, and the validation dataset if there is one.
+    Returns: the training dataset, and the validation datasets by name.
 
     Raises: ValueError naming the argument or the file that cannot be used.
     """
@@ -298,15 +348,16 @@ def build_datasets(
         num_samples=num_samples,
         seed=seed,
         pad_seq_to_mult=pad_seq_to_mult,
+        split=split,
     )
     cache = Path(cache_dir) if cache_dir else Path(files[0].prefix).parent / "index_cache"
 
-    def config(split: Split, chosen: Sequence[IndexedFile], **options: object) -> GPTDatasetConfig:
-        blend = ([file.prefix for file in chosen], weights if split is Split.train else None)
+    def config(use: Split, chosen: Sequence[IndexedFile], **options: Any) -> GPTDatasetConfig:
+        blend = ([file.prefix for file in chosen], weights if use is Split.train else None)
         return DocumentsConfig(
-            random_seed=seed if split is Split.train else VALIDATION_SEED,
+            random_seed=seed if use is Split.train else VALIDATION_SEED,
             sequence_length=seq_length,
-            blend_per_split=[blend if split is which else None for which in Split],
+            blend_per_split=[blend if use is which else None for which in Split],
             tokenizer=tokenizer,
             reset_position_ids=False,
             reset_attention_mask=False,
@@ -317,47 +368,49 @@ def build_datasets(
         )
 
     def build(
-        split: Split, chosen: Sequence[IndexedFile], size: int | None, **options: object
+        use: Split, chosen: Sequence[IndexedFile], size: int | None, part: Part, **options: object
     ) -> Any:
         kind = KINDS[mode]
-        described = config(split, chosen, **options)
-        # Packs without a multiple leave the name as it was before there were packs.
-        padded = (pad_seq_to_mult,) if pad_seq_to_mult > 1 else ()
-        use = (kind.__name__, split.name, size, seq_length, described.random_seed, weights, *padded)
-        folder = cache / _fingerprint(chosen, (*use, tokenizer.unique_identifiers))
+        described = config(use, chosen, part=part, **options)
+        # What is not asked for leaves the name as it was before there was such a thing.
+        more = ((pad_seq_to_mult,) if pad_seq_to_mult > 1 else ()) + (part if part != WHOLE else ())
+        named = (kind.__name__, use.name, size, seq_length, described.random_seed, weights, *more)
+        folder = cache / _fingerprint(chosen, (*named, tokenizer.unique_identifiers))
         blends = len(chosen) > 1 and torch.distributed.is_initialized()
         if mode == "packed" or blends:  # otherwise Megatron keeps no index
-            index_cache.prepare(
-                folder, lambda partial: _build(kind, split, size, described, partial)
-            )
-        return _build(kind, split, size, described, folder)
+            index_cache.prepare(folder, lambda partial: _build(kind, use, size, described, partial))
+        return _build(kind, use, size, described, folder)
 
+    trained, held_out = split_parts(split)
     surplus = _surplus(weights, num_samples[0])
-    train_set = build(Split.train, files, num_samples[0], mid_level_dataset_surplus=surplus)
-    if not valid_files:
-        return train_set, None
-    valid_set = build(Split.valid, valid_files, None)
-    if num_samples[1] is not None and num_samples[1] < len(valid_set):
-        valid_set = Subset(valid_set, range(num_samples[1]))
-    return train_set, valid_set
+    options = {"mid_level_dataset_surplus": surplus}
+    train_set = build(Split.train, files, num_samples[0], trained, **options)
+    valid_sets = {}
+    for name, chosen in valid_files.items():
+        valid_set = build(Split.valid, chosen, None, held_out or WHOLE)
+        if num_samples[1] is not None and num_samples[1] < len(valid_set):
+            valid_set = Subset(valid_set, range(num_samples[1]))
+        valid_sets[name] = valid_set
+    return train_set, valid_sets
 
 
 def check_datasets(
     *,
     train: Sequence[str | tuple[str, float]],
-    valid: Sequence[str],
+    valid: Mapping[str, Sequence[str]],
     tokenizer: Tokenizer,
     seq_length: int,
     mode: Mode,
     num_samples: tuple[int, int | None],
     seed: int,
     pad_seq_to_mult: int = 1,
-) -> tuple[list[IndexedFile], list[float], list[IndexedFile]]:
-    """Check the arguments of `build_datasets` and its files, on each process by itself.
+    split: str | None = None,
+) -> tuple[list[IndexedFile], list[float], dict[str, list[IndexedFile]]]:
+    """Check the arguments of `build_dataset_sets` and its files, on each process by itself.
 
-    Returns: the training files, their weights, and the held-out files.
+    Returns: the training files, their weights, and the held-out files by the name of their set.
 
-    Raises: as `build_datasets`.
+    Raises: as `build_dataset_sets`.
     """
     if mode not in (*KINDS, "examples"):
         raise ValueError(f"mode={mode!r}: choose {', '.join(KINDS)}")
@@ -370,15 +423,24 @@ def check_datasets(
     if num_samples[0] < 1 or (num_samples[1] is not None and num_samples[1] < 1):
         raise ValueError(f"num_samples={num_samples}: at least 1 of each is needed")
     files, weights = _training_blend(train, mode)
-    valid_files = [inspect(prefix) for prefix in valid]
-    for file in files + valid_files:
+    valid_files = {name: [inspect(prefix) for prefix in of] for name, of in valid.items()}
+    for file in chain(files, *valid_files.values()):
         check_token_ids(file, tokenizer)
         _check_fits(file, mode)
-    for file in valid_files:
-        if mode == "packed" and file.tokens <= seq_length:
+    trained, held_out = split_parts(split)
+    if held_out is not None:
+        valid_files = {"": files}
+    for file in files if split is not None else ():
+        _check_part(file, mode, trained, f"data.split={split!r} trains on")
+    for file in chain(*valid_files.values()):
+        if held_out is not None:
+            _check_part(file, mode, held_out, f"data.split={split!r} holds out")
+        tokens = int(_lengths(file, mode, held_out).sum()) if held_out else file.tokens
+        if mode == "packed" and tokens <= seq_length:
             raise ValueError(
-                f"{file.prefix} has {file.tokens} tokens, too few for one packed sample of "
-                f"seq_length={seq_length} (it needs {seq_length + 1}); shorten it or use padded"
+                f"{file.prefix} has {tokens} tokens{' held out' if held_out else ''}, too few for "
+                f"one packed sample of seq_length={seq_length} (it needs {seq_length + 1}); "
+                "shorten it or use padded"
             )
     return files, weights, valid_files
 
@@ -429,15 +491,49 @@ def _check_fits(file: IndexedFile, mode: Mode) -> None:
 
 
 def samples_per_epoch(
-    files: Sequence[IndexedFile], mode: str, seq_length: int, pad_seq_to_mult: int = 1
+    files: Sequence[IndexedFile],
+    mode: str,
+    seq_length: int,
+    pad_seq_to_mult: int = 1,
+    split: str | None = None,
 ) -> float:
     """Return the number of sequences in one epoch of the training data."""
+    part, _ = split_parts(split)
+    if part == WHOLE and mode != "packed_documents":  # known without reading the index
+        packed = sum(file.tokens for file in files) / seq_length
+        return packed if mode == "packed" else sum(file.documents for file in files)
+    lengths = [_lengths(file, mode, part) for file in files]
     if mode == "packed":
-        return sum(file.tokens for file in files) / seq_length
+        return sum(int(each.sum()) for each in lengths) / seq_length
     if mode == "packed_documents":
-        lengths = (_positions(document_lengths(f), seq_length, pad_seq_to_mult) for f in files)
-        return sum(len(pack_documents(each[each > 0], seq_length)) for each in lengths)
-    return sum(file.documents for file in files)
+        packs = (_positions(each, seq_length, pad_seq_to_mult) for each in lengths)
+        return sum(len(pack_documents(each[each > 0], seq_length)) for each in packs)
+    return sum(int(np.count_nonzero(each)) for each in lengths)
+
+
+def describe_split(files: Sequence[IndexedFile], mode: str, split: str) -> str:
+    """Say how many documents are trained on and held out."""
+    trained, held_out = (
+        0 if part is None else sum(np.count_nonzero(_lengths(f, mode, part)) for f in files)
+        for part in split_parts(split)
+    )
+    return f"split {split}: {trained:,} documents to train on, {held_out:,} held out"
+
+
+def _lengths(file: IndexedFile, mode: str, part: Part) -> np.ndarray:
+    """Return the tokens of each document of a part of a file, cut as Megatron's builder does."""
+    # The units of mode packed are sequences: an empty document may have none.
+    lengths = sequence_lengths(file) if mode == "packed" else document_lengths(file)
+    begin, end = (round(share * float(len(lengths))) for share in part)
+    return lengths[begin:end]
+
+
+def _check_part(file: IndexedFile, mode: str, part: Part, text: str) -> None:
+    if not np.any(_lengths(file, mode, part)):
+        raise ValueError(
+            f"{text} none of the {file.documents} documents of {file.prefix}: give that part a "
+            "larger share"
+        )
 
 
 def truncation(files: Sequence[IndexedFile], seq_length: int) -> str | None:

@@ -96,6 +96,12 @@ def document_lengths(file: IndexedFile) -> np.ndarray:
     return np.diff(before[documents])
 
 
+def sequence_lengths(file: IndexedFile) -> np.ndarray:
+    """Return the tokens of each sequence, int32 [sequences]."""
+    lengths, _ = _lengths_and_documents(file.prefix)
+    return lengths
+
+
 def _shape_of(prefix: str) -> np.ndarray:
     return np.concatenate(_lengths_and_documents(prefix))
 
@@ -371,16 +377,11 @@ def data_summary(prefixes: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def unigram_entropy(dataset: Any) -> float:
-    """Return the entropy of a dataset's loss targets, in nats per token.
-
-    It is the loss of the best model that ignores all context, over the tokens that count in the
-    loss of `dataset`.
+def count_targets(dataset: Any) -> np.ndarray:
+    """Count each id among a dataset's loss targets, int64 [up to V].
 
     Args:
         dataset: items with `labels` [S] and `loss_mask` [S], as from `build_datasets`.
-
-    Raises: ValueError for a dataset without loss targets.
     """
     counts = np.zeros(0, dtype=np.int64)
     for number in range(len(dataset)):
@@ -388,6 +389,34 @@ def unigram_entropy(dataset: Any) -> float:
         more = np.bincount(item["labels"][item["loss_mask"] > 0].numpy(), minlength=counts.size)
         more[: counts.size] += counts
         counts = more
+    return counts
+
+
+def unigram_entropy(dataset: Any) -> float:
+    """Return the entropy of a dataset's loss targets, in nats per token.
+
+    It is the loss of the best model that ignores all context, over the tokens that count in the
+    loss of `dataset`.
+
+    Args:
+        dataset: as for `count_targets`.
+
+    Raises: ValueError for a dataset without loss targets.
+    """
+    return entropy(count_targets(dataset))
+
+
+def entropy(*counted: np.ndarray) -> float:
+    """Return the entropy of what was counted, in one or several datasets together, in nats.
+
+    Args:
+        counted: how often each id stands there, int64 [any length].
+
+    Raises: ValueError where nothing was.
+    """
+    counts = np.zeros(max(map(len, counted)), dtype=np.int64)
+    for of_one in counted:
+        counts[: len(of_one)] += of_one
     if counts.sum() == 0:
         raise ValueError("the dataset has no loss target to take an entropy of")
     shares = counts[counts > 0] / counts.sum()

@@ -6,8 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_coe import __version__
-from megatron_coe.config.run_config import DataSettings, ParallelSettings, TrainSettings
+from megatron_coe.config.run_config import (
+    DataSettings,
+    ParallelSettings,
+    TrainSettings,
+    held_out_sets,
+)
 from megatron_coe.config.schedules import batch_schedule
+from megatron_coe.data.datasets import describe_split
 from megatron_coe.data.indexed import IndexedFile, data_summary
 from megatron_coe.data.tokenizer import Tokenizer
 from megatron_coe.model.backends.select import TE_PARTS, te_parts_of
@@ -116,30 +122,41 @@ def summarize_data(
     train: TrainSettings,
     files: Sequence[IndexedFile],
     per_epoch: float,
-    held_out: int | None,
+    held_out: Mapping[str, int],
 ) -> str:
     """Describe in a line what a run reads.
 
     Args:
         files: the training sets.
         per_epoch: training sequences in one epoch.
-        held_out: validation sequences; None without validation.
+        held_out: validation sequences of each set.
     """
     documents, tokens = sum(f.documents for f in files), sum(f.tokens for f in files)
     epochs = batch_schedule(train).samples_after(train.steps) / per_epoch
+    split = f", split {data.split}" if data.split else ""
+    of_sets = ", ".join(f"{name} {count:,}" for name, count in held_out.items() if name)
     return (
-        f"{len(files)} set(s), {documents:,} documents, {tokens:,} tokens, {data.mode}; "
+        f"{len(files)} set(s), {documents:,} documents, {tokens:,} tokens, {data.mode}{split}; "
         f"{epochs:.2f} epochs in {train.steps:,} steps; "
-        + ("no held-out set" if held_out is None else f"{held_out:,} sequences held out")
+        + (f"{sum(held_out.values()):,} sequences held out" if held_out else "no held-out set")
+        + (f" ({of_sets})" if of_sets else "")
     )
 
 
-def describe_data(data: DataSettings, train: TrainSettings, tokenizer: Tokenizer) -> Iterator[str]:
-    """Describe tokenizer and data sets of a dry run, a line or a paragraph each."""
+def describe_data(
+    data: DataSettings, train: TrainSettings, tokenizer: Tokenizer, files: Sequence[IndexedFile]
+) -> Iterator[str]:
+    """Describe tokenizer and data sets of a dry run, a line or a paragraph each.
+
+    Args:
+        files: the training sets.
+    """
     yield f"tokenizer {data.tokenizer}: {tokenizer.vocab_size:,} ids"
     yield f"training data\n{data_summary(training_sets(data))}"
-    if data.valid:
-        yield f"validation data\n{data_summary(data.valid)}"
+    if data.split:
+        yield describe_split(files, data.mode, data.split)
+    for name, prefixes in held_out_sets(data).items():
+        yield f"validation data{name and f' {name}'}\n{data_summary(prefixes)}"
     batches = batch_schedule(train)
     yield (
         f"{batches.samples_after(train.steps):,} sequences in {train.steps:,} steps of {batches}, "

@@ -24,7 +24,12 @@ from megatron_coe.checkpoint.tokenizer import identity_of
 from megatron_coe.config.model_section import build_provider
 from megatron_coe.config.run_config import Settings, TrainSettings
 from megatron_coe.config.schedules import batch_schedule
-from megatron_coe.data.datasets import build_datasets, check_datasets, samples_per_epoch, truncation
+from megatron_coe.data.datasets import (
+    build_dataset_sets,
+    check_datasets,
+    samples_per_epoch,
+    truncation,
+)
 from megatron_coe.data.fast_tokenizer import export_warning
 from megatron_coe.data.indexed import IndexedFile, documents_begin_with, identify
 from megatron_coe.data.tokenizer import Tokenizer, load_tokenizer
@@ -54,7 +59,7 @@ from megatron_coe.training.preflight import (
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.sinks import check_sinks
 from megatron_coe.training.trainer import Trainer, last_step
-from megatron_coe.training.validation import Validator
+from megatron_coe.training.validation import HeldOutSet, Validator
 from megatron_coe.utils.environment import refuse_unused_gpus, write_machine
 from megatron_coe.utils.ranks import is_rank_0
 from megatron_coe.utils.run_files import CONFIG_FILE
@@ -68,7 +73,7 @@ class Preflight:
     tokenizer: Tokenizer
     provider: CoEModelProvider
     data: dict[str, Any]
-    """Arguments of `build_datasets`."""
+    """Arguments of `build_dataset_sets`."""
     files: list[IndexedFile]
     """The training sets."""
     warnings: list[str]
@@ -111,7 +116,7 @@ def describe(settings: Settings, world_size: int) -> str:
     train, on_gpu = settings.train, found.device.type == "cuda"
     plan = plan_of(found.provider, settings.parallel, train, world_size, on_gpu)
     lines = [settings.to_yaml(), describe_sizes(plan), ""]
-    lines += describe_data(settings.data, train, found.tokenizer)
+    lines += describe_data(settings.data, train, found.tokenizer, found.files)
     with lone_process():
         if start := select_start(settings.checkpoint, repair=False):
             data = [identify(file) for file in found.files]
@@ -165,7 +170,7 @@ def trainer(
         seed_everything(train.seed)
         heartbeat.enter(DATA)
         samples = (_num_samples(train, start), train.eval_samples)
-        train_set, valid_set = build_datasets(
+        train_set, valid_sets = build_dataset_sets(
             **found.data | {"num_samples": samples}, cache_dir=settings.data.cache
         )
         begin(MODEL, "the model was built")
@@ -179,14 +184,18 @@ def trainer(
         if not must_resume:
             checkpointer.prepare(train_state, saves=progress.step < train.steps)
         validator = None
-        if valid_set is not None:
-            source, size = _make_source(valid_set, train, device), len(cast("Sized", valid_set))
-            validator = Validator(train, train_state, source, size, heartbeat)
+        if valid_sets:
+            held_out = {
+                name: HeldOutSet(_make_source(each, train, device), len(cast("Sized", each)))
+                for name, each in valid_sets.items()
+            }
+            validator = Validator(train, train_state, held_out, heartbeat)
         per_epoch = samples_per_epoch(
             found.files,
             settings.data.mode,
             found.provider.seq_length,
             settings.data.pad_seq_to_mult,
+            settings.data.split,
         )
         train_source = _make_source(train_set, train, device, per_epoch)
         train_source.num_workers = settings.data.num_workers
@@ -283,7 +292,7 @@ def _describe_begin(
     device, ranks, train = found.device, dist.get_world_size(), settings.train
     machine = write_machine(Path(settings.log.dir), device, ranks)
     plan = plan_of(found.provider, settings.parallel, train, ranks, device.type == "cuda")
-    held_out = validator.samples if validator else None
+    held_out = validator.samples if validator else {}
     reads = summarize_data(settings.data, train, found.files, per_epoch, held_out)
     begins = f"{settings.log.dir}, {start or 'from step 0'}, to step {last_step(train):,}"
     yield banner(settings.parallel, train, plan, machine, reads, begins)

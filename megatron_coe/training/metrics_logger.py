@@ -34,6 +34,7 @@ _CONSOLE: dict[str, Callable[[float], str]] = {
     "loss_spike": "SPIKE {:.0f}".format,
     "skipped_steps": "SKIPPED {:.0f}".format,
 }
+_OF_SET = "valid_loss/"
 _BALANCE = re.compile(r"balance/.*/iteration_\d+")  # the means over layers
 
 
@@ -96,8 +97,8 @@ class MetricsLogger(NullLogger):
         config: dict[str, object],
         stream: TextIO | None = None,
         last_step: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
         samples_after: Callable[[int], int] = int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds; readers go without
 
@@ -210,8 +211,13 @@ def _clock_time(seconds: float) -> str:
 
 
 def console_line(values: Record) -> str:
-    """Return the console line of a record: known metrics in fixed order, then auxiliary losses."""
+    """Return the console line of a record: known metrics in fixed order, then those by name."""
     parts = [show(values[name]) for name, show in _CONSOLE.items() if name in values]
+    parts += [
+        f"valid loss/{name.removeprefix(_OF_SET)} {value:.4f}"
+        for name, value in values.items()
+        if name.startswith(_OF_SET)
+    ]
     if (ratio := work_ratio(values)) > 1:
         parts.append(f"slowest rank {values['slowest_rank']} x{ratio:.2f}")
     balance = [f"{value:.3f}" for name, value in values.items() if _BALANCE.fullmatch(name)]

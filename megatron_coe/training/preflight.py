@@ -14,6 +14,7 @@ from megatron_coe.config.run_config import (
     DataSettings,
     ParallelSettings,
     TrainSettings,
+    held_out_sets,
 )
 from megatron_coe.config.schedules import batch_schedule
 from megatron_coe.config.validation import num_microbatches, smallest_world_size, world_size
@@ -92,19 +93,20 @@ def training_sets(data: DataSettings) -> list[str]:
 def data_arguments(
     data: DataSettings, train: TrainSettings, tokenizer: Tokenizer, seq_length: int
 ) -> dict[str, Any]:
-    """Return the arguments of `check_datasets` and `build_datasets`."""
+    """Return the arguments of `check_datasets` and `build_dataset_sets`."""
     sources: list[Any] = data.train
     if data.train_weights is not None:
         sources = list(zip(data.train, data.train_weights, strict=True))
     return {
         "train": sources,
-        "valid": data.valid,
+        "valid": held_out_sets(data),
         "tokenizer": tokenizer,
         "seq_length": seq_length,
         "mode": data.mode,
         "num_samples": (batch_schedule(train).samples_after(train.steps), train.eval_samples),
         "seed": train.seed,
         "pad_seq_to_mult": data.pad_seq_to_mult,
+        "split": data.split,
     }
 
 

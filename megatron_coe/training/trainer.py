@@ -113,15 +113,15 @@ class Trainer:
         return self.train_step.collector.read(step)
 
     def validate(self) -> None:
-        """Log the validation loss of the model as it is, on the console only."""
-        measured = "no held-out set (data.valid)"
-        if self.validator and (found := self.validator.run()):
-            measured = f"{found['valid_loss']:.6f}"
-        self.metrics_logger.log(f"step {self.progress.step} | valid loss {measured}")
+        """Log the validation losses of the model as it is, on the console only."""
+        measured = "valid loss no held-out set (data.valid)"
+        if self.validator:
+            measured = _losses(self.validator.run() or {})
+        self.metrics_logger.log(f"step {self.progress.step} | {measured}")
         if self.validator and self.train_state.average is not None:
             with self.train_state.average.in_place_of_weights():
-                found = self.validator.run() or {}
-            self.metrics_logger.log(f"of the moving average | valid loss {found['valid_loss']:.6f}")
+                measured = _losses(self.validator.run() or {})
+            self.metrics_logger.log(f"of the moving average | {measured}")
 
     def save(self) -> None:
         """Write a checkpoint, or start writing it, where `checkpoint.save` names a folder."""
@@ -214,6 +214,10 @@ class Trainer:
         if self.source.samples_per_epoch:
             position["epoch"] = samples / self.source.samples_per_epoch
         return position | {"seconds": self._seconds}
+
+
+def _losses(found: Record) -> str:
+    return " | ".join(f"{name.replace('_', ' ')} {loss:.6f}" for name, loss in found.items())
 
 
 def last_step(train: TrainSettings) -> int:

@@ -107,6 +107,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+LOSSES = ("train_loss", "grad_norm")
 ROUTING = ("load/iteration_1/layer_1", "router_confidence/iteration_1", "grad_norm/routers")
 
 
@@ -205,20 +206,42 @@ def test_training_sets_may_move_but_not_change(config, data, tmp_path, capsys):
     assert pretrain_coe.main([*arguments, "train.exit_step=4"]) == 0
 
 
-def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, data, tmp_path):
-    """Data parallel with the distributed optimizer; then the checkpoint is loaded on one rank."""
+def test_two_ranks_compute_what_one_does_and_one_goes_on_from_there(config, data, tmp_path, capsys):
+    """Data parallel with the distributed optimizer; then the checkpoint is loaded on one rank.
+
+    In the midst of a ramp: the steps have 2, 2, 2, 2, 4 and 4 sequences.
+    """
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert pretrain_coe.main(["--config", str(config), f"log.dir={alone}"]) == 0
-    arguments = ["--config", config, f"log.dir={together}"]
+    changes = [
+        "train.rampup_batch_size=[2,2,8]",
+        *("train.lr_decay_style=WSD", "train.lr_wsd_decay_steps=4"),
+        f"data.valid={{math: {data}/valid, seen: [{data}/a, {data}/b]}}",
+    ]
+    assert pretrain_coe.main(["--config", str(config), *changes, f"log.dir={alone}"]) == 0
+    said = capsys.readouterr().out
+    assert "4 sequences of 32 tokens" in said and "; ramped up from 2 to 4, by 2, over the" in said
+    assert "10 sequences held out (math 5, seen 5)" in said
+    assert re.search(r"step 3/6 .* valid loss/math \d\.\d{4} \| valid loss/seen \d", said)
+    arguments = ["--config", config, *changes, f"log.dir={together}"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     layout = ["parallel.use_distributed_optimizer=true", "parallel.overlap_grad_reduce=true"]
     status, out, err = finish(start(*arguments, *layout, "train.exit_step=3", launcher=torchrun))
     assert status == 0, err
     assert sum(line.startswith("step ") for line in out.splitlines()) == 3, "rank 0 alone speaks"
     assert pretrain_coe.main([*map(str, arguments), *layout]) == 0
-    for name in ("train_loss", "valid_loss", "grad_norm"):
+    exact = ("lr", "samples", "tokens", "epoch", "global_batch_size")
+    for name in (*exact, *(f"valid_loss{of}" for of in ("", "/math", "/seen")), *LOSSES):
         expected = losses(alone, name)
-        assert losses(together, name) == pytest.approx(expected, rel=2e-5)
+        assert expected and losses(together, name) == pytest.approx(
+            expected, rel=0 if name in exact else 2e-5
+        )
+    assert list(losses(alone, "samples").values()) == [2, 4, 6, 8, 12, 16]
+    assert losses(alone, "epoch")[6] == 16 / 120
+    assert pretrain_coe.main([*map(str, arguments), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "16 sequences in 6 steps of 2 to 4, by 2, over the first 8 sequences" in said
+    for summary in (f"validation data math\n{data}/valid: 20 doc", f"seen\n{data}/a: 40 doc"):
+        assert summary in said
     tokenizer = (data / "tokenizer.model").read_bytes()
     for step in (3, 6):  # the first was written by two ranks
         copy = together / "checkpoints" / f"step_{step:08d}" / "tokenizer.model"

@@ -1126,6 +1126,13 @@ FAULTS = [
         ("tests/unit/training/test_step.py",),
     ),
     Fault(
+        "data that is held out is trained on, too",
+        DATASETS,
+        "parts = [None if whole is None else self.config.part for whole in split]",
+        "parts = split",
+        OF_DATA,
+    ),
+    Fault(
         "a smaller batch finds the training data at their end",
         "megatron_coe/training/build.py",
         'return max(planned, batches.samples_after(left, progress.get("samples", 0)))',

@@ -60,6 +60,7 @@ def changed(key: str, value: object) -> Settings:
         ("train.eval_interval", 2, Policy.SILENT),
         ("train.on_nonfinite", "skip", Policy.SILENT),
         ("data.valid", ["elsewhere"], Policy.SILENT),
+        ("data.split", "99, 1", Policy.REFUSED),
         ("data.tokenizer", "moved.model", Policy.SILENT),
         ("train.lr", 0.5, Policy.PRINTED),
         ("train.clip_grad", 0.5, Policy.PRINTED),

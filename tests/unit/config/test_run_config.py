@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_coe.config.loader import load_settings
-from megatron_coe.config.run_config import Settings, TrainSettings
+from megatron_coe.config.run_config import Settings, TrainSettings, held_out_sets
 from megatron_coe.config.validation import check_layout, check_values, num_microbatches
 
 
@@ -192,6 +192,63 @@ def test_schedules_that_do_not_fit_are_named(train, expected):
     settings = Settings(train=TrainSettings(steps=10, global_batch_size=4, **train))
     with pytest.raises(ValueError, match=expected):
         check_values(settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("one", "data.valid='one': must be a list of prefixes, or a mapping of names"),
+        ([1], "must be a list of prefixes"),
+        ({"a b": "one"}, r"\(letters, digits, _ . -\) to prefixes"),
+        ({"a": {"b": "one"}}, "must be a list of prefixes"),
+        ({"a": ["one", 2]}, "must be a list of prefixes"),
+        ([], None),
+        (None, None),
+        ({"a": "one", "b-2": ["two", "three"]}, None),
+    ],
+)
+def test_held_out_sets_are_a_list_or_have_names(value, expected):
+    settings = Settings()
+    settings.data.valid = value
+    if expected is None:
+        return check_values(settings)
+    with pytest.raises(ValueError, match=expected):
+        check_values(settings)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("969, 30, 1", None), ("9,1", None), (".5,.5,0", None), ("100", "two or three numbers"),
+     ("0,1", "the first not 0"), ("1,2,3,4", "two or th"), ("a,b", "'969, 30, 1'")],
+)  # fmt: skip
+def test_a_split_is_megatrons(split, expected):
+    settings = Settings()
+    settings.data.split = split
+    if expected is None:
+        check_values(settings)
+        settings.data.valid = ["held-out"]
+        expected = "data.valid=.'held-out'.: both hold data out"
+    with pytest.raises(ValueError, match=expected):
+        check_values(settings)
+
+
+def test_held_out_sets_of_either_form_replace_the_other_and_join_their_own(tmp_path):
+    named = write(tmp_path, "named.yaml", "data: {valid: {a: one, b: [two, 'three']}}")
+    listed = write(tmp_path, "listed.yaml", "extends: named.yaml\ndata: {valid: [four]}")
+    again = write(tmp_path, "again.yaml", "extends: listed.yaml\ndata: {valid: {c: five}}")
+
+    def sets(path: Path, *overrides: str) -> dict[str, list[str]]:
+        settings = load_settings(path, overrides)
+        kept = write(tmp_path, "kept/config.yaml", settings.to_yaml())
+        assert load_settings(kept).data.valid == settings.data.valid
+        return held_out_sets(settings.data)
+
+    assert sets(named) == {"a": ["one"], "b": ["two", "three"]}
+    assert sets(named, "data.valid.c=four") == {**sets(named), "c": ["four"]}
+    assert sets(named, "data.valid=[four]") == sets(listed) == {"": ["four"]}
+    assert sets(again) == {"c": ["five"]}
+    assert sets(again, "data.valid=${data.train}", "data.train=[six]") == {"": ["six"]}
+    assert sets(again, "data.valid=[]") == {}
 
 
 def test_weights_leave_something_to_read():

@@ -64,6 +64,9 @@ def test_the_defaults_obey_the_schema(validator):
         ({"train": {"learning_rate": 1e-3}}, "$.train"),
         ({"data": {"mode": "sorted"}}, "$.data.mode"),
         ({"data": {"train": "one"}}, "$.data.train"),
+        ({"data": {"valid": "one"}}, "$.data.valid"),
+        ({"data": {"valid": {"a b": "one"}}}, "$.data.valid"),
+        ({"data": {"split": "100"}}, "$.data.split"),
         ({"model": {"coe_residual": "sum"}}, "$.model.coe_residual"),
         ({"model": {"coe_iterations": 0}}, "$.model.coe_iterations"),
         ({"model": {"coe_iterations": True}}, "$.model.coe_iterations"),
@@ -81,6 +84,8 @@ def test_mistakes_do_not(validator, document, path):
     [
         {"train": {"lr": "${train.min_lr}", "stop_step": 3}},
         {"data": {"mode": "examples", "train_weights": None}},
+        {"data": {"valid": {"a": "one", "b": ["two", "three"]}, "split": "969, 30, 1"}},
+        {"data": {"valid": ["one"]}, "train": {"rampup_batch_size": [1, 1, 8]}},
         {"model": {"moe_aux_loss_coeff": [0.1, 1], "q_lora_rank": None, "moe_layer_freq": [0, 1]}},
         {"extends": "base.yaml", "train": None},
     ],

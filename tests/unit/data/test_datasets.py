@@ -1,19 +1,28 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
-from megatron_coe.data.datasets import VALIDATION_SEED, build_datasets
+from megatron_coe.data.datasets import (
+    VALIDATION_SEED,
+    build_dataset_sets,
+    build_datasets,
+    describe_split,
+    samples_per_epoch,
+)
 from megatron_coe.data.indexed import data_summary, inspect
 from megatron_coe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from tests.distributed.launch import launch
@@ -312,6 +321,96 @@ def test_blend_without_weights_is_by_size_and_repeats(
     assert Counter(order(valid, tokenizer)) == Counter(
         [f"a{n}" for n in range(30)] + [f"b{n}" for n in range(10)]
     )
+
+
+SPLIT = "6, 3, 1"
+
+
+@pytest.mark.parametrize("mode", ["padded", "packed_documents", "packed"])
+def test_a_split_cuts_each_set_as_megatron_does(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer, mode: str
+) -> None:
+    """The first documents train, the next are held out, and the last are left alone."""
+    sizes = {"a": 37, "b": 11}
+    prefixes = [
+        make_data(letter, [f"{letter}{n:02}" for n in range(size)])
+        for letter, size in sizes.items()
+    ]
+    options = {"mode": mode, "split": SPLIT, "seq_length": 8, "num_samples": (300, None)}
+    train, valid = build(tokenizer, prefixes, **options)
+    ends = {letter: (round(0.6 * size), round(0.9 * size)) for letter, size in sizes.items()}
+    assert ends == {"a": (22, 33), "b": (7, 10)}
+
+    def read(dataset: Dataset) -> set[str]:
+        texts = [tokenizer.detokenize(item["tokens"]) for item in as_lists(dataset)]
+        return set(re.findall("[ab][0-9]{2}", " ".join(texts)))
+
+    assert read(train) == {f"{x}{n:02}" for x, (end, _) in ends.items() for n in range(end)}
+    held_out = {f"{x}{n:02}" for x, (begin, end) in ends.items() for n in range(begin, end)}
+    # Packed samples leave the last tokens of an epoch out.
+    assert read(valid) == held_out if mode != "packed" else read(valid) <= held_out
+    assert len(read(valid)) > 0.6 * len(held_out)
+    files = [inspect(prefix) for prefix in prefixes]
+    assert describe_split(files, mode, SPLIT) == (
+        f"split {SPLIT}: 29 documents to train on, {len(held_out)} held out"
+    )
+    per_epoch = samples_per_epoch(files, mode, 8, split=SPLIT)
+    tokens = sum(len(tokenizer.tokenize(text)) for text in read(train))
+    if mode == "padded":
+        assert per_epoch == 29
+    elif mode == "packed":
+        assert per_epoch == tokens / 8
+    else:  # two documents side by side, from each set
+        assert per_epoch == 11 + 4
+
+
+def test_a_split_is_that_of_megatrons_builder(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    prefix = make_data("a", random_texts(50, 3))
+    train, valid = build(tokenizer, [prefix], mode="packed", split=SPLIT)
+    config = GPTDatasetConfig(
+        random_seed=VALIDATION_SEED,
+        sequence_length=S,
+        blend=([prefix], None),
+        split=SPLIT,
+        tokenizer=tokenizer,
+        path_to_cache=str(tmp_path / "theirs"),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    of_valid = BlendedMegatronDatasetBuilder(GPTDataset, [0, None, 0], lambda: True, config)
+    assert as_lists(valid) == as_lists(of_valid.build()[1])
+    config = replace(config, random_seed=7)
+    of_train = BlendedMegatronDatasetBuilder(GPTDataset, [50, 0, 0], lambda: True, config)
+    assert as_lists(train) == as_lists(of_train.build()[0])
+
+
+def test_a_split_that_leaves_nothing_is_refused(
+    make_data: MakeData, tokenizer: SentencePieceTokenizer
+) -> None:
+    prefix = make_data("a", ["1 2 3"] * 9)
+    for split, expected in (
+        ("1000,1", r"data.split='1000,1' holds out none of the 9 documents of .*a"),
+        ("1,1000", "trains on none of the 9 documents"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            build(tokenizer, [prefix], split=split)
+    with pytest.raises(ValueError, match=r"has \d+ tokens held out, too few for one packed sample"):
+        build(tokenizer, [prefix], split="8,1", mode="packed")
+    assert build(tokenizer, [prefix], split="8,0,1")[1] is None
+
+
+def test_sets_are_built_apart(make_data: MakeData, tokenizer: SentencePieceTokenizer) -> None:
+    a, b, c = (make_data(letter, [f"{letter}{n}" for n in range(9)]) for letter in "abc")
+    options = {"seq_length": S, "mode": "padded", "num_samples": (9, 12), "seed": 7}
+    sets = {"one": [a], "two": [b, c]}
+    _, valid = build_dataset_sets(train=[a], valid=sets, tokenizer=tokenizer, **options)
+    assert {name: len(each) for name, each in valid.items()} == {"one": 9, "two": 12}
+    assert set(sources(valid["one"], tokenizer)) == {"a"}
+    assert set(sources(valid["two"], tokenizer)) == {"b", "c"}
 
 
 def test_a_set_of_weight_0_is_left_out(

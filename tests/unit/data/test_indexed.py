@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import Subset
 
 from megatron_coe.data.datasets import build_datasets
 from megatron_coe.data.indexed import (
     check_token_ids,
+    count_targets,
     data_summary,
+    entropy,
     identify,
     inspect,
     unigram_entropy,
@@ -162,4 +165,6 @@ def test_unigram_entropy_is_over_the_loss_targets(
     total = sum(counts.values())
     expected = -sum(n / total * math.log(n / total) for n in counts.values())
     assert unigram_entropy(valid) == pytest.approx(expected, rel=1e-12)
+    halves = (Subset(valid, range(0, len(valid), 2)), Subset(valid, range(1, len(valid), 2)))
+    assert entropy(*map(count_targets, halves)) == pytest.approx(expected, rel=1e-12)
     assert 1 < expected < math.log(360)

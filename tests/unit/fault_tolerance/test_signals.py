@@ -17,7 +17,7 @@ from megatron_coe.fault_tolerance.exceptions import StoppedError
 from megatron_coe.fault_tolerance.exit_codes import PREEMPTED
 from megatron_coe.fault_tolerance.signals import STOP_SIGNALS, StopRequest
 from megatron_coe.training.metrics_logger import MetricsLogger
-from megatron_coe.training.validation import MICRO_BATCHES_AT_ONCE, Validator
+from megatron_coe.training.validation import MICRO_BATCHES_AT_ONCE, HeldOutSet, Validator
 from megatron_coe.utils.metrics_file import read_records
 from tests.unit.training.runs import Sequences, make_settings, make_trainer, weights
 
@@ -104,12 +104,12 @@ def test_a_signal_between_two_parts_of_a_start_says_whether_the_command_goes_on(
 class HeldOut(Sequences):
     """Held-out sequences of which one brings a signal, if `stop` is there to take it."""
 
-    def __init__(self, stop: StopRequest | None) -> None:
+    def __init__(self, stop: StopRequest | None, length: int) -> None:
         super().__init__(2)
-        self.stop, self.read = stop, 0
+        self.stop, self.length, self.read = stop, length, 0
 
     def __len__(self) -> int:
-        return 3 * MICRO_BATCHES_AT_ONCE
+        return self.length
 
     def __getitem__(self, number: int) -> dict:
         self.read += 1
@@ -118,7 +118,8 @@ class HeldOut(Sequences):
         return super().__getitem__(number)
 
 
-def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
+@pytest.mark.parametrize("length", [3, 1], ids=["within a set", "between two sets"])
+def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path, length):
     """The step before it is kept, and the resumed run reports what an unbroken one would."""
 
     def run(name: str, stop: StopRequest | None = None, resume: Path | None = None):
@@ -127,11 +128,12 @@ def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
             tmp_path / name / "saved", train={"steps": 3, "eval_interval": 2}, log=log
         )
         trainer = make_trainer(settings, single_rank)
-        held_out = HeldOut(stop)
-        source = replace(trainer.source, dataset=held_out)
-        trainer.validator = Validator(
-            settings.train, trainer.train_state, source, len(held_out), trainer.heartbeat
-        )
+        held_out = HeldOut(stop, length * MICRO_BATCHES_AT_ONCE)
+        sets = {
+            name: HeldOutSet(replace(trainer.source, dataset=each), len(each))
+            for name, each in {"first": held_out, "second": HeldOut(None, 3)}.items()
+        }
+        trainer.validator = Validator(settings.train, trainer.train_state, sets, trainer.heartbeat)
         if resume:
             trainer.progress = load_checkpoint(resume, trainer.train_state)
         trainer.metrics_logger = MetricsLogger(
@@ -140,16 +142,13 @@ def test_a_validation_is_cut_short_and_made_up_for(single_rank, tmp_path):
         reason = trainer.run(stop)
         trainer.metrics_logger.close()
         records = read_records(tmp_path / name / "metrics.jsonl")
-        metrics = {
-            (r["step"], k): r[k] for r in records for k in ("train_loss", "valid_loss") if k in r
-        }
+        kept = ("train_loss", "valid_loss", "valid_loss/first", "valid_loss/second")
+        metrics = {(r["step"], k): r[k] for r in records for k in kept if k in r}
         return reason, held_out.read, metrics
 
     _, _, expected = run("unbroken")
-    assert [key for key in expected if key[1] == "valid_loss"] == [
-        (2, "valid_loss"),
-        (3, "valid_loss"),
-    ]
+    for name in ("valid_loss", "valid_loss/first", "valid_loss/second"):
+        assert [key for key in expected if key[1] == name] == [(2, name), (3, name)]
     reason, read, metrics = run("broken", StopRequest())
     assert reason is signal.SIGTERM
     assert read == MICRO_BATCHES_AT_ONCE, "the rest waits for the resumed run"

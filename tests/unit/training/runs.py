@@ -21,7 +21,7 @@ from megatron_coe.training.metrics_logger import NullLogger
 from megatron_coe.training.optimizer_step import OneSyncOptimizerStep
 from megatron_coe.training.profiling import StepProfiler
 from megatron_coe.training.trainer import Trainer, last_step
-from megatron_coe.training.validation import Validator
+from megatron_coe.training.validation import HeldOutSet, Validator
 from tests.builders import BALANCE_COEFF, TINY
 
 SEQ_LENGTH = 12
@@ -87,7 +87,8 @@ def make_trainer(
     heartbeat, validator = Heartbeat(), None
     if held_out:
         first = BatchSource(Subset(Sequences(2), range(held_out)), micro, rank, replicas, device)
-        validator = Validator(settings.train, train_state, first, held_out, heartbeat)
+        sets = {"": HeldOutSet(first, held_out)}
+        validator = Validator(settings.train, train_state, sets, heartbeat)
     return Trainer(
         settings=settings.train,
         train_state=train_state,

@@ -17,16 +17,16 @@ def test_records_go_to_file_console_and_tensorboard(tmp_path):
     stream = io.StringIO()
     metrics_logger = MetricsLogger(LogSettings(dir=str(tmp_path)), 20, 0, {}, stream)
     metrics_logger.record(1, {"train_loss": 2.5, "lr": 1e-3})
-    metrics_logger.record(10, {"train_loss": 2.0, "valid_loss": 2.25})
+    metrics_logger.record(10, {"train_loss": 2.0, "valid_loss": 2.25, "valid_loss/code": 2.5})
     metrics_logger.close()
     assert read_records(tmp_path / "metrics.jsonl") == [
         {"step": 1, "train_loss": 2.5, "lr": 1e-3},
-        {"step": 10, "train_loss": 2.0, "valid_loss": 2.25},
+        {"step": 10, "train_loss": 2.0, "valid_loss": 2.25, "valid_loss/code": 2.5},
     ]
     lines = stream.getvalue().splitlines()
     assert lines == [
         "step  1/20 | loss 2.5000 | lr 1.000e-03",
-        "step 10/20 | loss 2.0000 | valid loss 2.2500",
+        "step 10/20 | loss 2.0000 | valid loss 2.2500 | valid loss/code 2.5000",
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
