@@ -77,7 +77,7 @@ class Matrices:
         return cls(weight, parallel_state.get_tensor_model_parallel_group())
 
     def orthogonalized(self, update: Tensor, steps: int) -> Tensor:
-        """Orthogonalize each matrix of an update, times the root of its longer side.
+        """Return an update with each matrix orthogonalized, times the root of its longer side.
 
         Args:
             update: of the weight's shape on this rank; of a single expert where the module has a
