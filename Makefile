@@ -137,7 +137,8 @@ $(SFT)/hf/config.json: $(SFT)/.trained
 	$(PY) tools/convert_checkpoint.py to-hf --input $(SFT)/checkpoints --output $(SFT)/hf
 
 finetune: $(SFT)/hf/config.json
-	$(PY) examples/finetune/exact_match.py --input $(SFT)/data/valid.jsonl $(SFT)/base $(SFT)/hf
+	$(PY) -m megatron_coe.cli.main score --model $(SFT)/base $(SFT)/hf --input $(SFT)/data/valid.jsonl \
+	    --samples 256 --max-new-tokens 160 --show 1
 	$(if $(wildcard .venv-serve/.installed),.venv-serve/bin/python examples/finetune/served.py \
 	    --input $(SFT)/data/valid.jsonl $(SFT)/hf)
 
