@@ -23,7 +23,7 @@ from megatron_coe.fault_tolerance.signals import unblock
 def main() -> int:
     """Run the command that the command line names; return its exit status."""
     unblock()  # what the launcher of the run has blocked
-    os.nice(19)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
     with suppress(psutil.Error, OSError):
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
     threading.Thread(target=_end_with_the_run, daemon=True).start()

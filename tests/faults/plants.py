@@ -22,7 +22,7 @@ from megatron_coe.model.moe.layer import CoELayer
 
 PHASES = {
     "start-up": "megatron_coe.model.backends:prepare",
-    "data set": "megatron_coe.training.build:build_datasets",
+    "data set": "megatron_coe.training.build:build_dataset_sets",
     "loading": "megatron_coe.training.build:load_checkpoint",
     "step": "megatron_coe.training.trainer:Trainer.step",
     "evaluation": "megatron_coe.training.trainer:Trainer.evaluate",
