@@ -19,7 +19,7 @@ from tests.unit.training.runs import make_settings, make_trainer
 STEPS = 2
 OF_THE_MACHINE = ("step_seconds", "tokens_per_second", "flops_per_second", "memory_peak_bytes")
 OF_THE_MACHINE += ("work_seconds", "work_seconds_median", "slowest_rank")
-HELD_OUT = 5
+HELD_OUT = {"first": 5, "second": 2}
 # 4 layers make 2 x 2 interleaved chunks; 8 experts and 4 heads divide by 2.
 MODEL = {"num_layers": 4, "num_moe_experts": 8}
 TRAIN = {
@@ -117,6 +117,7 @@ def assert_same(measured: list[dict], expected: list[dict]) -> None:
 def test_a_layout_trains_as_one_process_does(runs, layout):
     alone, ranks, _, _ = runs
     assert ranks[0][layout] == ranks[1][layout], "every rank has the same metrics"
+    assert alone[STEPS].keys() == {"valid_loss", *(f"valid_loss/{name}" for name in HELD_OUT)}
     assert_same(ranks[0][layout], alone)
 
 

@@ -72,10 +72,10 @@ def make_trainer(
     settings: Settings,
     device: torch.device,
     sequences: object | None = None,
-    held_out: int = 0,
+    held_out: int | dict[str, int] = 0,
     metrics_logger: NullLogger | None = None,
 ) -> Trainer:
-    """A trainer at step 0, freshly initialized."""
+    """A trainer at step 0, freshly initialized; `held_out`: sequences of one set, or by name."""
     seed_everything(settings.train.seed)
     train_state = build_train_state(
         build_provider(settings, device), settings.parallel, settings.train, device
@@ -86,8 +86,12 @@ def make_trainer(
     source = BatchSource(sequences or Sequences(1), micro, rank, replicas, device)
     heartbeat, validator = Heartbeat(), None
     if held_out:
-        first = BatchSource(Subset(Sequences(2), range(held_out)), micro, rank, replicas, device)
-        sets = {"": HeldOutSet(first, held_out)}
+        sizes = held_out if isinstance(held_out, dict) else {"": held_out}
+        subsets = [Subset(Sequences(2 + n), range(size)) for n, size in enumerate(sizes.values())]
+        sets = {
+            name: HeldOutSet(BatchSource(subset, micro, rank, replicas, device), len(subset))
+            for name, subset in zip(sizes, subsets, strict=True)
+        }
         validator = Validator(settings.train, train_state, sets, heartbeat)
     return Trainer(
         settings=settings.train,
