@@ -264,8 +264,8 @@ def _description(folder: Path, case: str) -> dict:
     """All of `config.json` but what transformers notes of itself and of the folder.
 
     As it stands for the golden models. In its own family transformers writes other spellings, and
-    where a key may be left out its default: the others are compared as it reads them. Bridge has the
-    class write its configuration, which leaves out the `rope_type` that the converter adds.
+    where a key may be left out its default: the others are compared as it reads them. Bridge has
+    the class write its configuration, which leaves out the `rope_type` that the converter adds.
     """
     from transformers import AutoConfig
 
